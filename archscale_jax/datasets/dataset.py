@@ -1,0 +1,115 @@
+"""The one data type of this package, and the standardisation every source goes through."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Examples converted to float64 at a time: bounds the host memory that standardising takes.
+_CHUNK = 4096
+
+
+class RawSplits(NamedTuple):
+    """What a source reads: both splits on the host, as stored.
+
+    Images are uint8 `[N, H, W, C]`, labels integers `[N]`.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set that lies on the device as a whole.
+
+    It is a pytree (the arrays are its leaves, `name` and `num_classes` are static), so that it can
+    be passed to a jitted function. Pass it, do not close over it: a captured array becomes a
+    constant of the program and makes compiling slow.
+
+    Images are standardised per channel with the mean and the standard deviation of the training
+    set, taken over all its pixels; the test set is transformed with the training set's numbers. A
+    channel that is constant over the training set is only centred.
+
+    Attributes:
+      name: The name it was loaded by.
+      num_classes: Number of classes; labels lie in `[0, num_classes)`.
+      train_images: float32 `[N, H, W, C]`.
+      train_labels: int32 `[N]`.
+      test_images: float32 `[M, H, W, C]`.
+      test_labels: int32 `[M]`.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    num_classes: int = dataclasses.field(metadata={"static": True})
+    train_images: Float[Array, "train height width channels"]
+    train_labels: Int[Array, " train"]
+    test_images: Float[Array, "test height width channels"]
+    test_labels: Int[Array, " test"]
+
+
+def check_labels(labels: np.ndarray, num_classes: int, source: str) -> None:
+    """Raises ValueError, naming `source`, unless every label lies in `[0, num_classes)`."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise ValueError(
+            f"{source}: label {labels[wrong[0]]} of example {wrong[0]} is out of range; "
+            f"accepted are 0 to {num_classes - 1}"
+        )
+
+
+def standardised_dataset(name: str, num_classes: int, splits: RawSplits) -> Dataset:
+    """Standardises both splits by the training set and puts them on the device.
+
+    Args:
+      name: Name of the data set.
+      num_classes: Number of classes.
+      splits: Non-empty splits whose labels have been checked.
+
+    Returns:
+      The data set; see `Dataset` for shapes and for what standardising means.
+    """
+    mean, std = channel_statistics(splits.train_images)
+    return Dataset(
+        name=name,
+        num_classes=num_classes,
+        train_images=jnp.asarray(_standardise(splits.train_images, mean, std)),
+        train_labels=jnp.asarray(splits.train_labels, dtype=jnp.int32),
+        test_images=jnp.asarray(_standardise(splits.test_images, mean, std)),
+        test_labels=jnp.asarray(splits.test_labels, dtype=jnp.int32),
+    )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over all pixels of all images.
+
+    Args:
+      images: `[N, H, W, C]`, not empty.
+
+    Returns:
+      Two float64 arrays `[C]`; the standard deviation of a constant channel is given as 1.
+    """
+    pixels = images.size // images.shape[-1]
+    mean = sum(chunk.sum(axis=(0, 1, 2)) for chunk in _float64_chunks(images)) / pixels
+    # A second pass over the centred values: sums of squares would cancel where the mean is large.
+    squares = sum(((chunk - mean) ** 2).sum(axis=(0, 1, 2)) for chunk in _float64_chunks(images))
+    std = np.sqrt(squares / pixels)
+    return mean, np.where(std > 0, std, 1.0)
+
+
+def _standardise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    result = np.empty(images.shape, np.float32)
+    for index, chunk in enumerate(_float64_chunks(images)):
+        result[index * _CHUNK : (index + 1) * _CHUNK] = (chunk - mean) / std
+    return result
+
+
+def _float64_chunks(images: np.ndarray):
+    for start in range(0, len(images), _CHUNK):
+        yield images[start : start + _CHUNK].astype(np.float64)

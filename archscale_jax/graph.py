@@ -1,0 +1,280 @@
+"""The architecture graph: one `jraph.GraphsTuple` layout, and what makes it valid [AAS §3.1].
+
+A network is a directed acyclic graph. Vertices are features, numbered in a topological order:
+vertex 0 is the input (the stem feeds it), the last vertex is the output (the readout follows it).
+Edges are operators; contributions of the incoming edges of a vertex are summed. Absent operators
+(`zero`, `none`) are absent edges. With V vertices and E edges a graph holds
+
+* `nodes`      int32 [V]   number of the vertex within its graph: 0 … V-1
+* `senders`    int32 [E]   source vertex of each edge
+* `receivers`  int32 [E]   target vertex of each edge; edges are sorted by (receiver, sender)
+* `edges`      {"operator": int32 [E], "kernel_size": int32 [E]}, operator a member of `Operator`
+* `globals`    {"space": int32 [1]}, a member of `Space`
+* `n_node`, `n_edge`  int32 [1]
+
+as NumPy arrays on the host. Batch with `jraph.batch_np` and pad with `jraph.pad_with_graphs`:
+padding edges get operator `ZERO`, which nothing counts.
+"""
+
+import enum
+import graphlib
+from collections.abc import Sequence
+
+import jraph
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Operator(enum.IntEnum):
+    """What an edge computes. `ZERO` marks padding only; an absent edge is not stored."""
+
+    ZERO = 0
+    SKIP = 1
+    LINEAR = 2
+    CONV = 3
+    AVG_POOL = 4
+
+
+WEIGHT_OPERATORS = (Operator.LINEAR, Operator.CONV)
+"""The operators that carry a weight, and so add one to the depth of a path."""
+
+
+class Space(enum.IntEnum):
+    """Where a graph comes from; only the rule `author_code` tells spaces apart."""
+
+    DAG = 0
+    CELL = 1
+
+
+def build_graph(
+    num_vertices: int,
+    senders: ArrayLike,
+    receivers: ArrayLike,
+    operators: ArrayLike,
+    kernel_sizes: ArrayLike | None = None,
+    *,
+    space: Space = Space.DAG,
+) -> jraph.GraphsTuple:
+    """Builds and validates one architecture graph from its edge list, in any order.
+
+    Args:
+      num_vertices: number of vertices V, at least 2.
+      senders: integers [E], source vertex of each edge.
+      receivers: integers [E], target vertex of each edge.
+      operators: integers [E], members of `Operator` other than `ZERO`.
+      kernel_sizes: integers [E], spatial size of each operator; None means 1 everywhere.
+      space: where the graph comes from.
+
+    Returns:
+      The graph in the layout of this module, edges sorted by (receiver, sender).
+
+    Raises:
+      ValueError: see `validate_graph`.
+    """
+    senders, receivers, operators = (
+        np.asarray(values) for values in (senders, receivers, operators)
+    )
+    if kernel_sizes is None:
+        kernel_sizes = np.ones_like(senders)
+    columns = {
+        "senders": senders,
+        "receivers": receivers,
+        "operators": operators,
+        "kernel_sizes": np.asarray(kernel_sizes),
+    }
+    for name, values in columns.items():
+        if values.shape != senders.shape or values.ndim != 1:
+            raise ValueError(
+                f"{name} has shape {values.shape}; all edge columns must be of one length: "
+                f"senders has shape {senders.shape}"
+            )
+        if values.size and not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"{name} must be integers, found dtype {values.dtype}")
+    order = np.lexsort((senders, receivers))
+    graph = jraph.GraphsTuple(
+        nodes=np.arange(num_vertices, dtype=np.int32),
+        edges={
+            "operator": operators[order].astype(np.int32),
+            "kernel_size": columns["kernel_sizes"][order].astype(np.int32),
+        },
+        senders=senders[order].astype(np.int32),
+        receivers=receivers[order].astype(np.int32),
+        n_node=np.array([num_vertices], np.int32),
+        n_edge=np.array([senders.size], np.int32),
+        globals={"space": np.array([space], np.int32)},
+    )
+    validate_graph(graph)
+    return graph
+
+
+def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True) -> None:
+    """Checks that a graph is one architecture, and says what is wrong with it otherwise.
+
+    Args:
+      graph: a single graph (not a batch).
+      allow_dead_vertices: accept vertices that lie on no path from input to output, as the spaces
+        of DAG strings and cells do.
+
+    Raises:
+      ValueError: a batch; fewer than two vertices; an edge that names no vertex; a self loop; a
+        duplicate edge; a cycle; vertices not numbered in a topological order; an unknown operator;
+        a kernel size below 1; no path from input to output; with `allow_dead_vertices=False`, a
+        vertex that no path crosses.
+    """
+    num_vertices = number_of_vertices(graph)
+    if num_vertices < 2:
+        raise ValueError(
+            f"a graph needs at least 2 vertices, the input and the output, found {num_vertices}"
+        )
+    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
+    _check_edges(num_vertices, senders, receivers)
+    _check_operators(graph)
+    if np.any(senders > receivers):
+        _refuse_order(senders, receivers)
+    live = live_vertices(graph)
+    if not live[0]:
+        raise ValueError(
+            f"no path joins the input (vertex 0) and the output (vertex {num_vertices - 1})"
+        )
+    if not allow_dead_vertices and not live.all():
+        raise ValueError(
+            f"vertices {_first(np.flatnonzero(~live))} lie on no path from input to output"
+        )
+
+
+def _check_edges(num_vertices: int, senders: np.ndarray, receivers: np.ndarray) -> None:
+    for name, vertices in (("senders", senders), ("receivers", receivers)):
+        outside = vertices[(vertices < 0) | (vertices >= num_vertices)]
+        if outside.size:
+            raise ValueError(
+                f"{name} name vertices {_first(outside)}; accepted are 0 to {num_vertices - 1}"
+            )
+    loops = senders[senders == receivers]
+    if loops.size:
+        raise ValueError(f"self loop at vertex {loops[0]}; an edge must join two vertices")
+    keys, counts = np.unique(senders.astype(np.int64) * num_vertices + receivers, return_counts=True)
+    if np.any(counts > 1):
+        sender, receiver = divmod(int(keys[np.argmax(counts > 1)]), num_vertices)
+        raise ValueError(
+            f"duplicate edge {sender}->{receiver}; two vertices are joined by at most one edge"
+        )
+
+
+def _check_operators(graph: jraph.GraphsTuple) -> None:
+    operators = np.asarray(graph.edges["operator"])
+    accepted = [operator for operator in Operator if operator != Operator.ZERO]
+    unknown = np.flatnonzero(~np.isin(operators, accepted))
+    if unknown.size:
+        edge = unknown[0]
+        raise ValueError(
+            f"unknown operator {operators[edge]} on edge {_edge_name(graph, edge)}; accepted are "
+            + ", ".join(f"{operator.value} ({operator.name})" for operator in accepted)
+        )
+    kernel_sizes = np.asarray(graph.edges["kernel_size"])
+    if np.any(kernel_sizes < 1):
+        edge = np.argmax(kernel_sizes < 1)
+        raise ValueError(
+            f"kernel size {kernel_sizes[edge]} on edge {_edge_name(graph, edge)}; "
+            "accepted are integers from 1"
+        )
+
+
+def _refuse_order(senders: np.ndarray, receivers: np.ndarray) -> None:
+    sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter()
+    for sender, receiver in zip(senders.tolist(), receivers.tolist(), strict=True):
+        sorter.add(receiver, sender)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        cycle = " -> ".join(str(vertex) for vertex in error.args[1])
+        raise ValueError(f"the graph has a cycle: {cycle}") from None
+    edge = np.argmax(senders > receivers)
+    raise ValueError(
+        f"edge {senders[edge]}->{receivers[edge]} points backwards: number the vertices in a "
+        "topological order"
+    )
+
+
+def number_of_vertices(graph: jraph.GraphsTuple) -> int:
+    """Returns V of a single graph.
+
+    Raises:
+      ValueError: `graph` is a batch of several graphs.
+    """
+    if len(graph.n_node) != 1:
+        raise ValueError(f"expected a single graph, found a batch of {len(graph.n_node)}")
+    return int(graph.n_node[0])
+
+
+def is_weight(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Returns bool [E], true for the edges that carry a weight (linear and convolution)."""
+    return np.isin(graph.edges["operator"], WEIGHT_OPERATORS)
+
+
+def reachable_vertices(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Returns bool [V], true for the vertices that the input reaches (vertex 0 included)."""
+    reached = [False] * number_of_vertices(graph)
+    reached[0] = True
+    order = np.argsort(graph.receivers, kind="stable")
+    for sender, receiver in _edge_pairs(graph, order):
+        if reached[sender]:
+            reached[receiver] = True
+    return np.array(reached)
+
+
+def live_vertices(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Returns bool [V], true for the vertices that lie on a path from input to output."""
+    leads = [False] * number_of_vertices(graph)
+    leads[-1] = True
+    order = np.argsort(graph.senders, kind="stable")[::-1]
+    for sender, receiver in _edge_pairs(graph, order):
+        if leads[receiver]:
+            leads[sender] = True
+    return np.array(leads) & reachable_vertices(graph)
+
+
+def live_edges(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Returns bool [E], true for the edges that lie on a path from input to output."""
+    live = live_vertices(graph)
+    return live[graph.senders] & live[graph.receivers]
+
+
+def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
+    """Counts the contributions summed in each vertex [AAS Eq. 4, 12; theory §3].
+
+    Args:
+      graph: a single graph.
+      live: count only edges out of vertices that the input reaches, since the others bring
+        nothing. The authors' code counts them too: `live=False`.
+
+    Returns:
+      int64 [V]. Vertex 0 counts its one contribution, the stem.
+    """
+    counted = reachable_vertices(graph)[graph.senders] if live else np.ones(len(graph.senders), bool)
+    degrees = np.bincount(graph.receivers[counted], minlength=number_of_vertices(graph))
+    degrees[0] = 1
+    return degrees
+
+
+def network_kernel_size(graph: jraph.GraphsTuple) -> int:
+    """Returns q of [AAS Eq. 9]: the largest kernel among live weight edges, 1 where there is none.
+
+    The paper's networks use one kernel size throughout. Where sizes differ the largest bounds the
+    change of every vertex, so that the rate derived from it is safe.
+    """
+    kernels = np.asarray(graph.edges["kernel_size"])[live_edges(graph) & is_weight(graph)]
+    return int(kernels.max(initial=1))
+
+
+def _edge_pairs(graph: jraph.GraphsTuple, order: np.ndarray):
+    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
+    return zip(senders[order].tolist(), receivers[order].tolist(), strict=True)
+
+
+def _edge_name(graph: jraph.GraphsTuple, edge: int | np.integer) -> str:
+    return f"{graph.senders[edge]}->{graph.receivers[edge]}"
+
+
+def _first(values: Sequence[int] | np.ndarray, limit: int = 5) -> str:
+    shown = ", ".join(str(value) for value in values[:limit])
+    return shown + (", …" if len(values) > limit else "")

@@ -1,0 +1,16 @@
+"""Search spaces: strings and seeds to architecture graphs, and back."""
+
+from archscale_jax.spaces.cell import cell_code, cell_graph, cell_string
+from archscale_jax.spaces.dag import chain_string, dag_graph, dag_string
+from archscale_jax.spaces.random import random_dag_string, random_sparse_dag
+
+__all__ = [
+    "cell_code",
+    "cell_graph",
+    "cell_string",
+    "chain_string",
+    "dag_graph",
+    "dag_string",
+    "random_dag_string",
+    "random_sparse_dag",
+]

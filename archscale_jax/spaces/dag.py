@@ -1,0 +1,95 @@
+"""DAG strings such as `2_02_002` [AAS §3.1] to graphs and back.
+
+Groups separated by `_` are the vertices 1, 2, …; character u of group v is the operator on the
+edge u->v: `0` zero, `1` skip, `2` linear or, with a kernel size, convolution.
+"""
+
+import jraph
+import numpy as np
+
+from archscale_jax.graph import WEIGHT_OPERATORS, Operator, build_graph, number_of_vertices
+
+
+def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple:
+    """Parses a DAG string of any size.
+
+    Args:
+      text: the string; V vertices make V-1 groups of 1, 2, …, V-1 characters.
+      kernel_size: None for linear edges, else the spatial size q of the convolutions.
+
+    Returns:
+      The graph, without the stem before vertex 0 and the readout behind the last vertex.
+
+    Raises:
+      TypeError: `text` is not a string, or `kernel_size` not an integer.
+      ValueError: a group of the wrong length, an unknown character, a kernel size below 1, or no
+        path from input to output.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a DAG string must be a str, found {type(text).__name__}")
+    if kernel_size is None:
+        weight = Operator.LINEAR
+    elif isinstance(kernel_size, bool) or not isinstance(kernel_size, int | np.integer):
+        raise TypeError(f"kernel_size must be an int or None, found {kernel_size!r}")
+    elif kernel_size < 1:
+        raise ValueError(f"kernel_size must be at least 1, found {kernel_size}")
+    else:
+        weight = Operator.CONV
+    operators = {"1": Operator.SKIP, "2": weight}
+    groups = text.split("_")
+    edges = []
+    for receiver, group in enumerate(groups, start=1):
+        if len(group) != receiver:
+            raise ValueError(
+                f"group {receiver} of DAG string {_shown(text)} is {_shown(group)}; accepted is one "
+                f"character for each of the vertices 0 to {receiver - 1}"
+            )
+        for sender, character in enumerate(group):
+            if character in operators:
+                edges.append((sender, receiver, operators[character]))
+            elif character != "0":
+                raise ValueError(
+                    f"edge {sender}->{receiver} of DAG string {_shown(text)} is {character!r}; "
+                    "accepted are 0 (zero), 1 (skip) and 2 (weight)"
+                )
+    senders, receivers, kinds = np.array(edges, np.int32).reshape(-1, 3).T
+    kernel_sizes = np.where(kinds == weight, kernel_size or 1, 1)
+    try:
+        return build_graph(len(groups) + 1, senders, receivers, kinds, kernel_sizes)
+    except ValueError as error:
+        raise ValueError(f"DAG string {_shown(text)}: {error}") from None
+
+
+def dag_string(graph: jraph.GraphsTuple) -> str:
+    """Prints a graph as a DAG string; `dag_graph` reads it back.
+
+    Raises:
+      ValueError: the graph has an operator that DAG strings lack (pooling).
+    """
+    characters = {Operator.SKIP: "1"} | dict.fromkeys(WEIGHT_OPERATORS, "2")
+    groups = [["0"] * vertex for vertex in range(1, number_of_vertices(graph))]
+    for sender, receiver, operator in zip(
+        graph.senders, graph.receivers, graph.edges["operator"], strict=True
+    ):
+        if operator not in characters:
+            raise ValueError(
+                f"edge {sender}->{receiver} is {Operator(operator).name}; a DAG string holds only "
+                "SKIP, LINEAR and CONV"
+            )
+        groups[receiver - 1][sender] = characters[operator]
+    return "_".join("".join(group) for group in groups)
+
+
+def chain_string(depth: int) -> str:
+    """Returns the DAG string of the plain chain of `depth` weight edges: `2`, `2_02`, ….
+
+    Raises:
+      ValueError: `depth` is below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"a chain has at least 1 weight edge, asked for {depth}")
+    return "_".join("0" * vertex + "2" for vertex in range(depth))
+
+
+def _shown(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")
