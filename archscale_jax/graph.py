@@ -9,7 +9,8 @@ Edges are operators; contributions of the incoming edges of a vertex are summed.
 * `senders`    int32 [E]   source vertex of each edge
 * `receivers`  int32 [E]   target vertex of each edge; edges are sorted by (receiver, sender)
 * `edges`      {"operator": int32 [E], "kernel_size": int32 [E]}, operator a member of `Operator`
-* `globals`    {"space": int32 [1]}, a member of `Space`
+* `globals`    {"space": int32 [1], "kernel_size": int32 [1]}: a member of `Space`, and the spatial
+               size q of the network's convolutions, the stem included, 0 for a dense network
 * `n_node`, `n_edge`  int32 [1]
 
 as NumPy arrays on the host. Batch with `jraph.batch_np` and pad with `jraph.pad_with_graphs`:
@@ -53,6 +54,7 @@ def build_graph(
     operators: ArrayLike,
     kernel_sizes: ArrayLike | None = None,
     *,
+    network_kernel: int | None = None,
     space: Space = Space.DAG,
 ) -> jraph.GraphsTuple:
     """Builds and validates one architecture graph from its edge list, in any order.
@@ -63,13 +65,17 @@ def build_graph(
       receivers: integers [E], target vertex of each edge.
       operators: integers [E], members of `Operator` other than `ZERO`.
       kernel_sizes: integers [E], spatial size of each operator; None means 1 everywhere.
+      network_kernel: spatial size q of the network's convolutions, the stem included, 0 for a
+        dense network; None takes the largest kernel among the convolutions of the graph.
       space: where the graph comes from.
 
     Returns:
       The graph in the layout of this module, edges sorted by (receiver, sender).
 
     Raises:
-      ValueError: see `validate_graph`.
+      TypeError: `num_vertices` or `network_kernel` is not an integer.
+      ValueError: columns of different lengths or not of integers, a number beyond int32, a negative
+        `network_kernel`, no member of `Space`; and see `validate_graph`.
     """
     senders, receivers, operators = (
         np.asarray(values) for values in (senders, receivers, operators)
@@ -90,6 +96,12 @@ def build_graph(
             )
         if values.size and not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"{name} must be integers, found dtype {values.dtype}")
+        _check_int32(name, values)
+    _check_number("num_vertices", num_vertices)
+    if network_kernel is None:
+        convolutions = operators == Operator.CONV
+        network_kernel = int(columns["kernel_sizes"][convolutions].max(initial=0))
+    _check_number("network_kernel", network_kernel)
     order = np.lexsort((senders, receivers))
     graph = jraph.GraphsTuple(
         nodes=np.arange(num_vertices, dtype=np.int32),
@@ -101,10 +113,27 @@ def build_graph(
         receivers=receivers[order].astype(np.int32),
         n_node=np.array([num_vertices], np.int32),
         n_edge=np.array([senders.size], np.int32),
-        globals={"space": np.array([space], np.int32)},
+        globals={
+            "space": np.array([Space(space)], np.int32),
+            "kernel_size": np.array([network_kernel], np.int32),
+        },
     )
     validate_graph(graph)
     return graph
+
+
+def _check_int32(name: str, values: np.ndarray) -> None:
+    limits = np.iinfo(np.int32)  # a larger number would wrap around, and so name another vertex
+    for value in (values.min(initial=0), values.max(initial=0)):
+        if not limits.min <= value <= limits.max:
+            raise ValueError(f"{name} hold {value}; accepted are 32-bit integers")
+
+
+def _check_number(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, found {value!r}")
+    if not 0 <= value <= np.iinfo(np.int32).max:
+        raise ValueError(f"{name} is {value}; accepted are 32-bit integers from 0")
 
 
 def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True) -> None:
@@ -257,13 +286,12 @@ def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
 
 
 def network_kernel_size(graph: jraph.GraphsTuple) -> int:
-    """Returns q of [AAS Eq. 9]: the largest kernel among live weight edges, 1 where there is none.
+    """Returns q of [AAS Eq. 9], 1 for a dense network.
 
-    The paper's networks use one kernel size throughout. Where sizes differ the largest bounds the
-    change of every vertex, so that the rate derived from it is safe.
+    The paper's networks use one kernel size throughout. Where sizes differ this is the largest,
+    which bounds the change of every vertex, so that the rate derived from it is safe.
     """
-    kernels = np.asarray(graph.edges["kernel_size"])[live_edges(graph) & is_weight(graph)]
-    return int(kernels.max(initial=1))
+    return max(int(graph.globals["kernel_size"][0]), 1)
 
 
 def _edge_pairs(graph: jraph.GraphsTuple, order: np.ndarray):

@@ -7,10 +7,12 @@ all paths from the input to vertex v,
 
 where w is 1 for a weight edge and 0 for any other. `path_statistics` runs this recursion in Python
 integers: exact, for one graph of any size, linear in edges. `batched_path_statistics` runs it on
-device for a batch of small graphs; there the numbers of paths are kept as mantissa and power of
-two, and depths as means over paths, so that 2^998 paths neither overflow nor cost digits.
+device for a batch of small graphs; there each vertex keeps a power of two apart from its moments,
+so that 2^998 paths neither overflow nor cost digits.
 """
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -56,7 +58,8 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
     if depth_offset < 0:
         raise ValueError(f"depth_offset must not be negative, found {depth_offset}")
     num_vertices = number_of_vertices(graph)
-    skip_sources, weight_sources = _sources(graph)
+    weight = is_weight(graph)
+    skip_sources, weight_sources = _sources(graph, ~weight), _sources(graph, weight)
     # One list per moment, one entry per vertex. An unreached vertex holds zero paths and depths
     # that no arithmetic here can turn into those of a path.
     count, first, second, third = ([0] * num_vertices for _ in range(4))
@@ -64,7 +67,7 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
     count[0], first[0], second[0], third[0] = (depth_offset**power for power in range(4))
     shallowest[0] = deepest[0] = 0
     for vertex in range(1, num_vertices):
-        skips, weights = skip_sources(vertex), weight_sources(vertex)
+        skips, weights = skip_sources[vertex], weight_sources[vertex]
         paths, depth, squared, cubed = (
             sum(map(moment.__getitem__, weights)) for moment in (count, first, second, third)
         )
@@ -90,23 +93,13 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
     )
 
 
-def _sources(graph: jraph.GraphsTuple):
-    """Returns two functions from a vertex to its sources by skip and by weight edges."""
-    weight = is_weight(graph)
-    lookups = []
-    for chosen in (~weight, weight):
-        receivers = np.asarray(graph.receivers)[chosen]
-        order = np.argsort(receivers, kind="stable")
-        senders = np.asarray(graph.senders)[chosen][order].tolist()
-        starts = np.searchsorted(
-            receivers[order], np.arange(number_of_vertices(graph) + 1)
-        ).tolist()
-        lookups.append(
-            lambda vertex, senders=senders, starts=starts: senders[
-                starts[vertex] : starts[vertex + 1]
-            ]
-        )
-    return lookups
+def _sources(graph: jraph.GraphsTuple, chosen: np.ndarray) -> list[list[int]]:
+    """Lists, for every vertex, the sources of those of its incoming edges that are chosen."""
+    senders, receivers = np.asarray(graph.senders)[chosen], np.asarray(graph.receivers)[chosen]
+    order = np.argsort(receivers, kind="stable")
+    senders = senders[order].tolist()
+    bounds = np.searchsorted(receivers[order], np.arange(number_of_vertices(graph) + 1)).tolist()
+    return [senders[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 class BatchedPathStatistics(NamedTuple):
@@ -135,29 +128,34 @@ def batched_path_statistics(
 ) -> BatchedPathStatistics:
     """Computes path statistics of a batch of small graphs in one call (theory §2).
 
-    Works under `jit`. The batch is laid out densely, G x V x V: meant for many small graphs or a
-    few of some thousand vertices; `path_statistics` takes a single graph of any size. The relative
-    error of a number of paths and of a mean is about V times the float epsilon (float64 with
-    `jax_enable_x64`); numbers of paths below 2^24 are exact.
+    Works under `jit`. The batch is laid out densely, V x 2 x V x G: meant for many small graphs or
+    a few of some thousand vertices; `path_statistics` takes a single graph of any size. All sums
+    are of non-negative terms, so that the relative error of a number of paths and of a mean stays
+    near V times the float epsilon (float64 with `jax_enable_x64`); numbers of paths below 2^24 are
+    summed exactly, and only their logarithm is rounded. Several edges between two vertices count
+    as several paths.
 
     Args:
       graphs: graphs batched by `jraph.batch_np`, padded or not.
-      max_vertices: V, the largest number of vertices in a graph; needed under `jit`, where the
-        default cannot be read off the batch. Padding may have more.
+      max_vertices: V, the largest number of vertices in a graph that is not padding; needed under
+        `jit`, where the default cannot be read off the batch.
 
     Returns:
       One entry per graph, padding graphs included. A graph with more than `max_vertices` vertices
       gives NaN and depths -1.
 
     Raises:
-      ValueError: `max_vertices` missing under `jit`, or a dense layout of 2^31 entries or more.
+      ValueError: `max_vertices` missing under `jit` or below 1, or a dense layout of 2^31 entries
+        or more.
     """
     if max_vertices is None:
-        if isinstance(graphs.n_node, jax.core.Tracer):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(graphs)):
             raise ValueError("pass max_vertices: under jit it cannot be read off the batch")
-        max_vertices = int(np.max(graphs.n_node))
+        max_vertices = int(jnp.max(jnp.where(_has_edges(graphs), graphs.n_node, 1)))
+    if max_vertices < 1:
+        raise ValueError(f"max_vertices must be at least 1, found {max_vertices}")
     num_graphs = len(graphs.n_node)
-    if num_graphs * max_vertices**2 >= 2**31:
+    if 2 * num_graphs * max_vertices**2 >= 2**31:
         raise ValueError(
             f"{num_graphs} graphs of up to {max_vertices} vertices do not fit the dense layout "
             "(2^31 entries); use path_statistics for large graphs, or smaller batches"
@@ -165,105 +163,159 @@ def batched_path_statistics(
     return _dense_path_statistics(graphs, max_vertices)
 
 
+@functools.partial(jax.jit, static_argnames="max_vertices")
 def _dense_path_statistics(graphs: jraph.GraphsTuple, max_vertices: int) -> BatchedPathStatistics:
     n_node = jnp.asarray(graphs.n_node)
-    num_graphs = len(n_node)
-    skips, weights = _dense_edges(graphs, max_vertices)
-    states = _initial_states(max_vertices, num_graphs)
-
-    def step(vertex, states):
-        new = _combine(states, skips[vertex], weights[vertex])
-        return jax.tree.map(lambda all_, one: all_.at[vertex].set(one), states, new)
-
-    states = jax.lax.fori_loop(1, max_vertices, step, states)
+    edges = _dense_edges(graphs, max_vertices)
     output = jnp.clip(n_node - 1, 0, max_vertices - 1)
-    last = jax.tree.map(lambda all_: all_[output, jnp.arange(num_graphs)], states)
+    # Unrolled, few vertices take a fifth of the time of the loop, which mostly moves memory.
+    paths = (_unrolled if max_vertices <= 8 else _looped)(edges, output)
+    count, depth, _, cubed = paths.moments
     # One vertex alone is padding; more vertices than laid out is an answer that we do not have.
-    has_path = (last.mantissa > 0) & (n_node > 1) & (n_node <= max_vertices)
-    edges_before = jnp.cumsum(jnp.asarray(graphs.edges["operator"]) != Operator.ZERO)
-    edges_until = jnp.append(0, edges_before)[jnp.cumsum(jnp.asarray(graphs.n_edge))]
-    unknown = (n_node > max_vertices) & (jnp.diff(edges_until, prepend=0) > 0)
+    has_path = (count > 0) & (n_node > 1) & (n_node <= max_vertices)
+    unknown = _has_edges(graphs) & (n_node > max_vertices)
 
     def pick(value, otherwise):
         value = jnp.where(has_path, value, otherwise)
         return jnp.where(unknown, jnp.nan, value) if value.dtype.kind == "f" else value
 
     return BatchedPathStatistics(
-        log2_count=pick(jnp.log2(last.mantissa) + last.exponent, -jnp.inf),
-        mean_depth=pick(last.mean_depth, 0.0),
-        mean_depth_cubed=pick(last.mean_cubed, 0.0),
-        min_depth=pick(last.min_depth, -1),
-        max_depth=pick(last.max_depth, -1),
+        log2_count=pick(jnp.log2(count) + paths.exponent, -jnp.inf),
+        mean_depth=pick(depth / count, 0.0),
+        mean_depth_cubed=pick(cubed / count, 0.0),
+        min_depth=pick(paths.min_depth, -1),
+        max_depth=pick(paths.max_depth, -1),
     )
 
 
-class _State(NamedTuple):
-    """Paths from the input to each vertex, each array [V, G]; P = mantissa * 2**exponent."""
+def _has_edges(graphs: jraph.GraphsTuple) -> Array:
+    """Returns bool [G], false for graphs that are padding: all their edges are `ZERO`."""
+    n_edge = jnp.asarray(graphs.n_edge)
+    first = jnp.cumsum(n_edge) - n_edge
+    operator = jnp.append(jnp.asarray(graphs.edges["operator"]), Operator.ZERO)
+    return (n_edge > 0) & (operator[first] != Operator.ZERO)
 
-    mantissa: Array
+
+def _dense_edges(graphs: jraph.GraphsTuple, max_vertices: int) -> Array:
+    """Counts edges, as float [source V, skip or weight 2, target V, G]."""
+    num_graphs = len(graphs.n_node)
+    graph_of_edge = jnp.repeat(
+        jnp.arange(num_graphs), graphs.n_edge, total_repeat_length=len(graphs.senders)
+    )
+    operator = jnp.asarray(graphs.edges["operator"])
+    weight = jnp.isin(operator, jnp.array(WEIGHT_OPERATORS)).astype(int)
+    vertex = jnp.asarray(graphs.nodes)
+    index = (vertex[graphs.senders], weight, vertex[graphs.receivers], graph_of_edge)
+    edges = jnp.zeros((max_vertices, 2, max_vertices, num_graphs))
+    # Padding edges have operator ZERO and add 0; vertices beyond max_vertices are dropped.
+    return edges.at[index].add((operator != Operator.ZERO).astype(edges.dtype), mode="drop")
+
+
+class _Paths(NamedTuple):
+    """The paths from the input to one vertex of each graph, arrays [G], or to all, [V, G].
+
+    `moments` are M_0 to M_3, all divided by 2**exponent.
+    """
+
+    moments: tuple[Array, ...]
     exponent: Array
-    mean_depth: Array
-    mean_squared: Array
-    mean_cubed: Array
     min_depth: Array
     max_depth: Array
 
 
+# Of a vertex without paths; far from any real value and from overflow.
 _NO_EXPONENT = -(2**30)
 _NO_DEPTH = 2**30
 
 
-def _initial_states(max_vertices: int, num_graphs: int) -> _State:
-    zeros = jnp.zeros((max_vertices, num_graphs))
-    return _State(
-        mantissa=zeros.at[0].set(1.0),
-        exponent=jnp.full(zeros.shape, _NO_EXPONENT).at[0].set(0),
-        mean_depth=zeros,
-        mean_squared=zeros,
-        mean_cubed=zeros,
-        min_depth=jnp.full(zeros.shape, _NO_DEPTH).at[0].set(0),
-        max_depth=jnp.full(zeros.shape, -_NO_DEPTH).at[0].set(0),
+def _no_paths(shape: tuple[int, ...]) -> _Paths:
+    zeros, depth = jnp.zeros(shape), jnp.full(shape, _NO_DEPTH)
+    return _Paths((zeros,) * 4, jnp.full(shape, _NO_EXPONENT), depth, -depth)
+
+
+def _empty_path(shape: tuple[int, ...]) -> _Paths:
+    zeros, depth = jnp.zeros(shape), jnp.zeros(shape, int)
+    return _Paths((jnp.ones(shape), zeros, zeros, zeros), depth, depth, depth)
+
+
+def _unrolled(edges: Array, output: Array) -> _Paths:
+    """Returns the paths to the vertex `output` of each graph, by a program without loops."""
+    max_vertices, _, _, num_graphs = edges.shape
+    vertices = [_empty_path((num_graphs,))]
+    for target in range(1, max_vertices):
+        paths = _no_paths((num_graphs,))
+        for source in range(target):
+            paths = _extended(paths, vertices[source], *edges[source, :, target])
+        vertices.append(_normalized(paths))
+    result = vertices[0]
+    for vertex, paths in enumerate(vertices):
+        result = jax.tree.map(functools.partial(jnp.where, output == vertex), paths, result)
+    return result
+
+
+def _looped(edges: Array, output: Array) -> _Paths:
+    """Returns the same; each step extends the paths to one vertex to all its targets at once."""
+    max_vertices, _, _, num_graphs = edges.shape
+    vertices = jax.tree.map(
+        lambda nothing, start: nothing.at[0].set(start),
+        _no_paths((max_vertices, num_graphs)),
+        _empty_path((num_graphs,)),
+    )
+
+    def step(source, vertices):
+        paths = _normalized(jax.tree.map(lambda array: array[source], vertices))
+        # Otherwise the compiler normalizes anew for every target and every moment.
+        paths = jax.lax.optimization_barrier(paths)
+        return _extended(vertices, paths, *edges[source])
+
+    vertices = jax.lax.fori_loop(0, max_vertices - 1, step, vertices)
+    index = (output, jnp.arange(num_graphs))
+    return _normalized(jax.tree.map(lambda array: array[index], vertices))
+
+
+def _extended(target: _Paths, source: _Paths, skips: Array, weights: Array) -> _Paths:
+    """Adds, to the paths that end in `target`, those that come from `source` over its edges.
+
+    `skips` and `weights` count the edges that join the two.
+    """
+    joined = skips + weights > 0
+    arriving = jnp.where(joined, source.exponent, _NO_EXPONENT)
+    exponent = jnp.maximum(target.exponent, arriving)
+    kept, added = _power_of_two(target.exponent - exponent), _power_of_two(arriving - exponent)
+    count, depth, squared, cubed = source.moments
+    grown = (
+        count,
+        depth + count,
+        squared + 2 * depth + count,
+        cubed + 3 * squared + 3 * depth + count,
+    )
+    # Where a skip and a weight edge join the same two vertices both depths arrive.
+    min_depth = jnp.where(joined, source.min_depth + (skips == 0), _NO_DEPTH)
+    max_depth = jnp.where(joined, source.max_depth + (weights > 0), -_NO_DEPTH)
+    return _Paths(
+        moments=tuple(
+            kept * there + added * (skips * over_skip + weights * over_weight)
+            for there, over_skip, over_weight in zip(
+                target.moments, source.moments, grown, strict=True
+            )
+        ),
+        exponent=exponent,
+        min_depth=jnp.minimum(target.min_depth, min_depth),
+        max_depth=jnp.maximum(target.max_depth, max_depth),
     )
 
 
-def _dense_edges(graphs: jraph.GraphsTuple, max_vertices: int) -> tuple[Array, Array]:
-    """Counts the skip and the weight edges, each as float [target V, source V, G]."""
-    num_graphs = len(graphs.n_node)
-    graph_of = jnp.repeat(jnp.arange(num_graphs), graphs.n_edge, total_repeat_length=len(graphs.senders))
-    operator = jnp.asarray(graphs.edges["operator"])
-    weight = jnp.isin(operator, jnp.array(WEIGHT_OPERATORS))
-    vertex = jnp.asarray(graphs.nodes)
-    # Padding edges have operator ZERO and add 0; vertices beyond max_vertices are dropped.
-    index = (weight.astype(int), vertex[graphs.receivers], vertex[graphs.senders], graph_of)
-    dense = jnp.zeros((2, max_vertices, max_vertices, num_graphs))
-    dense = dense.at[index].add((operator != Operator.ZERO).astype(dense.dtype), mode="drop")
-    return dense[0], dense[1]
-
-
-def _combine(states: _State, skips: Array, weights: Array) -> _State:
-    """One vertex from all its sources; `skips` and `weights` count edges, [V, G]."""
-    present = (skips + weights > 0) & (states.mantissa > 0)
-    exponent = jnp.max(jnp.where(present, states.exponent, _NO_EXPONENT), axis=0)
-    scaled = jnp.where(present, states.mantissa * jnp.exp2((states.exponent - exponent).astype(states.mantissa.dtype)), 0.0)
-    total = jnp.sum((skips + weights) * scaled, axis=0)
-    share = scaled / jnp.where(total > 0, total, 1.0)
-    # Each path arrives with probability share; over a weight edge its depth grows by one.
-    probability, stepping = (skips + weights) * share, weights * share
-    mantissa, carry = jnp.frexp(total)
-
-    def mean(power, growth):
-        return jnp.sum(probability * power + stepping * growth, axis=0)
-
-    depth, squared, cubed = states.mean_depth, states.mean_squared, states.mean_cubed
-    grown = (weights > 0).astype(states.min_depth.dtype)
-    ungrown = (skips == 0).astype(states.min_depth.dtype)
-    return _State(
-        mantissa=mantissa,
-        exponent=jnp.where(total > 0, exponent + carry, _NO_EXPONENT),
-        mean_depth=mean(depth, 1.0),
-        mean_squared=mean(squared, 2 * depth + 1),
-        mean_cubed=mean(cubed, 3 * squared + 3 * depth + 1),
-        # Where a skip and a weight edge join the same two vertices both depths arrive.
-        min_depth=jnp.min(jnp.where(present, states.min_depth + ungrown, _NO_DEPTH), axis=0),
-        max_depth=jnp.max(jnp.where(present, states.max_depth + grown, -_NO_DEPTH), axis=0),
+def _normalized(paths: _Paths) -> _Paths:
+    """Moves the power of two of the number of paths into the exponent."""
+    _, carry = jnp.frexp(paths.moments[0])
+    scale = _power_of_two(-carry)
+    return paths._replace(
+        moments=tuple(scale * moment for moment in paths.moments), exponent=paths.exponent + carry
     )
+
+
+def _power_of_two(exponent: Array) -> Array:
+    """Returns 2.0**exponent for exponents up to 0, from its bits, since `exp2` rounds on CPU."""
+    info = jnp.finfo(jnp.result_type(float))
+    biased = jnp.maximum(exponent - info.minexp + 1, 0).astype(f"int{info.bits}")
+    return jax.lax.bitcast_convert_type(biased << info.nmant, info.dtype)

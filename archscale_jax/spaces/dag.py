@@ -31,8 +31,8 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
         weight = Operator.LINEAR
     elif isinstance(kernel_size, bool) or not isinstance(kernel_size, int | np.integer):
         raise TypeError(f"kernel_size must be an int or None, found {kernel_size!r}")
-    elif kernel_size < 1:
-        raise ValueError(f"kernel_size must be at least 1, found {kernel_size}")
+    elif not 1 <= kernel_size <= np.iinfo(np.int32).max:
+        raise ValueError(f"kernel_size is {kernel_size}; accepted are 32-bit integers from 1")
     else:
         weight = Operator.CONV
     operators = {"1": Operator.SKIP, "2": weight}
@@ -55,7 +55,14 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
     senders, receivers, kinds = np.array(edges, np.int32).reshape(-1, 3).T
     kernel_sizes = np.where(kinds == weight, kernel_size or 1, 1)
     try:
-        return build_graph(len(groups) + 1, senders, receivers, kinds, kernel_sizes)
+        return build_graph(
+            len(groups) + 1,
+            senders,
+            receivers,
+            kinds,
+            kernel_sizes,
+            network_kernel=kernel_size or 0,
+        )
     except ValueError as error:
         raise ValueError(f"DAG string {_shown(text)}: {error}") from None
 

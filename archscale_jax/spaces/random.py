@@ -38,6 +38,7 @@ def random_dag_string(
             "probabilities must be three non-negative numbers that sum to 1 (zero, skip, weight), "
             f"found {tuple(probabilities)}"
         )
+    chances = chances / chances.sum()  # NumPy asks for more digits than a caller may have typed
     generator = np.random.default_rng(seed)
     for _ in range(max_tries):
         groups = (generator.choice(list("012"), vertex, p=chances) for vertex in range(1, num_vertices))
@@ -81,6 +82,10 @@ def random_sparse_dag(
     generator = np.random.default_rng(seed)
     chain = np.arange(num_vertices - 1, dtype=np.int64)
     keys = chain * num_vertices + chain + 1
+    if 5 * num_edges > complete:  # dense: drawing repeated pairs again would take for ever
+        rows, columns = np.triu_indices(num_vertices, 2)
+        chosen = generator.choice(rows.size, num_edges - keys.size, replace=False)
+        keys = np.union1d(keys, rows[chosen] * num_vertices + columns[chosen])
     while keys.size < num_edges:  # pairs that repeat are drawn again
         pairs = np.sort(generator.integers(num_vertices, size=(num_edges - keys.size, 2)), axis=1)
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]

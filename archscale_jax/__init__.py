@@ -1,0 +1,63 @@
+"""Initialization and learning rates from the architecture of a network."""
+
+from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax.graph import Operator, Space, build_graph, in_degrees, validate_graph
+from archscale_jax.initializer import initialize
+from archscale_jax.paths import (
+    BatchedPathStatistics,
+    PathStatistics,
+    batched_path_statistics,
+    path_statistics,
+)
+from archscale_jax.rules import (
+    learning_rate_scale,
+    register_initialization_rule,
+    register_learning_rate_rule,
+    register_width_rule,
+    weight_standard_deviations,
+)
+from archscale_jax.spaces import (
+    cell_code,
+    cell_graph,
+    cell_string,
+    chain_string,
+    dag_graph,
+    dag_string,
+    random_dag_string,
+    random_sparse_dag,
+)
+from archscale_jax.transform import learning_rate_factors, scale_by_architecture
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Architecture",
+    "Arrangement",
+    "BatchedPathStatistics",
+    "Operator",
+    "Parameter",
+    "PathStatistics",
+    "Role",
+    "Space",
+    "batched_path_statistics",
+    "build_graph",
+    "cell_code",
+    "cell_graph",
+    "cell_string",
+    "chain_string",
+    "dag_graph",
+    "dag_string",
+    "in_degrees",
+    "initialize",
+    "learning_rate_factors",
+    "learning_rate_scale",
+    "path_statistics",
+    "random_dag_string",
+    "random_sparse_dag",
+    "register_initialization_rule",
+    "register_learning_rate_rule",
+    "register_width_rule",
+    "scale_by_architecture",
+    "validate_graph",
+    "weight_standard_deviations",
+]

@@ -1,0 +1,160 @@
+"""An architecture: the graph of a network, and which parameter leaf belongs to which edge."""
+
+import collections
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import jraph
+
+PyTree = Any
+
+
+class Role(enum.StrEnum):
+    """What a parameter does in its network, as the initialization and width rules tell apart."""
+
+    INPUT = "input"
+    HIDDEN = "hidden"
+    READOUT = "readout"
+    BIAS = "bias"
+    SCALE = "scale"
+
+
+class Arrangement(enum.StrEnum):
+    """What the vertices of a network sum (theory §3).
+
+    PRE_ACTIVATION: z_v = Σ W σ(z_u), [AAS Eq. 1]. ACTIVATION: h_v = Σ σ(W h_u), the authors' code.
+    """
+
+    PRE_ACTIVATION = "pre_activation"
+    ACTIVATION = "activation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter leaf.
+
+    Attributes:
+      name: path of the leaf in the params tree, `parameter_name` of its key path.
+      role: what it does.
+      layer: role of the layer it belongs to: INPUT (the stem), HIDDEN or READOUT.
+      shape: shape of the leaf.
+      fan_in: inputs that reach one unit of its layer, the kernel's positions included.
+      fan_out: units that one input of its layer reaches, the kernel's positions included.
+      kernel_size: spatial size q of its layer, 1 for a dense layer.
+      kernel_positions: number of spatial positions of the kernel, q² for an image.
+      edge: index of its layer among the edges of the graph; None for the stem, the readout and
+        normalization.
+    """
+
+    name: str
+    role: Role
+    layer: Role
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    kernel_size: int = 1
+    kernel_positions: int = 1
+    edge: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Architecture:
+    """The graph of a network with its parameters bound to it.
+
+    Attributes:
+      graph: see `archscale_jax.graph`.
+      parameters: one entry per leaf of the params tree.
+      arrangement: what the vertices sum.
+
+    Raises:
+      ValueError: two parameters of one name, or an edge that the graph does not have.
+    """
+
+    graph: jraph.GraphsTuple
+    parameters: tuple[Parameter, ...]
+    arrangement: Arrangement = Arrangement.PRE_ACTIVATION
+
+    def __post_init__(self):
+        counts = collections.Counter(parameter.name for parameter in self.parameters)
+        for parameter in self.parameters:
+            if counts[parameter.name] > 1:
+                raise ValueError(f"{counts[parameter.name]} parameters are named {parameter.name!r}")
+            if parameter.edge is not None and not 0 <= parameter.edge < len(self.graph.senders):
+                raise ValueError(
+                    f"parameter {parameter.name!r} belongs to edge {parameter.edge}; the graph has "
+                    f"edges 0 to {len(self.graph.senders) - 1}"
+                )
+
+
+def parameter_name(key_path: tuple[Any, ...]) -> str:
+    """Returns the name of a leaf, such as `edges/0_1/kernel`, from its JAX key path.
+
+    The attribute that Flax NNX adds for the value of a variable is left out, so that a state and
+    its pure dictionary give the same names.
+    """
+    keys = list(key_path)
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys.pop()
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def named_leaves(tree: PyTree, **flatten_options: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by `parameter_name`; options go to `jax.tree`'s flattening."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, **flatten_options)
+    return {parameter_name(path): leaf for path, leaf in leaves}
+
+
+def check_leaf(architecture: Architecture, name: str, shape: tuple[int, ...]) -> None:
+    """Checks that a leaf is a parameter of the architecture.
+
+    Raises:
+      ValueError: the architecture has no parameter of this name, or one of another shape.
+    """
+    shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+    if name not in shapes:
+        raise ValueError(
+            f"params hold a leaf {name!r} of shape {shape} that the architecture does not know; it "
+            f"knows {_listed(shapes)}"
+        )
+    if tuple(shape) != shapes[name]:
+        raise ValueError(
+            f"parameter {name!r} has shape {tuple(shape)}; the architecture expects {shapes[name]}"
+        )
+
+
+def check_parameters(
+    architecture: Architecture, params: PyTree, *, masked: type | tuple[type, ...] = ()
+) -> None:
+    """Checks that the leaves of a params tree are the parameters of the architecture.
+
+    Args:
+      architecture: what the params should be.
+      params: the params tree.
+      masked: types of nodes that stand for the parameters at or below them (`optax.MaskedNode`).
+
+    Raises:
+      ValueError: a leaf that is missing, unknown, or of another shape; the message names it.
+    """
+    leaves = named_leaves(params, is_leaf=lambda node: isinstance(node, masked))
+    absent = tuple(name for name, leaf in leaves.items() if isinstance(leaf, masked))
+    for name, leaf in leaves.items():
+        if name not in absent:
+            check_leaf(architecture, name, leaf.shape)
+    for parameter in architecture.parameters:
+        covered = any(
+            not name or parameter.name == name or parameter.name.startswith(name + "/")
+            for name in absent
+        )
+        if parameter.name not in leaves and not covered:
+            raise ValueError(
+                f"params lack {parameter.name!r} of shape {parameter.shape}; they hold "
+                f"{_listed(leaves)}"
+            )
+
+
+def _listed(names: dict[str, Any], limit: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:limit])
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return (shown + more) or "nothing"

@@ -1,0 +1,98 @@
+"""Files that are whole or not there: atomic writes, and a journal that survives a cut."""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Calls `write` with a temporary path beside `path`, then moves the file into place.
+
+    The folder is made where it is missing. Where `write` fails, nothing is left behind.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner reads
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_atomically(path, lambda target: target.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Appends one line to a JSON-lines journal and waits until it is on disk.
+
+    A line that an earlier run left unfinished is cut off first.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as journal:
+        journal.seek(0)
+        content = journal.read()
+        journal.truncate(content.rfind(b"\n") + 1)
+        journal.write(json.dumps(record).encode() + b"\n")
+        journal.flush()
+        os.fsync(journal.fileno())
+
+
+def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Reads a JSON-lines journal; an unfinished last line is left out.
+
+    Raises:
+      ValueError: a finished line that is no JSON object, by number.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is no JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} line {number} is no JSON object")
+        records.append(record)
+    return records
+
+
+def claim_directory(directory: str | pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
+    """Makes a run's folder with its `config.json`, or checks that it belongs to the same run.
+
+    Raises:
+      ValueError: the folder holds the results of a run with another config; the message names the
+        settings that differ.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / "config.json"
+    config = json.loads(json.dumps(config))
+    if not path.exists():
+        write_json(path, config)
+        return directory
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    different = [
+        f"{name}={found.get(name)!r} (now {config.get(name)!r})"
+        for name in sorted({*found, *config})
+        if found.get(name) != config.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{directory} holds a run with {', '.join(different)}; choose another --workdir or "
+            "remove it"
+        )
+    return directory

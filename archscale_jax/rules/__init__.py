@@ -1,0 +1,31 @@
+"""The equations, one small function each, by name."""
+
+from archscale_jax.rules.initialization import (
+    INITIALIZATION_RULES,
+    WeightVariances,
+    register_initialization_rule,
+    weight_standard_deviations,
+)
+from archscale_jax.rules.learning_rate import (
+    LEARNING_RATE_RULES,
+    kernel_size_factor,
+    learning_rate_scale,
+    register_learning_rate_rule,
+    shortest_path_length,
+)
+from archscale_jax.rules.width import WIDTH_RULES, register_width_rule, width_factors
+
+__all__ = [
+    "INITIALIZATION_RULES",
+    "LEARNING_RATE_RULES",
+    "WIDTH_RULES",
+    "WeightVariances",
+    "kernel_size_factor",
+    "learning_rate_scale",
+    "register_initialization_rule",
+    "register_learning_rate_rule",
+    "register_width_rule",
+    "shortest_path_length",
+    "weight_standard_deviations",
+    "width_factors",
+]

@@ -1,0 +1,197 @@
+"""Initialization rules: the variance of every weight from its place in the graph (theory §3).
+
+A hidden weight on edge u->v is drawn from N(0, C/n), the readout from N(0, gain²/n²), n being the
+fan [AAS Eq. 2, 4]. A rule is a function `(graph, arrangement) -> WeightVariances` that says what C
+is for every edge; `register_initialization_rule` gives a function of yours a name.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jraph
+import numpy as np
+
+from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax.graph import Space, in_degrees, is_weight, number_of_vertices, reachable_vertices
+from archscale_jax.rules.registry import Registry
+
+STEM_NUMERATOR = 2.0
+"""C of the stem, whose target vertex 0 has one contribution [AAS Eq. 4]."""
+
+
+class WeightVariances(NamedTuple):
+    """What an initialization rule says of a graph with E edges.
+
+    Attributes:
+      edges: float64 [E]; the weights of edge e have variance `edges[e] / n`. Entries of edges
+        without weight mean nothing.
+      readout_gain: the readout has standard deviation `readout_gain / n`.
+      fan: which fan n is, receptive field included.
+    """
+
+    edges: np.ndarray
+    readout_gain: float = math.sqrt(2.0)
+    fan: Literal["fan_in", "fan_out"] = "fan_in"
+
+
+InitializationRule = Callable[[jraph.GraphsTuple, Arrangement], WeightVariances]
+
+INITIALIZATION_RULES: Registry[InitializationRule] = Registry("initialization rule")
+register_initialization_rule = INITIALIZATION_RULES.register
+
+
+def weight_standard_deviations(
+    architecture: Architecture, rule: str | InitializationRule | None = None
+) -> dict[str, float]:
+    """Returns the standard deviation of every input, hidden and readout weight by name.
+
+    Args:
+      architecture: the graph with its parameters.
+      rule: name of a rule, or a function `(graph, arrangement) -> WeightVariances`. None takes the
+        rule that measurably preserves the flow: `target` where vertices sum pre-activations,
+        `source` where they sum activations (docs/initialization.md).
+
+    Raises:
+      ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or
+        a hidden weight that belongs to no edge.
+    """
+    if rule is None:
+        rule = DEFAULT_RULES[architecture.arrangement]
+    variances = INITIALIZATION_RULES.resolve(rule)(architecture.graph, architecture.arrangement)
+    deviations = {
+        parameter.name: _standard_deviation(parameter, variances)
+        for parameter in architecture.parameters
+        if parameter.role in (Role.INPUT, Role.HIDDEN, Role.READOUT)
+    }
+    for name, deviation in deviations.items():
+        if not math.isfinite(deviation):
+            raise ValueError(
+                f"initialization rule {rule!r} gives {name!r} the standard deviation {deviation}"
+            )
+    return deviations
+
+
+DEFAULT_RULES = {Arrangement.PRE_ACTIVATION: "target", Arrangement.ACTIVATION: "source"}
+
+
+def _standard_deviation(parameter: Parameter, variances: WeightVariances) -> float:
+    fan = getattr(parameter, variances.fan)
+    if parameter.role == Role.READOUT:
+        return variances.readout_gain / fan
+    if parameter.role == Role.INPUT:
+        return math.sqrt(STEM_NUMERATOR / fan)
+    if parameter.edge is None:
+        raise ValueError(f"hidden weight {parameter.name!r} belongs to no edge of the graph")
+    numerator = float(variances.edges[parameter.edge])
+    if numerator < 0:
+        raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
+    return math.sqrt(numerator / fan)
+
+
+@register_initialization_rule("target")
+def target(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
+    """C = 2 / d_in(v), the target's live in-degree [AAS Eq. 12]; for summed pre-activations."""
+    del arrangement
+    return WeightVariances(2 / np.maximum(in_degrees(graph), 1)[graph.receivers])
+
+
+@register_initialization_rule("source")
+def source(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
+    """C = 2 / d_in(u), the source's live in-degree [AAS Eq. 4]; for summed activations."""
+    del arrangement
+    return WeightVariances(2 / np.maximum(in_degrees(graph), 1)[graph.senders])
+
+
+@register_initialization_rule("none")
+def none(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
+    """C = 2 for every edge (He), whatever the graph."""
+    del arrangement
+    return WeightVariances(np.full(len(graph.senders), 2.0))
+
+
+@register_initialization_rule("author_code")
+def author_code(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
+    """C = 2 / d_in(u) as in the authors' published code (theory §3).
+
+    The in-degree counts dead edges too. MLP and CNN take the fan-out, cells the fan-in, and the
+    readout has standard deviation 2/n, where the text has sqrt(2)/n.
+    """
+    del arrangement
+    degrees = np.maximum(in_degrees(graph, live=False), 1)
+    return WeightVariances(
+        2 / degrees[graph.senders],
+        readout_gain=2.0,
+        fan="fan_in" if graph.globals["space"][0] == Space.CELL else "fan_out",
+    )
+
+
+@register_initialization_rule("moment")
+def moment(
+    graph: jraph.GraphsTuple, arrangement: Arrangement, *, branch_share: float = 0.25
+) -> WeightVariances:
+    """Second moments propagated through the graph, equal at all vertices as far as skips allow.
+
+    The weighted edges of a vertex get, in equal parts, what its skips leave of the second moment 1
+    of vertex 0 (theory §3). Where the skips leave nothing, the weighted edges add `branch_share` /
+    n of what the skips bring, n being the number of vertices with both kinds of edges: then n
+    residual blocks in a row grow the second moment at most by exp(branch_share), and no weight
+    starts at zero. Exact at infinite width for ReLU. Time and memory are quadratic in vertices.
+
+    Args:
+      graph: a single graph.
+      arrangement: what vertices sum; activations have positive means, whose products add.
+      branch_share: see above; 0 would start saturated branches at zero weights.
+    """
+    num_vertices = number_of_vertices(graph)
+    weight, live = is_weight(graph), reachable_vertices(graph)[graph.senders]
+    skips = [graph.senders[live & ~weight & (graph.receivers == v)] for v in range(num_vertices)]
+    weights = [np.flatnonzero(live & weight & (graph.receivers == v)) for v in range(num_vertices)]
+    mixed = sum(1 for s, w in zip(skips, weights, strict=True) if len(s) and len(w))
+    share = branch_share / max(mixed, 1)
+
+    activation = arrangement == Arrangement.ACTIVATION
+    products = np.zeros((num_vertices, num_vertices))  # E[feature_u feature_v], one unit each
+    means = np.zeros(num_vertices)
+    products[0, 0], means[0] = 1.0, _RELU_MEAN * math.sqrt(2.0) if activation else 0.0
+    edges = np.full(len(graph.senders), 2.0)
+    for vertex in range(1, num_vertices):
+        skipped = products[np.ix_(skips[vertex], skips[vertex])].sum()
+        products[vertex] = products[:, vertex] = products[skips[vertex]].sum(axis=0)
+        means[vertex] = means[skips[vertex]].sum()
+        count, second = len(weights[vertex]), skipped
+        if count:
+            second = max(1.0, skipped * (1 + share))
+            solve = _activation_variance if activation else _pre_activation_variance
+            variance = solve(second - skipped, count, means[vertex])
+            sources = graph.senders[weights[vertex]]
+            edges[weights[vertex]] = variance / products[sources, sources]
+            if activation:
+                added = count * _RELU_MEAN * math.sqrt(variance)
+                products[vertex] += added * means
+                means[vertex] += added
+                products[:, vertex] = products[vertex]
+        products[vertex, vertex] = second
+    return WeightVariances(edges)
+
+
+_RELU_MEAN = 1 / math.sqrt(2 * math.pi)
+"""E[σ(z)] for z ~ N(0, 1); E[σ(z)²] is 1/2."""
+
+
+def _pre_activation_variance(missing: float, count: int, mean: float) -> float:
+    """Variance c of W z_u with count · c/2 = missing, since E[(W σ(z_u))²] = c/2."""
+    del mean
+    return 2 * missing / count
+
+
+def _activation_variance(missing: float, count: int, mean: float) -> float:
+    """Variance a² of W h_u such that `count` terms σ(W h_u) add `missing` to a sum of this mean.
+
+    The sum's second moment grows by 2·mean·count·m·a + count·a²/2 + count·(count-1)·m²·a², with
+    m·a the mean of one term; a is the positive root.
+    """
+    half_linear = mean * count * _RELU_MEAN
+    quadratic = count / 2 + count * (count - 1) * _RELU_MEAN**2
+    root = (math.sqrt(half_linear**2 + quadratic * missing) - half_linear) / quadratic
+    return root**2

@@ -1,0 +1,44 @@
+"""Rules by name."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+Rule = TypeVar("Rule", bound=Callable)
+
+
+class Registry(Generic[Rule]):
+    """Names for the rules of one kind; iterating gives the names in order of registration."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._rules: dict[str, Rule] = {}
+
+    def register(self, name: str) -> Callable[[Rule], Rule]:
+        """Returns a decorator that gives a rule a name.
+
+        Raises:
+          ValueError: the name is taken.
+        """
+
+        def decorate(rule: Rule) -> Rule:
+            if name in self._rules:
+                raise ValueError(f"{self._kind} {name!r} is registered already")
+            self._rules[name] = rule
+            return rule
+
+        return decorate
+
+    def resolve(self, rule: str | Rule) -> Rule:
+        """Returns the rule of a name; a function is its own rule.
+
+        Raises:
+          ValueError: no rule has this name.
+        """
+        if not isinstance(rule, str):
+            return rule
+        if rule not in self._rules:
+            raise ValueError(f"unknown {self._kind} {rule!r}; accepted are {', '.join(self)}")
+        return self._rules[rule]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)

@@ -1,0 +1,236 @@
+"""Training loops for Flax NNX classifiers: one jitted call an epoch.
+
+A network is split into its `nnx.GraphDef` and its state, and `TrainState` is a plain pytree: vmap
+it over seeds or rates, shard it, save it. The examples are arguments, never constants of a compiled
+program.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Scalar
+
+from archscale_jax.architecture import PyTree
+from archscale_jax.datasets import augment, epoch_indices
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes.
+
+    Attributes:
+      params: trainable state, `nnx.Param`.
+      model_state: the rest of the network's state (batch statistics).
+      optimizer_state: optax state.
+      epoch: number of finished epochs, int32.
+      key: random key that, with the epoch, fixes batches and augmentation.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    optimizer_state: PyTree
+    epoch: Int[Scalar, ""]
+    key: Array
+
+
+def create_optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns SGD with coupled weight decay, as in the reference experiments.
+
+    Args:
+      learning_rate: base rate or schedule; chain `scale_by_architecture` behind.
+      momentum: in [0, 1); 0 keeps no trace.
+      nesterov: Nesterov's form of momentum.
+      weight_decay: added to the gradient, times the weight; not negative.
+
+    Raises:
+      ValueError: a rate that is not positive and finite, a momentum or decay outside its range,
+        or Nesterov without momentum.
+    """
+    if isinstance(learning_rate, int | float):
+        check_learning_rate(learning_rate)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must lie in [0, 1), found {momentum}")
+    if nesterov and not momentum:
+        raise ValueError("Nesterov's momentum needs momentum > 0")
+    if not (weight_decay >= 0 and weight_decay < float("inf")):
+        raise ValueError(f"weight_decay must be finite and not negative, found {weight_decay}")
+    sgd = optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov)
+    return optax.chain(optax.add_decayed_weights(weight_decay), sgd) if weight_decay else sgd
+
+
+def create_schedule(
+    learning_rate: float,
+    total_steps: int,
+    *,
+    kind: Literal["constant", "cosine"] = "constant",
+    warmup_steps: int = 0,
+) -> optax.Schedule:
+    """Returns a schedule that starts at 0 while warming up linearly, then holds or falls to 0.
+
+    Args:
+      learning_rate: the peak.
+      total_steps: number of updates, warm-up included.
+      kind: `constant`, or `cosine` to 0 at `total_steps`.
+      warmup_steps: updates until the peak.
+
+    Raises:
+      ValueError: a rate that is not positive and finite, an unknown kind, or a warm-up that is
+        negative or leaves no step.
+    """
+    check_learning_rate(learning_rate)
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps must lie in [0, total_steps), found {warmup_steps} of {total_steps}"
+        )
+    if kind not in ("constant", "cosine"):
+        raise ValueError(f"unknown schedule {kind!r}; accepted are constant, cosine")
+    if kind == "constant":
+        after = optax.constant_schedule(learning_rate)
+    else:
+        after = optax.cosine_decay_schedule(learning_rate, total_steps - warmup_steps)
+    if not warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def check_learning_rate(learning_rate: float) -> None:
+    """Checks a learning rate.
+
+    Raises:
+      ValueError: it is not a positive finite number.
+    """
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"a learning rate must be positive and finite, found {learning_rate}")
+
+
+def create_train_state(
+    params: PyTree,
+    model_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+) -> TrainState:
+    """Returns the state before the first epoch."""
+    return TrainState(params, model_state, optimizer.init(params), jnp.int32(0), key)
+
+
+def cross_entropy(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    model_state: PyTree,
+    images: Float[Array, "b h w c"],
+    labels: Int[Array, " b"],
+    *,
+    train: bool,
+) -> tuple[Float[Scalar, ""], tuple[Array, PyTree]]:
+    """Returns the mean cross entropy in nats, with the logits [b, classes] and the new state."""
+    network = nnx.merge(graphdef, params, model_state)
+    logits = network(images, train=train).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))
+
+
+def train_epoch(
+    state: TrainState,
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, " n"],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    max_steps: int | None = None,
+    flip: bool = False,
+    padding: int = 0,
+) -> tuple[TrainState, Float[Array, " steps"]]:
+    """Trains one epoch: every example once, in random order, an incomplete batch left out.
+
+    Pure; wrap it in `jax.jit` (as `jitted_train_epoch` does) and `jax.vmap` over states as needed.
+
+    Args:
+      state: see `TrainState`.
+      images: the training images.
+      labels: their classes.
+      graphdef: structure of the network.
+      optimizer: the transformation whose state is `state.optimizer_state`.
+      batch_size: examples an update.
+      max_steps: stop the epoch after so many updates.
+      flip: mirror half of the images.
+      padding: shift images by up to so many pixels (pad and crop).
+
+    Returns:
+      The new state and the training loss of every update, taken before it.
+
+    Raises:
+      ValueError: a batch size below 1 or above the number of examples.
+    """
+    order_key, augment_key = jax.random.split(jax.random.fold_in(state.key, state.epoch))
+    batches = epoch_indices(order_key, len(images), batch_size)[:max_steps]
+
+    def step(carry, batch):
+        params, model_state, optimizer_state = carry
+        index, indices = batch
+        inputs = images[indices]
+        if flip or padding:
+            key = jax.random.fold_in(augment_key, index)
+            inputs = augment(key, inputs, flip=flip, padding=padding)
+        (loss, (_, model_state)), gradients = jax.value_and_grad(
+            lambda params: cross_entropy(
+                graphdef, params, model_state, inputs, labels[indices], train=True
+            ),
+            has_aux=True,
+        )(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), model_state, optimizer_state), loss
+
+    carry = (state.params, state.model_state, state.optimizer_state)
+    carry, losses = jax.lax.scan(step, carry, (jnp.arange(len(batches)), batches))
+    return TrainState(*carry, epoch=state.epoch + 1, key=state.key), losses
+
+
+jitted_train_epoch = jax.jit(
+    train_epoch,
+    static_argnames=("graphdef", "optimizer", "batch_size", "max_steps", "flip", "padding"),
+)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch_size"))
+def evaluate(
+    params: PyTree,
+    model_state: PyTree,
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, " n"],
+    *,
+    graphdef: nnx.GraphDef,
+    batch_size: int = 1000,
+) -> dict[str, Any]:
+    """Returns the mean loss (nats) and the accuracy (0 to 1) over all examples, scalars.
+
+    Raises:
+      ValueError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+
+    def measure(images, labels):
+        loss, (logits, _) = cross_entropy(
+            graphdef, params, model_state, images, labels, train=False
+        )
+        hits = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+        return jnp.array([loss * len(labels), hits.astype(loss.dtype)])
+
+    count = len(images)
+    whole = count - count % batch_size
+    batched = [array[:whole].reshape(-1, batch_size, *array.shape[1:]) for array in (images, labels)]
+    totals = jax.lax.map(lambda batch: measure(*batch), tuple(batched)).sum(axis=0)
+    if whole < count:
+        totals += measure(images[whole:], labels[whole:])
+    return {"loss": totals[0] / count, "accuracy": totals[1] / count}

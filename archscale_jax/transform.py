@@ -1,0 +1,120 @@
+"""The optax transformation: one factor on the update of every parameter [AAS Eq. 9]."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+import optax
+
+from archscale_jax.architecture import (
+    Architecture,
+    PyTree,
+    check_leaf,
+    check_parameters,
+    parameter_name,
+)
+from archscale_jax.graph import network_kernel_size
+from archscale_jax.rules.learning_rate import (
+    LearningRateRule,
+    kernel_size_factor,
+    learning_rate_scale,
+)
+from archscale_jax.rules.width import WidthRule, width_factors
+
+
+def learning_rate_factors(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None = None,
+    rule: str | LearningRateRule = "path_sum",
+    *,
+    kernel_per_layer: bool = False,
+    width_rule: str | WidthRule | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Returns the learning-rate factor of every parameter by name.
+
+    Args:
+      architecture: the network to train.
+      base: the network on which the base rate was tuned, or its graph.
+      rule: see `archscale_jax.rules.learning_rate_scale`: one factor for all weights and biases.
+      kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
+        every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
+      width_rule: None, or `sgd` or `adam` for the width factors [μP] of `archscale_jax.rules.width`.
+      **options: passed to the rule.
+
+    Raises:
+      ValueError: what the rules raise; a width rule without an architecture as base.
+    """
+    base_graph = base.graph if isinstance(base, Architecture) else base
+    scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
+    factors = {parameter.name: scale for parameter in architecture.parameters}
+    if kernel_per_layer:
+        network = network_kernel_size(architecture.graph)
+        for parameter in architecture.parameters:
+            factors[parameter.name] *= kernel_size_factor(parameter.kernel_size, network)
+    if width_rule is not None:
+        if not isinstance(base, Architecture):
+            raise ValueError(
+                "width_rule compares fans: pass the base network's Architecture, found "
+                f"{type(base).__name__}"
+            )
+        for name, factor in width_factors(architecture, base, width_rule).items():
+            factors[name] *= factor
+    return factors
+
+
+def scale_by_architecture(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None = None,
+    rule: str | LearningRateRule = "path_sum",
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Multiplies the update of every parameter by its learning-rate factor.
+
+    Put it last, behind the optimizer, so that a factor f turns the rate η into f·η:
+
+        optax.chain(optax.sgd(0.1, momentum=0.9), scale_by_architecture(arch, base))
+
+    Everything before it in the chain is scaled: with `optax.adamw` the decoupled weight decay is f
+    times weaker too, as it is for a smaller rate. Keep the decay as it is by adding it behind:
+
+        optax.chain(optax.scale_by_adam(), scale_by_architecture(arch, base),
+                    optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3))
+
+    Coupled weight decay (`add_decayed_weights` before the momentum) is part of the gradient and is
+    scaled with it. Momentum is linear, so factors before and behind it do the same; Adam divides
+    the size of the gradient out, so a factor before it does nothing.
+
+    Args:
+      architecture: the network to train.
+      base: the network on which the base rate was tuned, or its graph.
+      rule: learning-rate rule.
+      **options: see `learning_rate_factors`.
+
+    Returns:
+      A transformation without state. Factors are Python floats fixed here; the product is taken in
+      float32 at least and rounded once to the dtype of the update. `init` checks params, `update`
+      checks updates. Parameters that `optax.masked` hides are left out.
+
+    Raises:
+      ValueError: here, what `learning_rate_factors` raises; in `init` and `update`, a leaf that is
+        missing, unknown or of another shape, by name.
+    """
+    factors = learning_rate_factors(architecture, base, rule, **options)
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        check_parameters(architecture, params, masked=optax.MaskedNode)
+        return optax.EmptyState()
+
+    def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        del params
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        name = parameter_name(path)
+        check_leaf(architecture, name, update.shape)
+        exact = jnp.promote_types(update.dtype, jnp.float32)
+        return (update.astype(exact) * factors[name]).astype(update.dtype)
+
+    return optax.GradientTransformation(init_fn, update_fn)
