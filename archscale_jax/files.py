@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -45,6 +45,12 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
         journal.write(json.dumps(record).encode() + b"\n")
         journal.flush()
         os.fsync(journal.fileno())
+
+
+def write_records(path: str | pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a JSON-lines journal atomically."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda target: target.write_text(text))
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ so that 2^998 paths neither overflow nor cost digits.
 
 import functools
 import itertools
+from operator import index
 from typing import NamedTuple
 
 import jax
@@ -53,43 +54,42 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
       Python integers. Time is linear in edges (times the length of the integers).
 
     Raises:
+      TypeError: the offset is not an integer.
       ValueError: `graph` is a batch, no path joins input and output, or the offset is negative.
     """
+    depth_offset = index(depth_offset)
     if depth_offset < 0:
         raise ValueError(f"depth_offset must not be negative, found {depth_offset}")
     num_vertices = number_of_vertices(graph)
     weight = is_weight(graph)
     skip_sources, weight_sources = _sources(graph, ~weight), _sources(graph, weight)
-    # One list per moment, one entry per vertex. An unreached vertex holds zero paths and depths
-    # that no arithmetic here can turn into those of a path.
-    count, first, second, third = ([0] * num_vertices for _ in range(4))
-    shallowest, deepest = [2 * num_vertices] * num_vertices, [-2 * num_vertices] * num_vertices
-    count[0], first[0], second[0], third[0] = (depth_offset**power for power in range(4))
-    shallowest[0] = deepest[0] = 0
+    # One entry per vertex in every list. An unreached vertex holds zero paths, and depths that no
+    # arithmetic here can turn into those of a path.
+    moments = [[depth_offset**power] + [0] * (num_vertices - 1) for power in range(4)]
+    shallowest = [depth_offset] + [depth_offset + 2 * num_vertices] * (num_vertices - 1)
+    deepest = [depth_offset] + [-2 * num_vertices] * (num_vertices - 1)
     for vertex in range(1, num_vertices):
         skips, weights = skip_sources[vertex], weight_sources[vertex]
-        paths, depth, squared, cubed = (
-            sum(map(moment.__getitem__, weights)) for moment in (count, first, second, third)
-        )
-        cubed += 3 * squared + 3 * depth + paths  # (L + 1)³, and so on
-        squared += 2 * depth + paths
-        depth += paths
-        count[vertex] = paths + sum(map(count.__getitem__, skips))
-        first[vertex] = depth + sum(map(first.__getitem__, skips))
-        second[vertex] = squared + sum(map(second.__getitem__, skips))
-        third[vertex] = cubed + sum(map(third.__getitem__, skips))
+        lengthened = _lengthened(*(sum(map(moment.__getitem__, weights)) for moment in moments))
+        for moment, over_weights in zip(moments, lengthened, strict=True):
+            moment[vertex] = sum(map(moment.__getitem__, skips)) + over_weights
         for depths, extreme in ((shallowest, min), (deepest, max)):
-            through = [depths[source] for source in skips]
-            through += [depths[source] + 1 for source in weights]
-            depths[vertex] = extreme(through, default=depths[vertex])
-    if not count[-1]:
+            arriving = [depths[source] for source in skips]
+            arriving += [depths[source] + 1 for source in weights]
+            depths[vertex] = extreme(arriving, default=depths[vertex])
+    count, depth_sum, _, depth_cubed_sum = (moment[-1] for moment in moments)
+    if not count:
         raise ValueError("no path joins the input and the output of the graph")
-    return PathStatistics(
-        count=count[-1],
-        depth_sum=first[-1],
-        depth_cubed_sum=third[-1],
-        min_depth=shallowest[-1] + depth_offset,
-        max_depth=deepest[-1] + depth_offset,
+    return PathStatistics(count, depth_sum, depth_cubed_sum, shallowest[-1], deepest[-1])
+
+
+def _lengthened(count, depth, squared, cubed):
+    """Returns Σ (L + 1)^k for k = 0 to 3 from the sums Σ L^k."""
+    return (
+        count,
+        depth + count,
+        squared + 2 * depth + count,
+        cubed + 3 * squared + 3 * depth + count,
     )
 
 
@@ -149,9 +149,12 @@ def batched_path_statistics(
         or more.
     """
     if max_vertices is None:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(graphs)):
-            raise ValueError("pass max_vertices: under jit it cannot be read off the batch")
-        max_vertices = int(jnp.max(jnp.where(_has_edges(graphs), graphs.n_node, 1)))
+        try:
+            max_vertices = int(jnp.max(jnp.where(_has_edges(graphs), graphs.n_node, 1)))
+        except jax.errors.ConcretizationTypeError:
+            raise ValueError(
+                "pass max_vertices: under jit it cannot be read off the batch"
+            ) from None
     if max_vertices < 1:
         raise ValueError(f"max_vertices must be at least 1, found {max_vertices}")
     num_graphs = len(graphs.n_node)
@@ -173,6 +176,7 @@ def _dense_path_statistics(graphs: jraph.GraphsTuple, max_vertices: int) -> Batc
     count, depth, _, cubed = paths.moments
     # One vertex alone is padding; more vertices than laid out is an answer that we do not have.
     has_path = (count > 0) & (n_node > 1) & (n_node <= max_vertices)
+    count = jnp.where(has_path, count, 1.0)
     unknown = _has_edges(graphs) & (n_node > max_vertices)
 
     def pick(value, otherwise):
@@ -192,23 +196,24 @@ def _has_edges(graphs: jraph.GraphsTuple) -> Array:
     """Returns bool [G], false for graphs that are padding: all their edges are `ZERO`."""
     n_edge = jnp.asarray(graphs.n_edge)
     first = jnp.cumsum(n_edge) - n_edge
-    operator = jnp.append(jnp.asarray(graphs.edges["operator"]), Operator.ZERO)
-    return (n_edge > 0) & (operator[first] != Operator.ZERO)
+    operator = jnp.asarray(graphs.edges["operator"])
+    operator = operator.at[first].get(mode="fill", fill_value=Operator.ZERO)
+    return (n_edge > 0) & (operator != Operator.ZERO)
 
 
 def _dense_edges(graphs: jraph.GraphsTuple, max_vertices: int) -> Array:
     """Counts edges, as float [source V, skip or weight 2, target V, G]."""
     num_graphs = len(graphs.n_node)
-    graph_of_edge = jnp.repeat(
-        jnp.arange(num_graphs), graphs.n_edge, total_repeat_length=len(graphs.senders)
+    vertex, senders, receivers, operator = map(
+        jnp.asarray, (graphs.nodes, graphs.senders, graphs.receivers, graphs.edges["operator"])
     )
-    operator = jnp.asarray(graphs.edges["operator"])
+    # By vertex, not by edge: for a single graph the compiler evaluates it, which takes a while.
+    graph = jnp.repeat(jnp.arange(num_graphs), graphs.n_node, total_repeat_length=len(vertex))
     weight = jnp.isin(operator, jnp.array(WEIGHT_OPERATORS)).astype(int)
-    vertex = jnp.asarray(graphs.nodes)
-    index = (vertex[graphs.senders], weight, vertex[graphs.receivers], graph_of_edge)
+    entry = (vertex[senders], weight, vertex[receivers], graph[senders])
     edges = jnp.zeros((max_vertices, 2, max_vertices, num_graphs))
     # Padding edges have operator ZERO and add 0; vertices beyond max_vertices are dropped.
-    return edges.at[index].add((operator != Operator.ZERO).astype(edges.dtype), mode="drop")
+    return edges.at[entry].add((operator != Operator.ZERO).astype(edges.dtype), mode="drop")
 
 
 class _Paths(NamedTuple):
@@ -269,8 +274,7 @@ def _looped(edges: Array, output: Array) -> _Paths:
         return _extended(vertices, paths, *edges[source])
 
     vertices = jax.lax.fori_loop(0, max_vertices - 1, step, vertices)
-    index = (output, jnp.arange(num_graphs))
-    return _normalized(jax.tree.map(lambda array: array[index], vertices))
+    return _normalized(jax.tree.map(lambda array: array[output, jnp.arange(num_graphs)], vertices))
 
 
 def _extended(target: _Paths, source: _Paths, skips: Array, weights: Array) -> _Paths:
@@ -282,13 +286,6 @@ def _extended(target: _Paths, source: _Paths, skips: Array, weights: Array) -> _
     arriving = jnp.where(joined, source.exponent, _NO_EXPONENT)
     exponent = jnp.maximum(target.exponent, arriving)
     kept, added = _power_of_two(target.exponent - exponent), _power_of_two(arriving - exponent)
-    count, depth, squared, cubed = source.moments
-    grown = (
-        count,
-        depth + count,
-        squared + 2 * depth + count,
-        cubed + 3 * squared + 3 * depth + count,
-    )
     # Where a skip and a weight edge join the same two vertices both depths arrive.
     min_depth = jnp.where(joined, source.min_depth + (skips == 0), _NO_DEPTH)
     max_depth = jnp.where(joined, source.max_depth + (weights > 0), -_NO_DEPTH)
@@ -296,7 +293,7 @@ def _extended(target: _Paths, source: _Paths, skips: Array, weights: Array) -> _
         moments=tuple(
             kept * there + added * (skips * over_skip + weights * over_weight)
             for there, over_skip, over_weight in zip(
-                target.moments, source.moments, grown, strict=True
+                target.moments, source.moments, _lengthened(*source.moments), strict=True
             )
         ),
         exponent=exponent,

@@ -6,6 +6,8 @@ program.
 """
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Scalar
 
 from archscale_jax.architecture import PyTree
-from archscale_jax.datasets import augment, epoch_indices
+from archscale_jax.datasets import Dataset, augment, epoch_indices
 
 
 class TrainState(NamedTuple):
@@ -55,7 +57,7 @@ def create_optimizer(
       ValueError: a rate that is not positive and finite, a momentum or decay outside its range,
         or Nesterov without momentum.
     """
-    if isinstance(learning_rate, int | float):
+    if not callable(learning_rate):
         check_learning_rate(learning_rate)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), found {momentum}")
@@ -68,7 +70,7 @@ def create_optimizer(
 
 
 def create_schedule(
-    learning_rate: float,
+    learning_rate: float | Array,
     total_steps: int,
     *,
     kind: Literal["constant", "cosine"] = "constant",
@@ -103,12 +105,14 @@ def create_schedule(
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def check_learning_rate(learning_rate: float) -> None:
-    """Checks a learning rate.
+def check_learning_rate(learning_rate: float | Array) -> None:
+    """Checks a learning rate; one that is traced passes.
 
     Raises:
       ValueError: it is not a positive finite number.
     """
+    if isinstance(learning_rate, jax.core.Tracer):
+        return
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"a learning rate must be positive and finite, found {learning_rate}")
 
@@ -234,3 +238,65 @@ def evaluate(
     if whole < count:
         totals += measure(images[whole:], labels[whole:])
     return {"loss": totals[0] / count, "accuracy": totals[1] / count}
+
+
+def fit(
+    state: TrainState,
+    dataset: Dataset,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    total_steps: int,
+    flip: bool = False,
+    padding: int = 0,
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """Trains from `state.epoch` to the end, epoch by epoch.
+
+    Args:
+      state: a new state, or one restored from a checkpoint.
+      dataset: what to train and to test on.
+      graphdef: structure of the network.
+      optimizer: see `train_epoch`.
+      batch_size: examples an update.
+      total_steps: updates in all; the last epoch stops where they are done.
+      flip: see `train_epoch`.
+      padding: see `train_epoch`.
+
+    Yields:
+      After each epoch the state and its metrics: `epoch`, `step`, `running_loss` (mean over the
+      epoch's updates), `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy` (after it,
+      over whole splits) and `diverged` (1.0 or 0.0, see `has_diverged`).
+    """
+    steps_per_epoch = len(dataset.train_images) // batch_size
+    splits = {
+        "train": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+    for epoch in range(int(state.epoch), math.ceil(total_steps / max(steps_per_epoch, 1))):
+        left = total_steps - epoch * steps_per_epoch
+        state, losses = jitted_train_epoch(
+            state,
+            *splits["train"],
+            graphdef=graphdef,
+            optimizer=optimizer,
+            batch_size=batch_size,
+            max_steps=left if left < steps_per_epoch else None,
+            flip=flip,
+            padding=padding,
+        )
+        metrics = {
+            "epoch": epoch + 1,
+            "step": epoch * steps_per_epoch + len(losses),
+            "running_loss": float(jnp.mean(losses)),
+        }
+        for split, examples in splits.items():
+            measured = evaluate(state.params, state.model_state, *examples, graphdef=graphdef)
+            metrics |= {f"{split}_{name}": float(value) for name, value in measured.items()}
+        metrics["diverged"] = float(has_diverged(metrics["train_loss"], dataset.num_classes))
+        yield state, metrics
+
+
+def has_diverged(train_loss: float, num_classes: int) -> bool:
+    """Whether a loss is not finite or no better than guessing, log(num_classes)."""
+    return not train_loss < math.log(num_classes)

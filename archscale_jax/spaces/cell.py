@@ -97,7 +97,7 @@ def _digits_of_string(text: str) -> list[list[int]]:
         entries = group.split("|")
         if len(entries) != receiver + 2 or entries[0] or entries[-1]:
             raise ValueError(
-                f"group {receiver} of cell {text[:200]!r} is {group!r}; accepted are {receiver} "
+                f"group {receiver} of cell {text[:200]!r} is {group[:60]!r}; accepted are {receiver} "
                 "entries |operation~vertex|"
             )
         digits.append([])
@@ -105,7 +105,7 @@ def _digits_of_string(text: str) -> list[list[int]]:
             name, _, vertex = entry.partition("~")
             if name not in OPERATION_NAMES or vertex != str(sender):
                 raise ValueError(
-                    f"entry {entry!r} of cell {text[:200]!r}; accepted is one of "
+                    f"entry {entry[:60]!r} of cell {text[:200]!r}; accepted is one of "
                     f"{', '.join(OPERATION_NAMES)} followed by ~{sender}"
                 )
             digits[-1].append(OPERATION_NAMES.index(name))

@@ -1,0 +1,172 @@
+"""What the binaries share: the flags of a network and its training, and what they build."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jraph
+import optax
+from absl import app, flags, logging
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax import training
+from archscale_jax.architecture import PyTree
+from archscale_jax.datasets import DATASET_NAMES, Dataset
+from archscale_jax.models import ACTIVATIONS, NORMALIZATIONS, create_network
+from archscale_jax.rules import INITIALIZATION_RULES
+
+FLAGS = flags.FLAGS
+
+NOT_SETTINGS = ("workdir", "data_dir", "resume", "quiet")
+"""Flags that do not change what a run computes."""
+
+
+def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
+    """Defines the flags that say what is trained, on what, and how."""
+    flags.DEFINE_enum("dataset", "digits", DATASET_NAMES, "Data set.")
+    flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+    flags.DEFINE_integer("width", 128, "Features of every vertex.", lower_bound=1)
+    flags.DEFINE_integer(
+        "kernel_size", None, "Kernel size of a convolutional network; leave out for an MLP."
+    )
+    flags.DEFINE_enum("activation", "relu", list(ACTIVATIONS), "Activation.")
+    flags.DEFINE_enum("normalization", "none", ["none", *NORMALIZATIONS], "Normalization.")
+    flags.DEFINE_enum(
+        "arrangement",
+        "pre_activation",
+        [str(arrangement) for arrangement in archscale.Arrangement],
+        "What vertices sum; `activation` is the arrangement of the authors' code.",
+    )
+    flags.DEFINE_enum(
+        "initialization",
+        "auto",
+        ["auto", *INITIALIZATION_RULES],
+        "Initialization rule; auto takes the one that fits the arrangement.",
+    )
+    flags.DEFINE_string("base_architecture", "2", "DAG string of the network the rate is tuned on.")
+    flags.DEFINE_integer("batch_size", batch_size, "Examples an update.", lower_bound=1)
+    flags.DEFINE_float("epochs", epochs, "Epochs; a fraction trains part of the last.")
+    flags.DEFINE_bool("flip", False, "Augmentation: mirror half of the images.")
+    flags.DEFINE_integer("padding", 0, "Augmentation: shift by up to so many pixels.", lower_bound=0)
+    flags.DEFINE_float("momentum", 0.0, "Momentum, in [0, 1).")
+    flags.DEFINE_bool("nesterov", False, "Nesterov's momentum.")
+    flags.DEFINE_float("weight_decay", 0.0, "Coupled weight decay.")
+    flags.DEFINE_enum(
+        "schedule", "constant", ["constant", "cosine"], "Learning rate over time; cosine falls to 0."
+    )
+    flags.DEFINE_integer("warmup_steps", 0, "Updates of linear warm-up.", lower_bound=0)
+    flags.DEFINE_string("workdir", workdir, "Folder for config, results and figures.")
+
+
+def run_binary(run: Callable[[], None]) -> None:
+    """Parses the flags and calls `run`; bad input ends with one line that says what is wrong."""
+
+    def main(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+        try:
+            run()
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+
+    FLAGS.set_default("verbosity", logging.WARNING)  # orbax logs every step of a save
+    app.run(main)
+
+
+def settings(module: str) -> dict[str, Any]:
+    """Returns the values of the flags that decide what a run computes, by name.
+
+    Args:
+      module: name of the binary's module (`sys.argv[0]` under absl), whose own flags count too.
+    """
+    by_module = FLAGS.flags_by_module_dict()
+    values = {flag.name: flag.value for name in (module, __name__) for flag in by_module[name]}
+    return {name: values[name] for name in sorted(values) if name not in NOT_SETTINGS}
+
+
+def parse_graph(text: str) -> jraph.GraphsTuple:
+    """Parses a DAG string with the kernel size of the flags."""
+    return archscale.dag_graph(text, kernel_size=FLAGS.kernel_size)
+
+
+class Network(NamedTuple):
+    """A Flax network taken apart, with its architecture."""
+
+    graphdef: nnx.GraphDef
+    params: PyTree
+    model_state: PyTree
+    architecture: archscale.Architecture
+
+
+def build_network(graph: jraph.GraphsTuple, dataset: Dataset) -> Network:
+    """Builds the network of a graph for a data set, as the flags say."""
+    network = create_network(
+        graph,
+        dataset.train_images.shape[1:],
+        FLAGS.width,
+        dataset.num_classes,
+        activation=FLAGS.activation,
+        normalization=None if FLAGS.normalization == "none" else FLAGS.normalization,
+        arrangement=FLAGS.arrangement,
+        rngs=nnx.Rngs(0),
+    )
+    return Network(*nnx.split(network, nnx.Param, ...), network.architecture())
+
+
+def build_optimizer(learning_rate: Any, total_steps: int) -> optax.GradientTransformation:
+    """Returns SGD with the schedule, momentum and weight decay of the flags."""
+    schedule = training.create_schedule(
+        learning_rate, total_steps, kind=FLAGS.schedule, warmup_steps=FLAGS.warmup_steps
+    )
+    return training.create_optimizer(
+        schedule,
+        momentum=FLAGS.momentum,
+        nesterov=FLAGS.nesterov,
+        weight_decay=FLAGS.weight_decay,
+    )
+
+
+def count_steps(dataset: Dataset, epochs: float) -> int:
+    """Returns the number of updates in so many epochs, at least 1.
+
+    Raises:
+      ValueError: a batch larger than the training set, or epochs that are not positive.
+    """
+    examples = len(dataset.train_images)
+    if FLAGS.batch_size > examples:
+        raise ValueError(f"batch_size {FLAGS.batch_size} exceeds the {examples} training examples")
+    if not 0 < epochs < float("inf"):
+        raise ValueError(f"epochs must be positive and finite, found {epochs}")
+    return max(round(epochs * (examples // FLAGS.batch_size)), 1)
+
+
+def initial_state(
+    network: Network, optimizer: optax.GradientTransformation, seed: int
+) -> training.TrainState:
+    """Draws the initial weights of a seed by the rule of the flags."""
+    weights_key, batches_key = jax.random.split(jax.random.key(seed))
+    rule = None if FLAGS.initialization == "auto" else FLAGS.initialization
+    params = archscale.initialize(weights_key, network.params, network.architecture, rule)
+    return training.create_train_state(params, network.model_state, optimizer, batches_key)
+
+
+def fit(
+    state: training.TrainState,
+    dataset: Dataset,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    total_steps: int,
+) -> Iterator[tuple[training.TrainState, dict[str, float]]]:
+    """`training.fit` with batches and augmentation of the flags."""
+    return training.fit(
+        state,
+        dataset,
+        graphdef=network.graphdef,
+        optimizer=optimizer,
+        batch_size=FLAGS.batch_size,
+        total_steps=total_steps,
+        flip=FLAGS.flip,
+        padding=FLAGS.padding,
+    )

@@ -1,0 +1,199 @@
+"""Does a learning rate tuned on a shallow network transfer to deep and branched ones?
+
+    python -m experiments.transfer --workdir=runs/transfer
+
+Searches the best rate of the base network on a grid (the largest rate with the smallest training
+loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
+is the unscaled rate). Writes config.json, results.jsonl (a line a trial) and transfer.png, and
+prints a table. A run that was cut off goes on where it stopped.
+"""
+
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import optax
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress
+
+import archscale_jax as archscale
+from archscale_jax import datasets, files
+from archscale_jax.datasets import Dataset
+from archscale_jax.rules import LEARNING_RATE_RULES
+from experiments import common, transfer_report
+
+FLAGS = flags.FLAGS
+
+common.define_flags(batch_size=32, epochs=5, workdir="runs/transfer")
+flags.DEFINE_multi_string(
+    "architecture", None, "DAG string of a network; repeat the flag for several, beside the others."
+)
+flags.DEFINE_list("chain_depths", ["2", "4", "6", "8"], "Depths of plain chains.")
+flags.DEFINE_integer("num_random", 4, "Number of random DAGs.", lower_bound=0)
+flags.DEFINE_integer("random_vertices", 7, "Vertices of a random DAG.", lower_bound=2)
+flags.DEFINE_integer("random_seed", 0, "Seed of the random DAGs.")
+flags.DEFINE_list("rules", ["none", "path_sum"], "Learning-rate rules to compare.")
+flags.DEFINE_float("min_rate", 0.01, "Smallest rate of the search on the base network.")
+flags.DEFINE_float("max_rate", 3.0, "Largest rate of the search.")
+flags.DEFINE_integer("num_rates", 12, "Rates of the search, a log grid.", lower_bound=1)
+flags.DEFINE_float("search_epochs", 1.0, "Epochs of a trial of the search.")
+flags.DEFINE_float("base_rate", None, "Rate of the base network; leave out to search it.")
+flags.DEFINE_integer("num_seeds", 3, "Seeds of every trial.", lower_bound=1)
+
+
+def run() -> None:
+    """Searches, trains what is missing, prints and draws."""
+    networks = _networks()
+    for rule in FLAGS.rules:  # every factor is known to exist before the first step is trained
+        for text in networks.values():
+            _scale(text, rule)
+    rates = _rate_grid()
+    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    search_steps = common.count_steps(dataset, FLAGS.search_epochs)
+    total_steps = common.count_steps(dataset, FLAGS.epochs)
+    workdir = files.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
+    journal = workdir / "results.jsonl"
+
+    searched = [(FLAGS.base_architecture, "none", rate) for rate in rates]
+    _train_missing(journal, "search", dataset, searched, search_steps)
+    records = files.read_records(journal)
+    base_rate = FLAGS.base_rate or best_rate([r for r in records if r["phase"] == "search"])
+    trials = [(text, rule, base_rate) for text in networks.values() for rule in FLAGS.rules]
+    _train_missing(journal, "transfer", dataset, trials, total_steps)
+
+    transferred = [r for r in files.read_records(journal) if r["phase"] == "transfer"]
+    rows = transfer_report.summarise(networks, common.parse_graph, FLAGS.rules, transferred)
+    console = Console()
+    title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    console.print(transfer_report.table(rows, FLAGS.rules, title))
+    files.write_records(workdir / "summary.jsonl", rows)
+    figure = workdir / "transfer.png"
+    transfer_report.draw(rows, FLAGS.rules, title, figure)
+    console.print(f"results: {journal}\nfigure:  {figure}")
+
+
+def _networks() -> dict[str, str]:
+    """Returns the DAG strings to train by their names."""
+    chains = {f"chain {depth}": archscale.chain_string(int(depth)) for depth in FLAGS.chain_depths}
+    given = {text: text for text in FLAGS.architecture or []}
+    drawn: dict[str, str] = {}
+    seed = FLAGS.random_seed
+    while len(drawn) < FLAGS.num_random:
+        text = archscale.random_dag_string(seed, FLAGS.random_vertices)
+        if text not in chains.values():
+            drawn[text] = text
+        seed += 1
+    return chains | given | drawn
+
+
+def _scale(text: str, rule: str) -> float:
+    base = common.parse_graph(FLAGS.base_architecture)
+    return archscale.learning_rate_scale(common.parse_graph(text), base, rule)
+
+
+def _rate_grid() -> list[float]:
+    if FLAGS.base_rate is not None:
+        if not 0 < FLAGS.base_rate < float("inf"):
+            raise ValueError(f"base_rate must be positive and finite, found {FLAGS.base_rate}")
+        return []
+    if not 0 < FLAGS.min_rate <= FLAGS.max_rate < float("inf"):
+        raise ValueError(
+            f"rates must satisfy 0 < min_rate <= max_rate, found {FLAGS.min_rate} and {FLAGS.max_rate}"
+        )
+    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
+
+
+def best_rate(records: list[dict[str, Any]]) -> float:
+    """Returns the largest rate with the smallest training loss, mean over seeds [AAS protocol].
+
+    Raises:
+      ValueError: every rate diverged.
+    """
+    losses: dict[float, list[float]] = {}
+    for record in records:
+        loss = float("inf") if record["diverged"] else record["train_loss"]
+        losses.setdefault(record["base_rate"], []).append(loss)
+    means = {rate: statistics.fmean(values) for rate, values in losses.items()}
+    smallest = min(means.values())
+    if not np.isfinite(smallest):
+        raise ValueError(
+            f"the base network diverged at every rate from {min(means)} to {max(means)}; lower --min_rate"
+        )
+    return max(rate for rate, loss in means.items() if loss == smallest)
+
+
+Trial = tuple[str, str, float]  # DAG string, rule, base rate
+
+
+def _train_missing(
+    journal: pathlib.Path, phase: str, dataset: Dataset, trials: list[Trial], total_steps: int
+) -> None:
+    """Trains every trial and seed that the journal lacks, and appends a record for each."""
+    done = {_identity(record) for record in files.read_records(journal)}
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(phase, total=len(trials) * FLAGS.num_seeds)
+        for text, rule, rates in _grouped(trials):
+            missing = [
+                (rate, seed)
+                for rate in rates
+                for seed in range(FLAGS.num_seeds)
+                if (phase, text, rule, rate, seed) not in done
+            ]
+            progress.advance(bar, len(rates) * FLAGS.num_seeds - len(missing))
+            for record in _train(dataset, text, rule, missing, total_steps):
+                files.append_record(journal, {"phase": phase, **record})
+                progress.advance(bar)
+
+
+def _identity(record: dict[str, Any]) -> tuple:
+    return tuple(record[k] for k in ("phase", "architecture", "rule", "base_rate", "seed"))
+
+
+def _grouped(trials: list[Trial]) -> Iterator[tuple[str, str, list[float]]]:
+    """One entry for each network and rule, which share a compiled program."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for text, rule, rate in trials:
+        groups.setdefault((text, rule), []).append(rate)
+    for (text, rule), rates in groups.items():
+        yield text, rule, rates
+
+
+def _train(
+    dataset: Dataset,
+    text: str,
+    rule: str,
+    rates_and_seeds: list[tuple[float, int]],
+    total_steps: int,
+) -> Iterator[dict[str, Any]]:
+    """Trains one network by one rule at base rates and seeds; compiles once."""
+    if not rates_and_seeds:
+        return
+    network = common.build_network(common.parse_graph(text), dataset)
+    optimizer = optax.chain(
+        optax.inject_hyperparams(lambda rate: common.build_optimizer(rate, total_steps))(rate=1.0),
+        archscale.scale_by_architecture(
+            network.architecture, common.parse_graph(FLAGS.base_architecture), rule
+        ),
+    )
+    for rate, seed in rates_and_seeds:
+        state = common.initial_state(network, optimizer, seed)
+        state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
+        metrics: dict[str, float] = {}
+        for _, metrics in common.fit(state, dataset, network, optimizer, total_steps):
+            pass
+        yield {
+            "architecture": text,
+            "rule": rule,
+            "base_rate": rate,
+            "seed": seed,
+            "rate": rate * _scale(text, rule),
+            **metrics,
+        }
+
+
+if __name__ == "__main__":
+    common.run_binary(run)

@@ -1,0 +1,124 @@
+"""Table and figure of `experiments.transfer`."""
+
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jraph
+from rich import box
+from rich.table import Table
+
+import archscale_jax as archscale
+from archscale_jax import files
+
+Row = dict[str, Any]
+
+
+def summarise(
+    networks: dict[str, str],
+    parse: Callable[[str], jraph.GraphsTuple],
+    rules: list[str],
+    records: list[Row],
+) -> list[Row]:
+    """Returns one row per network: its graph, and per rule the factor and means over seeds."""
+    rows = []
+    for name, text in networks.items():
+        statistics_ = archscale.path_statistics(parse(text))
+        row: Row = {
+            "name": name,
+            "architecture": text,
+            "paths": statistics_.count,
+            "depth_cubed_sum": statistics_.depth_cubed_sum,
+            "max_depth": statistics_.max_depth,
+        }
+        for rule in rules:
+            trials = [r for r in records if r["architecture"] == text and r["rule"] == rule]
+            finished = [r for r in trials if not r["diverged"]]
+            row[rule] = {
+                "factor": trials[0]["rate"] / trials[0]["base_rate"],
+                "diverged": len(trials) - len(finished),
+                "seeds": len(trials),
+                **{key: _mean(finished, key) for key in ("train_loss", "test_accuracy")},
+                "train_losses": [r["train_loss"] for r in finished],
+            }
+        rows.append(row)
+    return rows
+
+
+def _mean(records: list[Row], key: str) -> float | None:
+    return statistics.fmean(r[key] for r in records) if records else None
+
+
+def table(rows: list[Row], rules: list[str], title: str) -> Table:
+    """Returns the table: means over the seeds that did not diverge, and how many did."""
+    seeds = max(row[rule]["seeds"] for row in rows for rule in rules)
+    caption = f"means over {seeds} seeds; n†: n of them diverged and are left out"
+    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("network", no_wrap=True)
+    for column in ("paths", "Σ L³"):
+        result.add_column(column, justify="right")
+    for rule in rules:
+        columns = ["loss", "acc."] if rule == "none" else ["factor", "loss", "acc."]
+        for column in columns:
+            label = "unscaled" if rule == "none" else rule
+            result.add_column(f"{label}\n{column}", justify="right")
+    for row in rows:
+        cells = [row["name"], str(row["paths"]), str(row["depth_cubed_sum"])]
+        for rule in rules:
+            one = row[rule]
+            factor = [] if rule == "none" else [f"{one['factor']:.3f}"]
+            cells += [*factor, _loss(one), _number(one["test_accuracy"], ".3f")]
+        result.add_row(*cells)
+    return result
+
+
+def _loss(one: Row) -> str:
+    mark = f"{one['diverged']}†" if one["diverged"] else ""
+    return mark + _number(one["train_loss"], ".3f")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+_COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
+_MARKERS = ["o", "s", "^", "D", "v", "P"]
+
+
+def draw(rows: list[Row], rules: list[str], title: str, path: pathlib.Path) -> None:
+    """Draws training loss of every network under every rule, one dot a seed; atomically."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.5, 0.42 * len(rows) + 2.5), 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    losses = [loss for row in rows for rule in rules for loss in row[rule]["train_losses"]]
+    top = 1.5 * max(losses, default=1.0)
+    for index, rule in enumerate(rules):
+        shift = 0.7 * (index - (len(rules) - 1) / 2) / len(rules)
+        colour = _COLOURS[index % len(_COLOURS)]
+        points = [
+            (position + shift, loss)
+            for position, row in enumerate(rows)
+            for loss in row[rule]["train_losses"]
+        ]
+        label = "unscaled" if rule == "none" else rule
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.scatter(*zip(*points, strict=True) if points else ([], []), s=18, alpha=0.8,
+                     color=colour, marker=marker, linewidths=0, label=label)  # fmt: skip
+        for position, row in enumerate(rows):
+            if row[rule]["diverged"]:
+                text = f"{row[rule]['diverged']}×"
+                axes.text(position + shift, top, text, color=colour, fontsize=8, ha="center")
+    for position in range(1, len(rows)):
+        axes.axvline(position - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
+    axes.set_yscale("log")
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.set_ylim(top=top * 1.4)
+    axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=60, ha="right",
+                    rotation_mode="anchor", fontsize=8)  # fmt: skip
+    axes.set_ylabel("training loss (nats)")
+    axes.set_title(f"{title}\none mark a seed; n× in the top row: seeds that diverged", fontsize=10)
+    axes.grid(axis="y", which="major", alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    files.write_atomically(path, lambda target: figure.savefig(target, dpi=150))
