@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import enum
+import functools
 from typing import Any
 
 import jax
@@ -29,6 +30,10 @@ class Arrangement(enum.StrEnum):
 
     PRE_ACTIVATION = "pre_activation"
     ACTIVATION = "activation"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"arrangement {value!r}; accepted are {', '.join(cls)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +85,19 @@ class Architecture:
         counts = collections.Counter(parameter.name for parameter in self.parameters)
         for parameter in self.parameters:
             if counts[parameter.name] > 1:
-                raise ValueError(f"{counts[parameter.name]} parameters are named {parameter.name!r}")
+                raise ValueError(
+                    f"{counts[parameter.name]} parameters are named {parameter.name!r}"
+                )
             if parameter.edge is not None and not 0 <= parameter.edge < len(self.graph.senders):
                 raise ValueError(
                     f"parameter {parameter.name!r} belongs to edge {parameter.edge}; the graph has "
                     f"edges 0 to {len(self.graph.senders) - 1}"
                 )
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name."""
+        return {parameter.name: parameter.shape for parameter in self.parameters}
 
 
 def parameter_name(key_path: tuple[Any, ...]) -> str:
@@ -112,7 +124,7 @@ def check_leaf(architecture: Architecture, name: str, shape: tuple[int, ...]) ->
     Raises:
       ValueError: the architecture has no parameter of this name, or one of another shape.
     """
-    shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+    shapes = architecture.shapes
     if name not in shapes:
         raise ValueError(
             f"params hold a leaf {name!r} of shape {shape} that the architecture does not know; it "

@@ -4,6 +4,7 @@ A leaf is stored under its key path, so that a checkpoint that does not fit says
 that is cut off leaves a temporary folder that nothing reads.
 """
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -115,13 +116,16 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _check_settings(where: str, saved: Settings, settings: Settings) -> None:
+    settings = json.loads(json.dumps(dict(settings)))  # as they were saved: tuples are lists
     different = [
         f"{name}={saved.get(name)!r} (now {settings.get(name)!r})"
         for name in sorted({*saved, *settings})
         if saved.get(name) != settings.get(name)
     ]
     if different:
-        raise ValueError(f"{where} belongs to another run: it was saved with {', '.join(different)}")
+        raise ValueError(
+            f"{where} belongs to another run: it was saved with {', '.join(different)}"
+        )
 
 
 def _check_leaves(where: str, saved: dict[str, Any], expected: dict[str, jax.Array]) -> None:

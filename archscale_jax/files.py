@@ -4,11 +4,11 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
-def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then moves the file into place.
 
     The folder is made where it is missing. Where `write` fails, nothing is left behind.
@@ -63,10 +63,10 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{path} line {number} is no JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path} line {number} is no JSON object")
@@ -74,8 +74,16 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
-def claim_directory(directory: str | pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
+def claim_directory(
+    directory: str | pathlib.Path, config: Mapping[str, Any], *, extensible: Sequence[str] = ()
+) -> pathlib.Path:
     """Makes a run's folder with its `config.json`, or checks that it belongs to the same run.
+
+    Args:
+      directory: the folder.
+      config: JSON values that decide what the run computes.
+      extensible: settings that may differ from those found, since they only say which trials are
+        run; the new ones are written.
 
     Raises:
       ValueError: the folder holds the results of a run with another config; the message names the
@@ -84,21 +92,20 @@ def claim_directory(directory: str | pathlib.Path, config: Mapping[str, Any]) ->
     directory = pathlib.Path(directory)
     path = directory / "config.json"
     config = json.loads(json.dumps(config))
-    if not path.exists():
-        write_json(path, config)
-        return directory
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    different = [
-        f"{name}={found.get(name)!r} (now {config.get(name)!r})"
-        for name in sorted({*found, *config})
-        if found.get(name) != config.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{directory} holds a run with {', '.join(different)}; choose another --workdir or "
-            "remove it"
-        )
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        different = [
+            f"{name}={found.get(name)!r} (now {config.get(name)!r})"
+            for name in sorted({*found, *config}.difference(extensible))
+            if found.get(name) != config.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{directory} holds a run with {', '.join(different)}; choose another --workdir or "
+                "remove it"
+            )
+    write_json(path, config)
     return directory

@@ -181,7 +181,9 @@ def _check_edges(num_vertices: int, senders: np.ndarray, receivers: np.ndarray) 
     loops = senders[senders == receivers]
     if loops.size:
         raise ValueError(f"self loop at vertex {loops[0]}; an edge must join two vertices")
-    keys, counts = np.unique(senders.astype(np.int64) * num_vertices + receivers, return_counts=True)
+    keys, counts = np.unique(
+        senders.astype(np.int64) * num_vertices + receivers, return_counts=True
+    )
     if np.any(counts > 1):
         sender, receiver = divmod(int(keys[np.argmax(counts > 1)]), num_vertices)
         raise ValueError(
@@ -279,7 +281,9 @@ def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
     Returns:
       int64 [V]. Vertex 0 counts its one contribution, the stem.
     """
-    counted = reachable_vertices(graph)[graph.senders] if live else np.ones(len(graph.senders), bool)
+    counted = (
+        reachable_vertices(graph)[graph.senders] if live else np.ones(len(graph.senders), bool)
+    )
     degrees = np.bincount(graph.receivers[counted], minlength=number_of_vertices(graph))
     degrees[0] = 1
     return degrees

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from archscale_jax.architecture import (
     Architecture,
@@ -28,7 +29,7 @@ def initialize(
     leaf depends on the key and the leaf's name alone: other layers may come and go.
 
     Pure; works under `jax.jit` (there, pass `out_shardings` to have the result born sharded) and
-    `jax.eval_shape`. Called eagerly, each new leaf takes the sharding of the old one.
+    `jax.eval_shape`. Called eagerly, each new leaf goes where the old one was put.
 
     Args:
       key: a JAX random key.
@@ -62,11 +63,15 @@ def _draw_normal(key: jax.Array, name: str, deviation: float, leaf: Any) -> jax.
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     # Low precision would round the draw before it is scaled.
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-    return (deviation * jax.random.normal(key, leaf.shape, dtype)).astype(leaf.dtype)
+    # The barrier keeps XLA from merging the factor into those of `normal`: same bits under jit.
+    normal = jax.lax.optimization_barrier(jax.random.normal(key, leaf.shape, dtype))
+    return (deviation * normal).astype(leaf.dtype)
 
 
 def _placed_like(leaf: Any, new: jax.Array) -> jax.Array:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if concrete and not isinstance(new, jax.core.Tracer):
-        return jax.device_put(new, leaf.sharding)
-    return new
+    if isinstance(leaf, Tracer) or isinstance(new, Tracer):
+        return new
+    # An array that was put nowhere stays free to join others, on whatever devices they are.
+    free = isinstance(leaf, jax.Array) and not leaf.committed
+    sharding = None if free else getattr(leaf, "sharding", None)
+    return new if sharding is None else jax.device_put(new, sharding)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Scalar
 
 from archscale_jax.architecture import PyTree
@@ -111,7 +112,7 @@ def check_learning_rate(learning_rate: float | Array) -> None:
     Raises:
       ValueError: it is not a positive finite number.
     """
-    if isinstance(learning_rate, jax.core.Tracer):
+    if isinstance(learning_rate, Tracer):
         return
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"a learning rate must be positive and finite, found {learning_rate}")
@@ -233,7 +234,9 @@ def evaluate(
 
     count = len(images)
     whole = count - count % batch_size
-    batched = [array[:whole].reshape(-1, batch_size, *array.shape[1:]) for array in (images, labels)]
+    batched = [
+        array[:whole].reshape(-1, batch_size, *array.shape[1:]) for array in (images, labels)
+    ]
     totals = jax.lax.map(lambda batch: measure(*batch), tuple(batched)).sum(axis=0)
     if whole < count:
         totals += measure(images[whole:], labels[whole:])
@@ -267,7 +270,12 @@ def fit(
       After each epoch the state and its metrics: `epoch`, `step`, `running_loss` (mean over the
       epoch's updates), `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy` (after it,
       over whole splits) and `diverged` (1.0 or 0.0, see `has_diverged`).
+
+    Raises:
+      ValueError: at the first epoch, a batch size below 1 or above the number of examples.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     steps_per_epoch = len(dataset.train_images) // batch_size
     splits = {
         "train": (dataset.train_images, dataset.train_labels),

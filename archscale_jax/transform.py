@@ -10,7 +10,6 @@ import optax
 from archscale_jax.architecture import (
     Architecture,
     PyTree,
-    check_leaf,
     check_parameters,
     parameter_name,
 )
@@ -40,7 +39,7 @@ def learning_rate_factors(
       rule: see `archscale_jax.rules.learning_rate_scale`: one factor for all weights and biases.
       kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
         every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
-      width_rule: None, or `sgd` or `adam` for the width factors [μP] of `archscale_jax.rules.width`.
+      width_rule: None, `sgd` or `adam`: multiply by the width factors [μP], see `width_factors`.
       **options: passed to the rule.
 
     Raises:
@@ -109,12 +108,11 @@ def scale_by_architecture(
 
     def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
         del params
+        check_parameters(architecture, updates, masked=optax.MaskedNode)
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        name = parameter_name(path)
-        check_leaf(architecture, name, update.shape)
         exact = jnp.promote_types(update.dtype, jnp.float32)
-        return (update.astype(exact) * factors[name]).astype(update.dtype)
+        return (update.astype(exact) * factors[parameter_name(path)]).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)

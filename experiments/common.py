@@ -49,12 +49,17 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
     flags.DEFINE_integer("batch_size", batch_size, "Examples an update.", lower_bound=1)
     flags.DEFINE_float("epochs", epochs, "Epochs; a fraction trains part of the last.")
     flags.DEFINE_bool("flip", False, "Augmentation: mirror half of the images.")
-    flags.DEFINE_integer("padding", 0, "Augmentation: shift by up to so many pixels.", lower_bound=0)
+    flags.DEFINE_integer(
+        "padding", 0, "Augmentation: shift by up to so many pixels.", lower_bound=0
+    )
     flags.DEFINE_float("momentum", 0.0, "Momentum, in [0, 1).")
     flags.DEFINE_bool("nesterov", False, "Nesterov's momentum.")
     flags.DEFINE_float("weight_decay", 0.0, "Coupled weight decay.")
     flags.DEFINE_enum(
-        "schedule", "constant", ["constant", "cosine"], "Learning rate over time; cosine falls to 0."
+        "schedule",
+        "constant",
+        ["constant", "cosine"],
+        "Learning rate over time; cosine falls to 0.",
     )
     flags.DEFINE_integer("warmup_steps", 0, "Updates of linear warm-up.", lower_bound=0)
     flags.DEFINE_string("workdir", workdir, "Folder for config, results and figures.")
@@ -64,6 +69,8 @@ def run_binary(run: Callable[[], None]) -> None:
     """Parses the flags and calls `run`; bad input ends with one line that says what is wrong."""
 
     def main(arguments: list[str]) -> None:
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
         if len(arguments) > 1:
             raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
         try:
@@ -71,7 +78,6 @@ def run_binary(run: Callable[[], None]) -> None:
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
 
-    FLAGS.set_default("verbosity", logging.WARNING)  # orbax logs every step of a save
     app.run(main)
 
 
@@ -102,9 +108,10 @@ class Network(NamedTuple):
 
 def build_network(graph: jraph.GraphsTuple, dataset: Dataset) -> Network:
     """Builds the network of a graph for a data set, as the flags say."""
+    height, width, channels = dataset.train_images.shape[1:]
     network = create_network(
         graph,
-        dataset.train_images.shape[1:],
+        (height, width, channels),
         FLAGS.width,
         dataset.num_classes,
         activation=FLAGS.activation,
@@ -112,7 +119,8 @@ def build_network(graph: jraph.GraphsTuple, dataset: Dataset) -> Network:
         arrangement=FLAGS.arrangement,
         rngs=nnx.Rngs(0),
     )
-    return Network(*nnx.split(network, nnx.Param, ...), network.architecture())
+    graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
+    return Network(graphdef, params, model_state, network.architecture())
 
 
 def build_optimizer(learning_rate: Any, total_steps: int) -> optax.GradientTransformation:

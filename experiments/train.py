@@ -22,6 +22,7 @@ from experiments import common
 FLAGS = flags.FLAGS
 
 common.define_flags(batch_size=64, epochs=10, workdir="runs/train")
+flags.adopt_module_key_flags(common)
 flags.DEFINE_string("architecture", "2_02_002", "DAG string of the network.")
 flags.DEFINE_float("base_rate", 0.1, "Learning rate tuned on the base network.")
 flags.DEFINE_bool("autoscale", True, "Scale the rate from the base network by --rule.")
@@ -39,7 +40,10 @@ def run() -> None:
     if not FLAGS.resume and results.exists():
         raise ValueError(f"{workdir} holds results; pass --resume, or choose another --workdir")
     training.check_learning_rate(FLAGS.base_rate)
-    graph, base = common.parse_graph(FLAGS.architecture), common.parse_graph(FLAGS.base_architecture)
+    graph, base = (
+        common.parse_graph(FLAGS.architecture),
+        common.parse_graph(FLAGS.base_architecture),
+    )
     rule = FLAGS.rule if FLAGS.autoscale else "none"
     scale = archscale.learning_rate_scale(graph, base, rule)
 
@@ -62,11 +66,9 @@ def run() -> None:
         f"{FLAGS.architecture} on {FLAGS.dataset}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
         + (f", resumed after epoch {int(state.epoch)}" if saved else "")
     )
-    for state, metrics in common.fit(state, dataset, network, optimizer, total_steps):
+    for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
         files.append_record(results, metrics)
-        checkpoints.save_checkpoint(
-            workdir / "checkpoints", int(state.epoch), state, settings
-        )
+        checkpoints.save_checkpoint(workdir / "checkpoints", int(after.epoch), after, settings)
         console.print(_line(metrics))
     console.print(_table(files.read_records(results)))
     console.print(f"results: {results}")
@@ -92,7 +94,10 @@ def _table(records: list[dict]) -> Table:
         table.add_column(column.replace("_", " "), justify="right")
     for record in records:
         table.add_row(
-            *(f"{record[c]:.4f}" if isinstance(record[c], float) else str(record[c]) for c in columns)
+            *(
+                f"{record[c]:.4f}" if isinstance(record[c], float) else str(record[c])
+                for c in columns
+            )
         )
     return table
 

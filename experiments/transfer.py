@@ -5,7 +5,8 @@
 Searches the best rate of the base network on a grid (the largest rate with the smallest training
 loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
 is the unscaled rate). Writes config.json, results.jsonl (a line a trial) and transfer.png, and
-prints a table. A run that was cut off goes on where it stopped.
+prints a table. A run that was cut off goes on where it stopped, and the same --workdir takes more
+rules, networks and seeds later.
 """
 
 import pathlib
@@ -23,12 +24,12 @@ from rich.progress import Progress
 import archscale_jax as archscale
 from archscale_jax import datasets, files
 from archscale_jax.datasets import Dataset
-from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments import common, transfer_report
 
 FLAGS = flags.FLAGS
 
 common.define_flags(batch_size=32, epochs=5, workdir="runs/transfer")
+flags.adopt_module_key_flags(common)
 flags.DEFINE_multi_string(
     "architecture", None, "DAG string of a network; repeat the flag for several, beside the others."
 )
@@ -44,6 +45,17 @@ flags.DEFINE_float("search_epochs", 1.0, "Epochs of a trial of the search.")
 flags.DEFINE_float("base_rate", None, "Rate of the base network; leave out to search it.")
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every trial.", lower_bound=1)
 
+EXTENSIBLE = (
+    "architecture",
+    "chain_depths",
+    "num_random",
+    "num_seeds",
+    "random_seed",
+    "random_vertices",
+    "rules",
+)
+"""Flags that only say which trials a study has; results of the others stay valid."""
+
 
 def run() -> None:
     """Searches, trains what is missing, prints and draws."""
@@ -55,17 +67,26 @@ def run() -> None:
     dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
     search_steps = common.count_steps(dataset, FLAGS.search_epochs)
     total_steps = common.count_steps(dataset, FLAGS.epochs)
-    workdir = files.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
+    workdir = files.claim_directory(
+        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
+    )
     journal = workdir / "results.jsonl"
 
     searched = [(FLAGS.base_architecture, "none", rate) for rate in rates]
     _train_missing(journal, "search", dataset, searched, search_steps)
     records = files.read_records(journal)
-    base_rate = FLAGS.base_rate or best_rate([r for r in records if r["phase"] == "search"])
+    seeds = range(FLAGS.num_seeds)
+    base_rate = FLAGS.base_rate or best_rate(
+        [r for r in records if r["phase"] == "search" and r["seed"] in seeds]
+    )
     trials = [(text, rule, base_rate) for text in networks.values() for rule in FLAGS.rules]
     _train_missing(journal, "transfer", dataset, trials, total_steps)
 
-    transferred = [r for r in files.read_records(journal) if r["phase"] == "transfer"]
+    transferred = [
+        r
+        for r in files.read_records(journal)
+        if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
+    ]
     rows = transfer_report.summarise(networks, common.parse_graph, FLAGS.rules, transferred)
     console = Console()
     title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
@@ -102,7 +123,8 @@ def _rate_grid() -> list[float]:
         return []
     if not 0 < FLAGS.min_rate <= FLAGS.max_rate < float("inf"):
         raise ValueError(
-            f"rates must satisfy 0 < min_rate <= max_rate, found {FLAGS.min_rate} and {FLAGS.max_rate}"
+            "rates must satisfy 0 < min_rate <= max_rate, found "
+            f"{FLAGS.min_rate} and {FLAGS.max_rate}"
         )
     return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
 
@@ -121,7 +143,8 @@ def best_rate(records: list[dict[str, Any]]) -> float:
     smallest = min(means.values())
     if not np.isfinite(smallest):
         raise ValueError(
-            f"the base network diverged at every rate from {min(means)} to {max(means)}; lower --min_rate"
+            f"the base network diverged at every rate from {min(means)} to {max(means)}; "
+            "lower --min_rate"
         )
     return max(rate for rate, loss in means.items() if loss == smallest)
 
@@ -182,9 +205,7 @@ def _train(
     for rate, seed in rates_and_seeds:
         state = common.initial_state(network, optimizer, seed)
         state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
-        metrics: dict[str, float] = {}
-        for _, metrics in common.fit(state, dataset, network, optimizer, total_steps):
-            pass
+        *_, (_, metrics) = common.fit(state, dataset, network, optimizer, total_steps)
         yield {
             "architecture": text,
             "rule": rule,

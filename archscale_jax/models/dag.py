@@ -33,6 +33,7 @@ from archscale_jax.architecture import (
 from archscale_jax.graph import (
     WEIGHT_OPERATORS,
     Operator,
+    Space,
     build_graph,
     network_kernel_size,
     number_of_vertices,
@@ -85,6 +86,7 @@ class DagNetwork(nnx.Module):
         self.normalization = normalization
         self.num_vertices = number_of_vertices(graph)
         self.network_kernel = int(graph.globals["kernel_size"][0])
+        self.space = Space(graph.globals["space"][0])
         # The edges as plain numbers, because arrays in a module would be taken for its state.
         self.edges = tuple(
             (int(sender), int(receiver), Operator(operator), int(kernel_size))
@@ -140,7 +142,9 @@ class DagNetwork(nnx.Module):
             return {}
         make = nnx.BatchNorm if self.normalization == "batch" else nnx.LayerNorm
         if self.arrangement == Arrangement.PRE_ACTIVATION:
-            sources = {sender for sender, _, operator, _ in self.edges if operator in WEIGHT_OPERATORS}
+            sources = {
+                sender for sender, _, operator, _ in self.edges if operator in WEIGHT_OPERATORS
+            }
             names = [str(vertex) for vertex in sorted(sources | {self.num_vertices - 1})]
         else:
             names = ["stem", *self.layers]
@@ -201,7 +205,9 @@ class DagNetwork(nnx.Module):
     def graph(self) -> jraph.GraphsTuple:
         """Returns the architecture graph that the network realises."""
         columns = list(zip(*self.edges, strict=True))
-        return build_graph(self.num_vertices, *columns, network_kernel=self.network_kernel)
+        return build_graph(
+            self.num_vertices, *columns, network_kernel=self.network_kernel, space=self.space
+        )
 
     def architecture(self) -> Architecture:
         """Returns the graph with the leaves of `nnx.state(self, nnx.Param)` bound to it."""

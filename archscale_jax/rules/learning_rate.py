@@ -82,6 +82,15 @@ def path_sum(
     )
 
 
+@register_learning_rate_rule("path_sum_activations")
+def path_sum_activations(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None) -> float:
+    """`path_sum` with L_p the number of activations on the path, the stem's included (theory §2).
+
+    `path_sum` counts the weight edges of the graph, one fewer.
+    """
+    return path_sum(graph, base, depth_offset=1)
+
+
 @register_learning_rate_rule("author_code")
 def author_code(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None) -> float:
     """The rates of the authors' published code, which differ from the text (theory §4).
@@ -133,7 +142,9 @@ def kernel_size_factor(kernel_size: int, base_kernel_size: int = 1) -> float:
       ValueError: a size below 1.
     """
     if kernel_size < 1 or base_kernel_size < 1:
-        raise ValueError(f"kernel sizes start at 1, found {kernel_size} and base {base_kernel_size}")
+        raise ValueError(
+            f"kernel sizes start at 1, found {kernel_size} and base {base_kernel_size}"
+        )
     return base_kernel_size / kernel_size
 
 

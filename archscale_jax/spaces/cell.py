@@ -77,7 +77,9 @@ def cell_string(graph: jraph.GraphsTuple) -> str:
 def _digits_of_code(code: str) -> list[list[int]]:
     groups = code.split("_")
     if [len(group) for group in groups] != list(range(1, NUM_CELL_VERTICES)):
-        raise ValueError(f"cell code {code[:60]!r}; accepted are groups of 1, 2 and 3 digits: '3_34_131'")
+        raise ValueError(
+            f"cell code {code[:60]!r}; accepted are groups of 1, 2 and 3 digits: '3_34_131'"
+        )
     for group in groups:
         for character in group:
             if character not in "01234":
@@ -91,14 +93,16 @@ def _digits_of_code(code: str) -> list[list[int]]:
 def _digits_of_string(text: str) -> list[list[int]]:
     groups = text.split("+")
     if len(groups) != NUM_CELL_VERTICES - 1:
-        raise ValueError(f"cell {text[:60]!r} has {len(groups)} vertex groups; accepted are 3, joined by +")
+        raise ValueError(
+            f"cell {text[:60]!r} has {len(groups)} vertex groups; accepted are 3, joined by +"
+        )
     digits: list[list[int]] = []
     for receiver, group in enumerate(groups, start=1):
         entries = group.split("|")
         if len(entries) != receiver + 2 or entries[0] or entries[-1]:
             raise ValueError(
-                f"group {receiver} of cell {text[:200]!r} is {group[:60]!r}; accepted are {receiver} "
-                "entries |operation~vertex|"
+                f"group {receiver} of cell {text[:200]!r} is {group[:60]!r}; accepted are "
+                f"{receiver} entries |operation~vertex|"
             )
         digits.append([])
         for sender, entry in enumerate(entries[1:-1]):
@@ -114,12 +118,15 @@ def _digits_of_string(text: str) -> list[list[int]]:
 
 def _digits_of_graph(graph: jraph.GraphsTuple) -> list[list[int]]:
     if number_of_vertices(graph) != NUM_CELL_VERTICES:
-        raise ValueError(f"a cell has {NUM_CELL_VERTICES} vertices, found {number_of_vertices(graph)}")
+        raise ValueError(
+            f"a cell has {NUM_CELL_VERTICES} vertices, found {number_of_vertices(graph)}"
+        )
     groups = [[0] * vertex for vertex in range(1, NUM_CELL_VERTICES)]
+    columns = (graph.senders, graph.receivers, graph.edges["operator"], graph.edges["kernel_size"])
     for sender, receiver, operator, kernel_size in zip(
-        graph.senders, graph.receivers, graph.edges["operator"], graph.edges["kernel_size"], strict=True
+        *(column.tolist() for column in columns), strict=True
     ):
-        digit = _DIGITS.get((Operator(operator), int(kernel_size)))
+        digit = _DIGITS.get((Operator(operator), kernel_size))
         if digit is None:
             raise ValueError(
                 f"edge {sender}->{receiver} is {Operator(operator).name} with kernel size "

@@ -41,8 +41,8 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
     for receiver, group in enumerate(groups, start=1):
         if len(group) != receiver:
             raise ValueError(
-                f"group {receiver} of DAG string {_shown(text)} is {_shown(group)}; accepted is one "
-                f"character for each of the vertices 0 to {receiver - 1}"
+                f"group {receiver} of DAG string {_shown(text)} is {_shown(group)}; accepted is "
+                f"one character for each of the vertices 0 to {receiver - 1}"
             )
         for sender, character in enumerate(group):
             if character in operators:
@@ -75,9 +75,8 @@ def dag_string(graph: jraph.GraphsTuple) -> str:
     """
     characters = {Operator.SKIP: "1"} | dict.fromkeys(WEIGHT_OPERATORS, "2")
     groups = [["0"] * vertex for vertex in range(1, number_of_vertices(graph))]
-    for sender, receiver, operator in zip(
-        graph.senders, graph.receivers, graph.edges["operator"], strict=True
-    ):
+    columns = (graph.senders, graph.receivers, graph.edges["operator"])
+    for sender, receiver, operator in zip(*(column.tolist() for column in columns), strict=True):
         if operator not in characters:
             raise ValueError(
                 f"edge {sender}->{receiver} is {Operator(operator).name}; a DAG string holds only "

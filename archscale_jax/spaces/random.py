@@ -41,7 +41,9 @@ def random_dag_string(
     chances = chances / chances.sum()  # NumPy asks for more digits than a caller may have typed
     generator = np.random.default_rng(seed)
     for _ in range(max_tries):
-        groups = (generator.choice(list("012"), vertex, p=chances) for vertex in range(1, num_vertices))
+        groups = (
+            generator.choice(list("012"), vertex, p=chances) for vertex in range(1, num_vertices)
+        )
         text = "_".join("".join(group) for group in groups)
         try:
             graph = dag_graph(text)

@@ -1,0 +1,58 @@
+# A fresh machine needs Python 3.11 or newer, pip, make and git; all else goes into .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))))
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+FASHION := data/fashion_mnist
+FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte \
+	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
+
+.PHONY: help run test lint bench data clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
+
+run: $(READY)  ## the transfer study on the embedded data: a table and a figure
+	$(PY) -m experiments.transfer --workdir=runs/transfer
+
+test: lint  ## lint, types and the whole test suite
+	$(PY) -m pytest
+
+lint: $(READY)  ## ruff and pyright; warnings are errors
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --warnings
+
+bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
+	$(PY) -m benchmarks.paths
+	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.initialization
+
+# The stamp is written last: an interrupted installation is made anew.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3; use make PYTHON=…" >&2; exit 1; }
+	@echo "Installing into $(VENV); this takes a few minutes."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	touch $(READY)
+
+# Debian's package needs no root to download and unpack. It is unpacked beside its place first.
+data:  ## Fashion-MNIST from Debian's package, into data/fashion_mnist
+	@if test "$$(cd $(FASHION) 2>/dev/null && ls $(FASHION_FILES) 2>/dev/null | wc -l)" = 4; then \
+		echo "$(FASHION) is complete"; exit 0; fi; \
+	if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then \
+		echo "apt-get and dpkg are not here; put the IDX files into $(FASHION) by hand:" >&2; \
+		echo "$(FASHION_FILES)" >&2; exit 1; fi; \
+	mkdir -p $(FASHION); scratch=$$(mktemp -d data/unpacking.XXXXXX); trap 'rm -rf "$$scratch"' EXIT; \
+	get="apt-get -q -o APT::Sandbox::User=root download dataset-fashion-mnist"; \
+	(cd "$$scratch"; $$get || { apt-get -q update; $$get; }; dpkg -x dataset-fashion-mnist_*.deb .); \
+	mv "$$scratch"/usr/share/datasets/fashion-mnist/*.gz $(FASHION)/; \
+	echo "$(FASHION) is complete"
+
+clean:  ## remove caches and builds; keep .venv, data and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,51 @@
+"""What every test shares: a bounded machine, repeatable examples, the golden vectors.
+
+The environment is set while this file is imported, before any test module imports JAX.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# On a GPU: the workers share its memory instead of each claiming most of it at start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def _share_cores() -> None:
+    """Gives an xdist worker its share of the cores; a run without workers keeps them all.
+
+    NPROC sizes XLA's CPU thread pools. --xla_cpu_multi_thread_eigen=false no longer does.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    if workers == 0:
+        return
+    share = str(max(1, (os.cpu_count() or 1) // workers))
+    for name in ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, share)
+
+
+_share_cores()
+
+# The same examples on every run. Compilation makes a first example slow, so time fails nothing.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of golden vectors beside the checkout; skips where it is absent."""
+    folder = _ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("no golden vectors: there is no folder ../shared/golden beside the project")
+    return folder
