@@ -6,11 +6,13 @@ that is cut off leaves a temporary folder that nothing reads.
 
 import json
 import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from archscale_jax.architecture import PyTree
@@ -30,8 +32,10 @@ def save_checkpoint(
       settings: JSON values that say what the tree belongs to; `restore_checkpoint` compares them.
       keep: how many checkpoints stay.
     """
+    stored = _stored(tree)
+    record = {"settings": dict(settings), "checksum": _checksum(stored)}
     arguments = ocp.args.Composite(
-        tree=ocp.args.StandardSave(_stored(tree)), settings=ocp.args.JsonSave(dict(settings))
+        tree=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(record)
     )
     with _manager(directory, keep) as manager:
         manager.save(step, args=arguments, force=True)
@@ -45,7 +49,8 @@ def restore_checkpoint(
 
     Args:
       directory: folder of the checkpoints of one run.
-      like: tree of the structure, shapes and dtypes to restore.
+      like: tree of the structure, shapes and dtypes to restore; random keys must be arrays, the
+        rest may be `jax.ShapeDtypeStruct`.
       settings: must equal those saved.
 
     Returns:
@@ -63,17 +68,20 @@ def restore_checkpoint(
             return None
         where = f"checkpoint {step} in {directory}"
         try:
-            found = manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))
+            found = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+            saved_settings, checksum = found["record"]["settings"], found["record"]["checksum"]
             saved = manager.item_metadata(step)["tree"]
             shapes = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in saved.items()}
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(_damaged(where, error)) from error
-        _check_settings(where, found["settings"], settings)
+        _check_settings(where, saved_settings, settings)
         expected = _stored(like)
         _check_leaves(where, shapes, expected)
         try:
             restore = ocp.args.StandardRestore(expected)
             restored = manager.restore(step, args=ocp.args.Composite(tree=restore))["tree"]
+            if _checksum(restored) != checksum:
+                raise ValueError("its leaves are not those that were saved")
         except Exception as error:
             raise ValueError(_damaged(where, error)) from error
     return step, _rebuilt(restored, like)
@@ -86,7 +94,7 @@ def _damaged(where: str, error: Exception) -> str:
 
 def _manager(directory: str | pathlib.Path, keep: int | None = None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    handlers = {"tree": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}
+    handlers = {"tree": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(
         pathlib.Path(directory).absolute(), options=options, item_handlers=handlers
     )
@@ -99,6 +107,14 @@ def _stored(tree: PyTree) -> dict[str, jax.Array]:
         jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
         for path, leaf in leaves
     }
+
+
+def _checksum(stored: dict[str, jax.Array]) -> int:
+    """CRC-32 of all bytes; a byte that changed on disk is not noticed by orbax."""
+    checksum = 0
+    for name in sorted(stored):
+        checksum = zlib.crc32(np.asarray(stored[name]).tobytes(), checksum)
+    return checksum
 
 
 def _rebuilt(stored: dict[str, jax.Array], like: PyTree) -> PyTree:

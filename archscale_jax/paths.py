@@ -12,7 +12,6 @@ so that 2^998 paths neither overflow nor cost digits.
 """
 
 import functools
-import itertools
 from operator import index
 from typing import NamedTuple
 
@@ -61,8 +60,7 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
     if depth_offset < 0:
         raise ValueError(f"depth_offset must not be negative, found {depth_offset}")
     num_vertices = number_of_vertices(graph)
-    weight = is_weight(graph)
-    skip_sources, weight_sources = _sources(graph, ~weight), _sources(graph, weight)
+    skip_sources, weight_sources = _sources(graph)
     # One entry per vertex in every list. An unreached vertex holds zero paths, and depths that no
     # arithmetic here can turn into those of a path.
     moments = [[depth_offset**power] + [0] * (num_vertices - 1) for power in range(4)]
@@ -93,13 +91,13 @@ def _lengthened(count, depth, squared, cubed):
     )
 
 
-def _sources(graph: jraph.GraphsTuple, chosen: np.ndarray) -> list[list[int]]:
-    """Lists, for every vertex, the sources of those of its incoming edges that are chosen."""
-    senders, receivers = np.asarray(graph.senders)[chosen], np.asarray(graph.receivers)[chosen]
-    order = np.argsort(receivers, kind="stable")
-    senders = senders[order].tolist()
-    bounds = np.searchsorted(receivers[order], np.arange(number_of_vertices(graph) + 1)).tolist()
-    return [senders[start:stop] for start, stop in itertools.pairwise(bounds)]
+def _sources(graph: jraph.GraphsTuple) -> tuple[list[list[int]], list[list[int]]]:
+    """Lists, for every vertex, the sources of its skip edges and those of its weight edges."""
+    skips, weights = ([[] for _ in range(number_of_vertices(graph))] for _ in range(2))
+    columns = (graph.senders, graph.receivers, is_weight(graph))
+    for sender, receiver, weight in zip(*(np.asarray(c).tolist() for c in columns), strict=True):
+        (weights if weight else skips)[receiver].append(sender)
+    return skips, weights
 
 
 class BatchedPathStatistics(NamedTuple):
@@ -150,7 +148,7 @@ def batched_path_statistics(
     """
     if max_vertices is None:
         try:
-            max_vertices = int(jnp.max(jnp.where(_has_edges(graphs), graphs.n_node, 1)))
+            max_vertices = int(_most_vertices(graphs))
         except jax.errors.ConcretizationTypeError:
             raise ValueError(
                 "pass max_vertices: under jit it cannot be read off the batch"
@@ -191,6 +189,11 @@ def _dense_path_statistics(graphs: jraph.GraphsTuple, max_vertices: int) -> Batc
         min_depth=pick(paths.min_depth, -1),
         max_depth=pick(paths.max_depth, -1),
     )
+
+
+@jax.jit
+def _most_vertices(graphs: jraph.GraphsTuple) -> Array:
+    return jnp.max(jnp.where(_has_edges(graphs), graphs.n_node, 1))
 
 
 def _has_edges(graphs: jraph.GraphsTuple) -> Array:

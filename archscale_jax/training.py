@@ -138,7 +138,7 @@ def cross_entropy(
     train: bool,
 ) -> tuple[Float[Scalar, ""], tuple[Array, PyTree]]:
     """Returns the mean cross entropy in nats, with the logits [b, classes] and the new state."""
-    network = nnx.merge(graphdef, params, model_state)
+    network = nnx.merge(graphdef, params, model_state, copy=True)  # this trace owns its state
     logits = network(images, train=train).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))

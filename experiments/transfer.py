@@ -4,9 +4,9 @@
 
 Searches the best rate of the base network on a grid (the largest rate with the smallest training
 loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
-is the unscaled rate). Writes config.json, results.jsonl (a line a trial) and transfer.png, and
-prints a table. A run that was cut off goes on where it stopped, and the same --workdir takes more
-rules, networks and seeds later.
+is the unscaled rate). Writes config.json, results.jsonl (a line a trial), table.md and
+transfer.png, and prints the table. A run that was cut off goes on where it stopped, and the same
+--workdir takes more rules, networks and seeds later.
 """
 
 import pathlib
@@ -91,7 +91,8 @@ def run() -> None:
     console = Console()
     title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
     console.print(transfer_report.table(rows, FLAGS.rules, title))
-    files.write_records(workdir / "summary.jsonl", rows)
+    markdown = transfer_report.markdown(rows, FLAGS.rules, title)
+    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "transfer.png"
     transfer_report.draw(rows, FLAGS.rules, title, figure)
     console.print(f"results: {journal}\nfigure:  {figure}")

@@ -50,36 +50,62 @@ def _mean(records: list[Row], key: str) -> float | None:
     return statistics.fmean(r[key] for r in records) if records else None
 
 
-def table(rows: list[Row], rules: list[str], title: str) -> Table:
-    """Returns the table: means over the seeds that did not diverge, and how many did."""
-    seeds = max(row[rule]["seeds"] for row in rows for rule in rules)
-    caption = f"means over {seeds} seeds; n†: n of them diverged and are left out"
-    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    result.add_column("network", no_wrap=True)
-    for column in ("paths", "Σ L³"):
-        result.add_column(column, justify="right")
+def _columns(rules: list[str]) -> list[str]:
+    columns = ["network", "paths", "Σ L³"]
     for rule in rules:
-        columns = ["loss", "acc."] if rule == "none" else ["factor", "loss", "acc."]
-        for column in columns:
-            label = "unscaled" if rule == "none" else rule
-            result.add_column(f"{label}\n{column}", justify="right")
+        if rule != "none":
+            columns.append(f"{_label(rule)} factor")
+        columns += [f"{_label(rule)} loss", f"{_label(rule)} acc."]
+    return columns
+
+
+def _cells(row: Row, rules: list[str]) -> list[str]:
+    cells = [row["name"], str(row["paths"]), str(row["depth_cubed_sum"])]
+    for rule in rules:
+        one = row[rule]
+        if rule != "none":
+            cells.append(f"{one['factor']:.3f}")
+        diverged = f"{one['diverged']}†" if one["diverged"] else ""
+        cells += [diverged + _number(one["train_loss"]), _number(one["test_accuracy"])]
+    return cells
+
+
+def _label(rule: str) -> str:
+    return "unscaled" if rule == "none" else rule
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _caption(rows: list[Row], rules: list[str]) -> str:
+    seeds = max(row[rule]["seeds"] for row in rows for rule in rules)
+    return f"means over {seeds} seeds; n†: n of them diverged and are left out"
+
+
+def table(rows: list[Row], rules: list[str], title: str) -> Table:
+    """Returns the table for a terminal: training loss (nats), test accuracy, factor."""
+    result = Table(
+        title=title, caption=_caption(rows, rules), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for index, column in enumerate(_columns(rules)):
+        result.add_column(column.replace(" ", "\n", 1) if index > 2 else column, no_wrap=True,
+                          justify="right" if index else "left")  # fmt: skip
     for row in rows:
-        cells = [row["name"], str(row["paths"]), str(row["depth_cubed_sum"])]
-        for rule in rules:
-            one = row[rule]
-            factor = [] if rule == "none" else [f"{one['factor']:.3f}"]
-            cells += [*factor, _loss(one), _number(one["test_accuracy"], ".3f")]
-        result.add_row(*cells)
+        result.add_row(*_cells(row, rules))
     return result
 
 
-def _loss(one: Row) -> str:
-    mark = f"{one['diverged']}†" if one["diverged"] else ""
-    return mark + _number(one["train_loss"], ".3f")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def markdown(rows: list[Row], rules: list[str], title: str) -> str:
+    """Returns the same table as Markdown."""
+    columns = _columns(rules)
+    lines = [
+        columns,
+        ["---", *["---:"] * (len(columns) - 1)],
+        *(_cells(row, rules) for row in rows),
+    ]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{title}; {_caption(rows, rules)}.\n\n{body}\n"
 
 
 _COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
@@ -102,10 +128,9 @@ def draw(rows: list[Row], rules: list[str], title: str, path: pathlib.Path) -> N
             for position, row in enumerate(rows)
             for loss in row[rule]["train_losses"]
         ]
-        label = "unscaled" if rule == "none" else rule
         marker = _MARKERS[index % len(_MARKERS)]
         axes.scatter(*zip(*points, strict=True) if points else ([], []), s=18, alpha=0.8,
-                     color=colour, marker=marker, linewidths=0, label=label)  # fmt: skip
+                     color=colour, marker=marker, linewidths=0, label=_label(rule))  # fmt: skip
         for position, row in enumerate(rows):
             if row[rule]["diverged"]:
                 text = f"{row[rule]['diverged']}×"
