@@ -1,0 +1,228 @@
+"""What does `scale_by_architecture` cost in a training step? Goal: at most 1 % of its time.
+
+    python -m benchmarks.step
+
+Compiles every step without the transformation and with it, and calls them in turns, the first one
+twice: its ratio to itself is the noise of the comparison. Noise-free evidence stands beside the
+times: with a constant rate XLA folds the factor into it, and the optimised programs are the same
+but for constants; with a schedule the product is fused into a kernel that is there anyway.
+"""
+
+import collections
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import archscale_jax as archscale
+from archscale_jax import training
+from archscale_jax.models import create_network
+from benchmarks import common
+
+DAG = "2_02_212_1222"
+CLASSES = 10
+GOAL = 1.01
+SECONDS = 5.0  # of timing for one case
+ROUNDS = (40, 1500)  # at least and at most
+OPTIMIZERS = {
+    "SGD momentum": lambda: optax.sgd(0.01, momentum=0.9),
+    "SGD momentum, cosine": lambda: optax.sgd(
+        optax.cosine_decay_schedule(0.01, 1000), momentum=0.9
+    ),
+    "Adam": lambda: optax.adam(0.001),
+}
+
+
+class Case(NamedTuple):
+    """A network and its batch: `DagMLP` without a kernel size, else `DagCNN`."""
+
+    width: int
+    batch: int
+    image_shape: tuple[int, int, int]
+    kernel_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{'CNN' if self.kernel_size else 'MLP'} {self.width}"
+
+
+CASES = (
+    Case(128, 256, (28, 28, 1)),
+    Case(512, 256, (28, 28, 1)),
+    Case(16, 64, (16, 16, 3), kernel_size=3),
+)
+
+
+def main() -> None:
+    """Measures all cases, prints the table and writes the results."""
+    results = [compare(case, name, make) for case in CASES for name, make in OPTIMIZERS.items()]
+    Console(width=210).print(as_table(results))
+    path = common.write_results("step", {"goal": GOAL, "cases": results}, "flax", "optax")
+    print(f"results: {path.relative_to(path.parents[2])}")
+
+
+def compare(
+    case: Case, optimizer_name: str, make: Callable[[], optax.GradientTransformation]
+) -> dict[str, Any]:
+    """Compares a step of one network and optimizer with and without the transformation."""
+    graph = archscale.dag_graph(DAG, kernel_size=case.kernel_size)
+    base = archscale.dag_graph("2", kernel_size=case.kernel_size)
+    network = nnx.eval_shape(
+        lambda: create_network(graph, case.image_shape, case.width, CLASSES, rngs=nnx.Rngs(0))
+    )
+    graphdef, shapes = nnx.split(network, nnx.Param)
+    architecture = network.architecture()
+    params = archscale.initialize(jax.random.key(0), shapes, architecture)
+    scaled = optax.chain(make(), archscale.scale_by_architecture(architecture, base))
+    optimizers = {"plain": make(), "scaled": scaled}
+
+    images = jax.random.normal(jax.random.key(1), (case.batch, *case.image_shape))
+    labels = jax.random.randint(jax.random.key(2), (case.batch,), 0, CLASSES)
+    programs, compiled = {}, {}
+    for name, optimizer in optimizers.items():
+        arguments = (params, optimizer.init(params), images, labels)
+        compiled[name] = jax.jit(training_step(graphdef, optimizer)).lower(*arguments).compile()
+        programs[name] = functools.partial(compiled[name], *arguments)
+    programs["again"] = programs["plain"]
+
+    once = np.median(common.alternate(programs, rounds=5, warm_up=2)["plain"])
+    rounds = int(np.clip(SECONDS / (len(programs) * once), *ROUNDS))
+    times = rotate(programs, rounds)
+    result = {
+        "network": case.name,
+        "case": case._asdict(),
+        "optimizer": optimizer_name,
+        "rounds": rounds,
+        "milliseconds": {
+            name: common.spread(np.multiply(times[name], 1e3)) for name in ("plain", "scaled")
+        },
+    }
+    for name, label in (("scaled", "ratio"), ("again", "ratio_of_noise")):
+        result[label] = common.ratio(times[name], times["plain"])
+        result[f"{label}_interval"] = interval(times[name], times["plain"])
+    for name in ("plain", "scaled"):
+        result[name] = describe(compiled[name]) | state_size(optimizers[name].init(params))
+    texts = [canonical(compiled[name].as_text()) for name in ("plain", "scaled")]
+    result["same_but_constants"] = texts[0] == texts[1]
+    return result
+
+
+def rotate(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times programs in turns as `common.alternate` does, each round starting with another one."""
+    names = list(programs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for current in range(rounds):
+        first = current % len(names)
+        order = {name: programs[name] for name in names[first:] + names[:first]}
+        for name, seconds in common.alternate(order, rounds=1, warm_up=0).items():
+            times[name] += seconds
+    return times
+
+
+def training_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+    """Returns a step of training: gradient, update, new parameters."""
+
+    def step(params, state, images, labels):
+        def loss(params):
+            return training.cross_entropy(
+                graphdef, params, nnx.State({}), images, labels, train=True
+            )[0]
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def interval(slow: list[float], fast: list[float], resamples: int = 2000) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of the ratio of medians; rounds are resampled whole."""
+    pairs = np.array([slow, fast])
+    drawn = np.random.default_rng(0).integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
+    medians = np.median(pairs[:, drawn], axis=2)
+    lower, upper = np.quantile(medians[0] / medians[1], [0.025, 0.975])
+    return float(lower), float(upper)
+
+
+def describe(compiled: Any) -> dict[str, Any]:
+    """Counts what XLA made of a program.
+
+    Returns:
+      `kernels`: instructions of the entry computation that run as a kernel each, by kind;
+      `instructions`: all instructions, those inside of fusions included; `bytes_accessed` and
+      `flops`: XLA's own estimates.
+    """
+    text = compiled.as_text()
+    instruction = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?\s([a-z][a-z0-9-]*)\(", re.MULTILINE)
+    entry = text[text.index("\nENTRY ") :]
+    free = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+    kernels = collections.Counter(kind for kind in instruction.findall(entry) if kind not in free)
+    cost = compiled.cost_analysis() or {}
+    return {
+        "kernels": dict(sorted(kernels.items())),
+        "instructions": len(instruction.findall(text)),
+        "bytes_accessed": cost.get("bytes accessed"),
+        "flops": cost.get("flops"),
+    }
+
+
+def canonical(text: str) -> str:
+    """Returns an optimised HLO program without names, sources and values of constants."""
+    text = text[text.index("\n%") :]
+    text = re.sub(r", metadata=\{.*?\}", "", text)
+    text = re.sub(r"constant\([^)]*\)", "constant", text)
+    text = re.sub(r"(?<=[(, ])[\w.]+: (?=\w+\[)", "", text)  # parameters of a computation
+    names: dict[str, str] = {}
+    return re.sub(r"%[\w.-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
+
+
+def state_size(state: Any) -> dict[str, int]:
+    """Counts the arrays of an optimizer state and their bytes."""
+    leaves = jax.tree.leaves(state)
+    return {"state_leaves": len(leaves), "state_bytes": sum(leaf.nbytes for leaf in leaves)}
+
+
+def as_table(results: list[dict[str, Any]]) -> Table:
+    """Returns the table to print."""
+    table = Table(
+        title=f"A training step of {DAG}: scaled by scale_by_architecture / plain (goal <= {GOAL})",
+        caption="ratio: of medians (quartiles of rounds), bootstrap 95 %; noise: plain / plain. "
+        "Program and state: a -> b where scaling changes them.",
+    )
+    columns = ("network", "optimizer", "plain, ms", "ratio", "95 %", "noise", "noise 95 %")
+    for column in (*columns, "same program", "kernels", "instructions", "MB touched", "state"):
+        table.add_column(column, no_wrap=True)
+    for result in results:
+        plain, scaled = result["plain"], result["scaled"]
+        table.add_row(
+            result["network"],
+            result["optimizer"],
+            f"{result['milliseconds']['plain']:.2f}",
+            f"{result['ratio']:.3f}",
+            "{:.3f}-{:.3f}".format(*result["ratio_interval"]),
+            f"{result['ratio_of_noise'].median:.3f}",
+            "{:.3f}-{:.3f}".format(*result["ratio_of_noise_interval"]),
+            "yes, but constants" if result["same_but_constants"] else "no",
+            change(*(sum(program["kernels"].values()) for program in (plain, scaled))),
+            change(plain["instructions"], scaled["instructions"]),
+            change(*(program["bytes_accessed"] / 1e6 for program in (plain, scaled))),
+            f"{change(plain['state_leaves'], scaled['state_leaves'])} arrays, "
+            f"{change(plain['state_bytes'] / 1e6, scaled['state_bytes'] / 1e6)} MB",
+        )
+    return table
+
+
+def change(plain: float, scaled: float) -> str:
+    """Shows a number of the plain program, and that of the scaled one where it differs."""
+    return f"{plain:.4g}" if plain == scaled else f"{plain:.6g} -> {scaled:.6g}"
+
+
+if __name__ == "__main__":
+    main()

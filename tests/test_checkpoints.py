@@ -1,0 +1,233 @@
+"""Checkpoints: bit for bit, bound to their settings, never half read."""
+
+import gc
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from archscale_jax.checkpoints import restore_checkpoint, save_checkpoint
+
+SETTINGS = {"architecture": "2_02", "rate": 0.1, "depths": (1, 2), "seed": None}
+
+
+class Inner(NamedTuple):
+    """Part of a state."""
+
+    mean: jax.Array
+    nothing: tuple
+
+
+class State(NamedTuple):
+    """A state with every kind of leaf."""
+
+    weights: dict
+    inner: Inner
+    empty: optax.EmptyState
+    steps: jax.Array
+    key: jax.Array
+    keys: jax.Array
+
+
+def state(seed=0):
+    """Random bits, the special values of floats among them."""
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 2**16, 64, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    floats = np.array([np.nan, -np.inf, -0.0, 1e-42, random.normal()], np.float32)
+    return State(
+        weights={
+            "0/1": jnp.asarray(bits),
+            "a.b": [jnp.asarray(floats)],
+            "scalar": jnp.float16(0.1),
+        },
+        inner=Inner(jnp.asarray(random.normal(size=(2, 3)), jnp.float32), ()),
+        empty=optax.EmptyState(),
+        steps=jnp.int32(random.integers(1000)),
+        key=jax.random.key(seed),
+        keys=jax.random.split(jax.random.key(seed, impl="rbg"), 2),
+    )
+
+
+def raw(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert isinstance(left, jax.Array)
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+        assert raw(left) == raw(right)
+
+
+def steps(directory):
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+class TestRoundTrip:
+    def test_gives_every_bit_back(self, tmp_path):
+        save_checkpoint(tmp_path / "new" / "folder", 3, state(), SETTINGS)
+        found = restore_checkpoint(tmp_path / "new" / "folder", state(1), SETTINGS)
+        assert found is not None
+        step, tree = found
+        assert step == 3
+        same(tree, state())
+        assert jax.random.normal(tree.key) == jax.random.normal(state().key)
+
+    def test_takes_shapes_as_likeness(self, tmp_path):
+        weights = state().weights
+        save_checkpoint(tmp_path, 1, weights, SETTINGS)
+        found = restore_checkpoint(tmp_path, jax.eval_shape(lambda: weights), SETTINGS)
+        assert found is not None
+        same(found[1], weights)
+
+    def test_the_last_one_wins_and_old_ones_go(self, tmp_path):
+        for step in (1, 2, 10):
+            save_checkpoint(tmp_path, step, {"x": jnp.int32(step)}, SETTINGS, keep=2)
+        assert steps(tmp_path) == [2, 10]
+        found = restore_checkpoint(tmp_path, {"x": jnp.int32(0)}, SETTINGS)
+        assert found is not None
+        assert (found[0], int(found[1]["x"])) == (10, 10)
+
+    @pytest.mark.parametrize("make", [False, True])
+    def test_nothing_there_is_none(self, tmp_path, make):
+        if make:
+            (tmp_path / "checkpoints").mkdir()
+        assert restore_checkpoint(tmp_path / "checkpoints", state(), SETTINGS) is None
+        assert (tmp_path / "checkpoints").exists() == make
+
+
+class TestMismatch:
+    @pytest.fixture
+    def directory(self, tmp_path):
+        save_checkpoint(tmp_path, 1, {"a": jnp.zeros(2), "b": {"c": jnp.int32(1)}}, SETTINGS)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (SETTINGS | {"rate": 0.2}, r"rate=0\.1 \(now 0\.2\)$"),
+            (SETTINGS | {"depths": [1]}, r"depths=\[1, 2\] \(now \[1\]\)$"),
+            (SETTINGS | {"width": 3, "seed": 0}, r"seed=None \(now 0\), width=None \(now 3\)$"),
+            ({"architecture": "2_02", "rate": 0.1, "seed": None}, r"depths=\[1, 2\] \(now None\)$"),
+        ],
+    )
+    def test_names_the_setting(self, directory, settings, message):
+        with pytest.raises(ValueError, match="checkpoint 1 in .* another run: .*" + message):
+            restore_checkpoint(directory, {"a": jnp.zeros(2), "b": {"c": jnp.int32(0)}}, settings)
+
+    @pytest.mark.parametrize(
+        ("like", "message"),
+        [
+            ({"a": jnp.zeros(2)}, r"holds a leaf .*\['b'\]\['c'\].* that the run does not have"),
+            (
+                {"a": jnp.zeros(2), "b": {"c": jnp.int32(1), "d": jnp.zeros(1)}},
+                r"lacks the leaf .*\['b'\]\['d'\]",
+            ),
+            ({"a": jnp.zeros(3), "b": {"c": jnp.int32(1)}}, r"\['a'\].* \(\(2,\), .*\(\(3,\), "),
+            (
+                {"a": jnp.zeros(2, jnp.bfloat16), "b": {"c": jnp.int32(1)}},
+                r"\['a'\].*float32.*bfloat16",
+            ),
+        ],
+    )
+    def test_names_the_leaf(self, directory, like, message):
+        with pytest.raises(ValueError, match="checkpoint 1 in .*" + message):
+            restore_checkpoint(directory, like, SETTINGS)
+
+
+# Orbax drops the coroutines of its other reads when one fails; they complain when collected.
+COROUTINES = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TREE = {"weights": np.arange(600, dtype=np.float32), "count": np.int32(7)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a checkpoint of `TREE`, not to be changed."""
+    directory = tmp_path_factory.mktemp("saved")
+    save_checkpoint(directory, 1, jax.tree.map(jnp.asarray, TREE), SETTINGS)
+    return directory
+
+
+class TestDamage:
+    """A cut-off save is not seen; a damaged file is refused, or does not matter."""
+
+    def restore(self, directory):
+        return restore_checkpoint(directory, jax.tree.map(jnp.zeros_like, TREE), SETTINGS)
+
+    def refuses_or_is_right(self, directory):
+        """Returns whether the checkpoint was refused; wrong values fail."""
+        try:
+            found = self.restore(directory)
+        except ValueError as error:
+            message = str(error)
+            assert f"checkpoint 1 in {directory} is damaged; remove its folder" in message, message
+            return True
+        assert found is not None
+        jax.tree.map(np.testing.assert_array_equal, found[1], TREE)
+        return False
+
+    def test_of_a_save_that_was_cut_off_is_not_seen(self, saved, tmp_path):
+        directory = shutil.copytree(saved, tmp_path / "copy")
+        shutil.copytree(saved / "1", directory / "2.orbax-checkpoint-tmp")
+        (directory / "2.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+        found = self.restore(directory)
+        assert found is not None
+        assert found[0] == 1
+        shutil.rmtree(directory / "1")
+        assert self.restore(directory) is None
+
+    def test_going_on_after_a_cut_off_save(self, saved, tmp_path):
+        directory = shutil.copytree(saved, tmp_path / "copy")
+        shutil.copytree(saved / "1", directory / "2.orbax-checkpoint-tmp")
+        save_checkpoint(directory, 2, jax.tree.map(jnp.asarray, TREE), SETTINGS)
+        found = self.restore(directory)
+        assert found is not None
+        assert found[0] == 2
+
+    @COROUTINES
+    @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "gone"])
+    def test_of_any_file_is_refused_or_does_not_matter(self, saved, tmp_path, damage):
+        refused = set()
+        names = [p.relative_to(saved) for p in sorted((saved / "1").rglob("*")) if p.is_file()]
+        for number, name in enumerate(names):
+            directory = shutil.copytree(saved, tmp_path / str(number))
+            path = directory / name
+            content = path.read_bytes()
+            if damage == "gone":
+                path.unlink()
+            else:
+                path.write_bytes(
+                    {"empty": b"", "garbage": b"\xff" * len(content), "cut": content[:-9]}[damage]
+                )
+            if self.refuses_or_is_right(directory):
+                refused.add(pathlib.Path(*name.parts[1:]))
+        gc.collect()
+        assert refused
+
+    @COROUTINES
+    def test_of_a_single_byte_is_noticed(self, saved, tmp_path):
+        data = [path for path in (saved / "1" / "tree").rglob("d/*") if path.is_file()]
+        assert data
+        refused = []
+        for number, path in enumerate(data):
+            directory = shutil.copytree(saved, tmp_path / str(number))
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            (directory / path.relative_to(saved)).write_bytes(content)
+            refused.append(self.refuses_or_is_right(directory))
+        gc.collect()
+        assert any(refused)
+
+    def test_of_an_empty_folder_is_refused(self, tmp_path):
+        (tmp_path / "1").mkdir()
+        with pytest.raises(ValueError, match="checkpoint 1 in .* is damaged; remove its folder"):
+            self.restore(tmp_path)

@@ -1,0 +1,165 @@
+"""Atomic files, the journal, and the folder of a run."""
+
+import json
+import os
+import stat
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from archscale_jax.files import (
+    append_record,
+    claim_directory,
+    read_records,
+    write_atomically,
+    write_json,
+    write_records,
+)
+
+RECORDS = [{"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": 1e-300, "note": "naïve\nline"}]
+
+
+class TestAtomicWrite:
+    def test_makes_folders_and_a_file_that_all_may_read(self, tmp_path):
+        path = tmp_path / "a" / "b" / "value.json"
+        write_json(path, {"x": [1, None]})
+        assert json.loads(path.read_text()) == {"x": [1, None]}
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        assert os.listdir(path.parent) == ["value.json"]
+
+    def test_gives_the_writer_a_path_of_the_same_suffix_and_folder(self, tmp_path):
+        seen = []
+
+        def write(target):
+            seen.append(target)
+            target.write_text("x")
+
+        write_atomically(tmp_path / "figure.png", write)
+        assert seen[0].suffix == ".png"
+        assert seen[0].parent == tmp_path
+
+    @pytest.mark.parametrize("before", [None, "old"])
+    def test_that_fails_leaves_what_was_there(self, tmp_path, before):
+        path = tmp_path / "value.txt"
+        if before:
+            path.write_text(before)
+
+        def write(target):
+            target.write_text("half")
+            raise RuntimeError("disk full")
+
+        with pytest.raises(RuntimeError, match="disk full"):
+            write_atomically(path, write)
+        assert os.listdir(tmp_path) == (["value.txt"] if before else [])
+        assert not before or path.read_text() == before
+
+    def test_of_a_value_without_json_leaves_nothing(self, tmp_path):
+        with pytest.raises(TypeError):
+            write_json(tmp_path / "value.json", {"x": object()})
+        with pytest.raises(TypeError):
+            write_records(tmp_path / "results.jsonl", [{"x": 1}, {"x": object()}])
+        assert os.listdir(tmp_path) == []
+
+
+class TestJournal:
+    def test_gives_back_what_was_appended(self, tmp_path):
+        path = tmp_path / "new" / "results.jsonl"
+        assert read_records(path) == []
+        for count, record in enumerate(RECORDS, start=1):
+            append_record(path, record)
+            assert read_records(path) == RECORDS[:count]
+        assert path.read_text().count("\n") == len(RECORDS)
+
+    def test_is_replaced_as_a_whole(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        write_records(path, RECORDS)
+        write_records(path, RECORDS[1:])
+        assert read_records(path) == RECORDS[1:]
+        write_records(path, [])
+        assert read_records(path) == []
+
+    @hypothesis.given(cut=strategies.integers(0, 200))
+    @hypothesis.settings(
+        max_examples=30,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    def test_survives_a_cut_at_any_byte(self, tmp_path, cut):
+        path = tmp_path / "results.jsonl"
+        write_records(path, RECORDS)
+        content = path.read_bytes()[:cut]
+        path.write_bytes(content)
+        whole = content.count(b"\n")
+        assert read_records(path) == RECORDS[:whole]
+        append_record(path, {"epoch": 3})
+        assert read_records(path) == [*RECORDS[:whole], {"epoch": 3}]
+
+    def test_drops_a_torn_character(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        path.write_bytes(b'{"a": 1}\n{"b": "\xc3')  # half of a UTF-8 character
+        assert read_records(path) == [{"a": 1}]
+
+    def test_leaves_the_journal_alone_when_the_record_is_no_json(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        write_records(path, RECORDS)
+        with pytest.raises(TypeError):
+            append_record(path, {"x": object()})
+        assert read_records(path) == RECORDS
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (b"{", "is no JSON: "),
+            (b"", "is no JSON: "),
+            (b'"\xff"', "is no JSON: "),
+            (b"[1]", "is no JSON object"),
+        ],
+    )
+    def test_numbers_a_bad_line(self, tmp_path, line, message):
+        path = tmp_path / "results.jsonl"
+        path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+        with pytest.raises(ValueError, match=f"results.jsonl line 2 {message}"):
+            read_records(path)
+
+
+CONFIG = {"dataset": "digits", "depths": (2, 4), "rate": 0.1}
+
+
+class TestClaimDirectory:
+    def test_writes_the_config_and_accepts_the_same_run_again(self, tmp_path):
+        workdir = tmp_path / "runs" / "one"
+        assert claim_directory(workdir, CONFIG) == workdir
+        written = (workdir / "config.json").read_text()
+        assert json.loads(written) == {"dataset": "digits", "depths": [2, 4], "rate": 0.1}
+        assert claim_directory(str(workdir), CONFIG) == workdir
+        assert (workdir / "config.json").read_text() == written
+
+    def test_names_the_settings_that_differ(self, tmp_path):
+        claim_directory(tmp_path, CONFIG)
+        other = {"dataset": "digits", "depths": [2, 4], "rate": 0.2, "seed": 1}
+        with pytest.raises(
+            ValueError, match=r"rate=0\.1 \(now 0\.2\), seed=None \(now 1\)"
+        ) as caught:
+            claim_directory(tmp_path, other)
+        assert str(tmp_path) in str(caught.value)
+        assert "dataset" not in str(caught.value)
+        assert "depths" not in str(caught.value)
+
+    def test_names_a_setting_that_is_gone(self, tmp_path):
+        claim_directory(tmp_path, CONFIG)
+        with pytest.raises(ValueError, match=r"rate=0\.1 \(now None\)"):
+            claim_directory(tmp_path, {"dataset": "digits", "depths": [2, 4]})
+
+    def test_lets_extensible_settings_change_and_writes_the_new_ones(self, tmp_path):
+        claim_directory(tmp_path, CONFIG)
+        extended = CONFIG | {"depths": (2, 4, 6), "rules": ["none"]}
+        claim_directory(tmp_path, extended, extensible=("depths", "rules"))
+        assert json.loads((tmp_path / "config.json").read_text())["depths"] == [2, 4, 6]
+        with pytest.raises(ValueError, match=r"rate=0\.1 \(now 3\); choose"):
+            claim_directory(tmp_path, extended | {"rate": 3, "depths": []}, extensible=("depths",))
+        assert json.loads((tmp_path / "config.json").read_text())["rate"] == 0.1
+
+    def test_names_a_damaged_config(self, tmp_path):
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="config.json is no JSON"):
+            claim_directory(tmp_path, CONFIG)

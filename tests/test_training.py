@@ -1,0 +1,454 @@
+"""Training: against plain Python loops and closed forms; interrupted runs end bit for bit alike."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from archscale_jax.checkpoints import restore_checkpoint, save_checkpoint
+from archscale_jax.datasets import Dataset, augment, epoch_indices
+from archscale_jax.initializer import initialize
+from archscale_jax.models import DagMLP
+from archscale_jax.spaces import dag_graph
+from archscale_jax.training import (
+    create_optimizer,
+    create_schedule,
+    create_train_state,
+    cross_entropy,
+    evaluate,
+    fit,
+    has_diverged,
+    jitted_train_epoch,
+    train_epoch,
+)
+from archscale_jax.transform import scale_by_architecture
+
+BATCH, EXAMPLES, TESTS, CLASSES = 8, 43, 21, 3  # five whole batches, three examples left over
+
+
+@functools.cache
+def dataset():
+    random = np.random.default_rng(0)
+
+    def split(count):
+        labels = random.integers(0, CLASSES, count)
+        images = random.normal(size=(count, 4, 4, 1)) + labels[:, None, None, None]
+        return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+    return Dataset("synthetic", CLASSES, *split(EXAMPLES), *split(TESTS))
+
+
+@functools.cache
+def network():
+    """A normalised MLP taken apart: its structure, parameters, other state and architecture."""
+    model = nnx.eval_shape(
+        lambda: DagMLP(dag_graph("2_12"), 16, 16, CLASSES, normalization="batch", rngs=nnx.Rngs(0))
+    )
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = initialize(jax.random.key(0), params, model.architecture())
+    rest = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), rest)
+    return graphdef, params, rest, model.architecture()
+
+
+@functools.cache
+def momentum_optimizer():
+    schedule = create_schedule(0.1, 20, kind="cosine", warmup_steps=3)
+    return create_optimizer(schedule, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def fresh_state(optimizer):
+    _, params, rest, _ = network()
+    return create_train_state(params, rest, optimizer, jax.random.key(5))
+
+
+def to_bytes(tree):
+    """Every leaf as bytes, keys as their data."""
+
+    def raw(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+    return [raw(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def log_likelihoods(logits, labels):
+    """NumPy, float64: log-probability of each label."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logits[np.arange(len(labels)), labels]
+
+
+def close(one, other, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), one, other)
+
+
+def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_steps=None):
+    """One epoch of SGD in plain Python, without a training loop, optax or jit.
+
+    Returns the parameters, the rest of the state, the velocity and the losses.
+    """
+    graphdef = network()[0]
+    images, labels = dataset().train_images, dataset().train_labels
+    order_key, augment_key = jax.random.split(jax.random.fold_in(state.key, state.epoch))
+    params, rest = nnx.to_pure_dict(state.params), state.model_state
+    velocity = jax.tree.map(np.zeros_like, params)
+    losses = []
+    for step, indices in enumerate(epoch_indices(order_key, EXAMPLES, BATCH)[:max_steps]):
+        inputs = images[indices]
+        if flip or padding:
+            key = jax.random.fold_in(augment_key, step)
+            inputs = augment(key, inputs, flip=flip, padding=padding)
+        one_hot = jnp.eye(CLASSES)[labels[indices]]
+
+        def loss(params, rest=rest, inputs=inputs, one_hot=one_hot):
+            model = nnx.merge(graphdef, state.params, rest, copy=True)
+            nnx.update(model, params)
+            logits = model(inputs, train=True)
+            value = -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
+            return value, nnx.state(model, nnx.Not(nnx.Param))
+
+        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        gradients = jax.tree.map(lambda g, p: g + decay * p, gradients, params)
+        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradients)
+        direction = velocity
+        if nesterov:
+            direction = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradients)
+        eta = rate(step)
+        params = jax.tree.map(lambda p, d, eta=eta: p - eta * d, params, direction)
+        losses.append(float(value))
+    return params, rest, velocity, losses
+
+
+class TestTrainEpoch:
+    def test_is_a_plain_loop(self):
+        """Momentum, decay, a schedule, batch statistics, augmentation and scaled rates at once."""
+        graphdef, _, _, architecture = network()
+        base = dag_graph("2")
+        factor = math.sqrt(1 / (0 + 8))  # paths of depth 0 and 2 against one of depth 1
+        optimizer = optax.chain(momentum_optimizer(), scale_by_architecture(architecture, base))
+        state = fresh_state(optimizer)
+        after, losses = train_epoch(
+            state,
+            dataset().train_images,
+            dataset().train_labels,
+            graphdef=graphdef,
+            optimizer=optimizer,
+            batch_size=BATCH,
+            flip=True,
+            padding=1,
+        )
+
+        def rate(step):
+            return (
+                factor
+                * 0.1
+                * (step / 3 if step < 3 else (1 + math.cos((step - 3) / 17 * math.pi)) / 2)
+            )
+
+        params, rest, velocity, expected = plain_epoch(
+            state, rate, momentum=0.9, nesterov=True, decay=0.01, flip=True, padding=1
+        )
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        assert len(losses) == EXAMPLES // BATCH
+        close(nnx.to_pure_dict(after.params), params)
+        close(after.model_state, rest)
+        trace = optax.tree.get(after.optimizer_state, "trace")
+        close(nnx.to_pure_dict(trace), velocity)
+        assert int(after.epoch) == 1
+        assert to_bytes(after.key) == to_bytes(state.key)
+
+    def test_can_stop_early_and_continues_with_the_next_order(self):
+        graphdef = network()[0]
+        optimizer = create_optimizer(0.05)
+        state = fresh_state(optimizer)._replace(epoch=jnp.int32(3))
+        after, losses = jitted_train_epoch(
+            state,
+            dataset().train_images,
+            dataset().train_labels,
+            graphdef=graphdef,
+            optimizer=optimizer,
+            batch_size=BATCH,
+            max_steps=2,
+        )
+        params, _, _, expected = plain_epoch(
+            state,
+            lambda step: 0.05,
+            momentum=0,
+            nesterov=False,
+            decay=0,
+            flip=False,
+            padding=0,
+            max_steps=2,
+        )
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        close(nnx.to_pure_dict(after.params), params)
+        assert int(after.epoch) == 4
+
+    @pytest.mark.parametrize("size", [0, -1, EXAMPLES + 1])
+    def test_refuses_a_batch_size(self, size):
+        optimizer = create_optimizer(0.1)
+        arguments = {"graphdef": network()[0], "optimizer": optimizer, "batch_size": size}
+        with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
+            train_epoch(
+                fresh_state(optimizer),
+                dataset().train_images,
+                dataset().train_labels,
+                **arguments,
+            )
+        with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
+            next(fit(fresh_state(optimizer), dataset(), total_steps=1, **arguments))
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("size", [1, 8, 21, 43, 1000])
+    def test_is_the_mean_over_all_examples(self, size):
+        """Whatever the batches: whole ones, a remainder, or a single one."""
+        graphdef, params, rest, _ = network()
+        images, labels = dataset().train_images, dataset().train_labels
+        found = evaluate(params, rest, images, labels, graphdef=graphdef, batch_size=size)
+        logits = nnx.merge(graphdef, params, rest)(images)
+        assert float(found["loss"]) == pytest.approx(-log_likelihoods(logits, labels).mean(), 1e-5)
+        accuracy = float(np.mean(np.argmax(np.asarray(logits), axis=1) == np.asarray(labels)))
+        assert float(found["accuracy"]) == pytest.approx(accuracy, 1e-6)
+
+    @pytest.mark.parametrize("size", [0, -3])
+    def test_refuses_a_batch_size(self, size):
+        graphdef, params, rest, _ = network()
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, found {size}"):
+            evaluate(
+                params,
+                rest,
+                dataset().test_images,
+                dataset().test_labels,
+                graphdef=graphdef,
+                batch_size=size,
+            )
+
+    def test_cross_entropy_of_training_normalises_by_the_batch(self):
+        graphdef, params, rest, _ = network()
+        images, labels = dataset().test_images, dataset().test_labels
+        results = [
+            cross_entropy(graphdef, params, rest, images, labels, train=train)
+            for train in (False, True)
+        ]
+        for loss, (logits, _) in results:
+            assert logits.shape == (TESTS, CLASSES)
+            assert float(loss) == pytest.approx(-log_likelihoods(logits, labels).mean(), 1e-5)
+        assert float(results[0][0]) != float(results[1][0])
+        assert to_bytes(results[0][1][1]) == to_bytes(rest)
+        assert to_bytes(results[1][1][1]) != to_bytes(rest)
+
+
+class TestFit:
+    def fit(self, state, total_steps, **changes):
+        optimizer = momentum_optimizer()
+        arguments = {"graphdef": network()[0], "optimizer": optimizer, "batch_size": BATCH}
+        augmentation = {"flip": True, "padding": 1}
+        arguments |= augmentation | changes
+        return list(fit(state, dataset(), total_steps=total_steps, **arguments))
+
+    def test_reports_every_epoch(self):
+        results = self.fit(fresh_state(momentum_optimizer()), 10)
+        assert [metrics["epoch"] for _, metrics in results] == [1, 2]
+        assert [metrics["step"] for _, metrics in results] == [5, 10]
+        state, metrics = results[-1]
+        graphdef = network()[0]
+        for split, images, labels in (
+            ("train", dataset().train_images, dataset().train_labels),
+            ("test", dataset().test_images, dataset().test_labels),
+        ):
+            logits = nnx.merge(graphdef, state.params, state.model_state)(images)
+            loss = -log_likelihoods(logits, labels).mean()
+            assert metrics[f"{split}_loss"] == pytest.approx(loss, 1e-5)
+            accuracy = float(np.mean(np.argmax(np.asarray(logits), axis=1) == np.asarray(labels)))
+            assert metrics[f"{split}_accuracy"] == pytest.approx(accuracy, 1e-6)
+        assert metrics["diverged"] == 0
+        json.dumps(metrics)
+
+    def test_stops_within_the_last_epoch(self):
+        whole = self.fit(fresh_state(momentum_optimizer()), 5)
+        partial = self.fit(fresh_state(momentum_optimizer()), 7)
+        assert [metrics["step"] for _, metrics in partial] == [5, 7]
+        assert [int(state.epoch) for state, _ in partial] == [1, 2]
+        assert to_bytes(partial[0][0]) == to_bytes(whole[0][0])
+        count = optax.tree.get(partial[1][0].optimizer_state, "count")
+        assert int(count) == 7
+        short = self.fit(fresh_state(momentum_optimizer()), 2)
+        assert [metrics["step"] for _, metrics in short] == [2]
+
+    def test_the_running_loss_is_the_mean_before_the_updates(self):
+        optimizer = momentum_optimizer()
+        _, losses = jitted_train_epoch(
+            fresh_state(optimizer),
+            dataset().train_images,
+            dataset().train_labels,
+            graphdef=network()[0],
+            optimizer=optimizer,
+            batch_size=BATCH,
+            flip=True,
+            padding=1,
+        )
+        metrics = self.fit(fresh_state(optimizer), 5)[0][1]
+        assert metrics["running_loss"] == pytest.approx(float(np.mean(losses)))
+
+    def test_of_a_finished_state_does_nothing(self):
+        state = fresh_state(momentum_optimizer())._replace(epoch=jnp.int32(2))
+        assert self.fit(state, 10) == []
+
+    def test_resumed_in_the_middle_ends_bit_for_bit_alike(self, tmp_path):
+        """Momentum, schedule, batch statistics and augmentation go through a checkpoint."""
+        whole = self.fit(fresh_state(momentum_optimizer()), 20)
+        first = self.fit(fresh_state(momentum_optimizer()), 20)[:2]
+        save_checkpoint(tmp_path, 2, first[-1][0], {"seed": 0})
+        restored = restore_checkpoint(tmp_path, fresh_state(momentum_optimizer()), {"seed": 0})
+        assert restored is not None
+        second = self.fit(restored[1], 20)
+        assert [metrics for _, metrics in first + second] == [metrics for _, metrics in whole]
+        assert to_bytes(second[-1][0]) == to_bytes(whole[-1][0])
+
+    @pytest.mark.parametrize(
+        ("loss", "diverged"),
+        [(0.0, False), (2.30, False), (math.log(10), True), (math.inf, True), (math.nan, True)],
+    )
+    def test_diverged_means_no_better_than_guessing(self, loss, diverged):
+        assert has_diverged(loss, 10) is diverged
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("kind", ["constant", "cosine"])
+    @pytest.mark.parametrize("warmup", [0, 1, 4, 9])
+    def test_follows_its_closed_form(self, kind, warmup):
+        total, peak = 10, 0.3
+        schedule = create_schedule(peak, total, kind=kind, warmup_steps=warmup)
+        for step in range(total + 1):
+            expected = peak
+            if step < warmup:
+                expected = peak * step / warmup
+            elif kind == "cosine":
+                expected = peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-7), step
+
+    def test_takes_a_traced_rate(self):
+        rates = jnp.array([0.1, 0.4])
+        middle = jax.vmap(lambda rate: create_schedule(rate, 10, kind="cosine")(5))(rates)
+        np.testing.assert_allclose(middle, rates / 2, rtol=1e-5)
+
+    @pytest.mark.parametrize("warmup", [-1, 10, 11])
+    def test_refuses_a_warm_up_that_leaves_no_step(self, warmup):
+        with pytest.raises(ValueError, match=f"found {warmup} of 10"):
+            create_schedule(0.1, 10, warmup_steps=warmup)
+
+    def test_refuses_no_steps(self):
+        with pytest.raises(ValueError, match="found 0 of 0"):
+            create_schedule(0.1, 0)
+
+    def test_names_an_unknown_kind(self):
+        with pytest.raises(ValueError, match="'linear'; accepted are constant, cosine"):
+            create_schedule(0.1, 10, kind="linear")  # pyright: ignore[reportArgumentType]
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("rate", [math.nan, 0.0, -0.1, math.inf, -math.inf])
+    def test_refuses_a_rate(self, rate):
+        with pytest.raises(ValueError, match=f"positive and finite, found {rate}"):
+            create_optimizer(rate)
+        with pytest.raises(ValueError, match=f"positive and finite, found {rate}"):
+            create_schedule(rate, 10)
+        with pytest.raises(ValueError, match="positive and finite"):
+            create_schedule(jnp.float32(rate), 10)
+
+    @pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, math.nan])
+    def test_refuses_a_momentum(self, momentum):
+        with pytest.raises(ValueError, match=f"in \\[0, 1\\), found {momentum}"):
+            create_optimizer(0.1, momentum=momentum)
+
+    def test_refuses_nesterov_without_momentum(self):
+        with pytest.raises(ValueError, match="Nesterov's momentum needs momentum > 0"):
+            create_optimizer(0.1, nesterov=True)
+
+    @pytest.mark.parametrize("decay", [-1e-4, math.nan, math.inf])
+    def test_refuses_a_weight_decay(self, decay):
+        with pytest.raises(ValueError, match=f"not negative, found {decay}"):
+            create_optimizer(0.1, weight_decay=decay)
+
+    def test_without_momentum_has_no_trace(self):
+        params = {"w": jnp.ones(3)}
+        assert jax.tree.leaves(create_optimizer(0.1).init(params)) == []
+        assert len(jax.tree.leaves(create_optimizer(0.1, momentum=0.9).init(params))) == 1
+
+
+FLAGS = [
+    *("--dataset=digits", "--architecture=2_12", "--width=16", "--normalization=batch"),
+    *("--momentum=0.9", "--nesterov", "--schedule=cosine", "--warmup_steps=5"),
+    *("--base_rate=0.1", "--epochs=6"),
+]
+
+
+class TestKill:
+    """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
+
+    def start(self, workdir, *flags):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            # The second and third process find what the first one compiled.
+            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *FLAGS, *flags],
+            cwd=pathlib.Path(__file__).parent.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, process):
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+        return output
+
+    def checkpoint(self, workdir):
+        """The last checkpoint as orbax reads it, bytes by leaf."""
+        folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+        last = max(folders, key=lambda path: int(path.name))
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(last / "tree")
+        return last.name, {name: np.asarray(leaf).tobytes() for name, leaf in tree.items()}
+
+    # Orbax warns that it restores without being told a sharding.
+    @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+    def test_in_the_middle_changes_nothing(self, tmp_path):
+        undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+        self.finish(self.start(undisturbed))
+
+        process = self.start(killed)
+        results = killed / "results.jsonl"
+        # A second record means that the first checkpoint is whole; the second one is being written.
+        while not results.exists() or results.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert results.read_bytes().count(b"\n") < 6
+        assert "resumed after epoch" in self.finish(self.start(killed, "--resume"))
+
+        assert results.read_bytes() == (undisturbed / "results.jsonl").read_bytes()
+        assert results.read_bytes().count(b"\n") == 6
+        assert self.checkpoint(killed) == self.checkpoint(undisturbed)
