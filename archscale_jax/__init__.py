@@ -1,6 +1,7 @@
 """Initialization and learning rates from the architecture of a network."""
 
 from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax.drawing import draw_graph
 from archscale_jax.graph import Operator, Space, build_graph, in_degrees, validate_graph
 from archscale_jax.initializer import initialize
 from archscale_jax.paths import (
@@ -47,6 +48,7 @@ __all__ = [
     "chain_string",
     "dag_graph",
     "dag_string",
+    "draw_graph",
     "in_degrees",
     "initialize",
     "learning_rate_factors",

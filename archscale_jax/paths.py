@@ -12,6 +12,7 @@ so that 2^998 paths neither overflow nor cost digits.
 """
 
 import functools
+import math
 from operator import index
 from typing import NamedTuple
 
@@ -206,22 +207,24 @@ def _has_edges(graphs: jraph.GraphsTuple) -> Array:
 
 def _dense_edges(graphs: jraph.GraphsTuple, max_vertices: int) -> Array:
     """Counts edges, as float [source V, skip or weight 2, target V, G]."""
-    num_graphs = len(graphs.n_node)
-    vertex, senders, receivers, operator = map(
-        jnp.asarray, (graphs.nodes, graphs.senders, graphs.receivers, graphs.edges["operator"])
+    n_node, vertex, senders, receivers, operator = map(
+        jnp.asarray,
+        (graphs.n_node, graphs.nodes, graphs.senders, graphs.receivers, graphs.edges["operator"]),
     )
-    graph = jnp.repeat(jnp.arange(num_graphs), graphs.n_node, total_repeat_length=len(vertex))
-    # Flat indices: XLA on CPU takes half as long again over tuples of them.
-    slots = max_vertices * num_graphs
-    slot = jnp.where(vertex < max_vertices, vertex * num_graphs + graph, slots)
-    source, target = slot[senders], slot[receivers]
+    # The graph of an edge is looked up at the vertex 0 of its graph, `first`; a graph without
+    # vertices, as padding may be, has the `first` of the next one and gives way to it.
+    num_graphs, first = len(n_node), jnp.cumsum(n_node) - n_node
+    graph_at = jnp.zeros(len(vertex), int).at[first].max(jnp.arange(num_graphs), mode="drop")
+    source, target = vertex[senders], vertex[receivers]
     weight = jnp.isin(operator, jnp.array(WEIGHT_OPERATORS)).astype(int)
-    entry = (2 * (source // num_graphs) + weight) * slots + target
+    # One flat index: XLA on CPU takes half as long again over tuples of them.
+    entry = (2 * source + weight) * max_vertices + target
+    entry = entry * num_graphs + graph_at[senders - source]
     # Padding edges and edges of vertices beyond max_vertices go past the end and are dropped.
-    kept = (operator != Operator.ZERO) & (source < slots) & (target < slots)
-    entries = 2 * max_vertices * slots
-    edges = jnp.zeros(entries).at[jnp.where(kept, entry, entries)].add(1, mode="drop")
-    return edges.reshape(max_vertices, 2, max_vertices, num_graphs)
+    kept = (operator != Operator.ZERO) & (source < max_vertices) & (target < max_vertices)
+    shape = (max_vertices, 2, max_vertices, num_graphs)
+    end = math.prod(shape)
+    return jnp.zeros(end).at[jnp.where(kept, entry, end)].add(1, mode="drop").reshape(shape)
 
 
 class _Paths(NamedTuple):
