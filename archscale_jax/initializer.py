@@ -22,6 +22,7 @@ def initialize(
     params: PyTree,
     architecture: Architecture,
     rule: str | InitializationRule | None = None,
+    **options: Any,
 ) -> PyTree:
     """Draws new parameters of the same structure, shapes and dtypes.
 
@@ -36,6 +37,7 @@ def initialize(
       params: tree of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and shardings are read.
       architecture: the architecture of these params.
       rule: see `archscale_jax.rules.weight_standard_deviations`; None fits the arrangement.
+      **options: passed to the rule.
 
     Returns:
       A tree like `params`.
@@ -45,7 +47,7 @@ def initialize(
         names the leaf.
     """
     check_parameters(architecture, params)
-    deviations = weight_standard_deviations(architecture, rule)
+    deviations = weight_standard_deviations(architecture, rule, **options)
     roles = {parameter.name: parameter.role for parameter in architecture.parameters}
 
     def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How fast are path statistics? `python -m benchmarks.paths`, about a minute.
+"""How fast are path statistics? `python -m benchmarks.paths` takes one to two minutes.
 
 * All 59,049 five-vertex DAG strings: one batched call against walking every path in Python.
 * The complete graph of 1,000 vertices, which has 2^998 paths.
@@ -235,8 +235,9 @@ def draw(measured: dict) -> None:
         edges, seconds = np.array(one["edges"]), np.array(one["seconds"])
         errors = np.abs(seconds[:, 1:].T - seconds[:, 0])
         points = axes.errorbar(edges, seconds[:, 0], errors, fmt=marker, capsize=3)
-        bits = one["bits_of_count"]
-        label = f"{family}: edges$^{{{one['slope']:.2f}}}$, P of {bits[0]:,} to {bits[-1]:,} bits"
+        lengths = {min(one["bits_of_count"]), max(one["bits_of_count"])}
+        bits = " to ".join(f"{length:,}" for length in sorted(lengths))
+        label = f"{family}: edges$^{{{one['slope']:.2f}}}$, P of {bits} bits"
         fitted = one["seconds_at_one_edge"] * edges ** one["slope"]
         axes.plot(edges, fitted, "--", color=points[0].get_color(), label=label)
     axes.set(

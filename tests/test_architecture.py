@@ -28,7 +28,7 @@ class Pair(NamedTuple):
     """Two leaves reached by attribute."""
 
     first: jax.Array
-    second: jax.Array
+    second: dict[str, jax.Array]
 
 
 SHAPES = {
@@ -72,7 +72,9 @@ class TestNames:
         assert list(named_leaves({"attention": {"value": jnp.zeros(1)}})) == ["attention/value"]
 
     def test_are_the_same_for_state_pure_dictionary_and_plain_dictionary(self):
-        network = DagMLP(dag_graph("2_02"), 2, 3, 1, normalization="layer", rngs=nnx.Rngs(0))
+        network = nnx.eval_shape(
+            lambda: DagMLP(dag_graph("2_02"), 2, 3, 1, normalization="layer", rngs=nnx.Rngs(0))
+        )
         state = nnx.state(network, nnx.Param)
         plain = {
             "stem": {"kernel": 0, "bias": 0},

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -352,7 +353,9 @@ def prepare(data_dir, name, *, as_png=True, labels=None, image_side=None, splits
     builder_name, config, side, classes, test_split = STAND_INS[name]
     tfds.disable_progress_bar()
 
-    class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    unregistered: Any = {"skip_registration": True}  # a keyword of TFDS's that has no type
+
+    class StandIn(tfds.core.GeneratorBasedBuilder, **unregistered):
         name = builder_name
         VERSION = tfds.core.Version("1.0.0")
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []

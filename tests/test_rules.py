@@ -772,3 +772,26 @@ def test_moment_is_not_misled_by_the_order_of_edges():
         for order in (slice(None), shuffled)
     ]
     assert numerators(graphs[0], "moment") == numerators(graphs[1], "moment")
+
+
+def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
+    blocks = 1100
+    chain = np.arange(2 * blocks)
+    starts = chain[::2]
+    huge = build_graph(
+        2 * blocks + 1,
+        np.concatenate([chain, starts]),
+        np.concatenate([chain + 1, starts + 2]),
+        np.concatenate([np.full(2 * blocks, Operator.LINEAR), np.full(blocks, Operator.SKIP)]),
+    )
+    with pytest.raises(ValueError, match="path_sum' gives the factor inf"):
+        learning_rate_scale(dag_graph("2"), huge)
+
+
+def test_options_reach_an_initialization_rule():
+    architecture = network(dag_graph("2_12")).architecture()
+    small, large = (
+        weight_standard_deviations(architecture, "moment", branch_share=share)["layers/1_2/kernel"]
+        for share in (0.25, 1.0)
+    )
+    assert large == pytest.approx(2 * small)

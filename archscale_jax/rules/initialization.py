@@ -1,13 +1,13 @@
 """Initialization rules: the variance of every weight from its place in the graph (theory §3).
 
 A hidden weight on edge u->v is drawn from N(0, C/n), the readout from N(0, gain²/n²), n being the
-fan [AAS Eq. 2, 4]. A rule is a function `(graph, arrangement) -> WeightVariances` that says what C
-is for every edge; `register_initialization_rule` gives a function of yours a name.
+fan [AAS Eq. 2, 4]. A rule is a function `(graph, arrangement, **options) -> WeightVariances` that
+says what C is for every edge; `register_initialization_rule` gives a function of yours a name.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jraph
 import numpy as np
@@ -35,14 +35,14 @@ class WeightVariances(NamedTuple):
     fan: Literal["fan_in", "fan_out"] = "fan_in"
 
 
-InitializationRule = Callable[[jraph.GraphsTuple, Arrangement], WeightVariances]
+InitializationRule = Callable[..., WeightVariances]
 
 INITIALIZATION_RULES: Registry[InitializationRule] = Registry("initialization rule")
 register_initialization_rule = INITIALIZATION_RULES.register
 
 
 def weight_standard_deviations(
-    architecture: Architecture, rule: str | InitializationRule | None = None
+    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
 ) -> dict[str, float]:
     """Returns the standard deviation of every input, hidden and readout weight by name.
 
@@ -51,6 +51,7 @@ def weight_standard_deviations(
       rule: name of a rule, or a function `(graph, arrangement) -> WeightVariances`. None takes the
         rule that measurably preserves the flow: `target` where vertices sum pre-activations,
         `source` where they sum activations (docs/initialization.md).
+      **options: passed to the rule, e.g. `branch_share` of `moment`.
 
     Raises:
       ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or
@@ -58,7 +59,9 @@ def weight_standard_deviations(
     """
     if rule is None:
         rule = DEFAULT_RULES[architecture.arrangement]
-    variances = INITIALIZATION_RULES.resolve(rule)(architecture.graph, architecture.arrangement)
+    variances = INITIALIZATION_RULES.resolve(rule)(
+        architecture.graph, architecture.arrangement, **options
+    )
     deviations = {
         parameter.name: _standard_deviation(parameter, variances)
         for parameter in architecture.parameters
@@ -132,11 +135,13 @@ def moment(
 ) -> WeightVariances:
     """Second moments propagated through the graph, equal at all vertices as far as skips allow.
 
-    The weighted edges of a vertex get, in equal parts, what its skips leave of the second moment 1
-    of vertex 0 (theory §3). Where the skips leave nothing, the weighted edges add `branch_share` /
-    n of what the skips bring, n being the number of vertices with both kinds of edges: then n
-    residual blocks in a row grow the second moment at most by exp(branch_share), and no weight
-    starts at zero. Exact at infinite width for ReLU. Time and memory are quadratic in vertices.
+    The weighted edges of a vertex get, in equal parts, what its skips lack to the second moment 1
+    of vertex 0 (theory §3). Skips from any vertex bring at least that; there the weighted edges add
+    `branch_share` / n of what the skips bring, n being the number of vertices with both kinds of
+    edges: n residual blocks in a row grow the second moment at most by exp(branch_share), and no
+    weight starts at zero. A branch that ends in a vertex of its own, which a skip then carries on,
+    is a full vertex of moment 1: put the weight edge into the vertex that sums. Exact at infinite
+    width for ReLU. Time and memory are quadratic in vertices.
 
     Args:
       graph: a single graph.

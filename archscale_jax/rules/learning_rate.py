@@ -48,7 +48,10 @@ def learning_rate_scale(
       ValueError: an unknown rule, no base where the rule needs one, a graph on which the rule says
         nothing, or a factor that is not a positive finite float.
     """
-    scale = float(LEARNING_RATE_RULES.resolve(rule)(graph, base, **options))
+    try:
+        scale = float(LEARNING_RATE_RULES.resolve(rule)(graph, base, **options))
+    except OverflowError:  # a ratio of path sums beyond the range of floats
+        scale = math.inf
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(
             f"learning-rate rule {rule!r} gives the factor {scale}; a factor must be finite and "
@@ -103,9 +106,10 @@ def author_code(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None)
         return 1 / math.sqrt(path_statistics(graph, depth_offset=1).depth_cubed_sum)
     dense = graph.globals["kernel_size"][0] == 0
     kernel = 1.0 if dense else kernel_size_factor(network_kernel_size(graph), 3)
-    if path_statistics(graph).max_depth == 0:
+    statistics = path_statistics(graph, depth_offset=3)
+    if statistics.max_depth == 3:
         return kernel
-    return math.sqrt(27 / path_statistics(graph, depth_offset=3).depth_cubed_sum) * kernel
+    return math.sqrt(27 / statistics.depth_cubed_sum) * kernel
 
 
 @register_learning_rate_rule("depth")

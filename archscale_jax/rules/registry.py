@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Rule = TypeVar("Rule", bound=Callable)
+Function = TypeVar("Function", bound=Callable)
 
 
 class Registry(Generic[Rule]):
@@ -13,17 +14,17 @@ class Registry(Generic[Rule]):
         self._kind = kind
         self._rules: dict[str, Rule] = {}
 
-    def register(self, name: str) -> Callable[[Rule], Rule]:
+    def register(self, name: str) -> Callable[[Function], Function]:
         """Returns a decorator that gives a rule a name.
 
         Raises:
           ValueError: the name is taken.
         """
 
-        def decorate(rule: Rule) -> Rule:
+        def decorate(rule: Function) -> Function:
             if name in self._rules:
                 raise ValueError(f"{self._kind} {name!r} is registered already")
-            self._rules[name] = rule
+            self._rules[name] = rule  # pyright: ignore[reportArgumentType]  (keeps its own type)
             return rule
 
         return decorate
