@@ -239,7 +239,8 @@ def number_of_vertices(graph: jraph.GraphsTuple) -> int:
 
 def is_weight(graph: jraph.GraphsTuple) -> np.ndarray:
     """Returns bool [E], true for the edges that carry a weight (linear and convolution)."""
-    return np.isin(graph.edges["operator"], WEIGHT_OPERATORS)
+    operators = np.asarray(graph.edges["operator"])
+    return np.logical_or.reduce([operators == operator for operator in WEIGHT_OPERATORS])
 
 
 def reachable_vertices(graph: jraph.GraphsTuple) -> np.ndarray:

@@ -88,9 +88,11 @@ def run() -> None:
         if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
     ]
     rows = transfer_report.summarise(networks, common.parse_graph, FLAGS.rules, transferred)
-    console = Console()
     title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
-    console.print(transfer_report.table(rows, FLAGS.rules, title))
+    table = transfer_report.table(rows, FLAGS.rules, title)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
     markdown = transfer_report.markdown(rows, FLAGS.rules, title)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "transfer.png"
