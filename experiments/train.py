@@ -71,7 +71,7 @@ def run() -> None:
         checkpoints.save_checkpoint(workdir / "checkpoints", int(after.epoch), after, settings)
         console.print(_line(metrics))
     console.print(_table(files.read_records(results)))
-    console.print(f"results: {results}")
+    console.print(f"results: {results}", soft_wrap=True)
 
 
 def _drop_records_after(results: pathlib.Path, epoch: int) -> None:

@@ -9,6 +9,7 @@ transfer.png, and prints the table. A run that was cut off goes on where it stop
 --workdir takes more rules, networks and seeds later.
 """
 
+import math
 import pathlib
 import statistics
 import sys
@@ -87,17 +88,19 @@ def run() -> None:
         for r in files.read_records(journal)
         if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
     ]
-    rows = transfer_report.summarise(networks, common.parse_graph, FLAGS.rules, transferred)
+    rows = transfer_report.summarise(
+        networks, common.parse_graph, FLAGS.rules, transferred, math.log(dataset.num_classes)
+    )
     title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
     table = transfer_report.table(rows, FLAGS.rules, title)
     console = Console()
     console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    console.print(table, transfer_report.overview_table(rows, FLAGS.rules))
     markdown = transfer_report.markdown(rows, FLAGS.rules, title)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "transfer.png"
     transfer_report.draw(rows, FLAGS.rules, title, figure)
-    console.print(f"results: {journal}\nfigure:  {figure}")
+    console.print(f"results: {journal}\nfigure:  {figure}", soft_wrap=True)
 
 
 def _networks() -> dict[str, str]:
@@ -140,11 +143,10 @@ def best_rate(records: list[dict[str, Any]]) -> float:
     """
     losses: dict[float, list[float]] = {}
     for record in records:
-        loss = float("inf") if record["diverged"] else record["train_loss"]
-        losses.setdefault(record["base_rate"], []).append(loss)
+        losses.setdefault(record["base_rate"], []).append(record["train_loss"])
     means = {rate: statistics.fmean(values) for rate, values in losses.items()}
-    smallest = min(means.values())
-    if not np.isfinite(smallest):
+    smallest = min((mean for mean in means.values() if math.isfinite(mean)), default=None)
+    if smallest is None:
         raise ValueError(
             f"the base network diverged at every rate from {min(means)} to {max(means)}; "
             "lower --min_rate"

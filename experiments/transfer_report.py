@@ -20,8 +20,12 @@ def summarise(
     parse: Callable[[str], jraph.GraphsTuple],
     rules: list[str],
     records: list[Row],
+    guessing: float,
 ) -> list[Row]:
-    """Returns one row per network: its graph, and per rule the factor and means over seeds."""
+    """Returns one row per network: its graph, and per rule the factor and means over seeds.
+
+    `guessing` is the loss of guessing, at which `overview` counts a seed that diverged.
+    """
     rows = []
     for name, text in networks.items():
         statistics_ = archscale.path_statistics(parse(text))
@@ -41,6 +45,9 @@ def summarise(
                 "seeds": len(trials),
                 **{key: _mean(finished, key) for key in ("train_loss", "test_accuracy")},
                 "train_losses": [r["train_loss"] for r in finished],
+                "counted_loss": statistics.fmean(
+                    guessing if r["diverged"] else r["train_loss"] for r in trials
+                ),
             }
         rows.append(row)
     return rows
@@ -96,16 +103,53 @@ def table(rows: list[Row], rules: list[str], title: str) -> Table:
     return result
 
 
+def overview(rows: list[Row], rules: list[str]) -> list[list[str]]:
+    """Returns one line per rule, after a heading: what it gained over all networks.
+
+    A seed that diverged counts with the loss of guessing.
+    """
+    lines = [["rule", "diverged", "mean loss", "best on", "better than unscaled on"]]
+    for rule in rules:
+        losses = [row[rule]["counted_loss"] for row in rows]
+        best = [min(row[other]["counted_loss"] for other in rules) for row in rows]
+        unscaled = [row["none"]["counted_loss"] if "none" in rules else None for row in rows]
+        pairs = list(zip(losses, unscaled, strict=True))
+        better = sum(other is not None and loss < other for loss, other in pairs)
+        lines.append(
+            [
+                _label(rule),
+                f"{sum(row[rule]['diverged'] for row in rows)} of "
+                f"{sum(row[rule]['seeds'] for row in rows)}",
+                _number(statistics.fmean(losses)),
+                f"{sum(loss == least for loss, least in zip(losses, best, strict=True))}",
+                "–" if rule == "none" or "none" not in rules else f"{better} of {len(rows)}",
+            ]
+        )
+    return lines
+
+
+def overview_table(rows: list[Row], rules: list[str]) -> Table:
+    """Returns `overview` for a terminal."""
+    heading, *lines = overview(rows, rules)
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(heading):
+        result.add_column(column, justify="right" if index else "left")
+    for line in lines:
+        result.add_row(*line)
+    return result
+
+
 def markdown(rows: list[Row], rules: list[str], title: str) -> str:
-    """Returns the same table as Markdown."""
-    columns = _columns(rules)
-    lines = [
-        columns,
-        ["---", *["---:"] * (len(columns) - 1)],
-        *(_cells(row, rules) for row in rows),
-    ]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{title}; {_caption(rows, rules)}.\n\n{body}\n"
+    """Returns both tables as Markdown."""
+    networks = [_columns(rules), *(_cells(row, rules) for row in rows)]
+    caption = f"{title}; {_caption(rows, rules)}."
+    return "\n".join([_markdown(overview(rows, rules)), caption, "", _markdown(networks)])
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    alignment = ["---", *["---:"] * (len(lines[0]) - 1)]
+    rows = [lines[0], alignment, *lines[1:]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 _COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito

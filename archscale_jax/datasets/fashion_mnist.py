@@ -25,12 +25,12 @@ _LOCAL_FOLDER = os.path.join("data", "fashion_mnist")
 def read_fashion_mnist(data_dir: str | os.PathLike[str] | None) -> RawSplits:
     """Reads Fashion-MNIST from the first folder that holds any of its files.
 
-    Folders are tried in this order: `data_dir` and `data_dir/fashion_mnist` where one is given,
-    `/usr/share/datasets/fashion-mnist`, `data/fashion_mnist` below the working directory. A file
-    may be plain or end in `.gz`; the plain one wins where both are there.
+    Folders are `data_dir` and `data_dir/fashion_mnist` where one is given, and no other; else
+    `/usr/share/datasets/fashion-mnist`, then `data/fashion_mnist` below the working directory. A
+    file may be plain or end in `.gz`; the plain one wins where both are there.
 
     Args:
-      data_dir: A folder to try first, or None.
+      data_dir: The folder to read, or None for the usual places.
 
     Returns:
       Images uint8 `[N, 28, 28, 1]`, labels uint8 `[N]`.
@@ -45,11 +45,10 @@ def read_fashion_mnist(data_dir: str | os.PathLike[str] | None) -> RawSplits:
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[pathlib.Path]:
-    folders = [pathlib.Path(_SYSTEM_FOLDER), pathlib.Path(_LOCAL_FOLDER)]
-    if data_dir is not None:
-        given = pathlib.Path(data_dir).expanduser()
-        folders = [given, given / "fashion_mnist", *folders]
-    return folders
+    if data_dir is None:
+        return [pathlib.Path(_SYSTEM_FOLDER), pathlib.Path(_LOCAL_FOLDER)]
+    given = pathlib.Path(data_dir).expanduser()
+    return [given, given / "fashion_mnist"]
 
 
 def _find_files(folders: list[pathlib.Path]) -> list[pathlib.Path]:
