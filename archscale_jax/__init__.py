@@ -11,6 +11,7 @@ from archscale_jax.paths import (
     path_statistics,
 )
 from archscale_jax.rules import (
+    WeightVariances,
     learning_rate_scale,
     register_initialization_rule,
     register_learning_rate_rule,
@@ -40,6 +41,7 @@ __all__ = [
     "PathStatistics",
     "Role",
     "Space",
+    "WeightVariances",
     "batched_path_statistics",
     "build_graph",
     "cell_code",

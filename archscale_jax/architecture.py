@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jraph
 
+from archscale_jax.graph import is_weight
+
 PyTree = Any
 
 
@@ -51,6 +53,9 @@ class Parameter:
       kernel_positions: number of spatial positions of the kernel, q² for an image.
       edge: index of its layer among the edges of the graph; None for the stem, the readout and
         normalization.
+
+    Raises:
+      ValueError: an unknown role or layer, or a fan or size below 1.
     """
 
     name: str
@@ -63,6 +68,22 @@ class Parameter:
     kernel_positions: int = 1
     edge: int | None = None
 
+    def __post_init__(self):
+        where = f"parameter {self.name!r}"
+        for field in ("role", "layer"):
+            try:
+                object.__setattr__(self, field, Role(getattr(self, field)))
+            except ValueError:
+                raise ValueError(
+                    f"{where} has {field} {getattr(self, field)!r}; accepted are {', '.join(Role)}"
+                ) from None
+        object.__setattr__(self, "shape", tuple(self.shape))
+        for field in ("fan_in", "fan_out", "kernel_size", "kernel_positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"{where} has {field} {getattr(self, field)}; accepted are integers from 1"
+                )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
@@ -74,7 +95,8 @@ class Architecture:
       arrangement: what the vertices sum.
 
     Raises:
-      ValueError: two parameters of one name, or an edge that the graph does not have.
+      ValueError: two parameters of one name, an edge that the graph does not have, a hidden weight
+        without an edge or on an edge without weight, or an unknown arrangement.
     """
 
     graph: jraph.GraphsTuple
@@ -82,6 +104,8 @@ class Architecture:
     arrangement: Arrangement = Arrangement.PRE_ACTIVATION
 
     def __post_init__(self):
+        object.__setattr__(self, "arrangement", Arrangement(self.arrangement))
+        weight = is_weight(self.graph)
         counts = collections.Counter(parameter.name for parameter in self.parameters)
         for parameter in self.parameters:
             if counts[parameter.name] > 1:
@@ -92,6 +116,13 @@ class Architecture:
                 raise ValueError(
                     f"parameter {parameter.name!r} belongs to edge {parameter.edge}; the graph has "
                     f"edges 0 to {len(self.graph.senders) - 1}"
+                )
+            if parameter.role == Role.HIDDEN and (
+                parameter.edge is None or not weight[parameter.edge]
+            ):
+                raise ValueError(
+                    f"hidden weight {parameter.name!r} belongs to edge {parameter.edge}; accepted "
+                    "is the index of a linear or convolution edge"
                 )
 
     @functools.cached_property

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from archscale_jax.architecture import PyTree
+from archscale_jax.files import different_settings
 
 Settings = Mapping[str, Any]
 
@@ -132,16 +133,8 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _check_settings(where: str, saved: Settings, settings: Settings) -> None:
-    settings = json.loads(json.dumps(dict(settings)))  # as they were saved: tuples are lists
-    different = [
-        f"{name}={saved.get(name)!r} (now {settings.get(name)!r})"
-        for name in sorted({*saved, *settings})
-        if saved.get(name) != settings.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{where} belongs to another run: it was saved with {', '.join(different)}"
-        )
+    if different := different_settings(saved, json.loads(json.dumps(dict(settings)))):
+        raise ValueError(f"{where} belongs to another run: it was saved with {different}")
 
 
 def _check_leaves(where: str, saved: dict[str, Any], expected: dict[str, jax.Array]) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writes, and a journal that survives a cut."""
 
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -31,10 +32,20 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_atomically(path, lambda target: target.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def different_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Lists the settings that differ, `name=found (now value)`; empty where none does."""
+    return ", ".join(
+        f"{name}={found.get(name)!r} (now {now.get(name)!r})"
+        for name in sorted({*found, *now})
+        if found.get(name) != now.get(name)
+    )
+
+
 def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     """Appends one line to a JSON-lines journal and waits until it is on disk.
 
-    A line that an earlier run left unfinished is cut off first.
+    A line that an earlier run left unfinished is cut off first. A number that is not finite is
+    written as null, since JSON has none.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +53,24 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
         journal.seek(0)
         content = journal.read()
         journal.truncate(content.rfind(b"\n") + 1)
-        journal.write(json.dumps(record).encode() + b"\n")
+        journal.write(_line(record).encode())
         journal.flush()
         os.fsync(journal.fileno())
 
 
 def write_records(path: str | pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replaces a JSON-lines journal atomically."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
+    text = "".join(map(_line, records))
     write_atomically(path, lambda target: target.write_text(text))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON: a number that is not finite becomes null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -97,15 +117,12 @@ def claim_directory(
             found = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
-        different = [
-            f"{name}={found.get(name)!r} (now {config.get(name)!r})"
-            for name in sorted({*found, *config}.difference(extensible))
-            if found.get(name) != config.get(name)
-        ]
-        if different:
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds no JSON object")
+        fixed = ({k: v for k, v in one.items() if k not in extensible} for one in (found, config))
+        if different := different_settings(*fixed):
             raise ValueError(
-                f"{directory} holds a run with {', '.join(different)}; choose another --workdir or "
-                "remove it"
+                f"{directory} holds a run with {different}; choose another --workdir or remove it"
             )
     write_json(path, config)
     return directory

@@ -14,7 +14,7 @@ Edges are operators; contributions of the incoming edges of a vertex are summed.
 * `n_node`, `n_edge`  int32 [1]
 
 as NumPy arrays on the host. Batch with `jraph.batch_np` and pad with `jraph.pad_with_graphs`:
-padding edges get operator `ZERO`, which nothing counts.
+padding edges get operator `ZERO`, which no function of a batch counts.
 """
 
 import enum
@@ -230,8 +230,14 @@ def number_of_vertices(graph: jraph.GraphsTuple) -> int:
     """Returns V of a single graph.
 
     Raises:
+      TypeError: `graph` is no graph.
       ValueError: `graph` is a batch of several graphs.
     """
+    if not isinstance(graph, jraph.GraphsTuple):
+        raise TypeError(
+            f"expected a jraph.GraphsTuple, found {type(graph).__name__}; of an Architecture, pass "
+            "its graph; of a string, dag_graph(string)"
+        )
     if len(graph.n_node) != 1:
         raise ValueError(f"expected a single graph, found a batch of {len(graph.n_node)}")
     return int(graph.n_node[0])

@@ -55,7 +55,8 @@ def path_statistics(graph: jraph.GraphsTuple, *, depth_offset: int = 0) -> PathS
 
     Raises:
       TypeError: the offset is not an integer.
-      ValueError: `graph` is a batch, no path joins input and output, or the offset is negative.
+      ValueError: `graph` is a batch or not valid, no path joins input and output, or the offset is
+        negative.
     """
     depth_offset = index(depth_offset)
     if depth_offset < 0:
@@ -94,6 +95,9 @@ def _lengthened(count, depth, squared, cubed):
 
 def _sources(graph: jraph.GraphsTuple) -> tuple[list[list[int]], list[list[int]]]:
     """Lists, for every vertex, the sources of its skip edges and those of its weight edges."""
+    operators = np.asarray(graph.edges["operator"])
+    if np.any(np.asarray(graph.senders) >= np.asarray(graph.receivers)) or not operators.all():
+        raise ValueError("not a valid graph: validate_graph says what is wrong with it")
     skips, weights = ([[] for _ in range(number_of_vertices(graph))] for _ in range(2))
     columns = (graph.senders, graph.receivers, is_weight(graph))
     for sender, receiver, weight in zip(*(np.asarray(c).tolist() for c in columns), strict=True):

@@ -43,7 +43,8 @@ def learning_rate_factors(
       **options: passed to the rule.
 
     Raises:
-      ValueError: what the rules raise; a width rule without an architecture as base.
+      ValueError: what the rules raise; a width rule without an architecture as base; a factor that
+        is not positive, or outside the range of float32.
     """
     base_graph = base.graph if isinstance(base, Architecture) else base
     scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
@@ -60,6 +61,13 @@ def learning_rate_factors(
             )
         for name, factor in width_factors(architecture, base, width_rule).items():
             factors[name] *= factor
+    smallest, largest = (float(getattr(jnp.finfo(jnp.float32), end)) for end in ("tiny", "max"))
+    for name, factor in factors.items():
+        if not smallest <= factor <= largest:
+            raise ValueError(
+                f"the learning-rate factor of {name!r} is {factor}; a factor must be positive and "
+                "in the range of float32"
+            )
     return factors
 
 

@@ -19,7 +19,7 @@ from archscale_jax.rules import INITIALIZATION_RULES
 
 FLAGS = flags.FLAGS
 
-NOT_SETTINGS = ("workdir", "data_dir", "resume", "quiet")
+NOT_SETTINGS = ("workdir", "data_dir", "resume")
 """Flags that do not change what a run computes."""
 
 
@@ -75,7 +75,7 @@ def run_binary(run: Callable[[], None]) -> None:
             raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
         try:
             run()
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
     app.run(main)

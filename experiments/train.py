@@ -37,8 +37,9 @@ def run() -> None:
     settings = common.settings(sys.argv[0])
     workdir = pathlib.Path(FLAGS.workdir)
     results = workdir / "results.jsonl"
-    if not FLAGS.resume and results.exists():
-        raise ValueError(f"{workdir} holds results; pass --resume, or choose another --workdir")
+    saves = workdir / "checkpoints"
+    if not FLAGS.resume and (results.exists() or saves.exists()):
+        raise ValueError(f"{workdir} holds a run; pass --resume, or choose another --workdir")
     training.check_learning_rate(FLAGS.base_rate)
     graph, base = (
         common.parse_graph(FLAGS.architecture),
@@ -57,10 +58,10 @@ def run() -> None:
     state = common.initial_state(network, optimizer, FLAGS.seed)
 
     files.claim_directory(workdir, settings)
-    saved = checkpoints.restore_checkpoint(workdir / "checkpoints", state, settings)
+    saved = checkpoints.restore_checkpoint(saves, state, settings)
     if saved:
         state = saved[1]
-    _drop_records_after(results, int(state.epoch))
+    _keep_records(results, int(state.epoch))
     console = Console()
     console.print(
         f"{FLAGS.architecture} on {FLAGS.dataset}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
@@ -68,16 +69,21 @@ def run() -> None:
     )
     for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
         files.append_record(results, metrics)
-        checkpoints.save_checkpoint(workdir / "checkpoints", int(after.epoch), after, settings)
+        checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
         console.print(_line(metrics))
     console.print(_table(files.read_records(results)))
     console.print(f"results: {results}", soft_wrap=True)
 
 
-def _drop_records_after(results: pathlib.Path, epoch: int) -> None:
-    """A kill between a record and its checkpoint leaves an epoch that is trained again."""
-    records = files.read_records(results)
-    files.write_records(results, [record for record in records if record["epoch"] <= epoch])
+def _keep_records(results: pathlib.Path, epochs: int) -> None:
+    """Keeps the records up to the checkpoint; a kill before a checkpoint leaves one too many."""
+    records = [record for record in files.read_records(results) if record["epoch"] <= epochs]
+    if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
+        raise ValueError(
+            f"{results} lacks epochs up to {epochs}, which the checkpoint has; start anew in "
+            "another --workdir"
+        )
+    files.write_records(results, records)
 
 
 def _line(metrics: dict) -> str:

@@ -61,7 +61,10 @@ EXTENSIBLE = (
 def run() -> None:
     """Searches, trains what is missing, prints and draws."""
     networks = _networks()
-    for rule in FLAGS.rules:  # every factor is known to exist before the first step is trained
+    rules = list(dict.fromkeys(FLAGS.rules))
+    if not rules or not networks:
+        raise ValueError("nothing to train: --rules, and the networks, must not be empty")
+    for rule in rules:  # every factor is known to exist before the first step is trained
         for text in networks.values():
             _scale(text, rule)
     rates = _rate_grid()
@@ -80,7 +83,7 @@ def run() -> None:
     base_rate = FLAGS.base_rate or best_rate(
         [r for r in records if r["phase"] == "search" and r["seed"] in seeds]
     )
-    trials = [(text, rule, base_rate) for text in networks.values() for rule in FLAGS.rules]
+    trials = [(text, rule, base_rate) for text in networks.values() for rule in rules]
     _train_missing(journal, "transfer", dataset, trials, total_steps)
 
     transferred = [
@@ -89,32 +92,42 @@ def run() -> None:
         if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
     ]
     rows = transfer_report.summarise(
-        networks, common.parse_graph, FLAGS.rules, transferred, math.log(dataset.num_classes)
+        networks, common.parse_graph, rules, transferred, math.log(dataset.num_classes)
     )
     title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
-    table = transfer_report.table(rows, FLAGS.rules, title)
+    table = transfer_report.table(rows, rules, title)
     console = Console()
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table, transfer_report.overview_table(rows, FLAGS.rules))
-    markdown = transfer_report.markdown(rows, FLAGS.rules, title)
+    unbounded = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table, transfer_report.overview_table(rows, rules))
+    markdown = transfer_report.markdown(rows, rules, title)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "transfer.png"
-    transfer_report.draw(rows, FLAGS.rules, title, figure)
+    transfer_report.draw(rows, rules, title, figure)
     console.print(f"results: {journal}\nfigure:  {figure}", soft_wrap=True)
 
 
 def _networks() -> dict[str, str]:
-    """Returns the DAG strings to train by their names."""
-    chains = {f"chain {depth}": archscale.chain_string(int(depth)) for depth in FLAGS.chain_depths}
-    given = {text: text for text in FLAGS.architecture or []}
-    drawn: dict[str, str] = {}
-    seed = FLAGS.random_seed
-    while len(drawn) < FLAGS.num_random:
+    """Returns the DAG strings to train by their names, each string once."""
+    names: dict[str, str] = {}
+    for depth in FLAGS.chain_depths:
+        if not depth.isdecimal():
+            raise ValueError(f"chain_depths must be integers from 1, found {depth!r}")
+        names.setdefault(archscale.chain_string(int(depth)), f"chain {depth}")
+    for text in FLAGS.architecture or []:
+        names.setdefault(text, text)
+    wanted = len(names) + FLAGS.num_random
+    for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
+        if len(names) == wanted:
+            break
         text = archscale.random_dag_string(seed, FLAGS.random_vertices)
-        if text not in chains.values():
-            drawn[text] = text
-        seed += 1
-    return chains | given | drawn
+        names.setdefault(text, text)
+    if len(names) < wanted:
+        raise ValueError(
+            f"found too few different DAGs of random_vertices={FLAGS.random_vertices} for "
+            f"num_random={FLAGS.num_random}; ask for more vertices or fewer DAGs"
+        )
+    return {name: text for text, name in names.items()}
 
 
 def _scale(text: str, rule: str) -> float:
@@ -139,16 +152,17 @@ def best_rate(records: list[dict[str, Any]]) -> float:
     """Returns the largest rate with the smallest training loss, mean over seeds [AAS protocol].
 
     Raises:
-      ValueError: every rate diverged.
+      ValueError: no rate has a finite loss.
     """
     losses: dict[float, list[float]] = {}
     for record in records:
-        losses.setdefault(record["base_rate"], []).append(record["train_loss"])
+        loss = record["train_loss"]  # None where it was not finite
+        losses.setdefault(record["base_rate"], []).append(math.inf if loss is None else loss)
     means = {rate: statistics.fmean(values) for rate, values in losses.items()}
     smallest = min((mean for mean in means.values() if math.isfinite(mean)), default=None)
     if smallest is None:
         raise ValueError(
-            f"the base network diverged at every rate from {min(means)} to {max(means)}; "
+            f"the base network has no finite loss at any rate from {min(means)} to {max(means)}; "
             "lower --min_rate"
         )
     return max(rate for rate, loss in means.items() if loss == smallest)

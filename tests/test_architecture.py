@@ -1,7 +1,7 @@
 """Names of parameter leaves, and what an architecture refuses."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +172,44 @@ class TestCheckParameters:
                 {"block": optax.MaskedNode()},
                 masked=optax.MaskedNode,
             )
+
+
+class TestRefusals:
+    GRAPH = dag_graph("2_12")  # edges 0->1 weight, 0->2 skip, 1->2 weight
+
+    @staticmethod
+    def weight(**changes):
+        fields: dict[str, Any] = {
+            "role": "hidden",
+            "layer": "hidden",
+            "shape": [2, 2],
+            "fan_in": 2,
+            "fan_out": 2,
+        }
+        return Parameter("w", **(fields | {"edge": 0} | changes))
+
+    def test_names_and_lists_are_taken_as_roles_and_shapes(self):
+        parameter = self.weight()
+        assert parameter.role is Role.HIDDEN
+        assert parameter.shape == (2, 2)
+        Architecture(self.GRAPH, (parameter,), arrangement="activation")  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"role": "weight"}, "'w' has role 'weight'; accepted are input, hidden"),
+            ({"layer": "stem"}, "'w' has layer 'stem'"),
+            ({"fan_in": 0}, "'w' has fan_in 0"),
+            ({"kernel_positions": 0}, "'w' has kernel_positions 0"),
+            ({"edge": None}, "'w' belongs to edge None"),
+            ({"edge": 1}, "'w' belongs to edge 1; .*linear or convolution"),
+            ({"edge": 3}, "'w' belongs to edge 3; the graph has edges 0 to 2"),
+        ],
+    )
+    def test_of_a_parameter_that_cannot_be(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            Architecture(self.GRAPH, (self.weight(**changes),))
+
+    def test_of_an_unknown_arrangement(self):
+        with pytest.raises(ValueError, match="arrangement"):
+            Architecture(self.GRAPH, (), arrangement="activations")  # pyright: ignore[reportArgumentType]

@@ -163,3 +163,10 @@ class TestClaimDirectory:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(ValueError, match="config.json is no JSON"):
             claim_directory(tmp_path, CONFIG)
+
+
+def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path):
+    journal = tmp_path / "results.jsonl"
+    append_record(journal, {"loss": float("nan"), "rate": float("inf"), "epoch": 1})
+    assert journal.read_text() == '{"loss": null, "rate": null, "epoch": 1}\n'
+    assert read_records(journal) == [{"loss": None, "rate": None, "epoch": 1}]

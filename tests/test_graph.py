@@ -241,8 +241,8 @@ def test_network_kernel_size_is_the_largest_of_the_convolutions(edge_list):
         (dag_graph("2_02", kernel_size=5), 5),
         (dag_graph("1", kernel_size=5), 5),  # the stem of a convolutional network has a kernel too
         (cell_graph("3_33_333"), 3),
-        (cell_graph("2_22_222"), 1),
-        (cell_graph("4_44_444"), 1),
+        (cell_graph("2_22_222"), 3),  # of the stem, which every network of cells has
+        (cell_graph("4_44_444"), 3),
     ],
 )
 def test_network_kernel_size_of_the_spaces(graph, expected):

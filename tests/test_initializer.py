@@ -15,7 +15,6 @@ import scipy.stats
 from flax import nnx
 
 from archscale_jax.architecture import Architecture, Parameter, Role, named_leaves
-from archscale_jax.graph import Operator, build_graph
 from archscale_jax.initializer import initialize
 from archscale_jax.models import DagCNN, DagMLP
 from archscale_jax.rules import WeightVariances, weight_standard_deviations
@@ -259,12 +258,6 @@ class TestErrors:
             ValueError, match="unknown initialization rule 'he'; accepted are target"
         ):
             initialize(KEY, *mlp("2"), "he")
-
-    def test_name_a_weight_without_edge(self):
-        graph = build_graph(2, [0], [1], [Operator.LINEAR])
-        lost = Parameter("w", Role.HIDDEN, Role.HIDDEN, (2, 2), 2, 2)
-        with pytest.raises(ValueError, match="'w' belongs to no edge"):
-            initialize(KEY, {"w": np.zeros((2, 2))}, Architecture(graph, (lost,)))
 
 
 SHARDED = """

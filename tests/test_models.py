@@ -16,7 +16,7 @@ from hypothesis import strategies
 from archscale_jax.architecture import Role, named_leaves
 from archscale_jax.graph import Operator, Space, build_graph
 from archscale_jax.models import DagCNN, DagMLP, create_network
-from archscale_jax.rules import learning_rate_scale
+from archscale_jax.rules import learning_rate_scale, weight_standard_deviations
 from archscale_jax.spaces import cell_graph, dag_graph
 
 WIDTH, INPUTS, OUTPUTS = 3, 2, 2
@@ -467,3 +467,25 @@ class TestUse:
     def test_without_biases_there_are_none(self):
         network = mlp("2_22", use_bias=False)
         assert all(name.endswith("kernel") for name in named_leaves(nnx.state(network)))
+
+
+class TestEdgesInAnyOrder:
+    def test_are_bound_to_their_own_variances(self):
+        graph = dag_graph("2_22_002")
+        order = np.array([2, 0, 3, 1])
+        shuffled = graph._replace(
+            senders=graph.senders[order],
+            receivers=graph.receivers[order],
+            edges={name: column[order] for name, column in graph.edges.items()},
+        )
+        deviations = [
+            weight_standard_deviations(DagMLP(one, 4, 8, 3, rngs=nnx.Rngs(0)).architecture())
+            for one in (graph, shuffled)
+        ]
+        assert deviations[0] == deviations[1]
+
+    def test_may_not_point_backwards(self):
+        graph = dag_graph("2_22")
+        backwards = graph._replace(senders=graph.receivers, receivers=graph.senders)
+        with pytest.raises(ValueError, match="points backwards"):
+            DagMLP(backwards, 4, 8, 3, rngs=nnx.Rngs(0))

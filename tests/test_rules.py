@@ -178,10 +178,8 @@ def test_path_sum_takes_the_kernel_of_the_network_from_each_graph():
     assert learning_rate_scale(
         dag_graph("2_02", kernel_size=5), dag_graph("2_02", kernel_size=3)
     ) == (pytest.approx(3 / 5))
-    # A cell's own kernel is the largest of its convolutions.
-    assert learning_rate_scale(cell_graph("3_00_010"), cell_graph("2_00_010")) == pytest.approx(
-        1 / 3
-    )
+    # Networks of cells share a stem of kernel size 3, whatever the cell.
+    assert learning_rate_scale(cell_graph("3_00_010"), cell_graph("2_00_010")) == 1
 
 
 @hypothesis.settings(deadline=None, max_examples=50)
@@ -525,9 +523,6 @@ def test_variances_that_are_none_are_refused():
             weight_standard_deviations(
                 architecture, lambda graph, arrangement, bad=bad: WeightVariances(np.full(3, bad))
             )
-    stray = Parameter("stray", Role.HIDDEN, Role.HIDDEN, (8, 8), 8, 8)
-    with pytest.raises(ValueError, match=r"'stray'.*no edge"):
-        weight_standard_deviations(Architecture(dag_graph("2"), (stray,)))
 
 
 # Initialization: second moments.
@@ -795,3 +790,22 @@ def test_options_reach_an_initialization_rule():
         for share in (0.25, 1.0)
     )
     assert large == pytest.approx(2 * small)
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -1.0])
+def test_moment_refuses_a_share_that_is_none(share):
+    architecture = network(dag_graph("2_12")).architecture()
+    with pytest.raises(ValueError, match="branch_share"):
+        weight_standard_deviations(architecture, "moment", branch_share=share)
+
+
+@pytest.mark.parametrize("rule", [None, 3])
+def test_a_rule_is_a_name_or_a_function(rule):
+    with pytest.raises(TypeError, match="learning-rate rule is a name or a function"):
+        learning_rate_scale(dag_graph("2"), dag_graph("2"), rule)
+
+
+def test_a_string_or_an_architecture_is_no_graph():
+    for wrong in ("2_02", network(dag_graph("2")).architecture()):
+        with pytest.raises(TypeError, match=r"expected a jraph\.GraphsTuple"):
+            learning_rate_scale(wrong, dag_graph("2"))

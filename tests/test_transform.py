@@ -454,3 +454,17 @@ class TestErrors:
             compile(scale().init)(wrong)
         with pytest.raises(ValueError, match=message):
             compile(scale().update)(wrong, optax.EmptyState())
+
+
+class TestFactorsOutOfRange:
+    def test_of_very_many_paths_is_refused(self):
+        complete = dag_graph("_".join("2" * vertex for vertex in range(1, 400)))
+        stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
+        with pytest.raises(ValueError, match=r"'w' is .*e-6\d; .*range of float32"):
+            scale_by_architecture(Architecture(complete, (stem,)), dag_graph("2"))
+
+    def test_of_a_width_rule_that_turns_the_sign_is_refused(self):
+        stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
+        architecture = Architecture(dag_graph("2"), (stem,))
+        with pytest.raises(ValueError, match=r"'w' is -1"):
+            scale_by_architecture(architecture, architecture, width_rule=lambda *_: -1.0)

@@ -20,6 +20,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import jraph
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -37,11 +38,13 @@ from archscale_jax.graph import (
     build_graph,
     network_kernel_size,
     number_of_vertices,
+    validate_graph,
 )
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 NORMALIZATIONS = ("batch", "layer")
 Normalization = Literal["batch", "layer"]
+_EDGE_FEATURES = ("operator", "kernel_size")
 
 
 class DagNetwork(nnx.Module):
@@ -81,6 +84,7 @@ class DagNetwork(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self._check(in_features, width, out_features, activation, normalization)
+        validate_graph(graph)
         self.arrangement = Arrangement(arrangement)
         self.activation = activation
         self.normalization = normalization
@@ -88,15 +92,11 @@ class DagNetwork(nnx.Module):
         self.network_kernel = int(graph.globals["kernel_size"][0])
         self.space = Space(graph.globals["space"][0])
         # The edges as plain numbers, because arrays in a module would be taken for its state.
+        columns = (graph.senders, graph.receivers, *map(graph.edges.get, _EDGE_FEATURES))
+        edges = zip(*(np.asarray(column).tolist() for column in columns), strict=True)
         self.edges = tuple(
-            (int(sender), int(receiver), Operator(operator), int(kernel_size))
-            for sender, receiver, operator, kernel_size in zip(
-                graph.senders,
-                graph.receivers,
-                graph.edges["operator"],
-                graph.edges["kernel_size"],
-                strict=True,
-            )
+            (sender, receiver, Operator(operator), kernel_size)
+            for sender, receiver, operator, kernel_size in sorted(edges, key=lambda e: (e[1], e[0]))
         )
         for sender, receiver, operator, _ in self.edges:
             if operator not in self.operators:

@@ -54,8 +54,7 @@ def weight_standard_deviations(
       **options: passed to the rule, e.g. `branch_share` of `moment`.
 
     Raises:
-      ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or
-        a hidden weight that belongs to no edge.
+      ValueError: an unknown rule, or a rule that gives a variance that is not finite or negative.
     """
     if rule is None:
         rule = DEFAULT_RULES[architecture.arrangement]
@@ -84,8 +83,7 @@ def _standard_deviation(parameter: Parameter, variances: WeightVariances) -> flo
         return variances.readout_gain / fan
     if parameter.role == Role.INPUT:
         return math.sqrt(STEM_NUMERATOR / fan)
-    if parameter.edge is None:
-        raise ValueError(f"hidden weight {parameter.name!r} belongs to no edge of the graph")
+    assert parameter.edge is not None  # Architecture checks
     numerator = float(variances.edges[parameter.edge])
     if numerator < 0:
         raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
@@ -147,7 +145,12 @@ def moment(
       graph: a single graph.
       arrangement: what vertices sum; activations have positive means, whose products add.
       branch_share: see above; 0 would start saturated branches at zero weights.
+
+    Raises:
+      ValueError: a branch share that is negative or not finite.
     """
+    if not 0 <= branch_share < math.inf:
+        raise ValueError(f"branch_share must be finite and not negative, found {branch_share}")
     num_vertices = number_of_vertices(graph)
     weight, live = is_weight(graph), reachable_vertices(graph)[graph.senders]
     skips = [graph.senders[live & ~weight & (graph.receivers == v)] for v in range(num_vertices)]

@@ -33,10 +33,13 @@ class Registry(Generic[Rule]):
         """Returns the rule of a name; a function is its own rule.
 
         Raises:
+          TypeError: neither a name nor a function.
           ValueError: no rule has this name.
         """
-        if not isinstance(rule, str):
+        if callable(rule):
             return rule
+        if not isinstance(rule, str):
+            raise TypeError(f"a {self._kind} is a name or a function, found {rule!r}")
         if rule not in self._rules:
             raise ValueError(f"unknown {self._kind} {rule!r}; accepted are {', '.join(self)}")
         return self._rules[rule]

@@ -15,6 +15,9 @@ OPERATION_NAMES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_
 
 NUM_CELL_VERTICES = 4
 
+STEM_KERNEL_SIZE = 3
+"""Kernel size of the benchmark's stem, the largest in the network whatever the cell."""
+
 _OPERATORS = {  # digit -> operator, kernel size
     1: (Operator.SKIP, 1),
     2: (Operator.CONV, 1),
@@ -48,7 +51,9 @@ def cell_graph(text_or_code: str) -> jraph.GraphsTuple:
     ]
     columns = np.array(edges, np.int32).reshape(-1, 4).T
     try:
-        return build_graph(NUM_CELL_VERTICES, *columns, space=Space.CELL)
+        return build_graph(
+            NUM_CELL_VERTICES, *columns, network_kernel=STEM_KERNEL_SIZE, space=Space.CELL
+        )
     except ValueError as error:
         raise ValueError(f"cell {text_or_code!r}: {error}") from None
 

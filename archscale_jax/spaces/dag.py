@@ -68,11 +68,24 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
 
 
 def dag_string(graph: jraph.GraphsTuple) -> str:
-    """Prints a graph as a DAG string; `dag_graph` reads it back.
+    """Prints a graph as a DAG string; `dag_graph` reads it back, given the kernel size.
 
     Raises:
-      ValueError: the graph has an operator that DAG strings lack (pooling).
+      ValueError: the graph has an operator that DAG strings lack (pooling), or weight edges that
+        differ in operator or kernel size.
     """
+    weights = {
+        (int(operator), int(kernel_size))
+        for operator, kernel_size in zip(
+            graph.edges["operator"], graph.edges["kernel_size"], strict=True
+        )
+        if operator in WEIGHT_OPERATORS
+    }
+    if len(weights) > 1:
+        raise ValueError(
+            "a DAG string holds one kind of weight edge; the graph has operators and kernel sizes "
+            f"{sorted(weights)}"
+        )
     characters = {Operator.SKIP: "1"} | dict.fromkeys(WEIGHT_OPERATORS, "2")
     groups = [["0"] * vertex for vertex in range(1, number_of_vertices(graph))]
     columns = (graph.senders, graph.receivers, graph.edges["operator"])
