@@ -178,7 +178,7 @@ class TestRefusals:
     GRAPH = dag_graph("2_12")  # edges 0->1 weight, 0->2 skip, 1->2 weight
 
     @staticmethod
-    def weight(**changes):
+    def weight(**changes: Any):
         fields: dict[str, Any] = {
             "role": "hidden",
             "layer": "hidden",
@@ -186,7 +186,8 @@ class TestRefusals:
             "fan_in": 2,
             "fan_out": 2,
         }
-        return Parameter("w", **(fields | {"edge": 0} | changes))
+        fields |= {"edge": 0, **changes}
+        return Parameter("w", **fields)
 
     def test_names_and_lists_are_taken_as_roles_and_shapes(self):
         parameter = self.weight()
