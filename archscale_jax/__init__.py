@@ -4,6 +4,7 @@ from archscale_jax.architecture import Architecture, Arrangement, Parameter, Rol
 from archscale_jax.drawing import draw_graph
 from archscale_jax.graph import Operator, Space, build_graph, in_degrees, validate_graph
 from archscale_jax.initializer import initialize
+from archscale_jax.measure import UpdateSize, measure_update
 from archscale_jax.paths import (
     BatchedPathStatistics,
     PathStatistics,
@@ -41,6 +42,7 @@ __all__ = [
     "PathStatistics",
     "Role",
     "Space",
+    "UpdateSize",
     "WeightVariances",
     "batched_path_statistics",
     "build_graph",
@@ -55,6 +57,7 @@ __all__ = [
     "initialize",
     "learning_rate_factors",
     "learning_rate_scale",
+    "measure_update",
     "path_statistics",
     "random_dag_string",
     "random_sparse_dag",

@@ -1,0 +1,97 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from archscale_jax import initialize, measure_update
+from archscale_jax.models import DagCNN, DagMLP
+from archscale_jax.spaces import dag_graph
+from archscale_jax.training import cross_entropy
+
+LABELS = jnp.array([0, 1, 2, 1])
+
+
+def problem(model, shape):
+    """Features and loss of a network, its initial weights and a batch."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = initialize(jax.random.key(1), params, model.architecture())
+    batch = (jax.random.normal(jax.random.key(2), (len(LABELS), *shape)), LABELS)
+    return (
+        lambda params, batch: nnx.merge(graphdef, params, rest).features(batch[0]),
+        lambda params, batch: cross_entropy(graphdef, params, rest, *batch, train=True)[0],
+        params,
+        batch,
+    )
+
+
+def mlp(text="2_12_022"):
+    model = DagMLP(dag_graph(text), 6, 16, 3, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))
+    return problem(model, (6,))
+
+
+def cnn():
+    graph = dag_graph("2_12", kernel_size=3)
+    return problem(
+        DagCNN(graph, 1, 4, 3, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0)), (5, 5, 1)
+    )
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(1.0), optax.sgd(1.0, momentum=0.9), optax.adam(1.0)]
+)
+def test_is_the_change_of_a_small_step(make, optimizer):
+    with jax.enable_x64(True):
+        features, loss, params, batch = make()
+        measured = measure_update(features, loss, params, batch, optimizer)
+        update, _ = optimizer.update(jax.grad(loss)(params, batch), optimizer.init(params), params)
+        step = 1e-6
+        after = jax.tree.map(lambda weight, change: weight + step * change, params, update)
+        pairs = zip(features(params, batch), features(after, batch), strict=True)
+        for vertex, (old, new) in enumerate(pairs):
+            absolute = np.mean(np.square((np.asarray(new) - np.asarray(old)) / step))
+            assert measured.absolute[vertex] == pytest.approx(absolute, rel=1e-3)
+            relative = absolute / np.mean(np.square(old))
+            assert measured.relative[vertex] == pytest.approx(relative, rel=1e-3)
+
+
+def test_of_one_linear_layer_is_its_closed_form():
+    # z = W x and loss = sum(z): the SGD update is -1 xᵀ summed over the batch.
+    x = np.array([[1.0, 2.0], [3.0, -1.0]])
+    total = x.sum(axis=0)
+    measured = measure_update(
+        lambda weight, x: [x @ weight], lambda weight, x: jnp.sum(x @ weight),
+        jnp.ones((2, 3)), jnp.asarray(x), optax.sgd(1.0),
+    )  # fmt: skip
+    changes = x @ total
+    assert measured.absolute == pytest.approx([np.mean(changes**2)])
+    assert measured.relative == pytest.approx([np.mean(changes**2) / np.mean(x.sum(axis=1) ** 2)])
+
+
+def test_jitted_is_interpreted_and_grows_with_the_square_of_the_rate():
+    features, loss, params, batch = mlp()
+    measure = functools.partial(measure_update, features, loss)
+    jitted = jax.jit(lambda params: measure(params, batch, optax.sgd(1.0)))(params)
+    with jax.disable_jit():
+        plain = measure(params, batch, optax.sgd(1.0))
+        doubled = measure(params, batch, optax.sgd(2.0))
+    for one, two, four in zip(jitted, plain, doubled, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+        np.testing.assert_allclose(4 * two, four, rtol=1e-4)
+
+
+def test_maps_over_seeds():
+    features, loss, params, batch = mlp()
+    seeds = jax.tree.map(lambda weight: jnp.stack([weight, 2 * weight]), params)
+
+    def measure(params):
+        return measure_update(features, loss, params, batch, optax.sgd(1.0))
+
+    together = jax.vmap(measure)(seeds)
+    assert together.absolute.shape == (2, 4)
+    alone = measure(jax.tree.map(lambda weight: 2 * weight, params))
+    np.testing.assert_allclose(together.absolute[1], alone.absolute, rtol=1e-4)
