@@ -9,6 +9,7 @@ transfer.png, and prints the table. A run that was cut off goes on where it stop
 --workdir takes more rules, networks and seeds later.
 """
 
+import collections
 import math
 import pathlib
 import statistics
@@ -224,7 +225,8 @@ def _train(
     for rate, seed in rates_and_seeds:
         state = common.initial_state(network, optimizer, seed)
         state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
-        *_, (_, metrics) = common.fit(state, dataset, network, optimizer, total_steps)
+        epochs = common.fit(state, dataset, network, optimizer, total_steps)
+        _, metrics = collections.deque(epochs, maxlen=1).pop()  # holds one state at a time
         yield {
             "architecture": text,
             "rule": rule,
