@@ -17,8 +17,8 @@ FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
 
-run: $(READY)  ## the transfer study on the embedded data: a table and a figure
-	$(PY) -m experiments.transfer --workdir=runs/transfer
+run: $(READY)  ## the scaling study on the embedded data: a table and a figure
+	$(PY) -m experiments.scaling --workdir=runs/scaling
 
 test: lint  ## lint, types and the whole test suite
 	$(PY) -m pytest
@@ -32,6 +32,7 @@ bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.paths
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.initialization
+	$(PY) -m benchmarks.lr_cost
 
 # The stamp is written last: an interrupted installation is made anew.
 $(READY): pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ from archscale_jax.paths import (
     batched_path_statistics,
     path_statistics,
 )
+from archscale_jax.predict import predict_learning_rate, register_measured_rule
 from archscale_jax.rules import (
     WeightVariances,
     learning_rate_scale,
@@ -19,6 +20,8 @@ from archscale_jax.rules import (
     register_width_rule,
     weight_standard_deviations,
 )
+from archscale_jax.search import Basin, RateSearch, Run, find_learning_rate, summarise_runs
+from archscale_jax.sharpness import sharpness
 from archscale_jax.spaces import (
     cell_code,
     cell_graph,
@@ -36,11 +39,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Architecture",
     "Arrangement",
+    "Basin",
     "BatchedPathStatistics",
     "Operator",
     "Parameter",
     "PathStatistics",
+    "RateSearch",
     "Role",
+    "Run",
     "Space",
     "UpdateSize",
     "WeightVariances",
@@ -53,18 +59,23 @@ __all__ = [
     "dag_graph",
     "dag_string",
     "draw_graph",
+    "find_learning_rate",
     "in_degrees",
     "initialize",
     "learning_rate_factors",
     "learning_rate_scale",
     "measure_update",
     "path_statistics",
+    "predict_learning_rate",
     "random_dag_string",
     "random_sparse_dag",
     "register_initialization_rule",
     "register_learning_rate_rule",
+    "register_measured_rule",
     "register_width_rule",
     "scale_by_architecture",
+    "sharpness",
+    "summarise_runs",
     "validate_graph",
     "weight_standard_deviations",
 ]

@@ -6,7 +6,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
@@ -45,32 +45,56 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     """Appends one line to a JSON-lines journal and waits until it is on disk.
 
     A line that an earlier run left unfinished is cut off first. A number that is not finite is
-    written as null, since JSON has none.
+    written as null, since JSON has none. Only the journal's end is read, so its length costs
+    nothing.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as journal:
-        journal.seek(0)
-        content = journal.read()
-        journal.truncate(content.rfind(b"\n") + 1)
+        journal.truncate(_end_of_last_line(journal))
         journal.write(_line(record).encode())
         journal.flush()
         os.fsync(journal.fileno())
 
 
+def _end_of_last_line(journal: BinaryIO, block: int = 4096) -> int:
+    """The position behind the last newline, sought from the end in blocks of bytes; 0 if none."""
+    end = journal.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - block)
+        journal.seek(start)
+        newline = journal.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
 def write_records(path: str | pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces a JSON-lines journal atomically."""
+    """Replaces a JSON-lines journal atomically; one that holds just these lines is left alone.
+
+    A number that is not finite is written as null.
+    """
+    path = pathlib.Path(path)
     text = "".join(map(_line, records))
-    write_atomically(path, lambda target: target.write_text(text))
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, lambda target: target.write_text(text))
+
+
+def strict_json(value: Any) -> Any:
+    """Copies JSON values at any depth: a number that is not finite becomes None, a tuple a list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: strict_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return value
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON: a number that is not finite becomes null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    """One line of strict JSON."""
+    return json.dumps(strict_json(record), allow_nan=False) + "\n"
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:

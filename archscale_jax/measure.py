@@ -1,7 +1,7 @@
 """Measured maximal update: the change of every vertex in one optimizer step (theory §6).
 
 The paper asks that one step change every pre-activation by Θ(1) [AAS Eq. 7] and bounds that change.
-Here it is measured: with u the update that the optimizer would apply on a batch, one `jax.jvp` of
+Here it is measured: with u the update that the optimizer would apply on a batch, one derivative of
 all vertex features along u gives the change Δ_v of every vertex v at once, to first order.
 """
 
@@ -41,7 +41,8 @@ def measure_update(
     """Measures how one step at learning rate 1 changes every vertex (theory §6).
 
     Costs about three training steps. Pure: `jax.jit` it with `features`, `loss` and `optimizer`
-    bound, `jax.vmap` it over parameters drawn from several seeds.
+    bound, `jax.vmap` it over parameters drawn from several seeds. Needs reverse mode
+    only, so that `features` may call functions with a `jax.custom_vjp`.
 
     Args:
       features: `(params, batch)` to the features z_v of the vertices on end-to-end paths, without
@@ -57,7 +58,11 @@ def measure_update(
     """
     gradients = jax.grad(loss)(params, batch)
     update, _ = optimizer.update(gradients, optimizer.init(params), params)
-    values, changes = jax.jvp(lambda params: tuple(features(params, batch)), (params,), (update,))
+    values, pull = jax.vjp(lambda params: tuple(features(params, batch)), params)
+    # The pull-back is linear, so that its own pull-back pushes forward, wherever it is taken.
+    # `jax.jvp` would do, but for functions with a `jax.custom_vjp`, which have no forward mode.
+    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
+    (changes,) = push(update)
     absolute = jnp.stack([_mean_square(change) for change in changes])
     return UpdateSize(absolute, absolute / jnp.stack([_mean_square(value) for value in values]))
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.core import Tracer
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from archscale_jax.architecture import PyTree
 from archscale_jax.datasets import Dataset, augment, epoch_indices
+from archscale_jax.graph import live_vertices
 
 
 class TrainState(NamedTuple):
@@ -144,6 +146,18 @@ def cross_entropy(
     return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))
 
 
+def vertex_features(
+    graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, images: Float[Array, "b h w c"]
+) -> list[Array]:
+    """Returns the features that `measure_update` reads of a `DagMLP` or `DagCNN`.
+
+    Those of the vertices on end-to-end paths, in order, normalised as in training.
+    """
+    network = nnx.merge(graphdef, params, model_state, copy=True)
+    features = network.features(images, train=True)
+    return [features[vertex] for vertex in np.flatnonzero(live_vertices(network.graph()))]
+
+
 def train_epoch(
     state: TrainState,
     images: Float[Array, "n h w c"],
@@ -177,8 +191,60 @@ def train_epoch(
     Raises:
       ValueError: a batch size below 1 or above the number of examples.
     """
-    order_key, augment_key = jax.random.split(jax.random.fold_in(state.key, state.epoch))
-    batches = epoch_indices(order_key, len(images), batch_size)[:max_steps]
+    batches = epoch_batches(state, len(images), batch_size)[:max_steps]
+    state, losses = train_batches(
+        state,
+        images,
+        labels,
+        batches,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        flip=flip,
+        padding=padding,
+    )
+    return state._replace(epoch=state.epoch + 1), losses
+
+
+def epoch_batches(
+    state: TrainState, num_examples: int, batch_size: int
+) -> Int[Array, "steps batch_size"]:
+    """Returns the examples of every update of the epoch that `state` is in; see `train_epoch`."""
+    return epoch_indices(_epoch_keys(state)[0], num_examples, batch_size)
+
+
+def _epoch_keys(state: TrainState) -> Array:
+    return jax.random.split(jax.random.fold_in(state.key, state.epoch))
+
+
+def train_batches(
+    state: TrainState,
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, " n"],
+    batches: Int[Array, "steps batch_size"],
+    first_step: int | Int[Scalar, ""] = 0,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    flip: bool = False,
+    padding: int = 0,
+) -> tuple[TrainState, Float[Array, " steps"]]:
+    """Trains on consecutive rows of `epoch_batches`; the epoch's number stays. Pure.
+
+    Args:
+      state: see `TrainState`.
+      images: the training images.
+      labels: their classes.
+      batches: indices of the examples of every update.
+      first_step: number of the first update in its epoch, which fixes its augmentation.
+      graphdef: structure of the network.
+      optimizer: see `train_epoch`.
+      flip: see `train_epoch`.
+      padding: see `train_epoch`.
+
+    Returns:
+      The new state and the training loss of every update, taken before it.
+    """
+    augment_key = _epoch_keys(state)[1]
 
     def step(carry, batch):
         params, model_state, optimizer_state = carry
@@ -197,14 +263,78 @@ def train_epoch(
         return (optax.apply_updates(params, updates), model_state, optimizer_state), loss
 
     carry = (state.params, state.model_state, state.optimizer_state)
-    carry, losses = jax.lax.scan(step, carry, (jnp.arange(len(batches)), batches))
-    return TrainState(*carry, epoch=state.epoch + 1, key=state.key), losses
+    steps = (first_step + jnp.arange(len(batches)), batches)
+    carry, losses = jax.lax.scan(step, carry, steps)
+    return TrainState(*carry, epoch=state.epoch, key=state.key), losses
 
 
 jitted_train_epoch = jax.jit(
     train_epoch,
     static_argnames=("graphdef", "optimizer", "batch_size", "max_steps", "flip", "padding"),
 )
+jitted_train_batches = jax.jit(
+    train_batches, static_argnames=("graphdef", "optimizer", "flip", "padding")
+)
+_jitted_epoch_batches = jax.jit(epoch_batches, static_argnums=(1, 2))
+
+
+def train_losses(
+    state: TrainState,
+    dataset: Dataset,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    total_steps: int,
+    flip: bool = False,
+    padding: int = 0,
+) -> Iterator[float]:
+    """Trains in about ten equal parts and yields the mean training loss of each.
+
+    A loss is taken before its update, on examples that were not seen in this epoch. Stop reading to
+    stop training. Several threads may train at once.
+
+    Args:
+      state: a new state.
+      dataset: its training split is used.
+      graphdef: structure of the network.
+      optimizer: see `train_epoch`.
+      batch_size: examples an update.
+      total_steps: updates in all.
+      flip: see `train_epoch`.
+      padding: see `train_epoch`.
+
+    Raises:
+      ValueError: a batch size below 1 or above the number of examples.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    steps_per_epoch = len(images) // batch_size
+    part = _part_length(min(steps_per_epoch, total_steps))
+    for epoch in range(math.ceil(total_steps / max(steps_per_epoch, 1))):
+        state = state._replace(epoch=jnp.int32(epoch))
+        batches = _jitted_epoch_batches(state, len(images), batch_size)
+        batches = batches[: total_steps - epoch * steps_per_epoch]
+        for first in range(0, len(batches), part):
+            state, losses = jitted_train_batches(
+                state,
+                images,
+                labels,
+                batches[first : first + part],
+                jnp.int32(first),
+                graphdef=graphdef,
+                optimizer=optimizer,
+                flip=flip,
+                padding=padding,
+            )
+            yield float(jnp.mean(losses))
+
+
+def _part_length(steps: int) -> int:
+    """About a tenth, without remainder if possible: parts of one length share a program."""
+    for parts in (10, 9, 11, 8, 12, 7, 13):
+        if steps % parts == 0:
+            return steps // parts
+    return math.ceil(steps / 10)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch_size"))

@@ -136,6 +136,30 @@ def build_optimizer(learning_rate: Any, total_steps: int) -> optax.GradientTrans
     )
 
 
+def first_batch(dataset: Dataset, batch_size: int, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the batch on which a seed is measured."""
+    key = jax.random.key(seed)
+    examples = len(dataset.train_images)
+    chosen = jax.random.choice(key, examples, (batch_size,), replace=False)
+    return dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
+def measurer(
+    graphdef: nnx.GraphDef, model_state: PyTree, optimizer: optax.GradientTransformation
+) -> Callable[[PyTree, Any], archscale.UpdateSize]:
+    """Returns the jitted function of params and batch that measures one update of a network."""
+
+    def features(params, batch):
+        return training.vertex_features(graphdef, params, model_state, batch[0])
+
+    def loss(params, batch):
+        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
+
+    return jax.jit(
+        lambda params, batch: archscale.measure_update(features, loss, params, batch, optimizer)
+    )
+
+
 def count_steps(dataset: Dataset, epochs: float) -> int:
     """Returns the number of updates in so many epochs, at least 1.
 
@@ -178,3 +202,26 @@ def fit(
         flip=FLAGS.flip,
         padding=FLAGS.padding,
     )
+
+
+def rate_trainer(
+    network: Network, dataset: Dataset, total_steps: int
+) -> Callable[[float, int], Iterator[float]]:
+    """Returns what trains a network at a rate with a seed, yielding losses; compiled once."""
+    optimizer = optax.inject_hyperparams(lambda rate: build_optimizer(rate, total_steps))(rate=1.0)
+
+    def train(rate: float, seed: int) -> Iterator[float]:
+        state = initial_state(network, optimizer, seed)
+        state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
+        return training.train_losses(
+            state,
+            dataset,
+            graphdef=network.graphdef,
+            optimizer=optimizer,
+            batch_size=FLAGS.batch_size,
+            total_steps=total_steps,
+            flip=FLAGS.flip,
+            padding=FLAGS.padding,
+        )
+
+    return train

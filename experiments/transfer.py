@@ -1,240 +1,145 @@
-"""Does a learning rate tuned on a shallow network transfer to deep and branched ones?
+"""Does a rule give the learning rate of a network from that of a shallow one? [AAS Fig. 2, 3, 5, 7]
 
-    python -m experiments.transfer --workdir=runs/transfer
+    python -m experiments.transfer --study=chains --workdir=runs/transfer
 
-Searches the best rate of the base network on a grid (the largest rate with the smallest training
-loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
-is the unscaled rate). Writes config.json, results.jsonl (a line a trial), table.md and
-transfer.png, and prints the table. A run that was cut off goes on where it stopped, and the same
---workdir takes more rules, networks and seeds later.
+Searches the best rate of every network of the studies (the truth), measures every network at
+initialization, and predicts its rate from that of the base network by every rule. Writes
+config.json, results.jsonl (the searches), measurements.jsonl, sharpness.jsonl, table.md,
+summary.json and a figure a study, and prints the table. Killed and started again it runs what is
+missing; the same --workdir takes more studies later. At the paper's size: --dataset=cifar10
+--cnn_downscale=1 --cnn_width=128 --cnn_steps=0 --steps=0 (0 is one epoch).
 """
 
-import collections
-import math
+import functools
 import pathlib
-import statistics
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import optax
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 
-import archscale_jax as archscale
 from archscale_jax import datasets, files
-from archscale_jax.datasets import Dataset
-from experiments import common, transfer_report
+from archscale_jax.sweeps import run_study, trial_hash
+from experiments import common, transfer_report, transfer_study
 
 FLAGS = flags.FLAGS
 
-common.define_flags(batch_size=32, epochs=5, workdir="runs/transfer")
-flags.adopt_module_key_flags(common)
-flags.DEFINE_multi_string(
-    "architecture", None, "DAG string of a network; repeat the flag for several, beside the others."
+flags.DEFINE_list("study", ["chains"], f"Of {', '.join(transfer_study.STUDIES)}; or all.")
+flags.DEFINE_enum("dataset", "digits", datasets.DATASET_NAMES, "Data set.")
+flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+flags.DEFINE_integer("width", 128, "Features of every vertex of an MLP.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 256, "Examples an update of an MLP.", lower_bound=1)
+flags.DEFINE_integer("steps", 0, "Updates of a run of an MLP; 0 is one epoch.", lower_bound=0)
+flags.DEFINE_integer("cnn_width", 8, "Channels of every vertex of a CNN.", lower_bound=1)
+flags.DEFINE_integer("cnn_batch_size", 64, "Examples an update of a CNN.", lower_bound=1)
+flags.DEFINE_integer("cnn_steps", 100, "Updates of a run of a CNN; 0 is one epoch.", lower_bound=0)
+flags.DEFINE_integer(
+    "cnn_downscale", 2, "A CNN sees images averaged over squares of so many pixels.", lower_bound=1
 )
-flags.DEFINE_list("chain_depths", ["2", "4", "6", "8"], "Depths of plain chains.")
-flags.DEFINE_integer("num_random", 4, "Number of random DAGs.", lower_bound=0)
-flags.DEFINE_integer("random_vertices", 7, "Vertices of a random DAG.", lower_bound=2)
-flags.DEFINE_integer("random_seed", 0, "Seed of the random DAGs.")
-flags.DEFINE_list("rules", ["none", "path_sum"], "Learning-rate rules to compare.")
-flags.DEFINE_float("min_rate", 0.01, "Smallest rate of the search on the base network.")
-flags.DEFINE_float("max_rate", 3.0, "Largest rate of the search.")
-flags.DEFINE_integer("num_rates", 12, "Rates of the search, a log grid.", lower_bound=1)
-flags.DEFINE_float("search_epochs", 1.0, "Epochs of a trial of the search.")
-flags.DEFINE_float("base_rate", None, "Rate of the base network; leave out to search it.")
-flags.DEFINE_integer("num_seeds", 3, "Seeds of every trial.", lower_bound=1)
+flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
+flags.DEFINE_integer("max_networks", None, "Networks a study, its base included.", lower_bound=2)
+flags.DEFINE_integer("workers", 2, "Networks at a time, in threads.", lower_bound=1)
+flags.DEFINE_bool("sharpness", False, "Measure the sharpness too, which costs the most.")
+flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
+flags.DEFINE_string("workdir", "runs/transfer", "Folder for config, results and figures.")
 
-EXTENSIBLE = (
-    "architecture",
-    "chain_depths",
-    "num_random",
-    "num_seeds",
-    "random_seed",
-    "random_vertices",
-    "rules",
+NOT_SETTINGS = (
+    "data_dir",
+    "max_networks",
+    "retry_failed",
+    "sharpness",
+    "study",
+    "workdir",
+    "workers",
 )
-"""Flags that only say which trials a study has; results of the others stay valid."""
+"""Flags that do not change the result of a trial."""
 
 
 def run() -> None:
-    """Searches, trains what is missing, prints and draws."""
-    networks = _networks()
-    rules = list(dict.fromkeys(FLAGS.rules))
-    if not rules or not networks:
-        raise ValueError("nothing to train: --rules, and the networks, must not be empty")
-    for rule in rules:  # every factor is known to exist before the first step is trained
-        for text in networks.values():
-            _scale(text, rule)
-    rates = _rate_grid()
-    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
-    search_steps = common.count_steps(dataset, FLAGS.search_epochs)
-    total_steps = common.count_steps(dataset, FLAGS.epochs)
-    workdir = files.claim_directory(
-        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
-    )
-    journal = workdir / "results.jsonl"
+    """Searches and measures what is missing, predicts, prints and draws."""
+    studies = {name: _trials(name) for name in _study_names()}
+    dataset = transfer_study.load(FLAGS.dataset, FLAGS.data_dir, 1)
+    for trials in studies.values():
+        for trial in trials:
+            if trial["batch_size"] > len(dataset.train_images):
+                raise ValueError(
+                    f"batch size {trial['batch_size']} exceeds the {len(dataset.train_images)} "
+                    "training examples"
+                )
+            trial["steps"] = trial["steps"] or len(dataset.train_images) // trial["batch_size"]
+    values = FLAGS.flags_by_module_dict()[sys.argv[0]]
+    settings = {flag.name: flag.value for flag in values if flag.name not in NOT_SETTINGS}
+    workdir = files.claim_directory(FLAGS.workdir, settings)
 
-    searched = [(FLAGS.base_architecture, "none", rate) for rate in rates]
-    _train_missing(journal, "search", dataset, searched, search_steps)
-    records = files.read_records(journal)
-    seeds = range(FLAGS.num_seeds)
-    base_rate = FLAGS.base_rate or best_rate(
-        [r for r in records if r["phase"] == "search" and r["seed"] in seeds]
-    )
-    trials = [(text, rule, base_rate) for text in networks.values() for rule in rules]
-    _train_missing(journal, "transfer", dataset, trials, total_steps)
+    unique = {trial_hash(trial): trial for trials in studies.values() for trial in trials}
+    functions = {
+        "results": transfer_study.search_rate,
+        "measurements": transfer_study.measure,
+        "sharpness": transfer_study.measure_sharpness,
+    }
+    if not FLAGS.sharpness:
+        del functions["sharpness"]
+    records: dict[str, dict[str, Any]] = {"sharpness": {}}
+    for name, function in functions.items():
+        found = run_study(
+            list(unique.values()),
+            functools.partial(function, data_dir=FLAGS.data_dir),
+            workdir / f"{name}.jsonl",
+            workers=FLAGS.workers,
+            retry_failed=FLAGS.retry_failed,
+            description=name,
+        )
+        for record in found:
+            if "error" in record:
+                print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
+        records[name] = {r["hash"]: r["result"] for r in found if "result" in r}
+    _report(studies, records, workdir)
 
-    transferred = [
-        r
-        for r in files.read_records(journal)
-        if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
-    ]
-    rows = transfer_report.summarise(
-        networks, common.parse_graph, rules, transferred, math.log(dataset.num_classes)
-    )
-    title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
-    table = transfer_report.table(rows, rules, title)
-    console = Console()
-    unbounded = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-    console.print(table, transfer_report.overview_table(rows, rules))
-    markdown = transfer_report.markdown(rows, rules, title)
+
+def _study_names() -> list[str]:
+    names = list(transfer_study.STUDIES) if FLAGS.study == ["all"] else FLAGS.study
+    for name in names:
+        if name not in transfer_study.STUDIES:
+            raise ValueError(
+                f"unknown study {name!r}; accepted are all, {', '.join(transfer_study.STUDIES)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _trials(name: str) -> list[transfer_study.Trial]:
+    mlp = {
+        "dataset": FLAGS.dataset,
+        "downscale": 1,
+        "width": FLAGS.width,
+        "batch_size": FLAGS.batch_size,
+        "steps": FLAGS.steps,
+        "seeds": FLAGS.num_seeds,
+    }
+    cnn = {
+        "downscale": FLAGS.cnn_downscale,
+        "width": FLAGS.cnn_width,
+        "batch_size": FLAGS.cnn_batch_size,
+        "steps": FLAGS.cnn_steps,
+    }
+    study = transfer_study.STUDIES[name]
+    return transfer_study.study_trials(study, mlp, cnn)[: FLAGS.max_networks]
+
+
+def _report(studies, records, workdir: pathlib.Path) -> None:
+    summaries = []
+    for name, trials in studies.items():
+        rows = transfer_report.rows(trials, records)
+        found = transfer_report.summarise(name, rows)
+        summaries += found
+        transfer_report.draw(name, rows, found, workdir / f"{name}.png")
+    files.write_json(workdir / "summary.json", files.strict_json(summaries))
+    markdown = transfer_report.markdown(summaries)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
-    figure = workdir / "transfer.png"
-    transfer_report.draw(rows, rules, title, figure)
-    console.print(f"results: {journal}\nfigure:  {figure}", soft_wrap=True)
-
-
-def _networks() -> dict[str, str]:
-    """Returns the DAG strings to train by their names, each string once."""
-    names: dict[str, str] = {}
-    for depth in FLAGS.chain_depths:
-        if not depth.isdecimal():
-            raise ValueError(f"chain_depths must be integers from 1, found {depth!r}")
-        names.setdefault(archscale.chain_string(int(depth)), f"chain {depth}")
-    for text in FLAGS.architecture or []:
-        names.setdefault(text, text)
-    wanted = len(names) + FLAGS.num_random
-    for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
-        if len(names) == wanted:
-            break
-        text = archscale.random_dag_string(seed, FLAGS.random_vertices)
-        names.setdefault(text, text)
-    if len(names) < wanted:
-        raise ValueError(
-            f"found too few different DAGs of random_vertices={FLAGS.random_vertices} for "
-            f"num_random={FLAGS.num_random}; ask for more vertices or fewer DAGs"
-        )
-    return {name: text for text, name in names.items()}
-
-
-def _scale(text: str, rule: str) -> float:
-    base = common.parse_graph(FLAGS.base_architecture)
-    return archscale.learning_rate_scale(common.parse_graph(text), base, rule)
-
-
-def _rate_grid() -> list[float]:
-    if FLAGS.base_rate is not None:
-        if not 0 < FLAGS.base_rate < float("inf"):
-            raise ValueError(f"base_rate must be positive and finite, found {FLAGS.base_rate}")
-        return []
-    if not 0 < FLAGS.min_rate <= FLAGS.max_rate < float("inf"):
-        raise ValueError(
-            "rates must satisfy 0 < min_rate <= max_rate, found "
-            f"{FLAGS.min_rate} and {FLAGS.max_rate}"
-        )
-    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
-
-
-def best_rate(records: list[dict[str, Any]]) -> float:
-    """Returns the largest rate with the smallest training loss, mean over seeds [AAS protocol].
-
-    Raises:
-      ValueError: no rate has a finite loss.
-    """
-    losses: dict[float, list[float]] = {}
-    for record in records:
-        loss = record["train_loss"]  # None where it was not finite
-        losses.setdefault(record["base_rate"], []).append(math.inf if loss is None else loss)
-    means = {rate: statistics.fmean(values) for rate, values in losses.items()}
-    smallest = min((mean for mean in means.values() if math.isfinite(mean)), default=None)
-    if smallest is None:
-        raise ValueError(
-            f"the base network has no finite loss at any rate from {min(means)} to {max(means)}; "
-            "lower --min_rate"
-        )
-    return max(rate for rate, loss in means.items() if loss == smallest)
-
-
-Trial = tuple[str, str, float]  # DAG string, rule, base rate
-
-
-def _train_missing(
-    journal: pathlib.Path, phase: str, dataset: Dataset, trials: list[Trial], total_steps: int
-) -> None:
-    """Trains every trial and seed that the journal lacks, and appends a record for each."""
-    done = {_identity(record) for record in files.read_records(journal)}
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(phase, total=len(trials) * FLAGS.num_seeds)
-        for text, rule, rates in _grouped(trials):
-            missing = [
-                (rate, seed)
-                for rate in rates
-                for seed in range(FLAGS.num_seeds)
-                if (phase, text, rule, rate, seed) not in done
-            ]
-            progress.advance(bar, len(rates) * FLAGS.num_seeds - len(missing))
-            for record in _train(dataset, text, rule, missing, total_steps):
-                files.append_record(journal, {"phase": phase, **record})
-                progress.advance(bar)
-
-
-def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(record[k] for k in ("phase", "architecture", "rule", "base_rate", "seed"))
-
-
-def _grouped(trials: list[Trial]) -> Iterator[tuple[str, str, list[float]]]:
-    """One entry for each network and rule, which share a compiled program."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for text, rule, rate in trials:
-        groups.setdefault((text, rule), []).append(rate)
-    for (text, rule), rates in groups.items():
-        yield text, rule, rates
-
-
-def _train(
-    dataset: Dataset,
-    text: str,
-    rule: str,
-    rates_and_seeds: list[tuple[float, int]],
-    total_steps: int,
-) -> Iterator[dict[str, Any]]:
-    """Trains one network by one rule at base rates and seeds; compiles once."""
-    if not rates_and_seeds:
-        return
-    network = common.build_network(common.parse_graph(text), dataset)
-    optimizer = optax.chain(
-        optax.inject_hyperparams(lambda rate: common.build_optimizer(rate, total_steps))(rate=1.0),
-        archscale.scale_by_architecture(
-            network.architecture, common.parse_graph(FLAGS.base_architecture), rule
-        ),
-    )
-    for rate, seed in rates_and_seeds:
-        state = common.initial_state(network, optimizer, seed)
-        state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
-        epochs = common.fit(state, dataset, network, optimizer, total_steps)
-        _, metrics = collections.deque(epochs, maxlen=1).pop()  # holds one state at a time
-        yield {
-            "architecture": text,
-            "rule": rule,
-            "base_rate": rate,
-            "seed": seed,
-            "rate": rate * _scale(text, rule),
-            **metrics,
-        }
+    console = Console()
+    console.print(transfer_report.table(summaries))
+    for name in studies:
+        console.print(f"figure:  {workdir / f'{name}.png'}", soft_wrap=True)
+    console.print(f"results: {workdir / 'results.jsonl'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

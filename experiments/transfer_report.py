@@ -1,193 +1,237 @@
-"""Table and figure of `experiments.transfer`."""
+"""Table and figures of `experiments.transfer`."""
 
+import math
 import pathlib
-import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jraph
+import jax.numpy as jnp
+import numpy as np
 from rich import box
 from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import files
+from archscale_jax.rules import LEARNING_RATE_RULES
+from archscale_jax.sweeps import trial_hash
+from experiments.transfer_study import Trial
 
+RULES = (
+    "measured",
+    "relative",
+    "absolute",
+    "sharpness",
+    "path_sum",
+    "path_sum_activations",
+    "author_code",
+    "depth",
+    "effective_depth",
+    "none",
+)
 Row = dict[str, Any]
 
 
-def summarise(
-    networks: dict[str, str],
-    parse: Callable[[str], jraph.GraphsTuple],
-    rules: list[str],
-    records: list[Row],
-    guessing: float,
-) -> list[Row]:
-    """Returns one row per network: its graph, and per rule the factor and means over seeds.
+class Summary(NamedTuple):
+    """How well one rule predicts the rates of one study, the base left out.
 
-    `guessing` is the loss of guessing, at which `overview` counts a seed that diverged.
+    Attributes:
+      study: its name.
+      rule: its name.
+      networks: how many networks the rule could say something about.
+      correlation: Pearson's r of predicted and true log rates.
+      correlation_low: lower end of its 95 % bootstrap interval over networks.
+      correlation_high: upper end.
+      linear_correlation: r of the rates themselves.
+      slope: of true on predicted log rates; 1 is calibrated.
+      error: zero-shot RMS error in nats of log rate.
+      error_low: lower end of its 95 % bootstrap interval.
+      error_high: upper end.
+      noise: RMS standard error of the true log ratio to the base, from its seeds.
     """
-    rows = []
-    for name, text in networks.items():
-        statistics_ = archscale.path_statistics(parse(text))
-        row: Row = {
-            "name": name,
-            "architecture": text,
-            "paths": statistics_.count,
-            "depth_cubed_sum": statistics_.depth_cubed_sum,
-            "max_depth": statistics_.max_depth,
+
+    study: str
+    rule: str
+    networks: int
+    correlation: float
+    correlation_low: float
+    correlation_high: float
+    linear_correlation: float
+    slope: float
+    error: float
+    error_low: float
+    error_high: float
+    noise: float
+
+
+def rows(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Returns a row per network: its trial, its true rate, and the rate that every rule predicts.
+
+    Args:
+      trials: of one study, that of the base network first.
+      records: `results`, `measurements` and `sharpness` by the trial's hash. A network whose search
+        or measurement failed is left out; so is every one if the base failed.
+    """
+    found = []
+    for trial in trials:
+        name = trial_hash(trial)
+        if name in records["results"] and name in records["measurements"]:
+            measured = records["measurements"][name] | records["sharpness"].get(name, {})
+            found.append((trial, records["results"][name], measured))
+    if not found or found[0][0] is not trials[0]:
+        return []
+    base_trial, truth, base = found[0]
+    return [
+        {
+            "trial": trial,
+            "rate": result["rate"],
+            "noise": math.hypot(_noise(result), _noise(truth)),
+            **{
+                rule: _predict(rule, (trial, measured), (base_trial, base), truth["rate"])
+                for rule in RULES
+            },
         }
-        for rule in rules:
-            trials = [r for r in records if r["architecture"] == text and r["rule"] == rule]
-            finished = [r for r in trials if not r["diverged"]]
-            row[rule] = {
-                "factor": trials[0]["rate"] / trials[0]["base_rate"],
-                "diverged": len(trials) - len(finished),
-                "seeds": len(trials),
-                **{key: _mean(finished, key) for key in ("train_loss", "test_accuracy")},
-                "train_losses": [r["train_loss"] for r in finished],
-                "counted_loss": statistics.fmean(
-                    guessing if r["diverged"] else r["train_loss"] for r in trials
-                ),
-            }
-        rows.append(row)
-    return rows
+        for trial, result, measured in found[1:]
+    ]
 
 
-def _mean(records: list[Row], key: str) -> float | None:
-    return statistics.fmean(r[key] for r in records) if records else None
+def _noise(result: Mapping[str, Any]) -> float:
+    return math.nan if result["uncertainty"] is None else result["uncertainty"]
 
 
-def _columns(rules: list[str]) -> list[str]:
-    columns = ["network", "paths", "Σ L³"]
-    for rule in rules:
-        if rule != "none":
-            columns.append(f"{_label(rule)} factor")
-        columns += [f"{_label(rule)} loss", f"{_label(rule)} acc."]
-    return columns
+def _predict(rule: str, target, base, base_rate: float) -> float:
+    """The predicted rate; nan where the rule says nothing about a graph, or was not measured."""
+    pair: list[Any] = []
+    for trial, measured in (target, base):
+        if rule in LEARNING_RATE_RULES:
+            text, kernel_size = trial["architecture"], trial["kernel_size"]
+            pair.append(archscale.dag_graph(text, kernel_size=kernel_size))
+        elif rule == "sharpness":
+            pair.append(np.asarray(measured.get("sharpness", math.nan)))
+        else:
+            fields = archscale.UpdateSize._fields
+            sizes = {name: jnp.asarray(measured[name]) for name in fields}
+            pair.append(archscale.UpdateSize(**sizes))
+    try:
+        return archscale.predict_learning_rate(pair[0], pair[1], base_rate, rule)
+    except ValueError:
+        return math.nan
 
 
-def _cells(row: Row, rules: list[str]) -> list[str]:
-    cells = [row["name"], str(row["paths"]), str(row["depth_cubed_sum"])]
-    for rule in rules:
-        one = row[rule]
-        if rule != "none":
-            cells.append(f"{one['factor']:.3f}")
-        diverged = f"{one['diverged']}†" if one["diverged"] else ""
-        cells += [diverged + _number(one["train_loss"]), _number(one["test_accuracy"])]
-    return cells
-
-
-def _label(rule: str) -> str:
-    return "unscaled" if rule == "none" else rule
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _caption(rows: list[Row], rules: list[str]) -> str:
-    seeds = max(row[rule]["seeds"] for row in rows for rule in rules)
-    return f"means over {seeds} seeds; n†: n of them diverged and are left out"
-
-
-def table(rows: list[Row], rules: list[str], title: str) -> Table:
-    """Returns the table for a terminal: training loss (nats), test accuracy, factor."""
-    result = Table(
-        title=title, caption=_caption(rows, rules), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for index, column in enumerate(_columns(rules)):
-        result.add_column(column.replace(" ", "\n", 1) if index > 2 else column, no_wrap=True,
-                          justify="right" if index else "left")  # fmt: skip
-    for row in rows:
-        result.add_row(*_cells(row, rules))
-    return result
-
-
-def overview(rows: list[Row], rules: list[str]) -> list[list[str]]:
-    """Returns one line per rule, after a heading: what it gained over all networks.
-
-    A seed that diverged counts with the loss of guessing.
-    """
-    lines = [["rule", "diverged", "mean loss", "best on", "better than unscaled on"]]
-    for rule in rules:
-        losses = [row[rule]["counted_loss"] for row in rows]
-        best = [min(row[other]["counted_loss"] for other in rules) for row in rows]
-        unscaled = [row["none"]["counted_loss"] if "none" in rules else None for row in rows]
-        pairs = list(zip(losses, unscaled, strict=True))
-        better = sum(other is not None and loss < other for loss, other in pairs)
-        lines.append(
-            [
-                _label(rule),
-                f"{sum(row[rule]['diverged'] for row in rows)} of "
-                f"{sum(row[rule]['seeds'] for row in rows)}",
-                _number(statistics.fmean(losses)),
-                f"{sum(loss == least for loss, least in zip(losses, best, strict=True))}",
-                "–" if rule == "none" or "none" not in rules else f"{better} of {len(rows)}",
-            ]
+def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> list[Summary]:
+    """Returns a summary per rule."""
+    summaries = []
+    for rule in RULES:
+        pairs = [(row[rule], row["rate"], row["noise"]) for row in rows]
+        pairs = np.asarray([pair for pair in pairs if math.isfinite(pair[0])]).reshape(-1, 3)
+        if len(pairs) < 3:
+            continue
+        logs, noise = np.log(pairs[:, :2]), pairs[:, 2]
+        generator = np.random.default_rng(0)
+        samples = [logs[generator.integers(len(logs), size=len(logs))] for _ in range(resamples)]
+        summaries.append(
+            Summary(
+                study,
+                rule,
+                len(logs),
+                _correlation(logs),
+                *_interval([_correlation(sample) for sample in samples]),
+                _correlation(pairs[:, :2]),
+                _slope(logs),
+                _error(logs),
+                *_interval([_error(sample) for sample in samples]),
+                float(np.sqrt(np.mean(noise**2))),
+            )
         )
-    return lines
+    return summaries
 
 
-def overview_table(rows: list[Row], rules: list[str]) -> Table:
-    """Returns `overview` for a terminal."""
-    heading, *lines = overview(rows, rules)
+def _correlation(pairs: np.ndarray) -> float:
+    if np.any(np.ptp(pairs, axis=0) < 1e-12):
+        return math.nan  # a rule that predicts one rate for all
+    return float(np.corrcoef(pairs.T)[0, 1])
+
+
+def _slope(pairs: np.ndarray) -> float:
+    predicted, true = pairs.T
+    if np.ptp(predicted) < 1e-12:
+        return math.nan
+    return float(np.polyfit(predicted, true, 1)[0])
+
+
+def _error(pairs: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((pairs[:, 0] - pairs[:, 1]) ** 2)))
+
+
+def _interval(samples: list[float]) -> tuple[float, float]:
+    if not np.any(np.isfinite(samples)):
+        return math.nan, math.nan
+    low, high = np.nanquantile(samples, [0.025, 0.975])
+    return float(low), float(high)
+
+
+_COLUMNS = ("study", "rule", "n", "r (log)", "r (linear)", "slope", "RMS error, nats", "noise")
+
+
+def _cells(one: Summary) -> list[str]:
+    return [
+        one.study,
+        one.rule,
+        str(one.networks),
+        f"{_number(one.correlation)} [{_number(one.correlation_low)}, "
+        f"{_number(one.correlation_high)}]",
+        _number(one.linear_correlation),
+        _number(one.slope),
+        f"{_number(one.error)} [{_number(one.error_low)}, {_number(one.error_high)}]",
+        _number(one.noise),
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "–"
+
+
+def table(summaries: list[Summary]) -> Table:
+    """Returns the table for a terminal."""
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, column in enumerate(heading):
-        result.add_column(column, justify="right" if index else "left")
-    for line in lines:
-        result.add_row(*line)
+    for index, column in enumerate(_COLUMNS):
+        result.add_column(column, justify="right" if index > 1 else "left")
+    for before, one in zip([None, *summaries], summaries, strict=False):
+        if before is not None and before.study != one.study:
+            result.add_section()
+        result.add_row(*_cells(one))
     return result
 
 
-def markdown(rows: list[Row], rules: list[str], title: str) -> str:
-    """Returns both tables as Markdown."""
-    networks = [_columns(rules), *(_cells(row, rules) for row in rows)]
-    caption = f"{title}; {_caption(rows, rules)}."
-    return "\n".join([_markdown(overview(rows, rules)), caption, "", _markdown(networks)])
+def markdown(summaries: list[Summary]) -> str:
+    """Returns the table as Markdown."""
+    alignment = ["---", "---", *["---:"] * (len(_COLUMNS) - 2)]
+    lines = [list(_COLUMNS), alignment, *map(_cells, summaries)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    alignment = ["---", *["---:"] * (len(lines[0]) - 1)]
-    rows = [lines[0], alignment, *lines[1:]]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+_DRAWN = ("path_sum_activations", "author_code", "sharpness", "absolute", "relative", "measured")
 
 
-_COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
-_MARKERS = ["o", "s", "^", "D", "v", "P"]
-
-
-def draw(rows: list[Row], rules: list[str], title: str, path: pathlib.Path) -> None:
-    """Draws training loss of every network under every rule, one dot a seed; atomically."""
+def draw(study: str, rows: list[Row], summaries: list[Summary], path: pathlib.Path) -> None:
+    """Draws true against predicted rates, a panel per rule, with the identity line; atomically."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.5, 0.42 * len(rows) + 2.5), 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    losses = [loss for row in rows for rule in rules for loss in row[rule]["train_losses"]]
-    top = 1.5 * max(losses, default=1.0)
-    for index, rule in enumerate(rules):
-        shift = 0.7 * (index - (len(rules) - 1) / 2) / len(rules)
-        colour = _COLOURS[index % len(_COLOURS)]
-        points = [
-            (position + shift, loss)
-            for position, row in enumerate(rows)
-            for loss in row[rule]["train_losses"]
-        ]
-        marker = _MARKERS[index % len(_MARKERS)]
-        axes.scatter(*zip(*points, strict=True) if points else ([], []), s=18, alpha=0.8,
-                     color=colour, marker=marker, linewidths=0, label=_label(rule))  # fmt: skip
-        for position, row in enumerate(rows):
-            if row[rule]["diverged"]:
-                text = f"{row[rule]['diverged']}×"
-                axes.text(position + shift, top, text, color=colour, fontsize=8, ha="center")
-    for position in range(1, len(rows)):
-        axes.axvline(position - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
-    axes.set_yscale("log")
-    axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_ylim(top=top * 1.4)
-    axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=60, ha="right",
-                    rotation_mode="anchor", fontsize=8)  # fmt: skip
-    axes.set_ylabel("training loss (nats)")
-    axes.set_title(f"{title}\none mark a seed; n× in the top row: seeds that diverged", fontsize=10)
-    axes.grid(axis="y", which="major", alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=150))
+    figure = Figure(figsize=(10.5, 6.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    for axes, rule in zip(panels, _DRAWN, strict=True):
+        points = [(row[rule], row["rate"], row["noise"]) for row in rows]
+        predicted, true, noise = np.asarray(points, float).reshape(-1, 3).T
+        spread = np.stack([true - true * np.exp(-noise), true * np.exp(noise) - true])
+        axes.errorbar(predicted, true, yerr=spread, fmt="o", markersize=4, color="#0072B2",
+                      ecolor="#bbbbbb", elinewidth=1, linewidth=0)  # fmt: skip
+        axes.axline((0.1, 0.1), (1.0, 1.0), color="#777777", linewidth=0.8, zorder=0)
+        one = next((one for one in summaries if one.rule == rule), None)
+        if one is not None:
+            title = f"r = {_number(one.correlation)}, RMS error {_number(one.error)} nats"
+            axes.set_title(f"{rule}\n{title}", fontsize=10)
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("predicted learning rate")
+    figure.supylabel("best learning rate by search")
+    figure.suptitle(f"{study}: {len(rows)} networks, predicted from the rate of the chain 2")
+    files.write_atomically(path, lambda target: figure.savefig(target, dpi=110))

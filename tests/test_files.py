@@ -94,6 +94,29 @@ class TestJournal:
         append_record(path, {"epoch": 3})
         assert read_records(path) == [*RECORDS[:whole], {"epoch": 3}]
 
+    @pytest.mark.parametrize("whole", [0, 1, 4095, 4096, 4097, 9000])
+    @pytest.mark.parametrize("torn", [0, 1, 4095, 4096, 4097, 9000])
+    def test_finds_its_last_line_however_long_the_lines_are(self, tmp_path, whole, torn):
+        path = tmp_path / "results.jsonl"
+        line = json.dumps({"text": "x" * whole}) + "\n"
+        path.write_text(line * 2 + "y" * torn)
+        append_record(path, {"epoch": 3})
+        assert path.read_text() == line * 2 + '{"epoch": 3}\n'
+        path.write_text("y" * torn)
+        append_record(path, {"epoch": 3})
+        assert path.read_text() == '{"epoch": 3}\n'
+
+    def test_that_is_replaced_by_itself_is_left_alone(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        write_records(path, RECORDS)
+        file = path.stat().st_ino
+        write_records(path, read_records(path))
+        assert path.stat().st_ino == file
+        path.write_bytes(path.read_bytes() + b"torn")
+        write_records(path, RECORDS)
+        assert path.stat().st_ino != file
+        assert path.read_text() == "".join(json.dumps(record) + "\n" for record in RECORDS)
+
     def test_drops_a_torn_character(self, tmp_path):
         path = tmp_path / "results.jsonl"
         path.write_bytes(b'{"a": 1}\n{"b": "\xc3')  # half of a UTF-8 character
@@ -170,3 +193,13 @@ def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path):
     append_record(journal, {"loss": float("nan"), "rate": float("inf"), "epoch": 1})
     assert journal.read_text() == '{"loss": null, "rate": null, "epoch": 1}\n'
     assert read_records(journal) == [{"loss": None, "rate": None, "epoch": 1}]
+
+
+def test_numbers_that_are_not_finite_are_null_at_any_depth(tmp_path):
+    record = {"curve": [1.0, float("nan")], "best": {"rate": (float("-inf"), {"x": float("inf")})}}
+    line = '{"curve": [1.0, null], "best": {"rate": [null, {"x": null}]}}\n'
+    append_record(tmp_path / "appended.jsonl", record)
+    write_records(tmp_path / "written.jsonl", [record])
+    assert (tmp_path / "appended.jsonl").read_text() == line
+    assert (tmp_path / "written.jsonl").read_text() == line
+    assert record["best"]["rate"][1] == {"x": float("inf")}  # the caller's own is left alone

@@ -95,3 +95,54 @@ def test_maps_over_seeds():
     assert together.absolute.shape == (2, 4)
     alone = measure(jax.tree.map(lambda weight: 2 * weight, params))
     np.testing.assert_allclose(together.absolute[1], alone.absolute, rtol=1e-4)
+
+
+@jax.custom_vjp
+def multiply(x, weight):
+    return x @ weight
+
+
+multiply.defvjp(
+    lambda x, weight: (x @ weight, (x, weight)),
+    lambda kept, change: (change @ kept[1].T, kept[0].T @ change),
+)
+
+
+@pytest.mark.parametrize("transform", [lambda measure: measure, jax.jit, jax.vmap])
+def test_of_functions_without_forward_mode(transform):
+    """Layers with a custom_vjp, and relu and max between them, against the same without."""
+
+    def measure(product, params):
+        def features(params, x):
+            first = product(x, params[0])
+            second = product(jnp.maximum(jax.nn.relu(first), params[2]), params[1])
+            return [first, second, second + first]
+
+        return measure_update(
+            features,
+            lambda params, x: jnp.sum(jnp.square(features(params, x)[-1])),
+            params,
+            inputs,
+            optax.sgd(1.0),
+        )
+
+    with jax.enable_x64(True):
+        key = jax.random.key(0)
+        inputs = jax.random.normal(key, (5, 3))
+        params = [jax.random.normal(key, shape) for shape in [(2, 3, 4), (2, 4, 4), (2, 4)]]
+        if transform is not jax.vmap:
+            params = [weights[0] for weights in params]
+        found = transform(functools.partial(measure, multiply))(params)
+        expected = transform(functools.partial(measure, jnp.matmul))(params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), found, expected)
+
+
+def test_an_error_of_the_features_is_theirs():
+    with pytest.raises(TypeError, match="of the model"):
+        measure_update(
+            lambda params, batch: (_ for _ in ()).throw(TypeError("of the model")),
+            lambda params, batch: jnp.sum(params),
+            jnp.ones(2),
+            None,
+            optax.sgd(1.0),
+        )

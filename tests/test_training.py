@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,23 @@ from archscale_jax.checkpoints import restore_checkpoint, save_checkpoint
 from archscale_jax.datasets import Dataset, augment, epoch_indices
 from archscale_jax.initializer import initialize
 from archscale_jax.models import DagMLP
+from archscale_jax.search import find_learning_rate
 from archscale_jax.spaces import dag_graph
 from archscale_jax.training import (
     create_optimizer,
     create_schedule,
     create_train_state,
     cross_entropy,
+    epoch_batches,
     evaluate,
     fit,
     has_diverged,
+    jitted_train_batches,
     jitted_train_epoch,
+    train_batches,
     train_epoch,
+    train_losses,
+    vertex_features,
 )
 from archscale_jax.transform import scale_by_architecture
 
@@ -220,6 +227,192 @@ class TestTrainEpoch:
             )
         with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
             next(fit(fresh_state(optimizer), dataset(), total_steps=1, **arguments))
+
+
+class TestTrainBatches:
+    def test_in_parts_is_the_epoch(self):
+        """Two parts, with momentum, a schedule and augmentation."""
+        optimizer = momentum_optimizer()
+        state = fresh_state(optimizer)._replace(epoch=jnp.int32(2))
+        images, labels = dataset().train_images, dataset().train_labels
+        options = {"graphdef": network()[0], "optimizer": optimizer, "flip": True, "padding": 1}
+        whole, expected = jitted_train_epoch(
+            state, images, labels, batch_size=BATCH, max_steps=4, **options
+        )
+        batches = epoch_batches(state, EXAMPLES, BATCH)[:4]
+        found = []
+        for first in range(0, len(batches), 2):
+            part = batches[first : first + 2]
+            state, losses = jitted_train_batches(
+                state, images, labels, part, jnp.int32(first), **options
+            )
+            found.extend(losses)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        close(state[:3], whole[:3])
+        assert int(state.epoch) == 2
+        assert int(whole.epoch) == 3
+
+    def test_batches_hold_every_example_once(self):
+        batches = epoch_batches(fresh_state(create_optimizer(0.1)), EXAMPLES, BATCH)
+        assert batches.shape == (EXAMPLES // BATCH, BATCH)
+        assert len(set(np.asarray(batches).ravel().tolist())) == batches.size
+
+    def test_a_lost_lane_leaves_the_others_bit_for_bit_alike(self):
+        optimizer = rate_optimizer()
+        batches = epoch_batches(fresh_state(optimizer), EXAMPLES, BATCH)
+
+        @jax.jit
+        @jax.vmap
+        def train(rate):
+            state = rate_state(rate, 0)
+            images, labels = dataset().train_images, dataset().train_labels
+            return train_batches(
+                state, images, labels, batches, graphdef=network()[0], optimizer=optimizer
+            )
+
+        (sane, sane_losses), (lost, losses) = (
+            train(jnp.array([0.05, rate, 0.2])) for rate in (0.1, 1e38)
+        )
+        assert not np.isfinite(losses[1, -1])
+        others = np.array([0, 2])
+        assert to_bytes(losses[others]) == to_bytes(sane_losses[others])
+        assert np.isfinite(losses[others]).all()
+        pick = lambda state: [leaf[others] for leaf in jax.tree.leaves(state.params)]  # noqa: E731
+        assert to_bytes(pick(lost)) == to_bytes(pick(sane))
+
+
+@functools.cache
+def rate_optimizer():
+    """SGD whose rate is part of its state, so that another rate compiles nothing."""
+    return optax.inject_hyperparams(lambda rate: create_optimizer(rate))(rate=1.0)
+
+
+def rate_state(rate, seed):
+    state = fresh_state(rate_optimizer())._replace(key=jax.random.key(seed))
+    rate = jnp.asarray(rate, jnp.float32)
+    return state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
+
+
+def rate_losses(rate, seed, total_steps=7):
+    return train_losses(
+        rate_state(rate, seed),
+        dataset(),
+        graphdef=network()[0],
+        optimizer=rate_optimizer(),
+        batch_size=BATCH,
+        total_steps=total_steps,
+    )
+
+
+class TestTrainLosses:
+    @pytest.mark.parametrize("total", [0, 7])
+    def test_are_those_of_fit(self, total):
+        """Parts of one update here; the epoch of five updates is followed by the next."""
+        options = {"graphdef": network()[0], "batch_size": BATCH}
+        found = list(rate_losses(0.1, 4, total))
+        assert len(found) == total
+        epochs = fit(
+            rate_state(0.1, 4), dataset(), optimizer=rate_optimizer(), total_steps=total, **options
+        )
+        means = [metrics["running_loss"] for _, metrics in epochs]
+        expected = [np.mean(part) for part in (found[:5], found[5:]) if part]
+        np.testing.assert_allclose(means, expected, rtol=1e-5)
+
+    def test_parts_are_means_of_their_updates(self):
+        """Twenty updates in ten parts of two."""
+        state = rate_state(0.1, 0)
+        options = {"graphdef": network()[0], "optimizer": rate_optimizer(), "batch_size": 2}
+        found = list(train_losses(state, dataset(), total_steps=20, **options))
+        _, losses = jitted_train_epoch(
+            state, dataset().train_images, dataset().train_labels, max_steps=20, **options
+        )
+        np.testing.assert_allclose(found, losses.reshape(10, 2).mean(axis=1), rtol=1e-5)
+
+    @pytest.mark.parametrize("size", [-1, EXAMPLES + 1])
+    def test_refuse_a_batch_size(self, size):
+        with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
+            next(
+                train_losses(
+                    rate_state(0.1, 0),
+                    dataset(),
+                    graphdef=network()[0],
+                    optimizer=rate_optimizer(),
+                    batch_size=size,
+                    total_steps=3,
+                )
+            )
+
+    def test_of_others_do_not_change_beside_one_that_diverges(self):
+        pairs = [(0.05, 0), (1e38, 0), (0.2, 1)]
+        alone = [list(rate_losses(*pair)) for pair in pairs]
+        assert not np.isfinite(alone[1][-1])
+        together = list(zip(*(rate_losses(*pair) for pair in pairs), strict=True))
+        for index in (0, 2):
+            assert np.isfinite(alone[index]).all()
+            assert [losses[index] for losses in together] == alone[index]
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_searched_with_a_rate_that_diverges_are_the_same(self, workers):
+        rates = [0.01, 0.1]
+        alone, beside = (
+            find_learning_rate(rate_losses, tried, seeds=(0, 1), refine=0, workers=workers)
+            for tried in (rates, [*rates, 1e38])
+        )
+        assert beside.runs[:4] == alone.runs
+        assert [run.loss for run in beside.runs[4:]] == [math.inf] * 2
+
+    def test_compile_once_whatever_rate_and_seed(self):
+        loop: Any = jitted_train_batches
+        loop.clear_cache()
+        list(rate_losses(0.1, 0))
+        assert loop._cache_size() == 1
+        compiled = []
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            if "backend_compile" in event:
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            list(rate_losses(0.3, 1))
+            list(rate_losses(1e38, 2))
+            assert not compiled
+            jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
+            assert compiled  # what is listened for does happen
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert loop._cache_size() == 1
+
+
+class TestVertexFeatures:
+    def test_are_those_of_live_vertices_normalised_by_the_batch(self):
+        """By hand: vertex 1 leads nowhere, and batch statistics are those of these images."""
+        graph = dag_graph("2_20_002")
+        model = nnx.eval_shape(
+            lambda: DagMLP(graph, 16, 8, CLASSES, normalization="batch", rngs=nnx.Rngs(0))
+        )
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params = initialize(jax.random.key(0), params, model.architecture())
+        rest = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), rest)
+        images = dataset().train_images[:6]
+        found = vertex_features(graphdef, params, rest, images)
+
+        weights = nnx.to_pure_dict(params)
+
+        def layer(values, weights):
+            return values @ np.asarray(weights["kernel"]) + np.asarray(weights["bias"])
+
+        def activate(values):
+            return np.maximum(
+                (values - values.mean(axis=0)) / np.sqrt(values.var(axis=0) + 1e-5), 0
+            )
+
+        first = layer(np.asarray(images).reshape(6, 16), weights["stem"])
+        second = layer(activate(first), weights["layers"]["0_2"])
+        third = layer(activate(second), weights["layers"]["2_3"])
+        assert len(found) == 3
+        for values, expected in zip(found, (first, second, third), strict=True):
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
 
 
 class TestEvaluate:

@@ -1,4 +1,4 @@
-"""The transfer study as its users run it."""
+"""The transfer study and the rate search as their users run them."""
 
 import json
 import math
@@ -7,28 +7,21 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import archscale_jax as archscale
-from experiments import transfer_report
+from experiments import transfer_report, transfer_study
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = [
-    "--width=8",
-    "--epochs=0.1",
-    "--search_epochs=0.1",
-    "--min_rate=0.01",
-    "--max_rate=0.02",
-    "--chain_depths=2",
-    "--num_random=1",
-    "--num_rates=2",
-    "--num_seeds=2",
-]
+STUDY = ["--study=chains", "--max_networks=2", "--width=8", "--steps=10", "--num_seeds=2"]
+SEARCH = ["--architecture=2", "--width=8", "--epochs=0.2", "--num_rates=3", "--min_rate=0.01",
+          "--num_seeds=2", "--refine=0"]  # fmt: skip
 
 
-def run(workdir, *flags):
+def run(binary, workdir, *flags):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.transfer", f"--workdir={workdir}", *SMALL, *flags],
+        [sys.executable, "-m", f"experiments.{binary}", f"--workdir={workdir}", *flags],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -38,78 +31,111 @@ def run(workdir, *flags):
 
 
 def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path):
-    done = run(tmp_path)
+    done = run("transfer", tmp_path, *STUDY)
     assert done.returncode == 0, done.stderr
-    journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
-    records, result = journal.read_text(), table.read_text()
-    trials = [json.loads(line) for line in records.splitlines()]
-    assert len(trials) == 2 * 2 + 2 * 2 * 2  # rates x seeds, networks x rules x seeds
-    for trial in trials:
-        scale = archscale.learning_rate_scale(
-            archscale.dag_graph(trial["architecture"]), archscale.dag_graph("2"), trial["rule"]
-        )
-        assert trial["rate"] == pytest.approx(trial["base_rate"] * scale)
-    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    names = ("results.jsonl", "measurements.jsonl", "table.md", "summary.json")
+    contents = {name: (tmp_path / name).read_bytes() for name in names}
+    records = [json.loads(line) for line in contents["results.jsonl"].splitlines()]
+    assert [record["trial"]["architecture"] for record in records] == ["2", "2_02"]
+    for record in records:
+        best = min(record["result"]["runs"], key=lambda one: math.inf if one[2] is None else one[2])
+        assert best[0] / 4 < record["result"]["rate"] < best[0] * 4
+    assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
 
-    lines = records.splitlines(keepends=True)
-    journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
-    again = run(tmp_path)
+    lines = contents["results.jsonl"].splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_bytes(lines[0] + lines[1][:50])  # as a kill leaves it
+    (tmp_path / "measurements.jsonl").unlink()
+    again = run("transfer", tmp_path, *STUDY)
     assert again.returncode == 0, again.stderr
-    assert journal.read_text() == records
-    assert table.read_text() == result
-
-    other = run(tmp_path, "--width=9")
-    assert other.returncode == 1
-    assert "width=8 (now 9)" in other.stderr
-    assert "Traceback" not in other.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in names} == contents
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--base_rate=nan", "base_rate must be positive and finite, found nan"),
-        ("--rules=none,cubic", "unknown learning-rate rule 'cubic'"),
-        ("--architecture=2_00", "no path joins the input"),
-        ("--batch_size=100000", "exceeds the 1438 training examples"),
+        ("--study=chain", "unknown study 'chain'; accepted are all, chains, dags"),
+        ("--batch_size=100000", "batch size 100000 exceeds the 1438 training examples"),
         ("--dataset=fashion_mnist --data_dir=absent", "absent"),
     ],
 )
-def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message):
-    refused = run(tmp_path / "run", *flag.split())
+def test_bad_flags_of_a_study_end_with_one_line_and_leave_nothing(tmp_path, flag, message):
+    refused = run("transfer", tmp_path / "run", *flag.split())
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
-def record(text, rule, seed, loss, *, rate=0.5):
-    return {
-        "architecture": text,
-        "rule": rule,
-        "seed": seed,
-        "base_rate": 1.0,
-        "rate": rate,
-        "train_loss": loss,
-        "test_accuracy": 0.5,
-        "diverged": float(not loss < math.log(10)),
-    }
+def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path):
+    done = run("find_lr", tmp_path, *SEARCH)
+    assert done.returncode == 0, done.stderr
+    journal = tmp_path / "results.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 * 2
+    assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "table.md").read_text()
+    assert "learning rate" in table
+
+    journal.write_text("".join(lines[:4]) + lines[4][:9])
+    again = run("find_lr", tmp_path, *SEARCH)
+    assert again.returncode == 0, again.stderr
+    assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert (tmp_path / "table.md").read_text() == table
+
+    started = run("find_lr", tmp_path, *SEARCH, "--base_rate=0.2")  # only what can win
+    assert started.returncode == 0, started.stderr
+    assert journal.read_text().count("\n") == len(lines)
+
+    other = run("find_lr", tmp_path, *SEARCH, "--width=9")
+    assert other.returncode == 1
+    assert "width=8 (now 9)" in other.stderr
 
 
-def test_the_report_counts_seeds_that_diverged_apart():
-    losses = {("2", "none"): [1.0, math.nan], ("2", "path_sum"): [1.0, 0.5]}
-    records = [
-        record(text, rule, seed, loss)
-        for (text, rule), values in losses.items()
-        for seed, loss in enumerate(values)
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--min_rate=5", "rates must satisfy 0 < min_rate < max_rate"),
+        ("--start=-1", "start must be positive and finite"),
+        ("--architecture=2_00", "no path joins the input"),
+    ],
+)
+def test_bad_flags_of_a_search_end_with_one_line(tmp_path, flag, message):
+    refused = run("find_lr", tmp_path / "run", *SEARCH, flag)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_studies_have_the_networks_that_they_claim():
+    assert len(set(transfer_study.STUDIES["dags"].architectures)) == 50
+    assert len(set(transfer_study.STUDIES["cnns"].architectures)) == 30
+    for name, study in transfer_study.STUDIES.items():
+        trials = transfer_study.study_trials(study, {"width": 128}, {"width": 8})
+        assert trials[0]["architecture"] == transfer_study.BASE
+        others = {(t["architecture"], t["width"], t["kernel_size"]) for t in trials[1:]}
+        assert len(others) == len(trials) - 1, name
+        for trial in trials:
+            archscale.dag_graph(trial["architecture"], kernel_size=trial["kernel_size"])
+
+
+def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
+    generator = np.random.default_rng(0)
+    predicted = np.exp(generator.normal(size=40))
+    true = 2 * predicted**0.5
+    rows = [
+        dict.fromkeys(transfer_report.RULES, math.nan)
+        | {"measured": p, "none": 1.0, "rate": t, "noise": 0.1}
+        for p, t in zip(predicted, true, strict=True)
     ]
-    rules = ["none", "path_sum"]
-    rows = transfer_report.summarise(
-        {"two": "2"}, archscale.dag_graph, rules, records, guessing=math.log(10)
-    )
-    assert rows[0]["none"]["train_loss"] == 1.0
-    assert rows[0]["none"]["diverged"] == 1
-    assert rows[0]["none"]["counted_loss"] == pytest.approx((1 + math.log(10)) / 2)
-    heading, unscaled, scaled = transfer_report.overview(rows, rules)
-    assert dict(zip(heading, unscaled, strict=True))["diverged"] == "1 of 2"
-    assert dict(zip(heading, scaled, strict=True))["better than unscaled on"] == "1 of 1"
-    assert "| two | 1 | 1 | 1†1.000 |" in transfer_report.markdown(rows, rules, "title")
+    found = {one.rule: one for one in transfer_report.summarise("made up", rows)}
+    assert set(found) == {"measured", "none"}
+    measured = found["measured"]
+    assert measured.correlation == pytest.approx(1)
+    assert measured.slope == pytest.approx(0.5)
+    assert measured.noise == pytest.approx(0.1)
+    error = np.sqrt(np.mean((np.log(true) - np.log(predicted)) ** 2))
+    assert measured.error == pytest.approx(error)
+    assert measured.error_low < error < measured.error_high
+    assert math.isnan(found["none"].correlation)
+    linear = np.corrcoef(predicted, true)[0, 1]
+    assert measured.linear_correlation == pytest.approx(linear)

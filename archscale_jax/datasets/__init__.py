@@ -1,7 +1,7 @@
 """Image data sets as arrays on the device, and the functions that batch and augment them."""
 
 from archscale_jax.datasets.augment import augment, epoch_indices, random_crop, random_flip
-from archscale_jax.datasets.dataset import Dataset
+from archscale_jax.datasets.dataset import Dataset, downscale
 from archscale_jax.datasets.idx import read_idx
 from archscale_jax.datasets.sources import DATASET_NAMES, load
 
@@ -9,6 +9,7 @@ __all__ = [
     "DATASET_NAMES",
     "Dataset",
     "augment",
+    "downscale",
     "epoch_indices",
     "load",
     "random_crop",

@@ -113,3 +113,26 @@ def _standardise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.nd
 def _float64_chunks(images: np.ndarray):
     for start in range(0, len(images), _CHUNK):
         yield images[start : start + _CHUNK].astype(np.float64)
+
+
+def downscale(dataset: Dataset, factor: int) -> Dataset:
+    """Returns smaller images: means of `factor` x `factor` pixels, standardised again.
+
+    Raises:
+      ValueError: a factor below 1 or one that does not divide height and width.
+    """
+    _, height, width, _ = dataset.train_images.shape
+    if factor < 1 or height % factor or width % factor:
+        raise ValueError(f"factor {factor} does not divide images of {height} x {width} pixels")
+    if factor == 1:
+        return dataset
+    small = [
+        images.reshape(len(images), height // factor, factor, width // factor, factor, -1).mean(
+            axis=(2, 4)
+        )
+        for images in (dataset.train_images, dataset.test_images)
+    ]
+    mean, deviation = (f(small[0], axis=(0, 1, 2)) for f in (jnp.mean, jnp.std))
+    scale = jnp.where(deviation > 0, deviation, 1.0)
+    train, test = ((images - mean) / scale for images in small)
+    return dataclasses.replace(dataset, train_images=train, test_images=test)

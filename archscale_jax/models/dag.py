@@ -40,6 +40,7 @@ from archscale_jax.graph import (
     number_of_vertices,
     validate_graph,
 )
+from archscale_jax.models.convolution import conv_general_dilated
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 NORMALIZATIONS = ("batch", "layer")
@@ -242,7 +243,14 @@ class DagCNN(DagNetwork):
 
     def _layer(self, in_features: int, out_features: int, kernel_size: int, options) -> nnx.Module:
         kernel = (kernel_size, kernel_size)
-        return nnx.Conv(in_features, out_features, kernel, padding="SAME", **options)
+        return nnx.Conv(
+            in_features,
+            out_features,
+            kernel,
+            padding="SAME",
+            conv_general_dilated=conv_general_dilated,
+            **options,
+        )
 
     def _pool(self, features: Array) -> Array:
         return jnp.mean(features, axis=(1, 2))

@@ -1,0 +1,273 @@
+"""Search for the learning rate of a network: the paper's protocol, made stable [AAS §4 protocol].
+
+The protocol takes the largest rate with the smallest training loss after one epoch. Near its
+minimum the loss is flat and that argmin jumps from seed to seed. The answer here is the vertex of a
+parabola through the losses around the minimum, in log rate, held inside the basin: the rates whose
+loss is within a tolerance of the smallest.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+Train = Callable[[float, int], Iterable[float]]
+Losses = dict[tuple[float, int], float]
+
+
+class Run(NamedTuple):
+    """One training: its rate, its seed and the training loss at its end, inf where it was lost."""
+
+    rate: float
+    seed: int
+    loss: float
+
+
+class Basin(NamedTuple):
+    """The rates that do about as well as the best one.
+
+    Attributes:
+      rate: the vertex of the parabola, inside the basin.
+      lower: where the loss leaves the tolerance on the side of small rates, interpolated.
+      upper: the same on the side of large rates; halfway (in log rate) to a rate that was lost.
+      loss: the smallest loss.
+      closed: whether a rate outside the tolerance was seen below, and above.
+    """
+
+    rate: float
+    lower: float
+    upper: float
+    loss: float
+    closed: tuple[bool, bool]
+
+
+class RateSearch(NamedTuple):
+    """What `find_learning_rate` found.
+
+    Attributes:
+      rate: the learning rate.
+      uncertainty: its standard error in nats of log rate, from the seeds taken one by one; nan for
+        one seed.
+      basin: of the mean loss over seeds.
+      seed_rates: the answer of every seed alone.
+      runs: every training, by rate and seed.
+    """
+
+    rate: float
+    uncertainty: float
+    basin: Basin
+    seed_rates: tuple[float, ...]
+    runs: tuple[Run, ...]
+
+
+def find_learning_rate(
+    train: Train,
+    rates: Sequence[float],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    start: float | None = None,
+    tolerance: float = 0.02,
+    margin: float = 0.25,
+    refine: int = 1,
+    max_loss: float = math.inf,
+    workers: int = 1,
+) -> RateSearch:
+    """Finds the learning rate with which a network trains best.
+
+    Without `start` every rate is trained with every seed. With it, the first seed walks from there
+    up and down the grid until the loss leaves `margin`, and the other seeds train only the rates
+    that can win. Then the spacing around the minimum is halved.
+
+    Args:
+      train: `(rate, seed)` to the training losses of successive parts of a run from scratch, of
+        which the last one counts. A run is stopped, and lost, when a loss is not finite or exceeds
+        `max_loss`. It must depend on its arguments alone; with several workers it is called from
+        several threads.
+      rates: the grid, e.g. `numpy.geomspace(1e-3, 4, 13)`.
+      seeds: seeds of the runs.
+      start: a guess, such as `predict_learning_rate` gives.
+      tolerance: depth of the basin, as a fraction of the smallest loss.
+      margin: with `start`, losses within this fraction of the smallest can still win.
+      refine: how often the spacing of the rates in the basin is halved.
+      max_loss: see `train`.
+      workers: runs at a time, in threads.
+
+    Raises:
+      ValueError: rates that are not positive, finite and different, seeds that are missing or
+        repeated, a tolerance or margin that is not positive, or no rate with a finite loss for
+        every seed.
+    """
+    grid, seeds = _checked(rates, seeds, start, tolerance, margin)
+    losses: Losses = {}
+    with ThreadPoolExecutor(workers) as pool:
+
+        def run(pairs: Iterable[tuple[float, int]]) -> None:
+            missing = [pair for pair in pairs if pair not in losses]
+            ends = pool.map(lambda pair: _last_loss(train(*pair), max_loss), missing)
+            losses.update(zip(missing, ends, strict=True))
+
+        if start is None:
+            run((rate, seed) for rate in grid for seed in seeds)
+        else:
+            _walk(run, losses, grid, seeds[0], start, margin)
+            _follow(run, losses, grid, seeds, margin, tolerance)
+        for _ in range(refine):
+            rates = _midpoints(_mean_losses(losses, seeds), tolerance)
+            run((rate, seed) for rate in rates for seed in seeds)
+    runs = tuple(Run(rate, seed, loss) for (rate, seed), loss in sorted(losses.items()))
+    return summarise_runs(runs, tolerance=tolerance)
+
+
+def summarise_runs(runs: Iterable[Run], *, tolerance: float = 0.02) -> RateSearch:
+    """Returns the answer that runs give; rates that not every seed has trained are left out.
+
+    Raises:
+      ValueError: no rate has a finite loss for every seed.
+    """
+    runs = tuple(sorted(runs))
+    losses = {(run.rate, run.seed): run.loss for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    means = _mean_losses(losses, seeds)
+    if not any(map(math.isfinite, means.values())):
+        tried = sorted({run.rate for run in runs})
+        raise ValueError(
+            f"no rate from {min(tried, default=math.nan):.3g} to {max(tried, default=math.nan):.3g}"
+            f" ends with a finite loss for every seed of {seeds}; try smaller rates"
+        )
+    basin = find_basin(means, tolerance)
+    seed_rates = tuple(
+        find_basin({rate: losses[rate, seed] for rate in means}, tolerance).rate for seed in seeds
+    )
+    logs = list(map(math.log, seed_rates))
+    spread = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    return RateSearch(basin.rate, spread, basin, seed_rates, runs)
+
+
+def find_basin(losses: dict[float, float], tolerance: float = 0.02) -> Basin:
+    """Returns the basin around the smallest loss.
+
+    Args:
+      losses: loss by rate, inf where lost; one at least is finite.
+      tolerance: depth of the basin, as a fraction of the smallest loss.
+    """
+    logs = np.log(np.asarray(sorted(losses)))
+    values = np.asarray([losses[rate] for rate in sorted(losses)])
+    best = len(values) - 1 - int(np.argmin(values[::-1]))  # the largest of equal rates
+    limit = _limit(values[best], tolerance)
+    edges = []
+    for step in (-1, 1):
+        inside = best
+        while 0 <= inside + step < len(values) and values[inside + step] <= limit:
+            inside += step
+        outside = inside + step
+        if not 0 <= outside < len(values):
+            edges.append((logs[inside], False))
+        else:
+            rise = values[outside] - values[inside]
+            part = (limit - values[inside]) / rise if math.isfinite(rise) else 0.5
+            edges.append((logs[inside] + part * (logs[outside] - logs[inside]), True))
+    (lower, low_seen), (upper, high_seen) = edges
+    vertex = np.clip(_vertex(logs, values, best, limit), lower, upper)
+    rate, lower, upper = (math.exp(value) for value in (vertex, lower, upper))
+    return Basin(rate, lower, upper, float(values[best]), (low_seen, high_seen))
+
+
+def _vertex(logs: np.ndarray, values: np.ndarray, best: int, limit: float) -> float:
+    """Where the parabola through the points around the minimum has its own."""
+    near = np.isfinite(values) & (values <= limit)
+    near[max(best - 1, 0) : best + 2] |= np.isfinite(values[max(best - 1, 0) : best + 2])
+    if near.sum() < 3:
+        return float(np.mean(logs[near]))
+    curvature, slope, _ = np.polyfit(logs[near] - logs[best], values[near], 2)
+    if curvature <= 0:
+        return float(np.mean(logs[near]))
+    return float(logs[best] - slope / (2 * curvature))
+
+
+def _limit(loss: float, fraction: float) -> float:
+    return loss + fraction * abs(loss)
+
+
+def _last_loss(parts: Iterable[float], max_loss: float) -> float:
+    loss = math.inf
+    for part in parts:
+        loss = float(part)
+        if not (math.isfinite(loss) and loss <= max_loss):
+            return math.inf
+    return loss
+
+
+def _mean_losses(losses: Losses, seeds: Sequence[int]) -> dict[float, float]:
+    """Mean loss of the rates that every seed has trained."""
+    rates = sorted({rate for rate, _ in losses})
+    return {
+        rate: statistics.fmean(losses[rate, seed] for seed in seeds)
+        for rate in rates
+        if all((rate, seed) in losses for seed in seeds)
+    }
+
+
+def _walk(run, losses: Losses, grid: list[float], seed: int, start: float, margin: float) -> None:
+    """Trains one seed from the rate nearest to `start` up and down, until the loss is too high."""
+    first = int(np.argmin(np.abs(np.log(np.asarray(grid) / start))))
+    for step in (1, -1):
+        for index in range(first, len(grid) if step > 0 else -1, step):
+            run([(grid[index], seed)])
+            best = min(losses.values())
+            found = losses[grid[index], seed]
+            if found > _limit(best, margin) or (step > 0 and math.isinf(found)):
+                break
+
+
+def _follow(run, losses: Losses, grid, seeds, margin: float, tolerance: float) -> None:
+    """Trains the other seeds where the first can win, and on until the basin is closed."""
+    scout = {rate: losses[rate, seeds[0]] for rate in grid if (rate, seeds[0]) in losses}
+    limit = _limit(min(scout.values()), margin)
+    can_win = [rate for rate, loss in scout.items() if loss <= limit and math.isfinite(loss)]
+    if not can_win:
+        return
+    between = [rate for rate in scout if can_win[0] <= rate <= can_win[-1]]
+    run((rate, seed) for rate in between for seed in seeds)
+    while True:
+        means = _mean_losses(losses, seeds)
+        if any(map(math.isfinite, means.values())):
+            closed_below, closed_above = find_basin(means, tolerance).closed
+        else:  # another seed lost all of them
+            closed_below, closed_above = False, True
+        below = [] if closed_below else [rate for rate in grid if rate < min(means)][-1:]
+        above = [] if closed_above else [rate for rate in grid if rate > max(means)][:1]
+        if not below and not above:
+            return
+        run((rate, seed) for rate in below + above for seed in seeds)
+
+
+def _midpoints(means: dict[float, float], tolerance: float) -> list[float]:
+    """Rates halfway between neighbours of which at least one is in the basin."""
+    limit = _limit(min(means.values(), default=math.inf), tolerance)
+    return [
+        math.sqrt(low * high)
+        for low, high in itertools.pairwise(sorted(means))
+        if math.isfinite(limit) and min(means[low], means[high]) <= limit
+    ]
+
+
+def _checked(
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    start: float | None,
+    tolerance: float,
+    margin: float,
+) -> tuple[list[float], list[int]]:
+    grid = sorted(map(float, rates))
+    if not grid or not all(0 < rate < math.inf for rate in grid) or len(set(grid)) < len(grid):
+        raise ValueError(f"rates must be positive, finite and different, found {list(rates)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different, and one at least, found {list(seeds)}")
+    for name, value in {"start": start, "tolerance": tolerance, "margin": margin}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, found {value}")
+    return grid, list(seeds)

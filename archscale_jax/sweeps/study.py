@@ -1,0 +1,249 @@
+"""Resumable studies: run the trials that a journal lacks, and end with the same journal always.
+
+A trial is a mapping of JSON values, its settings. Its record is `{"hash", "trial", "result"}`, or
+`{"hash", "trial", "error"}` where it failed. Records hold no times and depend on nothing but the
+trial, so a study that was cut ends with the bytes of an undisturbed one.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.progress
+
+from archscale_jax import files
+
+Trial = Mapping[str, Any]
+Record = dict[str, Any]
+Run = Callable[[Trial], Mapping[str, Any]]
+
+
+def trial_hash(trial: Trial) -> str:
+    """Returns the trial's name: 16 hex digits of SHA-256 over its canonical JSON.
+
+    The order of keys does not matter; `1` and `1.0` are different settings, a tuple is a list.
+
+    Raises:
+      TypeError: a setting is no JSON value; the message names its key.
+      ValueError: a number is not finite; the message names its key.
+    """
+    text = json.dumps(_as_json(trial, "trial"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def missing_trials(
+    trials: Iterable[Trial], records: Iterable[Mapping[str, Any]], *, retry_failed: bool = False
+) -> list[Trial]:
+    """Returns the trials without a record, in order.
+
+    Args:
+      trials: all trials of the study.
+      records: what is finished, of this study or of others too. The last of a hash counts.
+      retry_failed: a trial whose record holds an error is missing as well.
+
+    Raises:
+      TypeError: see `trial_hash`.
+      ValueError: see `trial_hash`, or a trial is listed twice.
+    """
+    latest = _latest(records)
+    return [
+        trial
+        for name, trial in _by_hash(trials).items()
+        if name not in latest or (retry_failed and "error" in latest[name])
+    ]
+
+
+def run_trial(trial: Trial, run: Run) -> Record:
+    """Runs one trial to its record; an exception becomes the record's error.
+
+    A result holds JSON values; numbers in it that are not finite become None, any other value is
+    an error. KeyboardInterrupt and SystemExit are no failures of the trial and pass through.
+
+    Raises:
+      TypeError: see `trial_hash`.
+      ValueError: see `trial_hash`.
+    """
+    record = {"hash": trial_hash(trial), "trial": _as_json(trial, "trial")}
+    try:
+        return record | {"result": _as_json(files.strict_json(run(trial)), "result")}
+    except Exception as error:
+        return record | {"error": f"{type(error).__name__}: {error}"}
+
+
+def run_study(
+    trials: Iterable[Trial],
+    run: Run,
+    journal: str | pathlib.Path,
+    *,
+    workers: int = 1,
+    retry_failed: bool = False,
+    description: str = "trials",
+    progress: bool = True,
+) -> list[Record]:
+    """Runs the trials that the journal lacks, and appends a record as each one is finished.
+
+    When all are done, the journal holds the records in the order of `trials`, then those of trials
+    that are not listed. After an interrupt or a kill, the same call goes on: what is recorded is
+    not run again. Only this function knows of threads and bars; a runner on other machines needs
+    `missing_trials`, `run_trial` and `archscale_jax.files.append_record`.
+
+    Args:
+      trials: all trials of the study, each once.
+      run: from a trial to its result, JSON values. It must not depend on other trials.
+      journal: the file, usually `results.jsonl`; `results.jsonl.lock` keeps other processes out.
+      workers: how many trials run at a time. One runs in the calling thread, where Ctrl-C stops
+        it at once; more run in threads, and those that have begun are finished and recorded first.
+      retry_failed: run trials again that failed; the new record replaces the old one.
+      description: the progress bar's name.
+      progress: show the bar.
+
+    Returns:
+      The records in the order of `trials`, as read from the journal.
+
+    Raises:
+      TypeError: see `trial_hash`.
+      ValueError: see `trial_hash`; a trial is listed twice, `workers` is below 1, the journal is
+        damaged, or another process writes to it.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
+    path, by_hash = pathlib.Path(journal), _by_hash(trials)
+    with _locked(path):
+        latest = _latest(files.read_records(path))
+        missing = missing_trials(by_hash.values(), latest.values(), retry_failed=retry_failed)
+        done = [latest[name] for name in by_hash.keys() - _by_hash(missing).keys()]
+        with _bar(description, len(by_hash), done, visible=progress) as count:
+            _run_all(missing, run, workers, path, count)
+        records = files.read_records(path)
+        latest = _latest(records)
+        ordered = [latest[name] for name in by_hash]
+        others = [record for record in records if record.get("hash") not in by_hash]
+        files.write_records(path, [*ordered, *others])
+    return ordered
+
+
+def _run_all(
+    trials: Sequence[Trial],
+    run: Run,
+    workers: int,
+    journal: pathlib.Path,
+    count: Callable[[Record], None],
+) -> None:
+    """Runs the trials; this thread appends each record as it is finished, and counts it."""
+    if workers == 1:
+        for trial in trials:
+            files.append_record(journal, record := run_trial(trial, run))
+            count(record)
+        return
+    executor = concurrent.futures.ThreadPoolExecutor(workers)
+    futures: list[concurrent.futures.Future[Record]] = []
+    try:
+        for trial in trials:
+            futures.append(executor.submit(run_trial, trial, run))
+        for future in concurrent.futures.as_completed(futures):
+            files.append_record(journal, record := future.result())
+            count(record)
+    except BaseException:
+        # Python waits for its threads anyway, so what they finish is kept. An interrupt may have
+        # come while a record was appended: only the journal knows whether it is there.
+        executor.shutdown(cancel_futures=True)
+        recorded = _latest(files.read_records(journal))
+        finished = (future for future in futures if not future.cancelled())
+        for record in (future.result() for future in finished if not future.exception()):
+            if recorded.get(record["hash"]) != record:
+                files.append_record(journal, record)
+        raise
+    executor.shutdown()
+
+
+@contextlib.contextmanager
+def _bar(
+    description: str, total: int, done: Sequence[Record], *, visible: bool
+) -> Iterator[Callable[[Record], None]]:
+    """A progress bar that starts with the records of `done`; what it gives counts one more.
+
+    The estimate of the time left looks back without a limit, as a trial may take hours.
+    """
+    columns = (
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        "{task.fields[failed]} failed",
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(
+        *columns, transient=True, disable=not visible, speed_estimate_period=math.inf
+    ) as progress:
+        failed = sum("error" in record for record in done)
+        task = progress.add_task(description, total=total, completed=len(done), failed=failed)
+
+        def count(record: Record) -> None:
+            nonlocal failed
+            failed += "error" in record
+            progress.update(task, advance=1, failed=failed)
+
+        yield count
+
+
+@contextlib.contextmanager
+def _locked(journal: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes off the journal; ValueError where one is on it already.
+
+    The lock ends with the process, however that ends. Its file stays: if it were removed, one
+    process might lock the old file and another a new one.
+    """
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.with_name(journal.name + ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to this journal, {journal}") from None
+        yield
+
+
+def _latest(records: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
+    """Records by their hash; a later one replaces an earlier one."""
+    return {record.get("hash"): record for record in records}
+
+
+def _by_hash(trials: Iterable[Trial]) -> dict[str, Trial]:
+    """Trials by their hash, in order; ValueError where some are listed twice."""
+    by_hash: dict[str, Trial] = {}
+    twice = []
+    for trial in trials:
+        if (name := trial_hash(trial)) in by_hash:
+            twice.append(str(dict(trial)))
+        by_hash[name] = trial
+    if twice:
+        raise ValueError(f"trials are listed more than once: {', '.join(twice)}")
+    return by_hash
+
+
+def _as_json(value: Any, where: str) -> Any:
+    """Copies a mapping to what `json` would read back; raises where that is not the same."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"a {where} must be a mapping, found {type(value).__name__}")
+    _check_json(value, where)
+    return json.loads(json.dumps(files.strict_json(value), allow_nan=False))
+
+
+def _check_json(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}; JSON takes strings only")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; JSON has finite numbers only")
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise TypeError(f"{where} is no JSON value, but of type {type(value).__name__}")

@@ -1,0 +1,93 @@
+"""A training step in PyTorch, for `benchmarks.lr_cost`, which runs this file where PyTorch is.
+
+Reads lines of JSON from stdin and answers each with one on stdout. The first line holds `threads`
+and `cases`: name -> {"arrays": path of an .npz file, "rate", "channels_last"}. Every other one is
+{"case": name, "steps": n}, and is answered with the seconds of n steps and with their losses, taken
+before each update. The weights are set back before every answer.
+
+The arrays: `images` [n, height, width, channels], `labels` [n], `batches` [steps, batch], and
+`kernel_0`, `bias_0`, `kernel_1`, … of the stem, the layers of a chain and the readout, laid out as
+Flax does. With kernels of convolutions the readout's input is averaged over positions.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+
+
+class Case:
+    """A chain z_0 = W x, z_v = W σ(z_u), y = W σ(z_last) with its data and its optimizer."""
+
+    def __init__(self, arrays, rate: float, channels_last: bool):
+        arrays = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+        self.labels, self.batches = arrays["labels"].long(), arrays["batches"].long()
+        count = sum(name.startswith("kernel") for name in arrays)
+        self.convolution = arrays["kernel_0"].ndim == 4
+        self.images = arrays["images"]
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if self.convolution:
+            self.images = self.images.permute(0, 3, 1, 2)
+            self.images = self.images.contiguous(memory_format=self.memory_format)
+        else:
+            self.images = self.images.flatten(1)
+        self.start = []
+        for layer in range(count):
+            self.start += [self.as_torch(arrays[f"kernel_{layer}"]), arrays[f"bias_{layer}"]]
+        self.params = [values.clone().requires_grad_() for values in self.start]
+        self.optimizer = torch.optim.SGD(self.params, lr=rate)
+
+    def as_torch(self, kernel):
+        if kernel.ndim == 2:
+            return kernel.T.contiguous()
+        return kernel.permute(3, 2, 0, 1).contiguous(memory_format=self.memory_format)
+
+    def loss(self, images, labels):
+        functional = torch.nn.functional
+        pairs = list(zip(self.params[::2], self.params[1::2], strict=True))
+        features = images
+        for layer, (kernel, bias) in enumerate(pairs[:-1]):
+            if layer:
+                features = functional.relu(features)
+            if self.convolution:
+                features = functional.conv2d(features, kernel, bias, padding="same")
+            else:
+                features = functional.linear(features, kernel, bias)
+        features = functional.relu(features)
+        if self.convolution:
+            features = features.mean((2, 3))
+        return functional.cross_entropy(functional.linear(features, *pairs[-1]), labels)
+
+    def run(self, steps: int):
+        with torch.no_grad():
+            for values, start in zip(self.params, self.start, strict=True):
+                values.copy_(start)
+        losses = []
+        begin = time.perf_counter()
+        for batch in self.batches[:steps]:
+            self.optimizer.zero_grad()
+            loss = self.loss(self.images[batch], self.labels[batch])
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        values = torch.stack(losses).tolist()  # waits
+        return {"seconds": time.perf_counter() - begin, "losses": values}
+
+
+def main():
+    config = json.loads(sys.stdin.readline())
+    torch.set_num_threads(config["threads"])
+    cases = {}
+    for name, case in config["cases"].items():
+        with np.load(case["arrays"]) as arrays:
+            cases[name] = Case(arrays, case["rate"], case["channels_last"])
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(cases[order["case"]].run(order["steps"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Finds the learning rate of one network: prints and draws training loss against rate.
+
+    python -m experiments.find_lr --architecture=2_02_002 --workdir=runs/find_lr
+
+Trains every rate of a log grid with every seed, or, with --adaptive, walks from a start and trains
+only what can win. The start is --start, or what measuring predicts from --base_rate, the rate of
+--base_architecture, or the middle of the grid. Writes config.json, results.jsonl (a line a run),
+table.md and find_lr.png; a run that was cut off goes on where it stopped.
+"""
+
+import math
+import pathlib
+import statistics
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import archscale_jax as archscale
+from archscale_jax import datasets, files, search
+from experiments import common
+
+FLAGS = flags.FLAGS
+
+common.define_flags(batch_size=32, epochs=1, workdir="runs/find_lr")
+flags.adopt_module_key_flags(common)
+flags.DEFINE_string("architecture", "2_02_002", "DAG string of the network.")
+flags.DEFINE_float("min_rate", 1e-3, "Smallest rate of the grid.")
+flags.DEFINE_float("max_rate", 4.0, "Largest rate of the grid.")
+flags.DEFINE_integer("num_rates", 13, "Rates of the log grid.", lower_bound=2)
+flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
+flags.DEFINE_bool("adaptive", False, "Train only the rates that can win.")
+flags.DEFINE_float("start", None, "Rate at which to start; makes the search adaptive.")
+flags.DEFINE_float("base_rate", None, "Best rate of the base architecture; predicts the start.")
+flags.DEFINE_float("tolerance", 0.02, "Depth of the basin, as a fraction of the smallest loss.")
+flags.DEFINE_integer("refine", 1, "How often the grid is halved in the basin.", lower_bound=0)
+flags.DEFINE_integer("workers", 1, "Runs at a time, in threads.", lower_bound=1)
+
+EXTENSIBLE = ("adaptive", "base_rate", "max_rate", "min_rate", "num_rates", "num_seeds", "refine",
+              "start", "tolerance")  # fmt: skip
+"""Flags that only say which runs a search has; those already done stay valid."""
+
+
+def run() -> None:
+    """Searches, prints and draws."""
+    if not 0 < FLAGS.min_rate < FLAGS.max_rate < math.inf:
+        raise ValueError(
+            f"rates must satisfy 0 < min_rate < max_rate, found {FLAGS.min_rate} and "
+            f"{FLAGS.max_rate}"
+        )
+    rates = np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
+    graph = common.parse_graph(FLAGS.architecture)
+    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    total_steps = common.count_steps(dataset, FLAGS.epochs)
+    network = common.build_network(graph, dataset)
+    start = FLAGS.start
+    if start is None and FLAGS.base_rate is not None:
+        start = _predicted(network, dataset)
+    elif start is None and FLAGS.adaptive:
+        start = math.sqrt(FLAGS.min_rate * FLAGS.max_rate)
+    workdir = files.claim_directory(
+        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
+    )
+    train = _remembered(
+        common.rate_trainer(network, dataset, total_steps), workdir / "results.jsonl"
+    )
+    found = archscale.find_learning_rate(
+        train,
+        rates,
+        seeds=range(FLAGS.num_seeds),
+        start=start,
+        tolerance=FLAGS.tolerance,
+        refine=FLAGS.refine,
+        workers=FLAGS.workers,
+    )
+    answer = (
+        f"learning rate {found.rate:.3g}, "
+        f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
+        f"standard error {100 * math.expm1(found.uncertainty):.0f} %, {len(found.runs)} runs"
+    )
+    markdown = f"{answer}\n\n{_markdown(found)}"
+    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    figure = workdir / "find_lr.png"
+    _draw(found, figure)
+    console = Console()
+    console.print(_table(found))
+    if not all(found.basin.closed):
+        console.print("The basin reaches the end of the rates tried: widen --min_rate, --max_rate.")
+    console.print(f"{answer}\nfigure:  {figure}", soft_wrap=True)
+
+
+def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
+    """Returns the rate that measuring predicts from --base_rate."""
+    base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
+    sizes = []
+    for one in (network, base):
+        optimizer = common.build_optimizer(1.0, 1)
+        measured = common.measurer(one.graphdef, one.model_state, optimizer)
+        seeds = [
+            measured(
+                common.initial_state(one, optimizer, seed).params,
+                common.first_batch(dataset, FLAGS.batch_size, seed),
+            )
+            for seed in range(FLAGS.num_seeds)
+        ]
+        sizes.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds))
+    return archscale.predict_learning_rate(sizes[0], sizes[1], FLAGS.base_rate)
+
+
+def _remembered(train: search.Train, journal: pathlib.Path) -> search.Train:
+    """Returns `train` with its ends kept in a journal: what is there is not trained again."""
+    lock = threading.Lock()
+    losses = {(one["rate"], one["seed"]): one["loss"] for one in files.read_records(journal)}
+
+    def remembered(rate: float, seed: int) -> Iterator[float]:
+        if (rate, seed) in losses:
+            loss = losses[rate, seed]
+            yield math.inf if loss is None else loss
+            return
+        loss = math.inf
+        for loss in train(rate, seed):
+            if not math.isfinite(loss):
+                break
+            yield loss
+        with lock:
+            files.append_record(journal, {"rate": rate, "seed": seed, "loss": loss})
+        yield loss
+
+    return remembered
+
+
+def _lines(found: search.RateSearch) -> list[list[str]]:
+    """A line per rate after a heading: the losses of the seeds, and their mean."""
+    seeds = sorted({run.seed for run in found.runs})
+    losses = {(run.rate, run.seed): run.loss for run in found.runs}
+    lines = [["rate", *(f"seed {seed}" for seed in seeds), "mean", "basin"]]
+    for rate in sorted({run.rate for run in found.runs}):
+        ends = [losses.get((rate, seed)) for seed in seeds]
+        trained = [loss for loss in ends if loss is not None]
+        mean = statistics.fmean(trained) if len(trained) == len(seeds) else None
+        inside = found.basin.lower <= rate <= found.basin.upper
+        lines.append([f"{rate:.3g}", *map(_loss, ends), _loss(mean), "*" if inside else ""])
+    return lines
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}" if math.isfinite(loss) else "lost"
+
+
+def _table(found: search.RateSearch) -> Table:
+    heading, *lines = _lines(found)
+    result = Table(title="training loss (nats)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in heading:
+        result.add_column(column, justify="right")
+    for line in lines:
+        result.add_row(*line)
+    return result
+
+
+def _markdown(found: search.RateSearch) -> str:
+    heading, *lines = _lines(found)
+    return "".join(
+        "| " + " | ".join(line) + " |\n" for line in [heading, ["---:"] * len(heading), *lines]
+    )
+
+
+def _draw(found: search.RateSearch, path: pathlib.Path) -> None:
+    """Draws the loss of every run against its rate, with the basin and the answer; atomically."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvspan(found.basin.lower, found.basin.upper, color="#009E73", alpha=0.15, label="basin")
+    axes.axvline(found.rate, color="#009E73", label=f"answer {found.rate:.3g}")
+    for seed in sorted({run.seed for run in found.runs}):
+        runs = [run for run in found.runs if run.seed == seed and math.isfinite(run.loss)]
+        axes.plot([run.rate for run in runs], [run.loss for run in runs], "o-", markersize=3,
+                  linewidth=0.8, label=f"seed {seed}")  # fmt: skip
+    lost = sorted({run.rate for run in found.runs if not math.isfinite(run.loss)})
+    top = axes.get_ylim()[1]
+    axes.plot(lost, [top] * len(lost), "x", color="#D55E00", label="lost" if lost else None)
+    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    axes.set_title(f"{FLAGS.architecture} on {FLAGS.dataset}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    files.write_atomically(path, lambda target: figure.savefig(target, dpi=150))
+
+
+if __name__ == "__main__":
+    common.run_binary(run)

@@ -1,0 +1,241 @@
+"""What do deep and branched networks gain from a learning rate scaled from a shallow one?
+
+    python -m experiments.scaling --workdir=runs/scaling
+
+Searches the best rate of the base network on a grid (the largest rate with the smallest training
+loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
+is the unscaled rate). Writes config.json, results.jsonl (a line a trial), table.md and
+scaling.png, and prints the table. A run that was cut off goes on where it stopped, and the same
+--workdir takes more rules, networks and seeds later.
+"""
+
+import collections
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import optax
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress
+
+import archscale_jax as archscale
+from archscale_jax import datasets, files
+from archscale_jax.datasets import Dataset
+from experiments import common, scaling_report
+
+FLAGS = flags.FLAGS
+
+common.define_flags(batch_size=32, epochs=5, workdir="runs/scaling")
+flags.adopt_module_key_flags(common)
+flags.DEFINE_multi_string(
+    "architecture", None, "DAG string of a network; repeat the flag for several, beside the others."
+)
+flags.DEFINE_list("chain_depths", ["2", "4", "6", "8"], "Depths of plain chains.")
+flags.DEFINE_integer("num_random", 4, "Number of random DAGs.", lower_bound=0)
+flags.DEFINE_integer("random_vertices", 7, "Vertices of a random DAG.", lower_bound=2)
+flags.DEFINE_integer("random_seed", 0, "Seed of the random DAGs.")
+flags.DEFINE_list("rules", ["none", "path_sum"], "Learning-rate rules to compare.")
+flags.DEFINE_float("min_rate", 0.01, "Smallest rate of the search on the base network.")
+flags.DEFINE_float("max_rate", 3.0, "Largest rate of the search.")
+flags.DEFINE_integer("num_rates", 12, "Rates of the search, a log grid.", lower_bound=1)
+flags.DEFINE_float("search_epochs", 1.0, "Epochs of a trial of the search.")
+flags.DEFINE_float("base_rate", None, "Rate of the base network; leave out to search it.")
+flags.DEFINE_integer("num_seeds", 3, "Seeds of every trial.", lower_bound=1)
+
+EXTENSIBLE = (
+    "architecture",
+    "chain_depths",
+    "num_random",
+    "num_seeds",
+    "random_seed",
+    "random_vertices",
+    "rules",
+)
+"""Flags that only say which trials a study has; results of the others stay valid."""
+
+
+def run() -> None:
+    """Searches, trains what is missing, prints and draws."""
+    networks = _networks()
+    rules = list(dict.fromkeys(FLAGS.rules))
+    if not rules or not networks:
+        raise ValueError("nothing to train: --rules, and the networks, must not be empty")
+    for rule in rules:  # every factor is known to exist before the first step is trained
+        for text in networks.values():
+            _scale(text, rule)
+    rates = _rate_grid()
+    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    search_steps = common.count_steps(dataset, FLAGS.search_epochs)
+    total_steps = common.count_steps(dataset, FLAGS.epochs)
+    workdir = files.claim_directory(
+        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
+    )
+    journal = workdir / "results.jsonl"
+
+    searched = [(FLAGS.base_architecture, "none", rate) for rate in rates]
+    _train_missing(journal, "search", dataset, searched, search_steps)
+    records = files.read_records(journal)
+    seeds = range(FLAGS.num_seeds)
+    base_rate = FLAGS.base_rate or best_rate(
+        [r for r in records if r["phase"] == "search" and r["seed"] in seeds]
+    )
+    trials = [(text, rule, base_rate) for text in networks.values() for rule in rules]
+    _train_missing(journal, "transfer", dataset, trials, total_steps)
+
+    transferred = [
+        r
+        for r in files.read_records(journal)
+        if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
+    ]
+    rows = scaling_report.summarise(
+        networks, common.parse_graph, rules, transferred, math.log(dataset.num_classes)
+    )
+    title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    table = scaling_report.table(rows, rules, title)
+    console = Console()
+    unbounded = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table, scaling_report.overview_table(rows, rules))
+    markdown = scaling_report.markdown(rows, rules, title)
+    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    figure = workdir / "scaling.png"
+    scaling_report.draw(rows, rules, title, figure)
+    console.print(f"results: {journal}\nfigure:  {figure}", soft_wrap=True)
+
+
+def _networks() -> dict[str, str]:
+    """Returns the DAG strings to train by their names, each string once."""
+    names: dict[str, str] = {}
+    for depth in FLAGS.chain_depths:
+        if not depth.isdecimal():
+            raise ValueError(f"chain_depths must be integers from 1, found {depth!r}")
+        names.setdefault(archscale.chain_string(int(depth)), f"chain {depth}")
+    for text in FLAGS.architecture or []:
+        names.setdefault(text, text)
+    wanted = len(names) + FLAGS.num_random
+    for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
+        if len(names) == wanted:
+            break
+        text = archscale.random_dag_string(seed, FLAGS.random_vertices)
+        names.setdefault(text, text)
+    if len(names) < wanted:
+        raise ValueError(
+            f"found too few different DAGs of random_vertices={FLAGS.random_vertices} for "
+            f"num_random={FLAGS.num_random}; ask for more vertices or fewer DAGs"
+        )
+    return {name: text for text, name in names.items()}
+
+
+def _scale(text: str, rule: str) -> float:
+    base = common.parse_graph(FLAGS.base_architecture)
+    return archscale.learning_rate_scale(common.parse_graph(text), base, rule)
+
+
+def _rate_grid() -> list[float]:
+    if FLAGS.base_rate is not None:
+        if not 0 < FLAGS.base_rate < float("inf"):
+            raise ValueError(f"base_rate must be positive and finite, found {FLAGS.base_rate}")
+        return []
+    if not 0 < FLAGS.min_rate <= FLAGS.max_rate < float("inf"):
+        raise ValueError(
+            "rates must satisfy 0 < min_rate <= max_rate, found "
+            f"{FLAGS.min_rate} and {FLAGS.max_rate}"
+        )
+    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
+
+
+def best_rate(records: list[dict[str, Any]]) -> float:
+    """Returns the largest rate with the smallest training loss, mean over seeds [AAS protocol].
+
+    Raises:
+      ValueError: no rate has a finite loss.
+    """
+    losses: dict[float, list[float]] = {}
+    for record in records:
+        loss = record["train_loss"]  # None where it was not finite
+        losses.setdefault(record["base_rate"], []).append(math.inf if loss is None else loss)
+    means = {rate: statistics.fmean(values) for rate, values in losses.items()}
+    smallest = min((mean for mean in means.values() if math.isfinite(mean)), default=None)
+    if smallest is None:
+        raise ValueError(
+            f"the base network has no finite loss at any rate from {min(means)} to {max(means)}; "
+            "lower --min_rate"
+        )
+    return max(rate for rate, loss in means.items() if loss == smallest)
+
+
+Trial = tuple[str, str, float]  # DAG string, rule, base rate
+
+
+def _train_missing(
+    journal: pathlib.Path, phase: str, dataset: Dataset, trials: list[Trial], total_steps: int
+) -> None:
+    """Trains every trial and seed that the journal lacks, and appends a record for each."""
+    done = {_identity(record) for record in files.read_records(journal)}
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(phase, total=len(trials) * FLAGS.num_seeds)
+        for text, rule, rates in _grouped(trials):
+            missing = [
+                (rate, seed)
+                for rate in rates
+                for seed in range(FLAGS.num_seeds)
+                if (phase, text, rule, rate, seed) not in done
+            ]
+            progress.advance(bar, len(rates) * FLAGS.num_seeds - len(missing))
+            for record in _train(dataset, text, rule, missing, total_steps):
+                files.append_record(journal, {"phase": phase, **record})
+                progress.advance(bar)
+
+
+def _identity(record: dict[str, Any]) -> tuple:
+    return tuple(record[k] for k in ("phase", "architecture", "rule", "base_rate", "seed"))
+
+
+def _grouped(trials: list[Trial]) -> Iterator[tuple[str, str, list[float]]]:
+    """One entry for each network and rule, which share a compiled program."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for text, rule, rate in trials:
+        groups.setdefault((text, rule), []).append(rate)
+    for (text, rule), rates in groups.items():
+        yield text, rule, rates
+
+
+def _train(
+    dataset: Dataset,
+    text: str,
+    rule: str,
+    rates_and_seeds: list[tuple[float, int]],
+    total_steps: int,
+) -> Iterator[dict[str, Any]]:
+    """Trains one network by one rule at base rates and seeds; compiles once."""
+    if not rates_and_seeds:
+        return
+    network = common.build_network(common.parse_graph(text), dataset)
+    optimizer = optax.chain(
+        optax.inject_hyperparams(lambda rate: common.build_optimizer(rate, total_steps))(rate=1.0),
+        archscale.scale_by_architecture(
+            network.architecture, common.parse_graph(FLAGS.base_architecture), rule
+        ),
+    )
+    for rate, seed in rates_and_seeds:
+        state = common.initial_state(network, optimizer, seed)
+        state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
+        epochs = common.fit(state, dataset, network, optimizer, total_steps)
+        _, metrics = collections.deque(epochs, maxlen=1).pop()  # holds one state at a time
+        yield {
+            "architecture": text,
+            "rule": rule,
+            "base_rate": rate,
+            "seed": seed,
+            "rate": rate * _scale(text, rule),
+            **metrics,
+        }
+
+
+if __name__ == "__main__":
+    common.run_binary(run)

@@ -1,0 +1,255 @@
+"""The networks of the transfer studies, their best rates by search, and their measurements."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jraph
+import numpy as np
+import optax
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax import datasets, search, training
+from archscale_jax.architecture import PyTree
+from archscale_jax.datasets import Dataset
+from archscale_jax.models import create_network
+from experiments import common
+
+Trial = dict[str, Any]
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+RATES = {"sgd": (2**-11, 4.0), "momentum": (2**-14, 0.5), "adam": (2**-16, 0.25)}
+"""Smallest and largest rate of the search."""
+
+BASE = "2"
+"""The network whose rate is known: one weight edge."""
+
+_FEW_CHAINS = (1, 2, 4, 8)
+_CHAINS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20)
+
+
+def _chains(depths) -> list[str]:
+    return [archscale.chain_string(depth) for depth in depths]
+
+
+def random_dags(count: int, vertices: tuple[int, ...], first_seed: int) -> list[str]:
+    """Returns different random DAG strings, with as many vertices as `vertices` says in turn."""
+    found: dict[str, None] = {}
+    for seed in range(first_seed, first_seed + 100 * count):
+        found[archscale.random_dag_string(seed, vertices[len(found) % len(vertices)])] = None
+        if len(found) == count:
+            return list(found)
+    raise ValueError(f"found too few different DAGs of {vertices} vertices for {count}")
+
+
+class Study(NamedTuple):
+    """What one study trains: networks, their kernel sizes, and what differs from the defaults."""
+
+    architectures: list[str]
+    kernel_sizes: tuple[int | None, ...] = (None,)
+    options: Mapping[str, Any] = {}
+    widths: tuple[int | None, ...] = (None,)
+
+
+_DAGS = random_dags(50, (5, 6, 7), 1000)
+_CNNS = random_dags(30, (4, 5), 2000)
+_MIXED = _chains(_FEW_CHAINS) + _DAGS[:10]
+
+STUDIES = {
+    "chains": Study(_chains(_CHAINS)),
+    "dags": Study(_DAGS),
+    "dags_source": Study(_DAGS, options={"initialization": "source"}),
+    "cnns": Study(_CNNS, (3, 5, 7)),
+    "cnns_source": Study(_CNNS, (3, 5, 7), {"initialization": "source"}),
+    "gelu_chains": Study(_chains(_CHAINS), options={"activation": "gelu"}),
+    "gelu_dags": Study(_DAGS[:16], options={"activation": "gelu"}),
+    "gelu_cnns": Study(_CNNS[:9], (3, 5, 7), {"activation": "gelu"}),
+    "batch_norm": Study(_MIXED, options={"normalization": "batch"}),
+    "layer_norm": Study(_MIXED, options={"normalization": "layer"}),
+    "momentum": Study(_MIXED, options={"optimizer": "momentum"}),
+    "adam": Study(_MIXED, options={"optimizer": "adam"}),
+    "widths": Study(_chains((1, 4)) + _DAGS[:2], widths=(32, 64, 256, 512)),
+}
+
+
+DEFAULTS: Trial = {
+    "activation": "relu",
+    "normalization": None,
+    "initialization": "target",
+    "optimizer": "sgd",
+}
+
+
+def study_trials(study: Study, mlp: Trial, cnn: Trial) -> list[Trial]:
+    """Returns the trials of a study, that of the base network first.
+
+    Args:
+      study: what to train.
+      mlp: data set, width, batch size, steps and seeds.
+      cnn: those of them that differ for a convolutional network.
+    """
+    base_kernel = min((size for size in study.kernel_sizes if size), default=None)
+    networks: list[tuple[str, int | None, int | None]] = [(BASE, base_kernel, None)]
+    for index, text in enumerate(study.architectures):
+        kernel_size = study.kernel_sizes[index % len(study.kernel_sizes)]
+        networks += [(text, kernel_size, width) for width in study.widths]
+    found: list[Trial] = []
+    for text, kernel_size, width in networks:
+        settings = DEFAULTS | mlp | (cnn if kernel_size else {}) | dict(study.options)
+        trial = settings | {
+            "architecture": text,
+            "kernel_size": kernel_size,
+            "width": width or settings["width"],
+            "refine": 0 if kernel_size else 1,
+        }
+        if trial not in found:
+            found.append(trial)
+    return found
+
+
+class Network(NamedTuple):
+    """A network, its data and its optimizer, ready to draw and to train."""
+
+    graph: jraph.GraphsTuple
+    architecture: archscale.Architecture
+    dataset: Dataset
+    graphdef: nnx.GraphDef
+    draw: Callable[[int], tuple[PyTree, PyTree]]
+    optimizer: Callable[[Any], optax.GradientTransformation]
+
+
+@functools.lru_cache(maxsize=4)
+def load(name: str, data_dir: str | None, downscale: int) -> Dataset:
+    """Loads a data set once, with images made smaller by averaging."""
+    return datasets.downscale(datasets.load(name, data_dir=data_dir), downscale)
+
+
+def build(trial: Mapping[str, Any], data_dir: str | None = None) -> Network:
+    """Builds the network of a trial."""
+    dataset = load(trial["dataset"], data_dir, trial["downscale"])
+    graph = archscale.dag_graph(trial["architecture"], kernel_size=trial["kernel_size"])
+    height, width, channels = dataset.train_images.shape[1:]
+    model = create_network(
+        graph,
+        (height, width, channels),
+        trial["width"],
+        dataset.num_classes,
+        activation=trial["activation"],
+        normalization=trial["normalization"],
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+    architecture = model.architecture()
+
+    @jax.jit
+    def draw(key: jax.Array) -> PyTree:
+        return archscale.initialize(key, params, architecture, trial["initialization"])
+
+    return Network(
+        graph,
+        architecture,
+        dataset,
+        graphdef,
+        lambda seed: (draw(jax.random.key(seed)), model_state),
+        OPTIMIZERS[trial["optimizer"]],
+    )
+
+
+def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
+    """Searches the best rate of a trial's network; see `archscale_jax.find_learning_rate`.
+
+    The start is the middle of the rates, the same for every network: no rule enters the truth.
+
+    Returns:
+      JSON values: `rate`, `uncertainty`, `lower`, `upper`, and `runs` as [rate, seed, loss] with
+      null for a run that was lost.
+    """
+    network = build(trial, data_dir)
+    low, high = RATES[trial["optimizer"]]
+    rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
+    found = search.find_learning_rate(
+        trainer(trial, network),
+        rates,
+        seeds=range(trial["seeds"]),
+        start=math.sqrt(low * high),
+        refine=trial["refine"],
+        max_loss=100.0,
+    )
+    return {
+        "rate": found.rate,
+        "uncertainty": found.uncertainty,
+        "lower": found.basin.lower,
+        "upper": found.basin.upper,
+        "runs": [list(run) for run in found.runs],
+    }
+
+
+def trainer(trial: Mapping[str, Any], network: Network) -> search.Train:
+    """Returns the function that trains a network at a rate with a seed; compiled once."""
+    optimizer = optax.inject_hyperparams(network.optimizer)(learning_rate=1.0)
+    starts: dict[int, training.TrainState] = {}
+
+    def train(rate: float, seed: int) -> Iterator[float]:
+        if seed not in starts:
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+            starts[seed] = training.create_train_state(*network.draw(seed), optimizer, key)
+        state = starts[seed]
+        optimizer_state = optax.tree.set(state.optimizer_state, learning_rate=rate)
+        return training.train_losses(
+            state._replace(optimizer_state=optimizer_state),
+            network.dataset,
+            graphdef=network.graphdef,
+            optimizer=optimizer,
+            batch_size=trial["batch_size"],
+            total_steps=trial["steps"],
+        )
+
+    return train
+
+
+def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
+    """Measures a trial's network at initialization, on one batch for every seed.
+
+    Returns:
+      JSON values, a list over seeds each: `absolute` and `relative`, lists over the vertices on
+      end-to-end paths (see `archscale_jax.measure_update`).
+    """
+    network = build(trial, data_dir)
+    _, model_state = network.draw(0)
+    measured = common.measurer(network.graphdef, model_state, network.optimizer(1.0))
+    sizes = [
+        measured(
+            network.draw(seed)[0], common.first_batch(network.dataset, trial["batch_size"], seed)
+        )
+        for seed in range(trial["seeds"])
+    ]
+    return {
+        name: [np.asarray(getattr(size, name), float).tolist() for size in sizes]
+        for name in archscale.UpdateSize._fields
+    }
+
+
+def measure_sharpness(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
+    """Measures the sharpness of a trial's network on the same batches, a list over seeds."""
+    network = build(trial, data_dir)
+    _, model_state = network.draw(0)
+
+    def loss(params, batch):
+        graphdef = network.graphdef
+        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
+
+    largest = jax.jit(lambda params, batch: archscale.sharpness(loss, params, batch))
+    values = [
+        largest(
+            network.draw(seed)[0], common.first_batch(network.dataset, trial["batch_size"], seed)
+        )
+        for seed in range(trial["seeds"])
+    ]
+    return {"sharpness": [float(value) for value in values]}

@@ -1,0 +1,115 @@
+"""The scaling study as its users run it."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import archscale_jax as archscale
+from experiments import scaling_report
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+    "--width=8",
+    "--epochs=0.1",
+    "--search_epochs=0.1",
+    "--min_rate=0.01",
+    "--max_rate=0.02",
+    "--chain_depths=2",
+    "--num_random=1",
+    "--num_rates=2",
+    "--num_seeds=2",
+]
+
+
+def run(workdir, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.scaling", f"--workdir={workdir}", *SMALL, *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
+    records, result = journal.read_text(), table.read_text()
+    trials = [json.loads(line) for line in records.splitlines()]
+    assert len(trials) == 2 * 2 + 2 * 2 * 2  # rates x seeds, networks x rules x seeds
+    for trial in trials:
+        scale = archscale.learning_rate_scale(
+            archscale.dag_graph(trial["architecture"]), archscale.dag_graph("2"), trial["rule"]
+        )
+        assert trial["rate"] == pytest.approx(trial["base_rate"] * scale)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = records.splitlines(keepends=True)
+    journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
+    again = run(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert journal.read_text() == records
+    assert table.read_text() == result
+
+    other = run(tmp_path, "--width=9")
+    assert other.returncode == 1
+    assert "width=8 (now 9)" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--base_rate=nan", "base_rate must be positive and finite, found nan"),
+        ("--rules=none,cubic", "unknown learning-rate rule 'cubic'"),
+        ("--architecture=2_00", "no path joins the input"),
+        ("--batch_size=100000", "exceeds the 1438 training examples"),
+        ("--dataset=fashion_mnist --data_dir=absent", "absent"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message):
+    refused = run(tmp_path / "run", *flag.split())
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def record(text, rule, seed, loss, *, rate=0.5):
+    return {
+        "architecture": text,
+        "rule": rule,
+        "seed": seed,
+        "base_rate": 1.0,
+        "rate": rate,
+        "train_loss": loss,
+        "test_accuracy": 0.5,
+        "diverged": float(not loss < math.log(10)),
+    }
+
+
+def test_the_report_counts_seeds_that_diverged_apart():
+    losses = {("2", "none"): [1.0, math.nan], ("2", "path_sum"): [1.0, 0.5]}
+    records = [
+        record(text, rule, seed, loss)
+        for (text, rule), values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    rules = ["none", "path_sum"]
+    rows = scaling_report.summarise(
+        {"two": "2"}, archscale.dag_graph, rules, records, guessing=math.log(10)
+    )
+    assert rows[0]["none"]["train_loss"] == 1.0
+    assert rows[0]["none"]["diverged"] == 1
+    assert rows[0]["none"]["counted_loss"] == pytest.approx((1 + math.log(10)) / 2)
+    heading, unscaled, scaled = scaling_report.overview(rows, rules)
+    assert dict(zip(heading, unscaled, strict=True))["diverged"] == "1 of 2"
+    assert dict(zip(heading, scaled, strict=True))["better than unscaled on"] == "1 of 1"
+    assert "| two | 1 | 1 | 1†1.000 |" in scaling_report.markdown(rows, rules, "title")
