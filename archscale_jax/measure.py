@@ -41,8 +41,8 @@ def measure_update(
     """Measures how one step at learning rate 1 changes every vertex (theory §6).
 
     Costs about three training steps. Pure: `jax.jit` it with `features`, `loss` and `optimizer`
-    bound, `jax.vmap` it over parameters drawn from several seeds. Needs reverse mode
-    only, so that `features` may call functions with a `jax.custom_vjp`.
+    bound, `jax.vmap` it over parameters drawn from several seeds. Needs reverse
+    mode only, so that `features` may call functions with a `jax.custom_vjp`.
 
     Args:
       features: `(params, batch)` to the features z_v of the vertices on end-to-end paths, without

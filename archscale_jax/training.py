@@ -307,6 +307,8 @@ def train_losses(
     Raises:
       ValueError: a batch size below 1 or above the number of examples.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // batch_size
     part = _part_length(min(steps_per_epoch, total_steps))

@@ -209,7 +209,7 @@ def markdown(summaries: list[Summary]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-_DRAWN = ("path_sum_activations", "author_code", "sharpness", "absolute", "relative", "measured")
+_DRAWN = ("path_sum_activations", "author_code", "path_sum", "absolute", "relative", "measured")
 
 
 def draw(study: str, rows: list[Row], summaries: list[Summary], path: pathlib.Path) -> None:
@@ -218,15 +218,17 @@ def draw(study: str, rows: list[Row], summaries: list[Summary], path: pathlib.Pa
 
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    by_rule = {one.rule: one for one in summaries}
     for axes, rule in zip(panels, _DRAWN, strict=True):
+        if rule == "path_sum" and "sharpness" in by_rule:
+            rule = "sharpness"
         points = [(row[rule], row["rate"], row["noise"]) for row in rows]
         predicted, true, noise = np.asarray(points, float).reshape(-1, 3).T
         spread = np.stack([true - true * np.exp(-noise), true * np.exp(noise) - true])
         axes.errorbar(predicted, true, yerr=spread, fmt="o", markersize=4, color="#0072B2",
                       ecolor="#bbbbbb", elinewidth=1, linewidth=0)  # fmt: skip
         axes.axline((0.1, 0.1), (1.0, 1.0), color="#777777", linewidth=0.8, zorder=0)
-        one = next((one for one in summaries if one.rule == rule), None)
-        if one is not None:
+        if one := by_rule.get(rule):
             title = f"r = {_number(one.correlation)}, RMS error {_number(one.error)} nats"
             axes.set_title(f"{rule}\n{title}", fontsize=10)
         axes.set(xscale="log", yscale="log")
