@@ -28,6 +28,14 @@ def normal(seed, *shape, dtype=None):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def filled(make):
+    """A module with all parameters random, biases too."""
+    module = nnx.eval_shape(make)
+    values = jax.tree.map(lambda leaf: normal(0, *leaf.shape, dtype=leaf.dtype), nnx.state(module))
+    nnx.update(module, values)
+    return module
+
+
 def derivatives(convolve, inputs, kernel, padding):
     """Output, change, gradients and the change of the gradients of a loss that is not linear."""
     bound = functools.partial(convolve, padding=padding)
@@ -56,7 +64,7 @@ channels = strategies.integers(1, 3)
 @hypothesis.example(image=(3, 2, 3, 2), window=(5, 6, 3), padding="SAME")  # wider than the image
 @hypothesis.example(image=(2, 9, 8, 2), window=(4, 3, 1), padding="VALID")
 @hypothesis.example(image=(5, 180, 180, 1), window=(2, 3, 2), padding="SAME")  # two parts
-@hypothesis.settings(max_examples=4)
+@hypothesis.settings(max_examples=3)
 def test_derivatives_of_every_kind(image, window, padding):
     with jax.enable_x64(True):
         inputs, kernel = normal(0, *image), normal(1, *window[:2], image[3], window[2])
@@ -92,7 +100,9 @@ def test_of_half_precision_is_as_exact_as_that_of_jax(dtype):
     with jax.enable_x64(True):
         shapes = [(4, 9, 8, 8), (3, 3, 8, 5), (4, 9, 8, 5)]
         arrays = [normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
-        exact = with_gradients(plain, *(array.astype(jnp.float64) for array in arrays))
+        exact = jax.jit(functools.partial(with_gradients, plain))(
+            *(array.astype(jnp.float64) for array in arrays)
+        )
         errors = []
         for convolve in (convolution, plain):
             found = jax.jit(functools.partial(with_gradients, convolve))(*arrays)
@@ -119,7 +129,6 @@ def test_has_the_fast_layout_in_a_loop():
     "options",
     [
         {"padding": ((1, 0), (2, 3)), "use_bias": False},
-        {"padding": "CIRCULAR"},
         {"precision": "highest", "preferred_element_type": jnp.float32},
         {"preferred_element_type": jnp.float64},
         {"strides": (1, 3), "padding": 1},
@@ -133,7 +142,7 @@ def test_has_the_fast_layout_in_a_loop():
 def test_a_layer_with_it_is_a_layer_without(options):
     with jax.enable_x64(True):
         options = {"param_dtype": jnp.float32, **options}
-        layer = nnx.Conv(4, 6, (3, 2), rngs=nnx.Rngs(0), **options)
+        layer = filled(lambda: nnx.Conv(4, 6, (3, 2), rngs=nnx.Rngs(0), **options))
         images = normal(0, 2, 3, 7, 6, 4, dtype=jnp.float32)  # two axes of batches
 
         def output_and_gradient():
@@ -156,11 +165,9 @@ def test_a_layer_with_it_is_a_layer_without(options):
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_other_numbers_of_dimensions(rank):
-    layer = nnx.Conv(2, 3, (3,) * rank, rngs=nnx.Rngs(0))
-    images = normal(0, 2, *[4] * rank, 2)
-    expected = layer(images)
-    layer.conv_general_dilated = conv_general_dilated
-    np.testing.assert_array_equal(layer(images), expected)
+    arguments = normal(0, 2, 2, *[4] * rank), normal(1, 3, 2, *[3] * rank), (1,) * rank, "VALID"
+    expected = lax.conv_general_dilated(*arguments)
+    np.testing.assert_array_equal(conv_general_dilated(*arguments), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
@@ -175,7 +182,7 @@ def test_other_layouts_and_integers(dtype, layout):
 def test_a_network_trains_as_with_that_of_jax():
     with jax.enable_x64(True):
         graph = dag_graph("2_12", kernel_size=3)
-        network = DagCNN(graph, 1, 4, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        network = filled(lambda: DagCNN(graph, 1, 4, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
         batch = normal(0, 4, 5, 6, 1), jnp.array([0, 1, 2, 1])
 
         def loss(params, graphdef, rest):
