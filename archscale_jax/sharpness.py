@@ -41,7 +41,7 @@ def sharpness(
     flat, unravel = ravel_pytree(params)
     if len(flat) < 6:
         raise ValueError(f"sharpness takes at least 6 parameters, found {len(flat)}")
-    gradient = jax.grad(lambda flat: ravel_pytree(loss(unravel(flat), batch))[0][0])
+    gradient = jax.grad(lambda flat: loss(unravel(flat), batch))
 
     def multiply(vectors: Float[Array, "n k"]) -> Float[Array, "n k"]:
         return jax.vmap(

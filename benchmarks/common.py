@@ -22,6 +22,7 @@ import numpy as np
 
 Name = TypeVar("Name")
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -42,11 +43,31 @@ def spread(sample) -> Spread:
     return Spread(float(median), float(lower), float(upper))
 
 
+def timed(program: Callable[[], Any]) -> tuple[Any, float]:
+    """Returns the result of one call and its seconds, until its arrays are ready."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(program())
+    return result, time.perf_counter() - start
+
+
 def seconds(program: Callable[[], Any]) -> float:
     """Times one call, until its arrays are ready."""
-    start = time.perf_counter()
-    jax.block_until_ready(program())
-    return time.perf_counter() - start
+    return timed(program)[1]
+
+
+class Compilations:
+    """Counts the programs that XLA compiles inside a `with`."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        self.count += event == COMPILE_EVENT
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 def alternate(

@@ -1,10 +1,12 @@
 """What the binaries share: the flags of a network and its training, and what they build."""
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jraph
 import optax
 from absl import app, flags, logging
@@ -19,7 +21,7 @@ from archscale_jax.rules import INITIALIZATION_RULES
 
 FLAGS = flags.FLAGS
 
-NOT_SETTINGS = ("workdir", "data_dir", "resume")
+NOT_SETTINGS = ("workdir", "data_dir", "resume", "workers")
 """Flags that do not change what a run computes."""
 
 
@@ -160,6 +162,18 @@ def measurer(
     )
 
 
+def measure_seeds(
+    measure: Callable[[PyTree, Any], PyTree],
+    draw: Callable[[int], PyTree],
+    dataset: Dataset,
+    batch_size: int,
+    seeds: Iterable[int],
+) -> PyTree:
+    """Measures the params that `draw` gives every seed on its batch; stacked over seeds."""
+    sizes = [measure(draw(seed), first_batch(dataset, batch_size, seed)) for seed in seeds]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sizes)
+
+
 def count_steps(dataset: Dataset, epochs: float) -> int:
     """Returns the number of updates in so many epochs, at least 1.
 
@@ -205,23 +219,32 @@ def fit(
 
 
 def rate_trainer(
-    network: Network, dataset: Dataset, total_steps: int
+    create_state: Callable[[optax.GradientTransformation, int], training.TrainState],
+    create_optimizer: Callable[[Any], optax.GradientTransformation],
+    dataset: Dataset,
+    **options: Any,
 ) -> Callable[[float, int], Iterator[float]]:
-    """Returns what trains a network at a rate with a seed, yielding losses; compiled once."""
-    optimizer = optax.inject_hyperparams(lambda rate: build_optimizer(rate, total_steps))(rate=1.0)
+    """Returns what trains a network at a rate with a seed, yielding losses; compiled once.
+
+    Args:
+      create_state: from the optimizer and a seed to the initial state, kept for other rates.
+      create_optimizer: from a rate to the optimizer.
+      dataset: see `training.train_losses`.
+      **options: see `training.train_losses`.
+    """
+    optimizer = optax.inject_hyperparams(lambda rate: create_optimizer(rate))(rate=1.0)
+    start = functools.cache(functools.partial(create_state, optimizer))
 
     def train(rate: float, seed: int) -> Iterator[float]:
-        state = initial_state(network, optimizer, seed)
+        state = start(seed)
         state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
-        return training.train_losses(
-            state,
-            dataset,
-            graphdef=network.graphdef,
-            optimizer=optimizer,
-            batch_size=FLAGS.batch_size,
-            total_steps=total_steps,
-            flip=FLAGS.flip,
-            padding=FLAGS.padding,
-        )
+        return training.train_losses(state, dataset, optimizer=optimizer, **options)
 
     return train
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Returns a table as Markdown: its heading is the first line, its first column text."""
+    alignment = ["---", *["---:"] * (len(lines[0]) - 1)]
+    rows = [lines[0], alignment, *lines[1:]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

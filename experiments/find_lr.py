@@ -8,6 +8,7 @@ only what can win. The start is --start, or what measuring predicts from --base_
 table.md and find_lr.png; a run that was cut off goes on where it stopped.
 """
 
+import functools
 import math
 import pathlib
 import statistics
@@ -15,8 +16,6 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich import box
@@ -40,11 +39,12 @@ flags.DEFINE_bool("adaptive", False, "Train only the rates that can win.")
 flags.DEFINE_float("start", None, "Rate at which to start; makes the search adaptive.")
 flags.DEFINE_float("base_rate", None, "Best rate of the base architecture; predicts the start.")
 flags.DEFINE_float("tolerance", 0.02, "Depth of the basin, as a fraction of the smallest loss.")
+flags.DEFINE_float("margin", 0.25, "An adaptive search trains losses this close to the smallest.")
 flags.DEFINE_integer("refine", 1, "How often the grid is halved in the basin.", lower_bound=0)
 flags.DEFINE_integer("workers", 1, "Runs at a time, in threads.", lower_bound=1)
 
-EXTENSIBLE = ("adaptive", "base_rate", "max_rate", "min_rate", "num_rates", "num_seeds", "refine",
-              "start", "tolerance")  # fmt: skip
+EXTENSIBLE = ("adaptive", "base_rate", "margin", "max_rate", "min_rate", "num_rates", "num_seeds",
+              "refine", "start", "tolerance")  # fmt: skip
 """Flags that only say which runs a search has; those already done stay valid."""
 
 
@@ -68,15 +68,24 @@ def run() -> None:
     workdir = files.claim_directory(
         FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
     )
-    train = _remembered(
-        common.rate_trainer(network, dataset, total_steps), workdir / "results.jsonl"
+    train = common.rate_trainer(
+        functools.partial(common.initial_state, network),
+        lambda rate: common.build_optimizer(rate, total_steps),
+        dataset,
+        graphdef=network.graphdef,
+        batch_size=FLAGS.batch_size,
+        total_steps=total_steps,
+        flip=FLAGS.flip,
+        padding=FLAGS.padding,
     )
+    train = _remembered(train, workdir / "results.jsonl")
     found = archscale.find_learning_rate(
         train,
         rates,
         seeds=range(FLAGS.num_seeds),
         start=start,
         tolerance=FLAGS.tolerance,
+        margin=FLAGS.margin,
         refine=FLAGS.refine,
         workers=FLAGS.workers,
     )
@@ -85,7 +94,7 @@ def run() -> None:
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
         f"standard error {100 * math.expm1(found.uncertainty):.0f} %, {len(found.runs)} runs"
     )
-    markdown = f"{answer}\n\n{_markdown(found)}"
+    markdown = f"{answer}\n\n{common.markdown_table(_lines(found))}"
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "find_lr.png"
     _draw(found, figure)
@@ -99,18 +108,18 @@ def run() -> None:
 def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
     """Returns the rate that measuring predicts from --base_rate."""
     base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
+    optimizer = common.build_optimizer(1.0, 1)
     sizes = []
     for one in (network, base):
-        optimizer = common.build_optimizer(1.0, 1)
-        measured = common.measurer(one.graphdef, one.model_state, optimizer)
-        seeds = [
-            measured(
-                common.initial_state(one, optimizer, seed).params,
-                common.first_batch(dataset, FLAGS.batch_size, seed),
+        sizes.append(
+            common.measure_seeds(
+                common.measurer(one.graphdef, one.model_state, optimizer),
+                lambda seed, one=one: common.initial_state(one, optimizer, seed).params,
+                dataset,
+                FLAGS.batch_size,
+                range(FLAGS.num_seeds),
             )
-            for seed in range(FLAGS.num_seeds)
-        ]
-        sizes.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds))
+        )
     return archscale.predict_learning_rate(sizes[0], sizes[1], FLAGS.base_rate)
 
 
@@ -162,13 +171,6 @@ def _table(found: search.RateSearch) -> Table:
     for line in lines:
         result.add_row(*line)
     return result
-
-
-def _markdown(found: search.RateSearch) -> str:
-    heading, *lines = _lines(found)
-    return "".join(
-        "| " + " | ".join(line) + " |\n" for line in [heading, ["---:"] * len(heading), *lines]
-    )
 
 
 def _draw(found: search.RateSearch, path: pathlib.Path) -> None:

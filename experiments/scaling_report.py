@@ -11,6 +11,7 @@ from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import files
+from experiments import common
 
 Row = dict[str, Any]
 
@@ -143,13 +144,9 @@ def markdown(rows: list[Row], rules: list[str], title: str) -> str:
     """Returns both tables as Markdown."""
     networks = [_columns(rules), *(_cells(row, rules) for row in rows)]
     caption = f"{title}; {_caption(rows, rules)}."
-    return "\n".join([_markdown(overview(rows, rules)), caption, "", _markdown(networks)])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    alignment = ["---", *["---:"] * (len(lines[0]) - 1)]
-    rows = [lines[0], alignment, *lines[1:]]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return "\n".join(
+        [common.markdown_table(overview(rows, rules)), caption, "", common.markdown_table(networks)]
+    )
 
 
 _COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito

@@ -132,11 +132,14 @@ def _report(studies, records, workdir: pathlib.Path) -> None:
         found = transfer_report.summarise(name, rows)
         summaries += found
         transfer_report.draw(name, rows, found, workdir / f"{name}.png")
-    files.write_json(workdir / "summary.json", files.strict_json(summaries))
-    markdown = transfer_report.markdown(summaries)
+    files.write_json(
+        workdir / "summary.json", files.strict_json([one._asdict() for one in summaries])
+    )
+    spread = transfer_report.spread_of_answers(list(records["results"].values()))
+    markdown = transfer_report.markdown(summaries, spread)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     console = Console()
-    console.print(transfer_report.table(summaries))
+    console.print(transfer_report.table(summaries), spread)
     for name in studies:
         console.print(f"figure:  {workdir / f'{name}.png'}", soft_wrap=True)
     console.print(f"results: {workdir / 'results.jsonl'}", soft_wrap=True)

@@ -14,6 +14,7 @@ import archscale_jax as archscale
 from archscale_jax import files
 from archscale_jax.rules import LEARNING_RATE_RULES
 from archscale_jax.sweeps import trial_hash
+from experiments import common
 from experiments.transfer_study import Trial
 
 RULES = (
@@ -202,11 +203,69 @@ def table(summaries: list[Summary]) -> Table:
     return result
 
 
-def markdown(summaries: list[Summary]) -> str:
-    """Returns the table as Markdown."""
-    alignment = ["---", "---", *["---:"] * (len(_COLUMNS) - 2)]
-    lines = [list(_COLUMNS), alignment, *map(_cells, summaries)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def overview(summaries: list[Summary]) -> list[list[str]]:
+    """Returns a line per study after a heading: r and error of each kind of rule."""
+    kinds = ("measured", "relative", "absolute", "sharpness")
+    heading = ["study", "n", "noise", *(f"{kind}: r, error" for kind in kinds)]
+    lines = [[*heading, "closed form of the smallest error: r, error", "unscaled error"]]
+    for study in dict.fromkeys(one.study for one in summaries):
+        found = {one.rule: one for one in summaries if one.study == study}
+        closed = [found[rule] for rule in LEARNING_RATE_RULES if rule in found and rule != "none"]
+        best = min(closed, key=lambda one: one.error)
+        one = found["measured"]
+        lines.append(
+            [study, str(one.networks), _number(one.noise)]
+            + [_r_and_error(found[kind]) if kind in found else "–" for kind in kinds]
+            + [f"{best.rule}: {_r_and_error(best)}", _number(found["none"].error)]
+        )
+    return lines
+
+
+def _r_and_error(one: Summary) -> str:
+    return f"{_number(one.correlation)}, {_number(one.error)}"
+
+
+def spread_of_answers(results: list[Mapping[str, Any]]) -> str:
+    """Says how far the answers of single seeds lie apart, and how far the bare argmins do."""
+    answers, argmins = [], []
+    for result in results:
+        runs = [
+            archscale.Run(rate, seed, math.inf if loss is None else loss)
+            for rate, seed, loss in result["runs"]
+        ]
+        rates = archscale.summarise_runs(runs).seed_rates
+        if len(rates) < 2:
+            continue
+        answers.append(np.var(np.log(rates), ddof=1))
+        seeds = {run.seed for run in runs}
+        shared = {r.rate for r in runs if {o.seed for o in runs if o.rate == r.rate} == seeds}
+        best = [
+            min(
+                (run for run in runs if run.seed == seed and run.rate in shared),
+                key=_loss_then_rate,
+            )
+            for seed in seeds
+        ]
+        argmins.append(np.var(np.log([run.rate for run in best]), ddof=1))
+    if not answers:
+        return "one seed: the spread of the answers is not known"
+    spreads = (float(np.sqrt(np.mean(one))) for one in (answers, argmins))
+    return (
+        "standard deviation over seeds, RMS over {} networks: {:.2f} nats for the answers of the "
+        "search, {:.2f} for the argmins"
+    ).format(len(answers), *spreads)
+
+
+def _loss_then_rate(run: archscale.Run) -> tuple[float, float]:
+    return run.loss, -run.rate
+
+
+def markdown(summaries: list[Summary], spread: str) -> str:
+    """Returns the overview, the spread of the answers and the whole table as Markdown."""
+    whole = [list(_COLUMNS), *map(_cells, summaries)]
+    return (
+        f"{common.markdown_table(overview(summaries))}\n{spread}\n\n{common.markdown_table(whole)}"
+    )
 
 
 _DRAWN = ("path_sum_activations", "author_code", "path_sum", "absolute", "relative", "measured")

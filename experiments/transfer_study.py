@@ -2,11 +2,10 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jraph
 import numpy as np
 import optax
 from flax import nnx
@@ -117,12 +116,11 @@ def study_trials(study: Study, mlp: Trial, cnn: Trial) -> list[Trial]:
 class Network(NamedTuple):
     """A network, its data and its optimizer, ready to draw and to train."""
 
-    graph: jraph.GraphsTuple
-    architecture: archscale.Architecture
     dataset: Dataset
     graphdef: nnx.GraphDef
-    draw: Callable[[int], tuple[PyTree, PyTree]]
-    optimizer: Callable[[Any], optax.GradientTransformation]
+    model_state: PyTree
+    draw: Callable[[int], PyTree]  # from a seed to its initial params
+    optimizer: Callable[[Any], optax.GradientTransformation]  # from a rate
 
 
 @functools.lru_cache(maxsize=4)
@@ -149,17 +147,11 @@ def build(trial: Mapping[str, Any], data_dir: str | None = None) -> Network:
     architecture = model.architecture()
 
     @jax.jit
-    def draw(key: jax.Array) -> PyTree:
+    def draw(seed: int) -> PyTree:
+        key = jax.random.key(seed)
         return archscale.initialize(key, params, architecture, trial["initialization"])
 
-    return Network(
-        graph,
-        architecture,
-        dataset,
-        graphdef,
-        lambda seed: (draw(jax.random.key(seed)), model_state),
-        OPTIMIZERS[trial["optimizer"]],
-    )
+    return Network(dataset, graphdef, model_state, draw, OPTIMIZERS[trial["optimizer"]])
 
 
 def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
@@ -193,25 +185,20 @@ def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[s
 
 def trainer(trial: Mapping[str, Any], network: Network) -> search.Train:
     """Returns the function that trains a network at a rate with a seed; compiled once."""
-    optimizer = optax.inject_hyperparams(network.optimizer)(learning_rate=1.0)
-    starts: dict[int, training.TrainState] = {}
 
-    def train(rate: float, seed: int) -> Iterator[float]:
-        if seed not in starts:
-            key = jax.random.fold_in(jax.random.key(seed), 1)
-            starts[seed] = training.create_train_state(*network.draw(seed), optimizer, key)
-        state = starts[seed]
-        optimizer_state = optax.tree.set(state.optimizer_state, learning_rate=rate)
-        return training.train_losses(
-            state._replace(optimizer_state=optimizer_state),
-            network.dataset,
-            graphdef=network.graphdef,
-            optimizer=optimizer,
-            batch_size=trial["batch_size"],
-            total_steps=trial["steps"],
-        )
+    def create_state(optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        params = network.draw(seed)
+        return training.create_train_state(params, network.model_state, optimizer, key)
 
-    return train
+    return common.rate_trainer(
+        create_state,
+        network.optimizer,
+        network.dataset,
+        graphdef=network.graphdef,
+        batch_size=trial["batch_size"],
+        total_steps=trial["steps"],
+    )
 
 
 def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
@@ -222,34 +209,23 @@ def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, 
       end-to-end paths (see `archscale_jax.measure_update`).
     """
     network = build(trial, data_dir)
-    _, model_state = network.draw(0)
-    measured = common.measurer(network.graphdef, model_state, network.optimizer(1.0))
-    sizes = [
-        measured(
-            network.draw(seed)[0], common.first_batch(network.dataset, trial["batch_size"], seed)
-        )
-        for seed in range(trial["seeds"])
-    ]
-    return {
-        name: [np.asarray(getattr(size, name), float).tolist() for size in sizes]
-        for name in archscale.UpdateSize._fields
-    }
+    measured = common.measurer(network.graphdef, network.model_state, network.optimizer(1.0))
+    sizes = _measure_seeds(measured, network, trial)
+    return {name: np.asarray(values, float).tolist() for name, values in sizes._asdict().items()}
 
 
 def measure_sharpness(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Measures the sharpness of a trial's network on the same batches, a list over seeds."""
     network = build(trial, data_dir)
-    _, model_state = network.draw(0)
 
     def loss(params, batch):
-        graphdef = network.graphdef
-        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
+        state = (params, network.model_state)
+        return training.cross_entropy(network.graphdef, *state, *batch, train=True)[0]
 
     largest = jax.jit(lambda params, batch: archscale.sharpness(loss, params, batch))
-    values = [
-        largest(
-            network.draw(seed)[0], common.first_batch(network.dataset, trial["batch_size"], seed)
-        )
-        for seed in range(trial["seeds"])
-    ]
-    return {"sharpness": [float(value) for value in values]}
+    return {"sharpness": np.asarray(_measure_seeds(largest, network, trial), float).tolist()}
+
+
+def _measure_seeds(measured, network: Network, trial: Mapping[str, Any]) -> Any:
+    seeds = range(trial["seeds"])
+    return common.measure_seeds(measured, network.draw, network.dataset, trial["batch_size"], seeds)

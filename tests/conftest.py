@@ -4,6 +4,8 @@ The environment is set while this file is imported, before any test module impor
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,20 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no golden vectors: there is no folder ../shared/golden beside the project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_experiment():
+    """Runs a binary as its users do: name, --workdir, further flags."""
+
+    def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags],
+            cwd=_ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -2,17 +2,12 @@
 
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import archscale_jax as archscale
 from experiments import scaling_report
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
     "--width=8",
     "--epochs=0.1",
@@ -26,19 +21,8 @@ SMALL = [
 ]
 
 
-def run(workdir, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.scaling", f"--workdir={workdir}", *SMALL, *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path):
-    done = run(tmp_path)
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment):
+    done = run_experiment("scaling", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
     journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
     records, result = journal.read_text(), table.read_text()
@@ -53,12 +37,12 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path):
 
     lines = records.splitlines(keepends=True)
     journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
-    again = run(tmp_path)
+    again = run_experiment("scaling", tmp_path, *SMALL)
     assert again.returncode == 0, again.stderr
     assert journal.read_text() == records
     assert table.read_text() == result
 
-    other = run(tmp_path, "--width=9")
+    other = run_experiment("scaling", tmp_path, *SMALL, "--width=9")
     assert other.returncode == 1
     assert "width=8 (now 9)" in other.stderr
     assert "Traceback" not in other.stderr
@@ -74,8 +58,8 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path):
         ("--dataset=fashion_mnist --data_dir=absent", "absent"),
     ],
 )
-def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message):
-    refused = run(tmp_path / "run", *flag.split())
+def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message, run_experiment):
+    refused = run_experiment("scaling", tmp_path / "run", *SMALL, *flag.split())
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
