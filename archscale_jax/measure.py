@@ -25,10 +25,13 @@ class UpdateSize(NamedTuple):
     Attributes:
       absolute: S_v = mean(Δ_v²).
       relative: R_v = S_v / mean(z_v²).
+      standardized: S_v / mean((z_v − mean over examples)²), the change in units of what tells
+        examples apart; the part of z_v that all examples share carries no information.
     """
 
     absolute: Float[Array, " v"]
     relative: Float[Array, " v"]
+    standardized: Float[Array, " v"]
 
 
 def measure_update(
@@ -46,7 +49,7 @@ def measure_update(
 
     Args:
       features: `(params, batch)` to the features z_v of the vertices on end-to-end paths, without
-        the readout; any shapes.
+        the readout, [examples, ...] each.
       loss: `(params, batch)` to the scalar loss whose gradient is taken.
       params: where the step starts.
       batch: what both functions read.
@@ -54,7 +57,8 @@ def measure_update(
 
     Returns:
       Squared sizes, [V] each. A vertex whose features are all 0 has a relative size of inf, or NaN
-      where it does not change either.
+      where it does not change either; one whose features are the same for all examples, as in a
+      batch of one, has such a standardized size.
     """
     gradients = jax.grad(loss)(params, batch)
     update, _ = optimizer.update(gradients, optimizer.init(params), params)
@@ -63,10 +67,13 @@ def measure_update(
     # `jax.jvp` would do, but for functions with a `jax.custom_vjp`, which have no forward mode.
     _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
     (changes,) = push(update)
-    absolute = jnp.stack([_mean_square(change) for change in changes])
-    return UpdateSize(absolute, absolute / jnp.stack([_mean_square(value) for value in values]))
+    changes, values = ([_exact(one) for one in both] for both in (changes, values))
+    absolute, size, variance = (
+        jnp.stack([jnp.mean(jnp.square(one)) for one in both])
+        for both in (changes, values, [value - jnp.mean(value, axis=0) for value in values])
+    )
+    return UpdateSize(absolute, absolute / size, absolute / variance)
 
 
-def _mean_square(values: Array) -> Array:
-    exact = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    return jnp.mean(jnp.square(exact))
+def _exact(values: Array) -> Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

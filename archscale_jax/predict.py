@@ -39,15 +39,13 @@ def relative(size: UpdateSize) -> Float[Array, "..."]:
 
 
 @register_measured_rule("measured")
-def measured(size: UpdateSize, *, order: float = 3.0) -> Float[Array, "..."]:
-    """η ∝ (Σ_v R_v^p)^(-1/2p), p = 3: the measured rule to use (docs/transfer.md).
+def measured(size: UpdateSize) -> Float[Array, "..."]:
+    """η ∝ max_v (S_v / Var z_v)^(-1/2): the measured rule to use (docs/transfer.md).
 
-    Between `relative` (p = ∞), which overrates deep chains, and the sum over vertices (p = 1),
-    which underrates branched graphs.
+    `relative`, with features counted from their mean over examples. Through deep ReLU networks that
+    mean grows at the cost of what tells examples apart, and `relative` overrates their rates.
     """
-    largest = jnp.max(size.relative, axis=-1, keepdims=True)  # scaled: powers overflow otherwise
-    norm = jnp.sum((size.relative / largest) ** order, axis=-1) ** (1 / order)
-    return jnp.sqrt(largest[..., 0] * norm)
+    return jnp.sqrt(jnp.max(size.standardized, axis=-1))
 
 
 @register_measured_rule("sharpness")
@@ -129,6 +127,7 @@ def _log_size(size: Any, rule: Any) -> float:
     if not np.all((sizes > 0) & np.isfinite(sizes)):
         raise ValueError(
             f"rule {rule!r} gives the size {sizes.tolist()}; a size must be positive and finite: "
-            "measure vertices on end-to-end paths only, at weights that are not all 0"
+            "measure vertices on end-to-end paths only, at weights that are not all 0, on a batch "
+            "of several examples"
         )
     return float(np.mean(np.log(sizes)))

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, transfer_report, transfer_study
+from experiments import common, transfer_report, transfer_study, transfer_summary
 
 FLAGS = flags.FLAGS
 
@@ -57,18 +57,13 @@ NOT_SETTINGS = (
 
 def run() -> None:
     """Searches and measures what is missing, predicts, prints and draws."""
-    studies = {name: _trials(name) for name in _study_names()}
-    dataset = transfer_study.load(FLAGS.dataset, FLAGS.data_dir, 1)
-    for trials in studies.values():
-        for trial in trials:
-            if trial["batch_size"] > len(dataset.train_images):
-                raise ValueError(
-                    f"batch size {trial['batch_size']} exceeds the {len(dataset.train_images)} "
-                    "training examples"
-                )
-            trial["steps"] = trial["steps"] or len(dataset.train_images) // trial["batch_size"]
     values = FLAGS.flags_by_module_dict()[sys.argv[0]]
     settings = {flag.name: flag.value for flag in values if flag.name not in NOT_SETTINGS}
+    names = list(transfer_study.STUDIES) if FLAGS.study == ["all"] else dict.fromkeys(FLAGS.study)
+    studies = {
+        name: transfer_study.trials_of(name, settings, FLAGS.data_dir)[: FLAGS.max_networks]
+        for name in names
+    }
     workdir = files.claim_directory(FLAGS.workdir, settings)
 
     unique = {trial_hash(trial): trial for trials in studies.values() for trial in trials}
@@ -96,46 +91,17 @@ def run() -> None:
     _report(studies, records, workdir)
 
 
-def _study_names() -> list[str]:
-    names = list(transfer_study.STUDIES) if FLAGS.study == ["all"] else FLAGS.study
-    for name in names:
-        if name not in transfer_study.STUDIES:
-            raise ValueError(
-                f"unknown study {name!r}; accepted are all, {', '.join(transfer_study.STUDIES)}"
-            )
-    return list(dict.fromkeys(names))
-
-
-def _trials(name: str) -> list[transfer_study.Trial]:
-    mlp = {
-        "dataset": FLAGS.dataset,
-        "downscale": 1,
-        "width": FLAGS.width,
-        "batch_size": FLAGS.batch_size,
-        "steps": FLAGS.steps,
-        "seeds": FLAGS.num_seeds,
-    }
-    cnn = {
-        "downscale": FLAGS.cnn_downscale,
-        "width": FLAGS.cnn_width,
-        "batch_size": FLAGS.cnn_batch_size,
-        "steps": FLAGS.cnn_steps,
-    }
-    study = transfer_study.STUDIES[name]
-    return transfer_study.study_trials(study, mlp, cnn)[: FLAGS.max_networks]
-
-
 def _report(studies, records, workdir: pathlib.Path) -> None:
     summaries = []
     for name, trials in studies.items():
-        rows = transfer_report.rows(trials, records)
-        found = transfer_report.summarise(name, rows)
+        rows = transfer_summary.rows(trials, records)
+        found = transfer_summary.summarise(name, rows)
         summaries += found
         transfer_report.draw(name, rows, found, workdir / f"{name}.png")
     files.write_json(
         workdir / "summary.json", files.strict_json([one._asdict() for one in summaries])
     )
-    spread = transfer_report.spread_of_answers(list(records["results"].values()))
+    spread = transfer_summary.spread_of_answers(list(records["results"].values()))
     markdown = transfer_report.markdown(summaries, spread)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     console = Console()

@@ -113,6 +113,32 @@ def study_trials(study: Study, mlp: Trial, cnn: Trial) -> list[Trial]:
     return found
 
 
+def trials_of(name: str, settings: Mapping[str, Any], data_dir: str | None = None) -> list[Trial]:
+    """Returns the trials of a study by name, that of the base network first.
+
+    Args:
+      name: of `STUDIES`.
+      settings: the flags of `experiments.transfer`, as its config.json holds them.
+      data_dir: folder of the data set.
+
+    Raises:
+      ValueError: an unknown study, or a batch larger than the training split.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; accepted are all, {', '.join(STUDIES)}")
+    mlp = {key: settings[key] for key in ("dataset", "width", "batch_size", "steps")}
+    mlp |= {"downscale": 1, "seeds": settings["num_seeds"]}
+    cnn = {key: settings[f"cnn_{key}"] for key in ("downscale", "width", "batch_size", "steps")}
+    examples = len(load(settings["dataset"], data_dir, 1).train_images)
+    for sizes in (mlp, cnn):
+        if sizes["batch_size"] > examples:
+            raise ValueError(
+                f"batch size {sizes['batch_size']} exceeds the {examples} training examples"
+            )
+        sizes["steps"] = sizes["steps"] or examples // sizes["batch_size"]  # 0: one epoch
+    return study_trials(STUDIES[name], mlp, cnn)
+
+
 class Network(NamedTuple):
     """A network, its data and its optimizer, ready to draw and to train."""
 

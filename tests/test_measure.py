@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from archscale_jax import initialize, measure_update
+from archscale_jax import initialize, measure_update, predict_learning_rate
 from archscale_jax.models import DagCNN, DagMLP
 from archscale_jax.spaces import dag_graph
 from archscale_jax.training import cross_entropy
@@ -57,6 +57,8 @@ def test_is_the_change_of_a_small_step(make, optimizer):
             assert measured.absolute[vertex] == pytest.approx(absolute, rel=1e-3)
             relative = absolute / np.mean(np.square(old))
             assert measured.relative[vertex] == pytest.approx(relative, rel=1e-3)
+            standardized = absolute / np.mean(np.var(np.asarray(old), axis=0))
+            assert measured.standardized[vertex] == pytest.approx(standardized, rel=1e-3)
 
 
 def test_of_one_linear_layer_is_its_closed_form():
@@ -70,6 +72,31 @@ def test_of_one_linear_layer_is_its_closed_form():
     changes = x @ total
     assert measured.absolute == pytest.approx([np.mean(changes**2)])
     assert measured.relative == pytest.approx([np.mean(changes**2) / np.mean(x.sum(axis=1) ** 2)])
+    # z is 3 and 2 in every feature: a variance of 1/4.
+    assert measured.standardized == pytest.approx([np.mean(changes**2) * 4])
+
+
+def test_a_shift_of_all_examples_changes_the_relative_size_alone():
+    """A bias b to z = W x: the sizes of z where b does not train."""
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+
+    def measure(bias):
+        features = lambda weight, x: [x @ weight + bias]  # noqa: E731
+        loss = lambda weight, x: jnp.mean(jnp.square(x @ weight - 1))  # noqa: E731
+        return measure_update(features, loss, jnp.ones((3, 4)), x, optax.sgd(1.0))
+
+    plain, shifted = measure(0.0), measure(10.0)
+    np.testing.assert_allclose(shifted.standardized, plain.standardized, rtol=1e-4)
+    assert shifted.relative < 0.1 * plain.relative
+
+
+def test_one_example_has_no_standardized_size():
+    features, loss, params, (images, labels) = mlp()
+    one = measure_update(features, loss, params, (images[:1], labels[:1]), optax.sgd(1.0))
+    assert np.all(np.isinf(one.standardized))
+    assert np.all(np.isfinite(one.relative))
+    with pytest.raises(ValueError, match="'measured' gives the size .* a batch of several"):
+        predict_learning_rate(one, one, 0.1)
 
 
 def test_jitted_is_interpreted_and_grows_with_the_square_of_the_rate():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import archscale_jax as archscale
-from experiments import transfer_report, transfer_study
+from experiments import transfer_study, transfer_summary
 
 STUDY = ["--study=chains", "--max_networks=2", "--width=8", "--steps=10", "--num_seeds=2"]
 SEARCH = ["--architecture=2", "--width=8", "--epochs=0.2", "--num_rates=3", "--min_rate=0.01",
@@ -109,11 +109,17 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     predicted = np.exp(generator.normal(size=40))
     true = 2 * predicted**0.5
     rows = [
-        dict.fromkeys(transfer_report.RULES, math.nan)
-        | {"measured": p, "none": 1.0, "rate": t, "noise": 0.1}
+        dict.fromkeys(transfer_summary.RULES, math.nan)
+        | {
+            "measured": p,
+            "none": 1.0,
+            "rate": t,
+            "noise": 0.1,
+            "losses": {t / 2: 3.0, t: 2.0, 2 * t: 4.0},
+        }
         for p, t in zip(predicted, true, strict=True)
     ]
-    found = {one.rule: one for one in transfer_report.summarise("made up", rows)}
+    found = {one.rule: one for one in transfer_summary.summarise("made up", rows)}
     assert set(found) == {"measured", "none"}
     measured = found["measured"]
     assert measured.correlation == pytest.approx(1)
@@ -125,3 +131,25 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     assert math.isnan(found["none"].correlation)
     linear = np.corrcoef(predicted, true)[0, 1]
     assert measured.linear_correlation == pytest.approx(linear)
+
+
+def test_losses_between_trained_rates_are_interpolated_in_log_rate():
+    runs = [
+        (0.1, 0, 3.0),
+        (0.1, 1, 5.0),
+        (0.4, 0, 2.0),
+        (0.4, 1, 2.0),
+        (1.6, 0, 9.0),
+        (1.6, 1, None),
+    ]
+    losses = transfer_summary.mean_losses({"runs": runs})
+    assert losses == {0.1: 4.0, 0.4: 2.0, 1.6: math.inf}
+    for rate, loss in {
+        0.01: 4.0,
+        0.1: 4.0,
+        0.2: 3.0,
+        0.4: 2.0,
+        0.5: math.inf,
+        9.0: math.inf,
+    }.items():
+        assert transfer_summary.loss_at(rate, losses) == pytest.approx(loss)
