@@ -90,7 +90,7 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
     """Compares three ways to a learning rate, one network after the other.
 
     The rate of the base network is searched once, by the same grid, and is not counted. Nor is
-    building the networks, which training needs anyway.
+    building the networks and drawing the first batches, which training needs anyway.
     """
     low, high = study.RATES["sgd"]
     rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
@@ -160,15 +160,13 @@ def cost_of_measuring(
 
 
 def _measure(trial: study.Trial) -> Callable[[], archscale.UpdateSize]:
-    """Returns what draws weights and a batch for every seed and measures an update."""
+    """Returns what draws weights for every seed and measures an update on a batch at hand."""
     network = study.build(trial, FLAGS.data_dir)
     return functools.partial(
         measure_seeds,
         measurer(network.graphdef, network.model_state, network.optimizer(1.0)),
         network.draw,
-        network.dataset,
-        trial["batch_size"],
-        range(trial["seeds"]),
+        study.batches(trial, network),
     )
 
 

@@ -165,12 +165,10 @@ def measurer(
 def measure_seeds(
     measure: Callable[[PyTree, Any], PyTree],
     draw: Callable[[int], PyTree],
-    dataset: Dataset,
-    batch_size: int,
-    seeds: Iterable[int],
+    batches: Iterable[Any],
 ) -> PyTree:
-    """Measures the params that `draw` gives every seed on its batch; stacked over seeds."""
-    sizes = [measure(draw(seed), first_batch(dataset, batch_size, seed)) for seed in seeds]
+    """Measures the params that `draw` gives the seeds 0, 1, …, each on its batch; stacked."""
+    sizes = [measure(draw(seed), batch) for seed, batch in enumerate(batches)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sizes)
 
 

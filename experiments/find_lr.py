@@ -109,15 +109,16 @@ def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
     """Returns the rate that measuring predicts from --base_rate."""
     base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
     optimizer = common.build_optimizer(1.0, 1)
+    batches = [
+        common.first_batch(dataset, FLAGS.batch_size, seed) for seed in range(FLAGS.num_seeds)
+    ]
     sizes = []
     for one in (network, base):
         sizes.append(
             common.measure_seeds(
                 common.measurer(one.graphdef, one.model_state, optimizer),
                 lambda seed, one=one: common.initial_state(one, optimizer, seed).params,
-                dataset,
-                FLAGS.batch_size,
-                range(FLAGS.num_seeds),
+                batches,
             )
         )
     return archscale.predict_learning_rate(sizes[0], sizes[1], FLAGS.base_rate)

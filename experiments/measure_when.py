@@ -108,11 +108,11 @@ def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, 
         params = network.draw(seed)
         state = training.create_train_state(params, network.model_state, optimizer, key)
         batch = common.first_batch(network.dataset, settings["batch_size"], seed)
-        gradients = {"gradient of the batch": batch} | {
-            f"gradient of {count} others": common.first_batch(network.dataset, count, seed + 1000)
-            for count in EXAMPLES
-            if count <= len(images)
-        }
+        gradients = {"gradient: the batch": batch}
+        for count in EXAMPLES:
+            if count <= len(images):
+                name = f"gradient: {count} other example{'s' * (count > 1)}"
+                gradients[name] = common.first_batch(network.dataset, count, seed + 1000)
         for name, one in gradients.items():
             sizes.setdefault(name, []).append(measured(state.params, state.model_state, one, batch))
         batches = training.epoch_batches(state, len(images), settings["batch_size"])

@@ -253,5 +253,10 @@ def measure_sharpness(trial: Mapping[str, Any], data_dir: str | None = None) -> 
 
 
 def _measure_seeds(measured, network: Network, trial: Mapping[str, Any]) -> Any:
-    seeds = range(trial["seeds"])
-    return common.measure_seeds(measured, network.draw, network.dataset, trial["batch_size"], seeds)
+    return common.measure_seeds(measured, network.draw, batches(trial, network))
+
+
+def batches(trial: Mapping[str, Any], network: Network) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns the batch of every seed of a trial."""
+    size, seeds = trial["batch_size"], range(trial["seeds"])
+    return [common.first_batch(network.dataset, size, seed) for seed in seeds]
