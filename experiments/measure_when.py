@@ -154,7 +154,10 @@ def _measure(network, params, model_state, examples, batch) -> archscale.UpdateS
 
 
 def _lines(studies, records, variants) -> list[list[str]]:
-    """A line per way and rule after a heading: r and error on every study."""
+    """A line per way and rule after a heading: r and error on every study.
+
+    Networks that were lost before they were measured are left out; `lost` where under 3 remain.
+    """
     lines = [["measured", "rule", *(f"{name}: r, error" for name in studies)]]
     ways = list(next(iter(variants.values())))
     for way in ways:
@@ -165,7 +168,10 @@ def _lines(studies, records, variants) -> list[list[str]]:
             for rows in [transfer_summary.rows(trials, records | {"measurements": measurements})]
         ]
         for rule in RULES:
-            cells = [f"{one[rule].correlation:.2f}, {one[rule].error:.2f}" for one in summaries]
+            cells = [
+                f"{one[rule].correlation:.2f}, {one[rule].error:.2f}" if rule in one else "lost"
+                for one in summaries
+            ]
             lines.append([way, rule, *cells])
     return lines
 

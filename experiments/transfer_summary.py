@@ -128,7 +128,7 @@ def _predict(rule: str, target, base, base_rate: float) -> float:
             pair.append(np.asarray(measured.get("sharpness", math.nan)))
         else:
             fields = archscale.UpdateSize._fields
-            sizes = {name: jnp.asarray(measured[name]) for name in fields}
+            sizes = {name: jnp.asarray(np.asarray(measured[name], float)) for name in fields}
             pair.append(archscale.UpdateSize(**sizes))
     try:
         return archscale.predict_learning_rate(pair[0], pair[1], base_rate, rule)
