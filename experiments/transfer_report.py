@@ -53,7 +53,8 @@ def table(summaries: list[Summary]) -> Table:
 
 def overview(summaries: list[Summary]) -> list[list[str]]:
     """Returns a line per study after a heading: r, error and excess loss of each kind of rule."""
-    kinds = ("measured", "relative", "absolute", "sharpness")
+    known = {one.rule for one in summaries}
+    kinds = [kind for kind in ("measured", "relative", "absolute", "sharpness") if kind in known]
     heading = ["study", "n", "noise", *(f"{kind}: r, error, loss" for kind in kinds)]
     lines = [[*heading, "closed form of the smallest error: r, error, loss", "unscaled error"]]
     for study in dict.fromkeys(one.study for one in summaries):
