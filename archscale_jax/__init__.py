@@ -32,6 +32,7 @@ from archscale_jax.spaces import (
     random_dag_string,
     random_sparse_dag,
 )
+from archscale_jax.tracing import TraceError, trace
 from archscale_jax.transform import learning_rate_factors, scale_by_architecture
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "Role",
     "Run",
     "Space",
+    "TraceError",
     "UpdateSize",
     "WeightVariances",
     "batched_path_statistics",
@@ -76,6 +78,7 @@ __all__ = [
     "scale_by_architecture",
     "sharpness",
     "summarise_runs",
+    "trace",
     "validate_graph",
     "weight_standard_deviations",
 ]

@@ -22,6 +22,7 @@ class Role(enum.StrEnum):
     READOUT = "readout"
     BIAS = "bias"
     SCALE = "scale"
+    EMBEDDING = "embedding"
 
 
 class Arrangement(enum.StrEnum):
@@ -45,7 +46,8 @@ class Parameter:
     Attributes:
       name: path of the leaf in the params tree, `parameter_name` of its key path.
       role: what it does.
-      layer: role of the layer it belongs to: INPUT (the stem), HIDDEN or READOUT.
+      layer: role of the layer it belongs to: INPUT (the stem), HIDDEN or READOUT; READOUT for an
+        embedding that is the readout's weight too.
       shape: shape of the leaf.
       fan_in: inputs that reach one unit of its layer, the kernel's positions included.
       fan_out: units that one input of its layer reaches, the kernel's positions included.
@@ -53,6 +55,9 @@ class Parameter:
       kernel_positions: number of spatial positions of the kernel, q² for an image.
       edge: index of its layer among the edges of the graph; None for the stem, the readout and
         normalization.
+      further_edges: those of a leaf that is the weight of several layers, shared or stacked.
+      activated: whether its layer reads activations, half of whose second moment ReLU takes; a
+        hidden weight that reads features as they are gets half the variance.
 
     Raises:
       ValueError: an unknown role or layer, or a fan or size below 1.
@@ -67,6 +72,8 @@ class Parameter:
     kernel_size: int = 1
     kernel_positions: int = 1
     edge: int | None = None
+    further_edges: tuple[int, ...] = ()
+    activated: bool = True
 
     def __post_init__(self):
         where = f"parameter {self.name!r}"
@@ -112,18 +119,18 @@ class Architecture:
                 raise ValueError(
                     f"{counts[parameter.name]} parameters are named {parameter.name!r}"
                 )
-            if parameter.edge is not None and not 0 <= parameter.edge < len(self.graph.senders):
-                raise ValueError(
-                    f"parameter {parameter.name!r} belongs to edge {parameter.edge}; the graph has "
-                    f"edges 0 to {len(self.graph.senders) - 1}"
-                )
-            if parameter.role == Role.HIDDEN and (
-                parameter.edge is None or not weight[parameter.edge]
-            ):
-                raise ValueError(
-                    f"hidden weight {parameter.name!r} belongs to edge {parameter.edge}; accepted "
-                    "is the index of a linear or convolution edge"
-                )
+            edges = (parameter.edge, *parameter.further_edges)
+            for edge in edges:
+                if edge is not None and not 0 <= edge < len(self.graph.senders):
+                    raise ValueError(
+                        f"parameter {parameter.name!r} belongs to edge {edge}; the graph has "
+                        f"edges 0 to {len(self.graph.senders) - 1}"
+                    )
+                if parameter.role == Role.HIDDEN and (edge is None or not weight[edge]):
+                    raise ValueError(
+                        f"hidden weight {parameter.name!r} belongs to edge {edge}; accepted "
+                        "is the index of a linear or convolution edge"
+                    )
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

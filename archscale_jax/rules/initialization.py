@@ -46,6 +46,9 @@ def weight_standard_deviations(
 ) -> dict[str, float]:
     """Returns the standard deviation of every input, hidden and readout weight by name.
 
+    Rows of an embedding table are chosen one at a time, so that its entries have standard deviation
+    1; those of a table that is the readout too are scaled to rows of norm 1, which fits both.
+
     Args:
       architecture: the graph with its parameters.
       rule: name of a rule, or a function `(graph, arrangement) -> WeightVariances`. None takes the
@@ -64,7 +67,7 @@ def weight_standard_deviations(
     deviations = {
         parameter.name: _standard_deviation(parameter, variances)
         for parameter in architecture.parameters
-        if parameter.role in (Role.INPUT, Role.HIDDEN, Role.READOUT)
+        if parameter.role in (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
     }
     for name, deviation in deviations.items():
         if not math.isfinite(deviation):
@@ -81,10 +84,18 @@ def _standard_deviation(parameter: Parameter, variances: WeightVariances) -> flo
     fan = getattr(parameter, variances.fan)
     if parameter.role == Role.READOUT:
         return variances.readout_gain / fan
+    if parameter.role == Role.EMBEDDING:
+        return 1 / math.sqrt(parameter.fan_out) if parameter.layer == Role.READOUT else 1.0
     if parameter.role == Role.INPUT:
         return math.sqrt(STEM_NUMERATOR / fan)
     assert parameter.edge is not None  # Architecture checks
-    numerator = float(variances.edges[parameter.edge])
+    numerators = variances.edges[[parameter.edge, *parameter.further_edges]]
+    if np.ptp(numerators) > 1e-9 * np.max(np.abs(numerators)):
+        raise ValueError(
+            f"{parameter.name!r} is the weight of several layers, which would get the variances "
+            f"{numerators.tolist()} / {fan}; one leaf has one"
+        )
+    numerator = float(numerators[0]) / (1 if parameter.activated else 2)
     if numerator < 0:
         raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
     return math.sqrt(numerator / fan)
