@@ -23,7 +23,8 @@ KILLS = 6
 PACKAGE = pathlib.Path(__file__).parents[1] / "archscale_jax"
 # The package's own __init__ imports JAX, which takes seconds and which a study does not need.
 SCRIPT = f"""
-import os, sys, time, types
+import os, signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
 package = types.ModuleType("archscale_jax")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["archscale_jax"] = package

@@ -77,7 +77,7 @@ LIVE = [
 
 
 class TestNetworksOfGraphs:
-    @settings(max_examples=25, phases=[Phase.generate])  # a shrunk graph says no more
+    @settings(max_examples=12, phases=[Phase.generate])  # a shrunk graph says no more
     @given(
         text=st.sampled_from(LIVE),
         normalization=st.sampled_from([None, "batch", "layer"]),
@@ -99,7 +99,7 @@ class TestNetworksOfGraphs:
         traced = trace_model(model, jnp.ones((4, 6)), arrangement=arrangement)
         assert_same(traced, model.architecture())
 
-    @settings(max_examples=15, phases=[Phase.generate])
+    @settings(max_examples=8, phases=[Phase.generate])
     @given(
         text=st.sampled_from(LIVE),
         kernel_size=st.sampled_from([1, 3, 5]),
