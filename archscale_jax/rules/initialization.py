@@ -90,7 +90,7 @@ def _standard_deviation(parameter: Parameter, variances: WeightVariances) -> flo
         return math.sqrt(STEM_NUMERATOR / fan)
     assert parameter.edge is not None  # Architecture checks
     numerators = variances.edges[[parameter.edge, *parameter.further_edges]]
-    if np.ptp(numerators) > 1e-9 * np.max(np.abs(numerators)):
+    if not np.allclose(numerators, numerators[0], rtol=1e-9, equal_nan=True):
         raise ValueError(
             f"{parameter.name!r} is the weight of several layers, which would get the variances "
             f"{numerators.tolist()} / {fan}; one leaf has one"
