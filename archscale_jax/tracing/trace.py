@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jraph
 
 from archscale_jax.architecture import (
     Architecture,
@@ -83,29 +84,14 @@ def trace(
     if not outputs:
         raise TraceError("the result of the function does not depend on inputs and params")
     contract(flow, outputs)
-    stems, readouts = _stems(flow), _readouts(flow, outputs)
-    last = {edge.source for edge in readouts} | (outputs - {edge.target for edge in readouts})
-    number, edges = _number(flow, interpreter.data, stems, readouts, last)
-    graph = build_graph(
-        len(number) or 2,
-        [number[edge.source] for edge in edges],
-        [number[edge.target] for edge in edges],
-        [_OPERATORS[edge.operation] for edge in edges],
-        [edge.kernel_size for edge in edges],
-        network_kernel=max(
-            (edge.kernel_size for edge in flow.edges if edge.operation == Operation.CONV), default=0
-        ),
+    structure = _Structure(
+        _reading(flow), _stems(flow), _readouts(flow, outputs), _arrangement(flow, arrangement)
     )
-    order = sorted(
-        range(len(edges)), key=lambda e: (number[edges[e].target], number[edges[e].source])
-    )
-    index = {edges[position]: place for place, position in enumerate(order)}
-    reading, sums = _reading(flow), _arrangement(flow, arrangement)
-    structure = _Structure(reading, stems, readouts, index, sums)
+    graph, numbers = _graph(flow, outputs, structure)
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
     uses = _uses_by_leaf(names, interpreter.uses, declared)
     parameters = tuple(
-        _parameter(name, shapes[name], uses[name], structure, declared) for name in names
+        _parameter(name, shapes[name], uses[name], structure, numbers, declared) for name in names
     )
     return Architecture(graph, parameters, structure.arrangement)
 
@@ -141,26 +127,43 @@ def _readouts(flow: Flow, outputs: set[int]) -> list[Edge]:
     ]
 
 
-def _number(
-    flow: Flow, data: int | None, stems: list[Edge], readouts: list[Edge], last: set[int]
-) -> tuple[dict[int, int], list[Edge]]:
-    """Numbers the vertices of the graph and lists its edges."""
-    outside = {id(edge) for edge in (*stems, *readouts)}
-    edges = [edge for edge in flow.edges if id(edge) not in outside]
-    first = stems[0].target if stems else data
-    assert first is not None
-    final = max(last)
+def _graph(
+    flow: Flow, outputs: set[int], structure: "_Structure"
+) -> tuple[jraph.GraphsTuple, dict[Edge, int]]:
+    """Builds the graph between stem and readout, and numbers its edges.
+
+    Vertices that lead nowhere are kept where they arise before the output, as in the spaces of DAG
+    strings. Outputs of several vertices are joined in one that comes last.
+    """
+    outside = {*structure.stems, *structure.readouts}
+    inputs = structure.reading[0].source
+    first = structure.stems[0].target if structure.stems else inputs
+    last = {edge.source for edge in structure.readouts}
+    last |= outputs - {edge.target for edge in structure.readouts}
+    final, joins = max(last), []
     if len(last) > 1 or final == first:
-        final = flow.add_vertex(Kind.SUM)
-        edges += [Edge(vertex, final, Operation.SKIP) for vertex in sorted(last)]
-    if first == final:
-        raise TraceError("input and output are the same vertex")
-    kept = {first, final}
-    edges = [edge for edge in edges if edge.source <= final and edge.target <= final]
-    edges = [edge for edge in edges if data is None or edge.source != data or first == data]
-    kept |= {vertex for edge in edges for vertex in (edge.source, edge.target)}
-    order = [first, *sorted(kept - {first})]
-    return {vertex: place for place, vertex in enumerate(order)}, edges
+        final = len(flow.kinds)
+        joins = [Edge(vertex, final, Operation.SKIP) for vertex in sorted(last)]
+    edges = [
+        edge
+        for edge in [*flow.edges, *joins]
+        if edge not in outside
+        and max(edge.source, edge.target) <= final
+        and (edge.source != inputs or first == inputs)
+    ]
+    vertices = {first, final} | {end for edge in edges for end in (edge.source, edge.target)}
+    number = {vertex: place for place, vertex in enumerate([first, *sorted(vertices - {first})])}
+    edges.sort(key=lambda edge: (number[edge.target], number[edge.source]))
+    convolutions = [edge.kernel_size for edge in flow.edges if edge.operation == Operation.CONV]
+    graph = build_graph(
+        len(number),
+        [number[edge.source] for edge in edges],
+        [number[edge.target] for edge in edges],
+        [_OPERATORS[edge.operation] for edge in edges],
+        [edge.kernel_size for edge in edges],
+        network_kernel=max(convolutions, default=0),
+    )
+    return graph, {edge: place for place, edge in enumerate(edges)}
 
 
 def _uses_by_leaf(
@@ -193,6 +196,7 @@ def _parameter(
     shape: tuple[int, ...],
     uses: list[Use],
     structure: "_Structure",
+    numbers: Mapping[Edge, int],
     declared: Mapping[str, Role],
 ) -> Parameter:
     width = shape[-1] if shape else 1
@@ -203,7 +207,7 @@ def _parameter(
     fans = {"fan_in": use.fan_in, "fan_out": use.fan_out}
     if use.edge is None:
         fans = {"fan_in": width, "fan_out": width}
-    edges = [structure.numbers[one.edge] for one in uses if one.edge in structure.numbers]
+    edges = [numbers[one.edge] for one in uses if one.edge is not None and one.edge in numbers]
     role, layer = declared.get(name) or structure.role(use, shape), structure.layer(use)
     if role == Role.EMBEDDING and any(use.edge in structure.readouts for use in uses):
         layer = Role.READOUT
@@ -235,12 +239,11 @@ _RANK = ("embedding", "weight", "scale", "bias", "token")
 
 
 class _Structure(NamedTuple):
-    """Which edges of a flow read the inputs, are the stem, the readout, and the others' numbers."""
+    """Which edges of a flow read the inputs, are the stem and the readout, and what is summed."""
 
     reading: list[Edge]
     stems: list[Edge]
     readouts: list[Edge]
-    numbers: dict[Edge, int]
     arrangement: Arrangement
 
     def layer(self, use: Use) -> Role:
