@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
                 process.kill()
                 process.communicate()
                 records.append(_count(killed))
+                print(f"kill {len(records)}: {records[-1]} records", file=sys.stderr)
                 continue
             if process.returncode:
                 raise RuntimeError(f"the study ended with status {process.returncode}")
