@@ -4,8 +4,9 @@
 
 Takes the best rates that `experiments.transfer` has searched and measures the same networks again:
 with the gradient of one example and of more, and after some updates at the rate that measuring at
-initialization predicts. Features are always those of one batch. Writes measurements.jsonl and
-table.md, and prints the table. Killed and started again it measures what is missing.
+initialization predicts. Features are always those of one batch. Writes config.json (that of the
+truth), measurements.jsonl and table.md, and prints the table. Killed and started again it measures
+what is missing.
 """
 
 import functools
@@ -66,7 +67,7 @@ def run() -> None:
         rates += [row["measured"] for row in rows]
         for trial, rate in zip(studies[name], rates, strict=True):
             trials[trial_hash(trial)] = {"network": trial, "rate": rate}
-    workdir = pathlib.Path(FLAGS.workdir)
+    workdir = files.claim_directory(FLAGS.workdir, settings)
     done = run_study(
         list(trials.values()),
         functools.partial(measure, data_dir=FLAGS.data_dir),

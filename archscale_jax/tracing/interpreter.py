@@ -13,9 +13,7 @@ Operations on shapes only are never evaluated: the jaxpr is read on abstract val
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 from jax.extend import core
 
 from archscale_jax.tracing.flow import Edge, Flow, Kind, Operation
@@ -220,8 +218,8 @@ class Interpreter:
     def _gate(self, features: list[Feature]) -> Feature:
         """The product of features, or any other function of several; data only gates."""
         deep = [feature for feature in features if self._kind(feature) != Kind.DATA]
-        if len({feature.vertex for feature in deep}) == 1:
-            return Feature(deep[0].vertex, True)
+        if len({feature.vertex for feature in deep}) < 2:
+            return Feature((deep or features)[0].vertex, True)
         return self._join(Kind.PRODUCT, deep)
 
     def _join(self, kind: Kind, features: list[Feature]) -> Feature:
@@ -452,8 +450,3 @@ def _line(equation: core.JaxprEqn) -> str:
     from jax._src import source_info_util  # JAX offers no public way to an equation's place
 
     return source_info_util.summarize(equation.source_info)
-
-
-def make_jaxpr(function: Callable[..., Any], *arguments: Any) -> core.ClosedJaxpr:
-    """Returns the jaxpr of a function on the shapes of its arguments."""
-    return jax.make_jaxpr(function)(*arguments)

@@ -26,7 +26,6 @@ from archscale_jax.tracing.interpreter import (
     TraceError,
     Use,
     Weight,
-    make_jaxpr,
 )
 
 _OPERATORS = {
@@ -70,7 +69,7 @@ def trace(
     for name in declared:
         if name not in names:
             raise TraceError(f"roles name {name!r}; params hold {', '.join(map(repr, names[:8]))}")
-    closed = make_jaxpr(function, params, *inputs)
+    closed = jax.make_jaxpr(function)(params, *inputs)
     interpreter = Interpreter()
     arguments: list[Known | Weight | Feature] = [Weight((name,)) for name in names]
     for variable in closed.jaxpr.invars[len(names) :]:
