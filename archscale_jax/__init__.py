@@ -1,6 +1,13 @@
 """Initialization and learning rates from the architecture of a network."""
 
 from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax.architecture_drawing import draw
+from archscale_jax.coordinate import (
+    Coordinate,
+    coordinate_check,
+    coordinate_curves,
+    flatness,
+)
 from archscale_jax.drawing import draw_graph
 from archscale_jax.graph import Operator, Space, build_graph, in_degrees, validate_graph
 from archscale_jax.initializer import initialize
@@ -12,6 +19,7 @@ from archscale_jax.paths import (
     path_statistics,
 )
 from archscale_jax.predict import predict_learning_rate, register_measured_rule
+from archscale_jax.report import Report, report
 from archscale_jax.rules import (
     WeightVariances,
     learning_rate_scale,
@@ -19,8 +27,17 @@ from archscale_jax.rules import (
     register_learning_rate_rule,
     register_width_rule,
     weight_standard_deviations,
+    with_widths,
 )
-from archscale_jax.search import Basin, RateSearch, Run, find_learning_rate, summarise_runs
+from archscale_jax.search import (
+    Basin,
+    RateSearch,
+    Run,
+    find_learning_rate,
+    loss_at,
+    mean_losses,
+    summarise_runs,
+)
 from archscale_jax.sharpness import sharpness
 from archscale_jax.spaces import (
     cell_code,
@@ -32,7 +49,8 @@ from archscale_jax.spaces import (
     random_dag_string,
     random_sparse_dag,
 )
-from archscale_jax.tracing import TraceError, trace
+from archscale_jax.tracing import TraceError, trace, vertex_features
+from archscale_jax.transfer_check import TransferCheck, summarise_transfer, transfer_check
 from archscale_jax.transform import learning_rate_factors, scale_by_architecture
 
 __version__ = "0.1.0"
@@ -42,14 +60,17 @@ __all__ = [
     "Arrangement",
     "Basin",
     "BatchedPathStatistics",
+    "Coordinate",
     "Operator",
     "Parameter",
     "PathStatistics",
     "RateSearch",
+    "Report",
     "Role",
     "Run",
     "Space",
     "TraceError",
+    "TransferCheck",
     "UpdateSize",
     "WeightVariances",
     "batched_path_statistics",
@@ -58,14 +79,20 @@ __all__ = [
     "cell_graph",
     "cell_string",
     "chain_string",
+    "coordinate_check",
+    "coordinate_curves",
     "dag_graph",
     "dag_string",
+    "draw",
     "draw_graph",
     "find_learning_rate",
+    "flatness",
     "in_degrees",
     "initialize",
     "learning_rate_factors",
     "learning_rate_scale",
+    "loss_at",
+    "mean_losses",
     "measure_update",
     "path_statistics",
     "predict_learning_rate",
@@ -75,10 +102,15 @@ __all__ = [
     "register_learning_rate_rule",
     "register_measured_rule",
     "register_width_rule",
+    "report",
     "scale_by_architecture",
     "sharpness",
     "summarise_runs",
+    "summarise_transfer",
     "trace",
+    "transfer_check",
     "validate_graph",
+    "vertex_features",
     "weight_standard_deviations",
+    "with_widths",
 ]

@@ -2,12 +2,14 @@
 
 A network is a directed acyclic graph. Vertices are features, numbered in a topological order:
 vertex 0 is the input (the stem feeds it), the last vertex is the output (the readout follows it).
-Edges are operators; contributions of the incoming edges of a vertex are summed. Absent operators
-(`zero`, `none`) are absent edges. With V vertices and E edges a graph holds
+Edges are operators; contributions of the incoming edges of a vertex are summed, unless they are
+`CONCATENATION` or `PRODUCT`: then the vertex joins its sources along an axis or multiplies them,
+and all its edges are of that operator. A layer beside a skip is two parallel edges. Absent
+operators (`zero`, `none`) are absent edges. With V vertices and E edges a graph holds
 
 * `nodes`      int32 [V]   number of the vertex within its graph: 0 … V-1
 * `senders`    int32 [E]   source vertex of each edge
-* `receivers`  int32 [E]   target vertex of each edge; edges are sorted by (receiver, sender)
+* `receivers`  int32 [E]   target vertex of each edge; sorted by (receiver, sender, operator)
 * `edges`      {"operator": int32 [E], "kernel_size": int32 [E]}, operator a member of `Operator`
 * `globals`    {"space": int32 [1], "kernel_size": int32 [1]}: a member of `Space`, and the spatial
                size q of the network's convolutions, the stem included, 0 for a dense network
@@ -34,10 +36,15 @@ class Operator(enum.IntEnum):
     LINEAR = 2
     CONV = 3
     AVG_POOL = 4
+    CONCATENATION = 5
+    PRODUCT = 6
 
 
 WEIGHT_OPERATORS = (Operator.LINEAR, Operator.CONV)
 """The operators that carry a weight, and so add one to the depth of a path."""
+
+JOIN_OPERATORS = (Operator.CONCATENATION, Operator.PRODUCT)
+"""The operators into vertices that do not sum."""
 
 
 class Space(enum.IntEnum):
@@ -70,7 +77,7 @@ def build_graph(
       space: where the graph comes from.
 
     Returns:
-      The graph in the layout of this module, edges sorted by (receiver, sender).
+      The graph in the layout of this module.
 
     Raises:
       TypeError: `num_vertices` or `network_kernel` is not an integer.
@@ -102,7 +109,7 @@ def build_graph(
         convolutions = operators == Operator.CONV
         network_kernel = int(columns["kernel_sizes"][convolutions].max(initial=0))
     _check_number("network_kernel", network_kernel)
-    order = np.lexsort((senders, receivers))
+    order = np.lexsort((columns["kernel_sizes"], operators, senders, receivers))
     graph = jraph.GraphsTuple(
         nodes=np.arange(num_vertices, dtype=np.int32),
         edges={
@@ -146,9 +153,9 @@ def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True
 
     Raises:
       ValueError: a batch; fewer than two vertices; an edge that names no vertex; a self loop; a
-        duplicate edge; a cycle; vertices not numbered in a topological order; an unknown operator;
-        a kernel size below 1; no path from input to output; with `allow_dead_vertices=False`, a
-        vertex that no path crosses.
+        duplicate edge without weight; a cycle; vertices not numbered in a topological order; an
+        unknown operator; a kernel size below 1; a vertex that both sums and joins; no path from
+        input to output; with `allow_dead_vertices=False`, a vertex that no path crosses.
     """
     num_vertices = number_of_vertices(graph)
     if num_vertices < 2:
@@ -158,6 +165,7 @@ def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True
     senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
     _check_edges(num_vertices, senders, receivers)
     _check_operators(graph)
+    _check_joins(graph)
     if np.any(senders > receivers):
         _refuse_order(senders, receivers)
     live = live_vertices(graph)
@@ -181,14 +189,6 @@ def _check_edges(num_vertices: int, senders: np.ndarray, receivers: np.ndarray) 
     loops = senders[senders == receivers]
     if loops.size:
         raise ValueError(f"self loop at vertex {loops[0]}; an edge must join two vertices")
-    keys, counts = np.unique(
-        senders.astype(np.int64) * num_vertices + receivers, return_counts=True
-    )
-    if np.any(counts > 1):
-        sender, receiver = divmod(int(keys[np.argmax(counts > 1)]), num_vertices)
-        raise ValueError(
-            f"duplicate edge {sender}->{receiver}; two vertices are joined by at most one edge"
-        )
 
 
 def _check_operators(graph: jraph.GraphsTuple) -> None:
@@ -207,6 +207,27 @@ def _check_operators(graph: jraph.GraphsTuple) -> None:
         raise ValueError(
             f"kernel size {kernel_sizes[edge]} on edge {_edge_name(graph, edge)}; "
             "accepted are integers from 1"
+        )
+
+
+def _check_joins(graph: jraph.GraphsTuple) -> None:
+    columns = (graph.senders, graph.receivers, graph.edges["operator"], graph.edges["kernel_size"])
+    weightless = np.stack(columns, axis=1)[~is_weight(graph)]
+    rows, counts = np.unique(weightless, axis=0, return_counts=True)
+    if np.any(counts > 1):
+        sender, receiver, operator, _ = rows[np.argmax(counts > 1)].tolist()
+        raise ValueError(
+            f"duplicate edge {sender}->{receiver}; only edges with weights may be parallel to "
+            f"others of their kind, and this is {Operator(operator).name}"
+        )
+    joining = np.isin(graph.receivers, graph.receivers[is_join(graph)])
+    pairs = np.unique(np.stack(columns[1:3], axis=1)[joining], axis=0)
+    several = pairs[:-1][pairs[:-1, 0] == pairs[1:, 0], 0]
+    if several.size:
+        names = ", ".join(Operator(kind).name for kind in pairs[pairs[:, 0] == several[0], 1])
+        raise ValueError(
+            f"vertex {several[0]} has edges {names}; a vertex that joins its sources has edges of "
+            "one operator"
         )
 
 
@@ -249,6 +270,11 @@ def is_weight(graph: jraph.GraphsTuple) -> np.ndarray:
     return np.logical_or.reduce([operators == operator for operator in WEIGHT_OPERATORS])
 
 
+def is_join(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Returns bool [E], true for the edges into vertices that do not sum."""
+    return np.isin(np.asarray(graph.edges["operator"]), JOIN_OPERATORS)
+
+
 def reachable_vertices(graph: jraph.GraphsTuple) -> np.ndarray:
     """Returns bool [V], true for the vertices that the input reaches (vertex 0 included)."""
     reached = [False] * number_of_vertices(graph)
@@ -280,6 +306,8 @@ def live_edges(graph: jraph.GraphsTuple) -> np.ndarray:
 def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
     """Counts the contributions summed in each vertex [AAS Eq. 4, 12; theory §3].
 
+    What a vertex concatenates or multiplies is one contribution.
+
     Args:
       graph: a single graph.
       live: count only edges out of vertices that the input reaches, since the others bring
@@ -293,6 +321,7 @@ def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
     )
     degrees = np.bincount(graph.receivers[counted], minlength=number_of_vertices(graph))
     degrees[0] = 1
+    degrees[graph.receivers[is_join(graph) & counted]] = 1
     return degrees
 
 

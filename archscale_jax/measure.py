@@ -5,7 +5,7 @@ Here it is measured: with u the update that the optimizer would apply on a batch
 all vertex features along u gives the change Δ_v of every vertex v at once, to first order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree
 
-Features = Callable[[PyTree, Any], Sequence[Array]]
+Features = Callable[[PyTree, Any], PyTree]
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 
 
@@ -48,8 +48,8 @@ def measure_update(
     mode only, so that `features` may call functions with a `jax.custom_vjp`.
 
     Args:
-      features: `(params, batch)` to the features z_v of the vertices on end-to-end paths, without
-        the readout, [examples, ...] each.
+      features: `(params, batch)` to a tree of the features z_v of the vertices on end-to-end paths,
+        without the readout, [examples, ...] each; of a traced model its `vertex_features`.
       loss: `(params, batch)` to the scalar loss whose gradient is taken.
       params: where the step starts.
       batch: what both functions read.
@@ -62,7 +62,7 @@ def measure_update(
     """
     gradients = jax.grad(loss)(params, batch)
     update, _ = optimizer.update(gradients, optimizer.init(params), params)
-    values, pull = jax.vjp(lambda params: tuple(features(params, batch)), params)
+    values, pull = jax.vjp(lambda params: jax.tree.leaves(features(params, batch)), params)
     # The pull-back is linear, so that its own pull-back pushes forward, wherever it is taken.
     # `jax.jvp` would do, but for functions with a `jax.custom_vjp`, which have no forward mode.
     _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)

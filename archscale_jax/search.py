@@ -9,7 +9,7 @@ loss is within a tolerance of the smallest.
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -147,6 +147,12 @@ def summarise_runs(runs: Iterable[Run], *, tolerance: float = 0.02) -> RateSearc
     return RateSearch(basin.rate, spread, basin, seed_rates, runs)
 
 
+def mean_losses(search: RateSearch) -> dict[float, float]:
+    """Returns the mean loss over seeds of every rate that all seeds have trained, by rate."""
+    losses = {(run.rate, run.seed): run.loss for run in search.runs}
+    return _mean_losses(losses, sorted({run.seed for run in search.runs}))
+
+
 def find_basin(losses: dict[float, float], tolerance: float = 0.02) -> Basin:
     """Returns the basin around the smallest loss.
 
@@ -174,6 +180,17 @@ def find_basin(losses: dict[float, float], tolerance: float = 0.02) -> Basin:
     vertex = np.clip(_vertex(logs, values, best, limit), lower, upper)
     rate, lower, upper = (math.exp(value) for value in (vertex, lower, upper))
     return Basin(rate, lower, upper, float(values[best]), (low_seen, high_seen))
+
+
+def loss_at(rate: float, losses: Mapping[float, float]) -> float:
+    """Returns the loss at a rate, interpolated in log rate; that of the nearest one outside."""
+    logs = np.log(list(losses))
+    values = np.asarray(list(losses.values()))
+    position = np.interp(math.log(rate), logs, np.arange(len(logs)))
+    below, part = int(position), position % 1
+    if part == 0:
+        return float(values[below])
+    return float((1 - part) * values[below] + part * values[below + 1])
 
 
 def _vertex(logs: np.ndarray, values: np.ndarray, best: int, limit: float) -> float:

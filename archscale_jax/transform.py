@@ -1,5 +1,6 @@
 """The optax transformation: one factor on the update of every parameter [AAS Eq. 9]."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,11 +16,15 @@ from archscale_jax.architecture import (
 )
 from archscale_jax.graph import network_kernel_size
 from archscale_jax.rules.learning_rate import (
+    LEARNING_RATE_RULES,
     LearningRateRule,
+    MissingBaseError,
     kernel_size_factor,
     learning_rate_scale,
 )
-from archscale_jax.rules.width import WidthRule, width_factors
+from archscale_jax.rules.registry import Explained
+from archscale_jax.rules.residual import Optimizer, depth_factors
+from archscale_jax.rules.width import WidthRule, explained_width_factors
 
 
 def learning_rate_factors(
@@ -29,6 +34,8 @@ def learning_rate_factors(
     *,
     kernel_per_layer: bool = False,
     width_rule: str | WidthRule | None = None,
+    depth_rule: Optimizer | None = None,
+    depth_exponent: float = 0.5,
     **options: Any,
 ) -> dict[str, float]:
     """Returns the learning-rate factor of every parameter by name.
@@ -39,36 +46,84 @@ def learning_rate_factors(
       rule: see `archscale_jax.rules.learning_rate_scale`: one factor for all weights and biases.
       kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
         every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
-      width_rule: None, `sgd` or `adam`: multiply by the width factors [μP], see `width_factors`.
+      width_rule: None, `sgd`, `adam` or `muon`: multiply by the width factors [μP], see
+        `archscale_jax.rules.width`.
+      depth_rule: None, `sgd`, `adam` or `muon`: multiply by the depth factors of residual stacks,
+        see `archscale_jax.rules.residual`; take the rule `none` then, whose factor is 1.
+      depth_exponent: α of the depth rule.
       **options: passed to the rule.
 
     Raises:
       ValueError: what the rules raise; a width rule without an architecture as base; a factor that
         is not positive, or outside the range of float32.
     """
+    found = explained_factors(
+        architecture,
+        base,
+        rule,
+        kernel_per_layer=kernel_per_layer,
+        width_rule=width_rule,
+        depth_rule=depth_rule,
+        depth_exponent=depth_exponent,
+        **options,
+    )
+    return {name: factor.value for name, factor in found.items()}
+
+
+def explained_factors(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None = None,
+    rule: str | LearningRateRule = "path_sum",
+    *,
+    kernel_per_layer: bool = False,
+    width_rule: str | WidthRule | None = None,
+    depth_rule: Optimizer | None = None,
+    depth_exponent: float = 0.5,
+    **options: Any,
+) -> dict[str, Explained]:
+    """Returns what `learning_rate_factors` does, with the parts whose product each factor is.
+
+    Raises:
+      ValueError: see `learning_rate_factors`.
+    """
     base_graph = base.graph if isinstance(base, Architecture) else base
     scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
-    factors = {parameter.name: scale for parameter in architecture.parameters}
+    description = LEARNING_RATE_RULES.describe(rule)
+    reason = f"{description.name} {scale:.4g} {description.source}".rstrip()
+    names = [parameter.name for parameter in architecture.parameters]
+    parts = {name: [Explained(scale, reason)] for name in names}
     if kernel_per_layer:
         network = network_kernel_size(architecture.graph)
-        for parameter in architecture.parameters:
-            factors[parameter.name] *= kernel_size_factor(parameter.kernel_size, network)
+        for one in architecture.parameters:
+            factor = kernel_size_factor(one.kernel_size, network)
+            parts[one.name].append(Explained(factor, f"kernel {network}/{one.kernel_size}"))
     if width_rule is not None:
         if not isinstance(base, Architecture):
-            raise ValueError(
-                "width_rule compares fans: pass the base network's Architecture, found "
-                f"{type(base).__name__}"
+            error = MissingBaseError if base is None else ValueError
+            raise error(
+                "width_rule compares fans: pass the base network's Architecture, or with_widths("
+                f"architecture, {{width: base width}}); found {type(base).__name__}"
             )
-        for name, factor in width_factors(architecture, base, width_rule).items():
-            factors[name] *= factor
+        for name, part in explained_width_factors(architecture, base, width_rule).items():
+            parts[name].append(part)
+    if depth_rule is not None:
+        if base is None:
+            raise MissingBaseError("depth_rule compares depths: pass the base network as base")
+        found = depth_factors(architecture, base, depth_rule, exponent=depth_exponent)
+        for name, (factor, place) in found.items():
+            parts[name].append(Explained(factor, f"depth {depth_rule} {factor:.4g}, {place}"))
+    return {name: _product(name, parts[name]) for name in names}
+
+
+def _product(name: str, parts: list[Explained]) -> Explained:
+    factor = math.prod(part.value for part in parts)
     smallest, largest = (float(getattr(jnp.finfo(jnp.float32), end)) for end in ("tiny", "max"))
-    for name, factor in factors.items():
-        if not smallest <= factor <= largest:
-            raise ValueError(
-                f"the learning-rate factor of {name!r} is {factor}; a factor must be positive and "
-                "in the range of float32"
-            )
-    return factors
+    if not smallest <= factor <= largest:
+        raise ValueError(
+            f"the learning-rate factor of {name!r} is {factor}; a factor must be positive and in "
+            "the range of float32"
+        )
+    return Explained(factor, " × ".join(part.reason for part in parts))
 
 
 def scale_by_architecture(

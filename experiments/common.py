@@ -90,7 +90,8 @@ def settings(module: str) -> dict[str, Any]:
       module: name of the binary's module (`sys.argv[0]` under absl), whose own flags count too.
     """
     by_module = FLAGS.flags_by_module_dict()
-    values = {flag.name: flag.value for name in (module, __name__) for flag in by_module[name]}
+    names = (module, __name__)
+    values = {flag.name: flag.value for name in names for flag in by_module.get(name, ())}
     return {name: values[name] for name in sorted(values) if name not in NOT_SETTINGS}
 
 

@@ -189,15 +189,20 @@ def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[s
       JSON values: `rate`, `uncertainty`, `lower`, `upper`, and `runs` as [rate, seed, loss] with
       null for a run that was lost.
     """
-    network = build(trial, data_dir)
-    low, high = RATES[trial["optimizer"]]
+    train = trainer(trial, build(trial, data_dir))
+    return search_result(train, trial["optimizer"], trial["seeds"], trial["refine"])
+
+
+def search_result(train: search.Train, optimizer: str, seeds: int, refine: int) -> dict[str, Any]:
+    """Searches the best rate of what `train` trains; returns what `search_rate` does."""
+    low, high = RATES[optimizer]
     rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
     found = search.find_learning_rate(
-        trainer(trial, network),
+        train,
         rates,
-        seeds=range(trial["seeds"]),
+        seeds=range(seeds),
         start=math.sqrt(low * high),
-        refine=trial["refine"],
+        refine=refine,
         max_loss=100.0,
     )
     return {

@@ -43,7 +43,7 @@ class Summary(NamedTuple):
       error_low: lower end of its 95 % bootstrap interval.
       error_high: upper end.
       excess_loss: what the prediction costs: the training loss at the predicted rate over the
-        smallest one, less 1, the median over networks; see `loss_at`.
+        smallest one, less 1, the median over networks; see `archscale_jax.loss_at`.
       noise: RMS standard error of the true log ratio to the base, from its seeds.
     """
 
@@ -102,17 +102,6 @@ def mean_losses(result: Mapping[str, Any]) -> dict[float, float]:
     return {rate: float(np.mean(losses[rate])) for rate in sorted(losses)}
 
 
-def loss_at(rate: float, losses: Mapping[float, float]) -> float:
-    """Returns the loss at a rate, interpolated in log rate; that of the nearest one outside."""
-    logs = np.log(list(losses))
-    values = np.asarray(list(losses.values()))
-    position = np.interp(math.log(rate), logs, np.arange(len(logs)))
-    below, part = int(position), position % 1
-    if part == 0:
-        return float(values[below])
-    return float((1 - part) * values[below] + part * values[below + 1])
-
-
 def _noise(result: Mapping[str, Any]) -> float:
     return math.nan if result["uncertainty"] is None else result["uncertainty"]
 
@@ -145,7 +134,10 @@ def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> list[Sum
             continue
         pairs = np.asarray([(row[rule], row["rate"]) for row in known])
         logs, noise = np.log(pairs), np.asarray([row["noise"] for row in known])
-        excess = [loss_at(row[rule], row["losses"]) / min(row["losses"].values()) for row in known]
+        excess = [
+            archscale.loss_at(row[rule], row["losses"]) / min(row["losses"].values())
+            for row in known
+        ]
         generator = np.random.default_rng(0)
         samples = [logs[generator.integers(len(logs), size=len(logs))] for _ in range(resamples)]
         summaries.append(

@@ -30,6 +30,14 @@ GRAPHS = {
     "twelve": dag_graph(random_dag_string(1, 12), kernel_size=3),
     "dead": dag_graph("2_00_210_0100_20001"),
     "mixed": build_graph(4, [0, 1, 2, 0], [1, 2, 3, 3], [2, 3, 4, 1], [1, 7, 3, 1]),
+    "parallel": build_graph(
+        5,
+        [0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3],
+        [1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4],
+        [2, 1, 3, 3, 3, 4, 2, 1, 3, 2, 2],
+        [1, 1, 3, 3, 5, 3, 1, 1, 3, 1, 1],
+    ),
+    "joins": build_graph(5, [0, 0, 1, 2, 1, 3], [1, 2, 3, 3, 4, 4], [2, 2, 6, 6, 5, 5]),
     "largest": random_sparse_dag(0, MAX_VERTICES, 2 * MAX_VERTICES),
 }
 
@@ -40,7 +48,7 @@ def graph(request):
 
 
 def artists(figure, kind):
-    """{(vertex, …): artist} of the artists with group ids `kind-…`."""
+    """{(vertex, …): artist} of the group ids `kind-…`; parallel edges have a third number."""
     found = {}
     for artist in figure.findobj():
         name = re.fullmatch(rf"{kind}-([\d-]+)", artist.get_gid() or "")
@@ -52,9 +60,11 @@ def artists(figure, kind):
 
 
 def edge_rows(graph):
+    pairs = list(zip(graph.senders.tolist(), graph.receivers.tolist(), strict=True))
+    ranks = [pairs[:index].count(pair) for index, pair in enumerate(pairs)]
     return list(
         zip(
-            zip(graph.senders.tolist(), graph.receivers.tolist(), strict=True),
+            [(*pair, rank) if rank else pair for pair, rank in zip(pairs, ranks, strict=True)],
             map(Operator, graph.edges["operator"].tolist()),
             graph.edges["kernel_size"].tolist(),
             live_edges(graph).tolist(),
@@ -106,19 +116,35 @@ def test_weight_edges_arch_above_the_line_and_the_others_below():
 def test_arrows_begin_and_end_at_the_rims_of_their_vertices(graph):
     figure = draw_graph(graph)
     circles, heads = artists(figure, "vertex"), artists(figure, "head")
-    for (sender, receiver), shaft in artists(figure, "edge").items():
+    for pair, shaft in artists(figure, "edge").items():
+        sender, receiver, *_ = pair
         first, _, last = shaft.get_path().vertices
         start, end = circles[sender,], circles[receiver,]
-        tip = heads[sender, receiver].get_xy()[0]
+        tip = heads[pair].get_xy()[0]
         assert np.hypot(*(first - start.center)) == pytest.approx(start.radius)
         assert end.radius < np.hypot(*(tip - end.center)) < end.radius + 0.05
         assert np.hypot(*(tip - last)) < 0.2
 
 
+def test_parallel_edges_stand_apart():
+    figure = draw_graph(GRAPHS["parallel"])
+    tops: dict[tuple[int, int], list[float]] = {}
+    for (sender, receiver, *_), shaft in artists(figure, "edge").items():
+        top = shaft.get_path().interpolated(50).vertices[:, 1]
+        tops.setdefault((sender, receiver), []).append(top[np.abs(top).argmax()])
+    for heights in tops.values():
+        apart = np.diff(sorted(heights))
+        assert np.all(apart > 0.1)
+    assert sorted(map(len, tops.values())) == [1, 1, 2, 2, 2, 3]
+    boxes = [label.get_window_extent() for label in artists(figure, "kernel").values()]
+    for index, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:index]) == 0
+
+
 def test_the_kinds_of_edges_differ_in_colour_and_in_line_style():
-    kinds = [EDGE_STYLES[kind] for kind in (Operator.CONV, Operator.SKIP, Operator.AVG_POOL)]
-    assert len({style.color for style in kinds} | {DEAD_COLOR}) == 4
-    assert len({style.line_style for style in kinds}) == 3
+    kinds = [style for kind, style in EDGE_STYLES.items() if kind != Operator.LINEAR]
+    assert len({style.color for style in kinds} | {DEAD_COLOR}) == 6
+    assert len({style.line_style for style in kinds}) == 5
     assert EDGE_STYLES.keys() == set(Operator) - {Operator.ZERO}
 
 
@@ -152,6 +178,7 @@ def test_kernel_sizes_stand_on_the_edges_that_have_one(graph):
         ("cell", ["convolution", "skip", "average pooling"]),
         ("dead", ["linear", "skip", "on no path"]),
         ("mixed", ["linear, convolution", "skip", "average pooling"]),
+        ("joins", ["linear", "concatenation", "product"]),
     ],
 )
 def test_the_legend_names_what_is_there(name, texts):
@@ -179,7 +206,7 @@ def test_png_files(tmp_path, name, suffix):
     assert image.std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["five", "cell", "dead", "mixed"])
+@pytest.mark.parametrize("name", ["five", "cell", "dead", "mixed", "parallel"])
 def test_svg_files_hold_every_edge_and_the_texts(tmp_path, name):
     graph = GRAPHS[name]
     path = tmp_path / "graph.svg"
@@ -188,7 +215,7 @@ def test_svg_files_hold_every_edge_and_the_texts(tmp_path, name):
     root = xml.etree.ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     names = {element.get("id") for element in root.iter()}
-    assert names >= {f"edge-{u}-{v}" for (u, v), *_ in edge_rows(graph)}
+    assert names >= {"edge-" + "-".join(map(str, pair)) for pair, *_ in edge_rows(graph)}
     for expected in (*legend_texts(figure), "input", "output", "A title"):
         assert f"<!-- {expected} -->" in text
     assert [*tmp_path.iterdir()] == [path]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies
 
 from archscale_jax.graph import (
+    JOIN_OPERATORS,
     Operator,
     Space,
     build_graph,
@@ -26,7 +27,7 @@ from archscale_jax.graph import (
 )
 from archscale_jax.spaces import cell_graph, dag_graph
 
-OPERATORS = [operator for operator in Operator if operator != Operator.ZERO]
+SUMMED = [Operator.SKIP, Operator.LINEAR, Operator.CONV, Operator.AVG_POOL]
 QUICK = hypothesis.settings(deadline=None, max_examples=200)
 
 
@@ -38,10 +39,15 @@ def edge_lists(draw, max_vertices=7):
     path = sorted({0, num_vertices - 1} | inner)
     pairs = list(itertools.combinations(range(num_vertices), 2))
     chosen = draw(strategies.sets(strategies.sampled_from(pairs))) | set(itertools.pairwise(path))
-    return num_vertices, [
-        (*pair, draw(strategies.sampled_from(OPERATORS)), draw(strategies.integers(1, 9)))
-        for pair in draw(strategies.permutations(sorted(chosen)))
-    ]
+    kinds = [[one] for one in JOIN_OPERATORS] + [SUMMED] * 3
+    kind = [draw(strategies.sampled_from(kinds)) for _ in range(num_vertices)]
+    edges = {
+        (*pair, draw(strategies.sampled_from(kind[pair[1]])), draw(strategies.integers(1, 9)))
+        for pair in sorted(chosen)
+    }
+    parallel = {(*edge[:2], Operator.LINEAR, 1) for edge in edges if kind[edge[1]] == SUMMED}
+    edges |= draw(strategies.sets(strategies.sampled_from(sorted(parallel)))) if parallel else set()
+    return num_vertices, draw(strategies.permutations(sorted(edges)))
 
 
 def graph_of(num_vertices, edges, **options):
@@ -70,7 +76,10 @@ def paths_from(vertex, edges):
         pytest.param((3, [1], [2], [2]), "no path", id="no_path_from_input"),
         pytest.param((3, [0, 1, 1], [1, 1, 2], [1] * 3), "self loop at vertex 1", id="loop"),
         pytest.param(
-            (3, [0, 1, 0], [1, 2, 1], [1, 2, 2]), "duplicate edge 0->1", id="duplicate_edge"
+            (3, [0, 1, 0], [1, 2, 1], [1, 2, 1]), "duplicate edge 0->1", id="duplicate_edge"
+        ),
+        pytest.param(
+            (3, [0, 0, 1], [1, 2, 2], [2, 5, 1]), "vertex 2 .* SKIP, CONCATENATION", id="join"
         ),
         pytest.param((3, [0, 1], [1, 3], [1, 1]), "receivers .* 3; .* 0 to 2", id="receiver_3"),
         pytest.param((3, [0, -1], [1, 2], [1, 1]), "senders .* -1; .* 0 to 2", id="sender_-1"),
@@ -84,7 +93,7 @@ def paths_from(vertex, edges):
         pytest.param(
             (4, [0, 2, 1], [2, 1, 3], [1] * 3), "edge 2->1 points backwards", id="backwards"
         ),
-        pytest.param((2, [0], [1], [5]), r"operator 5 on edge 0->1; .*1 \(SKIP\)", id="unknown"),
+        pytest.param((2, [0], [1], [9]), r"operator 9 on edge 0->1; .*1 \(SKIP\)", id="unknown"),
         pytest.param((2, [0], [1], [-1]), "operator -1 on edge 0->1", id="negative_operator"),
         pytest.param(
             (2, [0], [1], [Operator.ZERO]), r"operator 0 on edge 0->1; accepted are 1", id="zero"
@@ -196,7 +205,7 @@ def test_a_batch_is_refused_where_one_graph_is_expected():
 def test_layout_does_not_depend_on_the_order_of_the_edges(edge_list, space, data):
     num_vertices, edges = edge_list
     graph = graph_of(num_vertices, edges, space=space)
-    expected = np.array(sorted(edges, key=lambda edge: (edge[1], edge[0]))).T
+    expected = np.array(sorted(edges, key=lambda edge: (edge[1], edge[0], *edge[2:]))).T
     senders, receivers, operators, kernel_sizes = expected
     np.testing.assert_array_equal(graph.senders, senders)
     np.testing.assert_array_equal(graph.receivers, receivers)
@@ -271,11 +280,17 @@ def test_liveness_and_in_degrees_agree_with_the_listed_paths(edge_list):
         operator in (Operator.LINEAR, Operator.CONV) for operator in graph.edges["operator"]
     ]
     incoming = [[u for u, v in pairs if v == vertex] for vertex in range(num_vertices)]
-    assert in_degrees(graph, live=False).tolist() == [1, *map(len, incoming[1:])]
-    assert in_degrees(graph).tolist() == [
-        1,
-        *(len([u for u in senders if u in reached]) for senders in incoming[1:]),
-    ]
+    joins = {receiver for _, receiver, operator, _ in edges if operator in JOIN_OPERATORS}
+
+    def degree(vertex, senders):
+        return min(len(senders), 1) if vertex in joins else len(senders)
+
+    for live, counted in ((False, set(range(num_vertices))), (True, reached)):
+        degrees = in_degrees(graph, live=live).tolist()
+        assert degrees == [1] + [
+            degree(vertex, [u for u in incoming[vertex] if u in counted])
+            for vertex in range(1, num_vertices)
+        ]
 
 
 @pytest.mark.parametrize("part", range(4))

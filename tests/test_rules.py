@@ -303,7 +303,7 @@ def test_rules_can_be_added_by_name_once():
         return WeightVariances(np.ones(len(graph.senders)), readout_gain=1.0)
 
     @register_width_rule("unit")
-    def no_width(role, fan_in_ratio, fan_out_ratio):
+    def no_width(parameter, fan_in_ratio, fan_out_ratio):
         return 1.0
 
     architecture = network(dag_graph("2_02")).architecture()
@@ -312,7 +312,7 @@ def test_rules_can_be_added_by_name_once():
         weight_standard_deviations(architecture, unit)
     )
     assert set(width_factors(architecture, architecture, "unit").values()) == {1.0}
-    assert no_width(Role.BIAS, 2.0, 2.0) == 1.0
+    assert no_width(None, 2.0, 2.0) == 1.0
     for name, register_again in {
         "half": lambda: register_learning_rate_rule("half")(half),
         "path_sum": lambda: register_learning_rate_rule("path_sum")(half),
@@ -744,8 +744,9 @@ def test_width_factors_need_one_counterpart():
             for edge, fan in enumerate((4, 8))
         ),
     )
-    with pytest.raises(ValueError, match=r"'w0'.*\(4, 4\), \(4, 8\)"):
-        width_factors(two_widths, two_widths, "sgd")
+    one = Parameter("w0", Role.HIDDEN, Role.HIDDEN, (4, 4), 4, 4, edge=0)
+    with pytest.raises(ValueError, match=r"'w0'.*\(4, 4\), \(4, 8\).*with_widths"):
+        width_factors(Architecture(dag_graph("2"), (one,)), two_widths, "sgd")
 
 
 @hypothesis.settings(deadline=None, max_examples=20)

@@ -413,14 +413,17 @@ def is_edge_list(num_vertices, columns):
     ):
         return False
     rows = list(zip(*columns, strict=True))
+    weightless = [row for row in rows if row[2] not in (2, 3)]
+    kinds = {(row[1], row[2] if row[2] in (5, 6) else 0) for row in rows}
     reached = {0}
     for sender, receiver in sorted((row[:2] for row in rows), key=lambda pair: pair[1]):
         reached |= {receiver} if sender in reached else set()
     return (
         num_vertices >= 2
         and all(0 <= u < v < num_vertices for u, v, *_ in rows)
-        and len({row[:2] for row in rows}) == len(rows)
-        and all(1 <= operator <= 4 and 1 <= kernel < 2**31 for *_, operator, kernel in rows)
+        and len(set(weightless)) == len(weightless)
+        and len({vertex for vertex, _ in kinds}) == len(kinds)
+        and all(1 <= operator <= 6 and 1 <= kernel < 2**31 for *_, operator, kernel in rows)
         and num_vertices - 1 in reached
     )
 
@@ -437,7 +440,8 @@ def test_any_edge_list_is_a_graph_or_a_value_error(part):
         else:
             assert is_edge_list(num_vertices, columns)
             rows = zip(*columns, strict=True)
-            assert edges_of(graph) == {(u, v): list(rest) for u, v, *rest in rows}
+            columns_of = (graph.senders, graph.receivers, *graph.edges.values())
+            assert sorted(zip(*columns_of, strict=True)) == sorted(rows)
 
 
 # Random graphs.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ def roles(architecture):
 
 def shapes(**sizes):
     return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+
+
+def concrete(params):
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
 
 
 def trace_model(model, inputs, **options):
@@ -223,10 +228,9 @@ class TestPlainFunctions:
         deviations = archscale.weight_standard_deviations(traced)
         assert deviations["table"] == pytest.approx(1 / 4)  # rows of norm 1
         assert deviations["position"] == 1
-        # Two vertices are joined by one edge, so a layer beside a skip has a vertex of its own.
-        assert edges(traced) == [
-            (0, 1, Operator.LINEAR, 1), (0, 2, Operator.SKIP, 1), (1, 2, Operator.SKIP, 1)
-        ]  # fmt: skip
+        # A layer beside a skip: two parallel edges, two contributions.
+        assert edges(traced) == [(0, 1, Operator.SKIP, 1), (0, 1, Operator.LINEAR, 1)]
+        assert archscale.in_degrees(traced.graph).tolist() == [1, 2]
 
     def test_dropout_masks_and_custom_derivatives_change_nothing(self):
         params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3))
@@ -302,6 +306,35 @@ class TestRefusals:
         traced = trace(apply, params, self.x, roles={"spare": "bias"})
         assert roles(traced)["spare"] == Role.BIAS
 
+    def test_layers_that_lead_nowhere_are_kept_wherever_they_stand(self):
+        params = shapes(stem=(8, 4), hidden=(4, 4), dead=(4, 4), readout=(4, 3))
+
+        def early(p, x):
+            z = x @ p["stem"]
+            _ = RELU(z) @ p["dead"]
+            return RELU(RELU(z) @ p["hidden"]) @ p["readout"]
+
+        def late(p, x):
+            z = x @ p["stem"]
+            y = RELU(z) @ p["hidden"]
+            _ = RELU(z) @ p["dead"]
+            return RELU(y) @ p["readout"]
+
+        for apply in (early, late):
+            traced = trace(apply, params, self.x)
+            assert archscale.path_statistics(traced.graph).count == 1
+            assert roles(traced)["dead"] == Role.HIDDEN
+            assert set(archscale.vertex_features(apply, concrete(params), jnp.ones((2, 8)))) <= {
+                0, int(traced.graph.n_node[0]) - 1, 1
+            }  # fmt: skip
+
+        def behind(p, x):
+            y = RELU(RELU(x @ p["stem"]) @ p["hidden"])
+            _ = y @ p["dead"]
+            return y @ p["readout"]
+
+        self.refused(behind, params, "parameter 'dead' does nothing to the result")
+
     def test_parameters_that_make_one_weight(self):
         params = shapes(stem=(8, 4), left=(4, 2), right=(2, 4), readout=(4, 3))
 
@@ -325,7 +358,65 @@ class TestRefusals:
     def test_an_operation_that_is_no_layer(self):
         params = shapes(stem=(8, 4), bound=(4,), readout=(4, 3))
         apply = lambda p, x: jnp.maximum(x @ p["stem"], p["bound"]) @ p["readout"]  # noqa: E731
-        self.refused(apply, params, "max of parameter 'bound' at .*test_tracing.py")
+        match = "max of parameter 'bound' at .*test_tracing.py.*roles={'bound': role}"
+        self.refused(apply, params, match)
+        declared = trace(apply, params, self.x, roles={"bound": "bias"})
+        assert roles(declared)["bound"] == Role.BIAS
+
+    def test_a_parameter_that_is_convolved(self):
+        params = shapes(stem=(8, 4), image=(2, 6, 4), readout=(4, 3))
+
+        def apply(params, x):
+            z = x @ params["stem"]
+            kernel = jnp.ones((3, 4, 4))
+            added = jax.lax.conv_general_dilated(
+                params["image"], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+            return RELU(z + added[:, 0]) @ params["readout"]
+
+        traced = trace(apply, params, self.x)  # by a constant: made of params, and added
+        assert roles(traced)["image"] == Role.EMBEDDING
+
+        def filtered(params, x):
+            z = x @ params["stem"]
+            added = jax.lax.conv_general_dilated(
+                params["image"], z[0, None, None].repeat(4, 1).reshape(1, 4, 4), (1,), "SAME",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+            )  # fmt: skip
+            return RELU(z + added[:, 0]) @ params["readout"]
+
+        self.refused(
+            filtered, params, "conv_general_dilated of .*'image' at .*features convolve"
+        )
+
+    @pytest.mark.parametrize("kind", ["pure_callback", "io_callback", "debug_callback"])
+    def test_callbacks(self, kind):
+        def apply(params, x):
+            z = x @ params["stem"]
+            if kind == "debug_callback":
+                jax.debug.callback(print, z)
+            elif kind == "pure_callback":
+                z = jax.pure_callback(lambda z: z, jax.ShapeDtypeStruct(z.shape, z.dtype), z)
+            else:
+                shape = jax.ShapeDtypeStruct(z.shape, z.dtype)
+                z = jax.experimental.io_callback(lambda z: z, shape, z)
+            return RELU(z) @ params["readout"]
+
+        params = shapes(stem=(8, 4), readout=(4, 3))
+        if kind == "debug_callback":  # prints, and changes nothing
+            assert len(trace(apply, params, self.x).parameters) == 2
+        else:
+            self.refused(apply, params, f"{kind} .*trace the function without it")
+
+    def test_a_function_that_reads_no_inputs(self):
+        params = shapes(stem=(8, 4), readout=(4, 3))
+        apply = lambda p, x: RELU(jnp.ones((2, 8)) @ p["stem"]) @ p["readout"] + x.sum()  # noqa: E731
+        self.refused(apply, params, "no parameter is applied to the inputs; pass what")
+
+    def test_a_weight_without_a_product(self):
+        params = shapes(stem=(8, 4), table=(4, 3))
+        apply = lambda p, x: ((x @ p["stem"])[:, :, None] * p["table"]).sum(1)  # noqa: E731
+        self.refused(apply, params, r"'table' of shape \(4, 3\) multiplies .*say roles={'table'")
 
     def test_a_result_without_inputs(self):
         self.refused(

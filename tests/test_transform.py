@@ -389,7 +389,7 @@ class TestFactors:
         factors = learning_rate_factors(
             self.abstract(12),
             self.abstract(4),
-            width_rule=lambda role, fan_in, fan_out: fan_in if role == Role.READOUT else fan_out,
+            width_rule=lambda parameter, r, s: r if parameter.role == Role.READOUT else s,
         )
         assert factors["readout/kernel"] == 3
         assert factors["stem/kernel"] == 3

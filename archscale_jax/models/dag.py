@@ -64,8 +64,8 @@ class DagNetwork(nnx.Module):
       rngs: random streams; weights are drawn by Flax's defaults, see `archscale_jax.initialize`.
 
     Raises:
-      ValueError: an operator that the network lacks, a width below 1, or an unknown activation,
-        normalization or arrangement.
+      ValueError: an operator that the network lacks, parallel edges, a width below 1, or an unknown
+        activation, normalization or arrangement.
     """
 
     operators: tuple[Operator, ...]
@@ -105,6 +105,9 @@ class DagNetwork(nnx.Module):
                     f"edge {sender}->{receiver} is {operator.name}; {type(self).__name__} has "
                     + ", ".join(known.name for known in self.operators)
                 )
+
+        if len({edge[:2] for edge in self.edges}) < len(self.edges):
+            raise ValueError(f"{type(self).__name__} has at most one edge between two vertices")
 
         def layer(features: int, kernel_size: int) -> nnx.Module:
             options = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}

@@ -13,7 +13,7 @@ from archscale_jax.rules.learning_rate import (
     register_learning_rate_rule,
     shortest_path_length,
 )
-from archscale_jax.rules.width import WIDTH_RULES, register_width_rule, width_factors
+from archscale_jax.rules.width import WIDTH_RULES, register_width_rule, width_factors, with_widths
 
 __all__ = [
     "INITIALIZATION_RULES",
@@ -28,4 +28,5 @@ __all__ = [
     "shortest_path_length",
     "weight_standard_deviations",
     "width_factors",
+    "with_widths",
 ]

@@ -13,8 +13,16 @@ import jraph
 import numpy as np
 
 from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
-from archscale_jax.graph import Space, in_degrees, is_weight, number_of_vertices, reachable_vertices
-from archscale_jax.rules.registry import Registry
+from archscale_jax.graph import (
+    Space,
+    in_degrees,
+    is_join,
+    is_weight,
+    number_of_vertices,
+    reachable_vertices,
+)
+from archscale_jax.rules.registry import Description, Explained, Registry
+from archscale_jax.rules.width import is_tied
 
 STEM_NUMERATOR = 2.0
 """C of the stem, whose target vertex 0 has one contribution [AAS Eq. 4]."""
@@ -61,44 +69,70 @@ def weight_standard_deviations(
     """
     if rule is None:
         rule = DEFAULT_RULES[architecture.arrangement]
-    variances = INITIALIZATION_RULES.resolve(rule)(
-        architecture.graph, architecture.arrangement, **options
-    )
-    deviations = {
-        parameter.name: _standard_deviation(parameter, variances)
+    function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)
+    variances = function(architecture.graph, architecture.arrangement, **options)
+    return {
+        parameter.name: standard_deviation(parameter, variances, description).value
         for parameter in architecture.parameters
-        if parameter.role in (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
+        if parameter.role in DRAWN_ROLES
     }
-    for name, deviation in deviations.items():
-        if not math.isfinite(deviation):
-            raise ValueError(
-                f"initialization rule {rule!r} gives {name!r} the standard deviation {deviation}"
-            )
-    return deviations
 
 
 DEFAULT_RULES = {Arrangement.PRE_ACTIVATION: "target", Arrangement.ACTIVATION: "source"}
 
+DRAWN_ROLES = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
+"""The roles that are drawn at random; biases are 0, scales 1."""
 
-def _standard_deviation(parameter: Parameter, variances: WeightVariances) -> float:
+
+def standard_deviation(
+    parameter: Parameter, variances: WeightVariances, rule: Description
+) -> Explained:
+    """Returns the standard deviation of a parameter of one of the `DRAWN_ROLES`, and its reason.
+
+    Args:
+      parameter: the parameter.
+      variances: what the rule says of the graph.
+      rule: what the registry tells of the rule.
+
+    Raises:
+      ValueError: a variance that is not finite or negative, or layers with different ones.
+    """
     fan = getattr(parameter, variances.fan)
     if parameter.role == Role.READOUT:
-        return variances.readout_gain / fan
+        gain = variances.readout_gain
+        reason = f"readout: C = {gain**2:.4g}, N(0, C/n²), n = {fan} [AAS Eq. 2]"
+        return _finite(parameter, gain / fan, reason, rule)
+    if is_tied(parameter):
+        deviation = 1 / math.sqrt(parameter.fan_out)
+        return Explained(deviation, f"table and readout: rows of norm 1, n = {parameter.fan_out}")
     if parameter.role == Role.EMBEDDING:
-        return 1 / math.sqrt(parameter.fan_out) if parameter.layer == Role.READOUT else 1.0
+        return Explained(1.0, "embedding: std 1")
     if parameter.role == Role.INPUT:
-        return math.sqrt(STEM_NUMERATOR / fan)
+        deviation = math.sqrt(STEM_NUMERATOR / fan)
+        return Explained(deviation, f"stem: C = {STEM_NUMERATOR:g}, n = {fan} [AAS Eq. 4]")
     assert parameter.edge is not None  # Architecture checks
     numerators = variances.edges[[parameter.edge, *parameter.further_edges]]
     if not np.allclose(numerators, numerators[0], rtol=1e-9, equal_nan=True):
+        different = ", ".join(f"{value:.4g}" for value in np.unique(numerators))
         raise ValueError(
             f"{parameter.name!r} is the weight of several layers, which would get the variances "
-            f"{numerators.tolist()} / {fan}; one leaf has one"
+            f"[{different}] / {fan}; one leaf has one, which the rule none gives"
         )
     numerator = float(numerators[0]) / (1 if parameter.activated else 2)
     if numerator < 0:
         raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
-    return math.sqrt(numerator / fan)
+    reason = f"{rule.name}: C = {numerators[0]:.4g}, n = {fan} {rule.source}".rstrip()
+    reason += "" if parameter.activated else "; reads no activation: half"
+    return _finite(parameter, math.sqrt(numerator / fan), reason, rule)
+
+
+def _finite(parameter: Parameter, deviation: float, reason: str, rule: Description) -> Explained:
+    if not math.isfinite(deviation):
+        raise ValueError(
+            f"initialization rule {rule.name!r} gives {parameter.name!r} the standard deviation "
+            f"{deviation}"
+        )
+    return Explained(float(deviation), reason)
 
 
 @register_initialization_rule("target")
@@ -140,34 +174,43 @@ def author_code(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVar
 
 @register_initialization_rule("moment")
 def moment(
-    graph: jraph.GraphsTuple, arrangement: Arrangement, *, branch_share: float = 0.25
+    graph: jraph.GraphsTuple,
+    arrangement: Arrangement,
+    *,
+    branch_share: float = 0.25,
+    depth_exponent: float = 0.5,
 ) -> WeightVariances:
-    """Second moments propagated through the graph, equal at all vertices as far as skips allow.
+    """Second moments carried through the graph, equal as far as skips allow (theory §3).
 
     The weighted edges of a vertex get, in equal parts, what its skips lack to the second moment 1
-    of vertex 0 (theory §3). Skips from any vertex bring at least that; there the weighted edges add
-    `branch_share` / n of what the skips bring, n being the number of vertices with both kinds of
-    edges: n residual blocks in a row grow the second moment at most by exp(branch_share), and no
-    weight starts at zero. A branch that ends in a vertex of its own, which a skip then carries on,
-    is a full vertex of moment 1: put the weight edge into the vertex that sums. Exact at infinite
-    width for ReLU. Time and memory are quadratic in vertices.
+    of vertex 0. Skips from any vertex bring at least that; there the weighted edges add
+    `branch_share` / n^(2·depth_exponent) of what the skips bring, n being the number of vertices
+    with both kinds of edges: n residual blocks in a row grow the second moment at most by
+    exp(branch_share), and no weight starts at zero. A branch that ends in a vertex of its own,
+    which a skip then carries on, is a full vertex of moment 1: put the weight edge into the vertex
+    that sums. Vertices that join count as independent sources of moment 1. Exact at infinite width
+    for ReLU. Time and memory are quadratic in vertices.
 
     Args:
       graph: a single graph.
       arrangement: what vertices sum; activations have positive means, whose products add.
       branch_share: see above; 0 would start saturated branches at zero weights.
+      depth_exponent: α of depth-μP (1/2) or CompleteP (1), see `archscale_jax.rules.residual`.
 
     Raises:
-      ValueError: a branch share that is negative or not finite.
+      ValueError: a branch share or exponent that is negative or not finite.
     """
     if not 0 <= branch_share < math.inf:
         raise ValueError(f"branch_share must be finite and not negative, found {branch_share}")
+    if not 0 <= depth_exponent < math.inf:
+        raise ValueError(f"depth_exponent must be finite and not negative, found {depth_exponent}")
     num_vertices = number_of_vertices(graph)
     weight, live = is_weight(graph), reachable_vertices(graph)[graph.senders]
     skips = [graph.senders[live & ~weight & (graph.receivers == v)] for v in range(num_vertices)]
     weights = [np.flatnonzero(live & weight & (graph.receivers == v)) for v in range(num_vertices)]
     mixed = sum(1 for s, w in zip(skips, weights, strict=True) if len(s) and len(w))
-    share = branch_share / max(mixed, 1)
+    share = branch_share / max(mixed, 1) ** (2 * depth_exponent)
+    joins = set(graph.receivers[is_join(graph)].tolist())
 
     activation = arrangement == Arrangement.ACTIVATION
     products = np.zeros((num_vertices, num_vertices))  # E[feature_u feature_v], one unit each
@@ -175,6 +218,9 @@ def moment(
     products[0, 0], means[0] = 1.0, _RELU_MEAN * math.sqrt(2.0) if activation else 0.0
     edges = np.full(len(graph.senders), 2.0)
     for vertex in range(1, num_vertices):
+        if vertex in joins:
+            products[vertex, vertex], means[vertex] = 1.0, means[0]
+            continue
         skipped = products[np.ix_(skips[vertex], skips[vertex])].sum()
         products[vertex] = products[:, vertex] = products[skips[vertex]].sum(axis=0)
         means[vertex] = means[skips[vertex]].sum()

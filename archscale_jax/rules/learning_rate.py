@@ -27,6 +27,10 @@ LEARNING_RATE_RULES: Registry[LearningRateRule] = Registry("learning-rate rule")
 register_learning_rate_rule = LEARNING_RATE_RULES.register
 
 
+class MissingBaseError(ValueError):
+    """A rule that compares with a base network got none."""
+
+
 def learning_rate_scale(
     graph: jraph.GraphsTuple,
     base: jraph.GraphsTuple | None = None,
@@ -64,7 +68,7 @@ def learning_rate_scale(
 def path_sum(
     graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None, *, depth_offset: int = 0
 ) -> float:
-    """η ∝ (Σ_p L_p³)^(-1/2) q^(-1), [AAS Eq. 8, 9].
+    """η ∝ (Σ_p L_p³)^(-1/2) q^(-1) [AAS Eq. 8, 9].
 
     Args:
       graph: graph of the network to train.
@@ -175,5 +179,7 @@ def shortest_path_length(graph: jraph.GraphsTuple) -> int:
 
 def _required(base: jraph.GraphsTuple | None, rule: str) -> jraph.GraphsTuple:
     if base is None:
-        raise ValueError(f"rule {rule} compares with a base graph: pass base, e.g. dag_graph('2')")
+        raise MissingBaseError(
+            f"rule {rule} compares with a base graph: pass base, e.g. dag_graph('2')"
+        )
     return base

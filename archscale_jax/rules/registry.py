@@ -1,10 +1,34 @@
-"""Rules by name."""
+"""Rules by name, and what they say of themselves."""
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Rule = TypeVar("Rule", bound=Callable)
 Function = TypeVar("Function", bound=Callable)
+
+
+class Explained(NamedTuple):
+    """A number and why it is what it is, in one line."""
+
+    value: float
+    reason: str
+
+
+class Description(NamedTuple):
+    """What is told of a rule.
+
+    Attributes:
+      name: its name; `rule f` of a function f that is not registered.
+      summary: the first line of its docstring, "" without one.
+      source: what the summary cites, `[AAS Eq. 12]` or `(theory §3)`, "" without.
+    """
+
+    name: str
+    summary: str
+    source: str
 
 
 class Registry(Generic[Rule]):
@@ -43,6 +67,21 @@ class Registry(Generic[Rule]):
         if rule not in self._rules:
             raise ValueError(f"unknown {self._kind} {rule!r}; accepted are {', '.join(self)}")
         return self._rules[rule]
+
+    def describe(self, rule: str | Rule) -> Description:
+        """Returns what is told of a rule; its docstring's first line shall be its equation.
+
+        Raises:
+          TypeError, ValueError: see `resolve`.
+        """
+        function: Any = self.resolve(rule)
+        while isinstance(function, functools.partial):
+            function = function.func
+        called = getattr(function, "__name__", type(function).__name__)
+        names = (name for name, known in self._rules.items() if known is function)
+        summary = (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
+        source = re.search(r"\[[^]]+\]|\(theory §\d+\)", summary)
+        return Description(next(names, f"rule {called}"), summary, source[0] if source else "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rules)

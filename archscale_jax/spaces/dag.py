@@ -71,8 +71,8 @@ def dag_string(graph: jraph.GraphsTuple) -> str:
     """Prints a graph as a DAG string; `dag_graph` reads it back, given the kernel size.
 
     Raises:
-      ValueError: the graph has an operator that DAG strings lack (pooling), or weight edges that
-        differ in operator or kernel size.
+      ValueError: the graph has an operator that DAG strings lack (pooling), parallel edges, or
+        weight edges that differ in operator or kernel size.
     """
     weights = {
         (int(operator), int(kernel_size))
@@ -95,6 +95,8 @@ def dag_string(graph: jraph.GraphsTuple) -> str:
                 f"edge {sender}->{receiver} is {Operator(operator).name}; a DAG string holds only "
                 "SKIP, LINEAR and CONV"
             )
+        if groups[receiver - 1][sender] != "0":
+            raise ValueError(f"a DAG string holds one edge {sender}->{receiver}, the graph several")
         groups[receiver - 1][sender] = characters[operator]
     return "_".join("".join(group) for group in groups)
 

@@ -1,6 +1,6 @@
 """From a JAX function to its architecture graph."""
 
-from archscale_jax.tracing.interpreter import TraceError
-from archscale_jax.tracing.trace import trace
+from archscale_jax.tracing.trace import trace, vertex_features
+from archscale_jax.tracing.values import TraceError
 
-__all__ = ["TraceError", "trace"]
+__all__ = ["TraceError", "trace", "vertex_features"]

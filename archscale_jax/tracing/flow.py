@@ -9,6 +9,8 @@ and sums that follow one another become one: what is left are the vertices of [A
 import dataclasses
 import enum
 
+from archscale_jax.graph import WEIGHT_OPERATORS, Operator
+
 
 class Kind(enum.StrEnum):
     """What a vertex is."""
@@ -21,18 +23,6 @@ class Kind(enum.StrEnum):
     CONCATENATION = "concatenation"
 
 
-class Operation(enum.StrEnum):
-    """What an edge does."""
-
-    SKIP = "skip"
-    LINEAR = "linear"
-    CONV = "conv"
-    AVG_POOL = "avg_pool"
-
-
-WEIGHTS = (Operation.LINEAR, Operation.CONV)
-
-
 @dataclasses.dataclass(eq=False)
 class Edge:
     """One operation on features.
@@ -40,7 +30,7 @@ class Edge:
     Attributes:
       source: number of the vertex that it reads.
       target: number of the vertex that it feeds.
-      operation: what it does.
+      operator: what it does.
       kernel_size: spatial size.
       before: whether an activation stands between the source and the operation.
       after: whether one stands between the operation and the target.
@@ -48,7 +38,7 @@ class Edge:
 
     source: int
     target: int
-    operation: Operation
+    operator: Operator
     kernel_size: int = 1
     before: bool = False
     after: bool = False
@@ -66,9 +56,9 @@ class Flow:
         self.kinds.append(kind)
         return len(self.kinds) - 1
 
-    def add_edge(self, source: int, target: int, operation: Operation, **options) -> Edge:
+    def add_edge(self, source: int, target: int, operator: Operator, **options) -> Edge:
         """Returns a new edge; for options see `Edge`."""
-        edge = Edge(source, target, operation, **options)
+        edge = Edge(source, target, operator, **options)
         self.edges.append(edge)
         return edge
 
@@ -77,7 +67,7 @@ def contract(flow: Flow, outputs: set[int]) -> None:
     """Removes the vertices that only pass on to a sum what one layer or sum gives, in place.
 
     A vertex stays where another operation or an output of the function reads it, where an
-    activation follows a sum, and where removing it would join two vertices by two edges.
+    activation follows a sum, and where removing it would join two vertices by two skips.
     """
     removed: set[Edge] = set()
     incoming = _by_vertex(flow, "target")
@@ -87,15 +77,12 @@ def contract(flow: Flow, outputs: set[int]) -> None:
             continue
         (leaving,) = outgoing[vertex]
         target = leaving.target
-        if leaving.operation != Operation.SKIP or flow.kinds[target] != Kind.SUM:
+        if leaving.operator != Operator.SKIP or flow.kinds[target] != Kind.SUM:
             continue
         if kind == Kind.SUM and leaving.before:
             continue
         moved = incoming[vertex]
-        present = {edge.source for edge in incoming[target] if edge is not leaving}
-        if present & {edge.source for edge in moved} or _will_clash(
-            incoming, outgoing, flow, leaving, moved
-        ):
+        if _weightless(moved) & _weightless(incoming[target]):
             continue
         incoming[target].remove(leaving)
         removed.add(leaving)
@@ -107,17 +94,8 @@ def contract(flow: Flow, outputs: set[int]) -> None:
     flow.edges = [edge for edge in flow.edges if edge not in removed]
 
 
-def _will_clash(incoming, outgoing, flow: Flow, leaving: Edge, moved: list[Edge]) -> bool:
-    """Whether another layer that feeds the same sum reads the same vertex: then both stay."""
-    sources = {edge.source for edge in moved}
-    for other in incoming[leaving.target]:
-        if other is leaving or flow.kinds[other.source] != Kind.LAYER:
-            continue
-        if len(outgoing[other.source]) == 1 and sources & {
-            edge.source for edge in incoming[other.source]
-        }:
-            return True
-    return False
+def _weightless(edges: list[Edge]) -> set[tuple[int, Operator]]:
+    return {(edge.source, edge.operator) for edge in edges if edge.operator not in WEIGHT_OPERATORS}
 
 
 def _by_vertex(flow: Flow, end: str) -> list[list[Edge]]:

@@ -1,0 +1,1 @@
+"""What `archscale_jax.report` is made of: names in short, table, header and notes."""

@@ -1,0 +1,166 @@
+"""The notes of a report: where a network goes beyond what the rules say. One sentence each."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import jraph
+import numpy as np
+
+from archscale_jax.architecture import Architecture, PyTree, Role, named_leaves
+from archscale_jax.graph import Operator, live_edges, network_kernel_size
+from archscale_jax.reporting.names import merged_names
+from archscale_jax.rules.residual import residual_branches
+from archscale_jax.rules.width import features, is_tied, width_ratios
+
+NO_BASE = (
+    "no base: pass the network on which the rate was tuned as base, or use predict_learning_rate "
+    "with measure_update, which needs no graph"
+)
+
+_BLIND_TO_SKIPS = ("target", "source", "none", "author_code")  # what others do is not known here
+
+
+def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
+    """Returns what there is to know of a network under an initialization rule of this name."""
+    parameters = architecture.parameters
+    notes = []
+    live = live_edges(architecture.graph)
+    edges = {one.name: (one.edge, *one.further_edges) for one in parameters if one.edge is not None}
+    dead = [name for name, places in edges.items() if not live[list(places)].any()]
+    if dead:
+        notes.append(
+            f"dead layers, on no path from input to output, do not train ({len(dead)} leaves): "
+            f"{_listed(dead)}"
+        )
+    additions = len(residual_branches(architecture.graph))
+    if additions and initialization in _BLIND_TO_SKIPS:
+        notes.append(
+            f"residual additions ({additions}) grow the second moment, as initialization rule "
+            f"{initialization} cannot scale a skip: rule moment bounds the growth where branches "
+            "end in a layer of their own"
+        )
+    hidden = [one for one in parameters if one.role == Role.HIDDEN]
+    linear = [one for one in hidden if not one.activated]
+    if linear:
+        notes.append(
+            f"{len(linear)} of {len(hidden)} hidden weights read features without an activation "
+            "before, so that their variance is halved"
+        )
+    shared = [one.name for one in parameters if one.role in _WEIGHTS and one.further_edges]
+    if shared:
+        notes.append(
+            "weights of several layers, shared or stacked, have one standard deviation and one "
+            f"factor for all of them: {_listed(shared)}"
+        )
+    for name in [one.name for one in parameters if is_tied(one)]:
+        notes.append(
+            f"{name} is embedding table and readout in one: its standard deviation and factor "
+            "follow the readout; for full μP multiply the logits by base width / width [μP]"
+        )
+    return notes
+
+
+_WEIGHTS = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
+
+
+def rate_notes(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None,
+    rule: str,
+    initialization: str,
+    initialization_options: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> list[str]:
+    """Returns what there is to know of the learning rates.
+
+    Args:
+      architecture: the network.
+      base: the network to compare with.
+      rule: name of the learning-rate rule.
+      initialization: name of the initialization rule.
+      initialization_options: its options.
+      options: those of `learning_rate_factors`.
+    """
+    notes = []
+    sizes = _kernel_sizes(architecture)
+    if len(sizes) > 1 and not options.get("kernel_per_layer"):
+        notes.append(
+            f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
+            f"{network_kernel_size(architecture.graph)}, for the whole network, unless "
+            "kernel_per_layer=True"
+        )
+    wider = isinstance(base, Architecture) and _widths_differ(architecture, base)
+    if wider and options.get("width_rule") is None:
+        notes.append(
+            "the width differs from the base's, which no factor here accounts for: "
+            "width_rule='sgd', 'adam' or 'muon' does [μP]"
+        )
+    if wider and np.any(architecture.graph.edges["operator"] == Operator.PRODUCT):
+        notes.append(
+            "features are multiplied (attention, gates) and the width differs from the base's: μP "
+            "scales q·k by 1/d_head instead of 1/sqrt(d_head), which matters only if d_head grows "
+            "with the width [μP]"
+        )
+    if options.get("depth_rule") is not None:
+        exponent = options.get("depth_exponent", 0.5)
+        drawn = initialization_options.get("depth_exponent", 0.5)
+        if initialization != "moment" or drawn != exponent:
+            notes.append(
+                "depth_rule belongs to weights drawn with initialization='moment' and "
+                f"initialization_options={{'depth_exponent': {exponent}}}"
+            )
+        if rule != "none":
+            notes.append(
+                f"depth_rule and the rule {rule} both answer for depth: take rule='none' with it"
+            )
+    return notes
+
+
+def params_notes(params: PyTree) -> list[str]:
+    """Returns what there is to know of the dtypes of params."""
+    dtypes = {name: leaf.dtype for name, leaf in named_leaves(params).items()}
+    inexact = [dtype for dtype in dtypes.values() if jnp.issubdtype(dtype, jnp.inexact)]
+    names = sorted({str(dtype) for dtype in inexact})
+    notes = []
+    if len(names) > 1:
+        notes.append(
+            f"parameters of dtype {' and '.join(names)}: factors are computed in float64 and "
+            "applied in float32 at least"
+        )
+    others = [name for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.inexact)]
+    if others:
+        found = ", ".join(sorted({str(dtypes[name]) for name in others}))
+        notes.append(
+            f"leaves of dtype {found} have no gradient and are better kept out of params: "
+            f"{_listed(others)}"
+        )
+    return notes
+
+
+def _kernel_sizes(architecture: Architecture) -> list[int]:
+    """Sizes of the convolutions, the stem's among them."""
+    graph = architecture.graph
+    inner = graph.edges["kernel_size"][graph.edges["operator"] == Operator.CONV].tolist()
+    stems = [
+        one.kernel_size
+        for one in architecture.parameters
+        if one.role == Role.INPUT and one.edge is None and one.kernel_size > 1
+    ]
+    return sorted({*inner, *stems})
+
+
+def _widths_differ(architecture: Architecture, base: Architecture) -> bool:
+    try:
+        return any(ratios != (1, 1) for ratios in width_ratios(architecture, base).values())
+    except ValueError:  # no parameter by parameter comparison
+        ours, theirs = (
+            {features(parameter) for parameter in one.parameters if parameter.role == Role.HIDDEN}
+            for one in (architecture, base)
+        )
+        return ours != theirs
+
+
+def _listed(names: Iterable[str], limit: int = 6) -> str:
+    merged = merged_names(list(names))
+    return ", ".join(merged[:limit]) + (", …" if len(merged) > limit else "")
