@@ -75,6 +75,11 @@ class Parameter:
     further_edges: tuple[int, ...] = ()
     activated: bool = True
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether it is a table of embeddings and the readout's weight in one."""
+        return self.role == Role.EMBEDDING and self.layer == Role.READOUT
+
     def __post_init__(self):
         where = f"parameter {self.name!r}"
         for field in ("role", "layer"):

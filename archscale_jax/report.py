@@ -163,7 +163,7 @@ def _deviations(
     for parameter in architecture.parameters:
         if parameter.role in DRAWN_ROLES:
             try:
-                found = standard_deviation(parameter, variances, description)
+                found = standard_deviation(parameter, architecture, variances, description)
             except ValueError as error:
                 notes.append(f"standard deviation left out: {error}")
             else:

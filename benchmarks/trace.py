@@ -2,11 +2,12 @@
 
 Traces models on shapes alone, each in a process of its own, and reports seconds (the jaxpr and
 reading it) and the peak memory of the process; and a residual stack of growing depth, for the cost
-of a layer. Goals: at most 5 seconds and 1.5 GiB a model.
+of a layer, drawn into docs/figures. Goals: at most 5 seconds and 1.5 GiB a model.
 """
 
 import json
 import math
+import pathlib
 import resource
 import subprocess
 import sys
@@ -17,16 +18,20 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import linen
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
+from archscale_jax import files
 from benchmarks import common
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "Trace this one alone and print its costs as JSON.")
 
 GOALS = {"seconds": 5.0, "gibibytes": 1.5}
+FIGURE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "figures" / "trace.png"
 DEPTHS = (8, 16, 32, 64, 128, 256)
 
 
@@ -154,7 +159,9 @@ def main(arguments: list[str]) -> None:
     console = Console(width=120)
     console.print(table(results))
     path = common.write_results("trace", {"goals": GOALS, "models": results}, "flax")
-    console.print(f"results: {path.relative_to(path.parents[2])}")
+    draw({depth: results[f"stack of {depth}"] for depth in DEPTHS})
+    for written in (path, FIGURE):
+        console.print(f"{written.relative_to(path.parents[2])}")
 
 
 def cost(name: str) -> dict[str, Any]:
@@ -183,6 +190,25 @@ def cost(name: str) -> dict[str, Any]:
         "edges": int(architecture.graph.n_edge[0]),
         "max_depth": statistics.max_depth,
     }
+
+
+def draw(stacks: dict[int, dict[str, Any]]) -> None:
+    """Draws seconds against layers, with the jaxpr's share, and a straight line for comparison."""
+    layers = [2 * depth + 2 for depth in stacks]
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    again = [one["again"]["median"] for one in stacks.values()]
+    slope = again[-1] / layers[-1]
+    axes.plot(layers, [slope * count for count in layers], ":", color="#888888", label="linear")
+    axes.plot(layers, again, "o-", color="#0072b2", label="trace")
+    jaxpr = [one["jaxpr_alone_seconds"] for one in stacks.values()]
+    axes.plot(layers, jaxpr, "s--", color="#d55e00", label="of which JAX makes the jaxpr")
+    axes.set(xscale="log", yscale="log", xlabel="weight layers", ylabel="seconds")
+    axes.set_xticks(layers, list(map(str, layers)))
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    files.write_atomically(FIGURE, lambda target: figure.savefig(target, dpi=150))
 
 
 def _jaxpr(function, *arguments) -> None:

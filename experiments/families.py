@@ -85,8 +85,10 @@ class _Block(nnx.Module):
 
 
 def _patches(images: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
+    """Cuts images into patches; pixels at the edge that fill none are left out."""
     batch, height, width, channels = images.shape
     rows, columns = height // PATCH, width // PATCH
+    images = images[:, : rows * PATCH, : columns * PATCH]
     cut = images.reshape(batch, rows, PATCH, columns, PATCH, channels)
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 

@@ -38,18 +38,20 @@ class Study(NamedTuple):
     axis: str
     sizes: tuple[int, ...]
     options: Mapping[str, Any]
+    parametrizations: tuple[str, ...]
 
 
+PARAMETRIZATIONS = ("initialized", "factors", "standard")
+_OURS = ("initialized", "factors")
 _RESNET = {"optimizer": "sgd", "width": 8, "downscale": 4}
 _TRANSFORMER = {"optimizer": "adam", "width": 32, "depth": 2, "downscale": 1}
 
 STUDIES = {
     # 2 blocks' convolutions each, stem and readout: 8, 16, 24 and 32 layers.
-    "resnet_depth": Study("resnet", "depth", (3, 7, 11, 15), _RESNET),
-    "transformer_depth": Study("transformer", "depth", (1, 2, 4, 8), _TRANSFORMER),
-    "transformer_width": Study("transformer", "width", (16, 32, 64, 128), _TRANSFORMER),
+    "resnet_depth": Study("resnet", "depth", (3, 7, 11, 15), _RESNET, PARAMETRIZATIONS),
+    "transformer_depth": Study("transformer", "depth", (1, 2, 4, 8), _TRANSFORMER, _OURS),
+    "transformer_width": Study("transformer", "width", (16, 32, 64, 128), _TRANSFORMER, _OURS),
 }
-PARAMETRIZATIONS = ("standard", "initialized", "factors")
 RULES = ("none", "path_sum_activations", "effective_depth", "measured", "relative")
 
 flags.DEFINE_list("study", list(STUDIES), f"Of {', '.join(STUDIES)}.")
@@ -105,13 +107,13 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     for name in names:
         if name not in STUDIES:
             raise ValueError(f"unknown study {name!r}; accepted are {', '.join(STUDIES)}")
-        family, axis, sizes, options = STUDIES[name]
+        family, axis, sizes, options, parametrizations = STUDIES[name]
         sizes = tuple(map(int, settings["size"])) or sizes
         if len(set(sizes)) < 2:
             raise ValueError(f"size must hold two different sizes at least, found {sizes}")
         shared = {key: settings[key] for key in ("dataset", "batch_size", "steps")}
         shared |= {"seeds": settings["num_seeds"], "study": name, "family": family, "axis": axis}
-        for how in PARAMETRIZATIONS:
+        for how in parametrizations:
             for size in sizes:
                 trial = shared | {"parametrization": how, "base": sizes[0]}
                 trials.append(trial | dict(options) | {axis: size})
@@ -299,6 +301,8 @@ def draw(groups: Mapping[tuple[str, str], Group], path: pathlib.Path) -> None:
         panel.tick_params(labelsize=7.5)
     for row in panels:
         row[0].set_ylabel("learning rate", fontsize=8.5)
+        for panel in row:
+            panel.set_visible(panel.has_data())
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     files.write_atomically(path, lambda target: figure.savefig(target))

@@ -21,52 +21,7 @@ from archscale_jax.architecture_drawing import MAX_NAME, MAX_VERTICES, draw
 from archscale_jax.architecture_drawing.layout import Line, arrange
 from archscale_jax.drawing import DEAD_COLOR, EDGE_STYLES
 from archscale_jax.graph import build_graph, is_weight, live_edges
-
-
-class ResidualBlock(linen.Module):
-    features: int
-    stride: int = 1
-
-    @linen.compact
-    def __call__(self, x):
-        def layer(x, name, size, stride=1):
-            conv = linen.Conv(
-                self.features, (size, size), (stride, stride), use_bias=False, name=name
-            )
-            return linen.BatchNorm(use_running_average=True, name=f"{name}_norm")(conv(x))
-
-        y = layer(linen.relu(layer(x, "conv1", 3, self.stride)), "conv2", 3)
-        if x.shape != y.shape:
-            x = layer(x, "shortcut", 1, self.stride)
-        return linen.relu(x + y)
-
-
-class ResNet(linen.Module):
-    """For CIFAR; of 18 layers where every stage has two blocks."""
-
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-
-    @linen.compact
-    def __call__(self, x):
-        x = linen.Conv(64, (3, 3), use_bias=False, name="conv1")(x)
-        x = linen.relu(linen.BatchNorm(use_running_average=True, name="norm1")(x))
-        for stage, blocks in enumerate(self.blocks):
-            for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                name = f"layer{stage + 1}_block{block}"
-                x = ResidualBlock(64 * 2**stage, stride, name=name)(x)
-        return linen.Dense(10, name="head")(x.mean((1, 2)))
-
-
-class TransformerBlock(linen.Module):
-    width: int = 512
-
-    @linen.compact
-    def __call__(self, x):
-        y = linen.LayerNorm(name="norm1")(x)
-        x = x + linen.MultiHeadDotProductAttention(8, name="attention")(y, y)
-        y = linen.Dense(4 * self.width, name="mlp_in")(linen.LayerNorm(name="norm2")(x))
-        return x + linen.Dense(self.width, name="mlp_out")(linen.gelu(y))
+from experiments.pictures import IMAGES, TOKENS, ResNet, TransformerBlock, traced
 
 
 class LanguageModel(linen.Module):
@@ -99,15 +54,6 @@ class Inception(linen.Module):
         ]
         x = jnp.concatenate(branches, axis=-1)
         return linen.Dense(10, name="head")(x.mean((1, 2)))
-
-
-def traced(model, inputs):
-    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    params = variables.pop("params")
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
-    return archscale.trace(
-        lambda params, inputs: model.apply({"params": params, **state}, inputs), params, inputs
-    )
 
 
 def by_hand(graph, name="edges/{}/kernel"):
@@ -144,8 +90,6 @@ def scanned():
     return archscale.trace(apply, params, jax.ShapeDtypeStruct((2, 8), jnp.float32))
 
 
-IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-TOKENS = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 PARALLEL = build_graph(
     3, [0, 0, 1, 1, 1, 0], [1, 1, 2, 2, 2, 2], [2, 1, 3, 3, 1, 4], [1, 1, 3, 5, 1, 3]
 )

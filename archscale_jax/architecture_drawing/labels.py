@@ -44,10 +44,10 @@ def outer_layers(architecture: Architecture, place: Role) -> list[Layer]:
 
     A table that is the readout's weight too is a layer of both.
     """
-    leaves = [leaf for leaf in architecture.parameters if leaf.edge is None or _is_tied(leaf)]
+    leaves = [leaf for leaf in architecture.parameters if leaf.edge is None or leaf.is_tied]
     groups = _groups([leaf for leaf in leaves if leaf.layer == place])
     if place == Role.INPUT:
-        groups += [[leaf] for leaf in leaves if _is_tied(leaf) and leaf.edge is None]
+        groups += [[leaf] for leaf in leaves if leaf.is_tied and leaf.edge is None]
     layers = []
     for members in groups:
         weight = _weight(members) or members[0]
@@ -56,7 +56,7 @@ def outer_layers(architecture: Architecture, place: Role) -> list[Layer]:
         text = _weight_text(weight, operator)
         if place == Role.READOUT and weight.role == Role.EMBEDDING:
             text = f"linear {weight.fan_out}→{math.prod(weight.shape) // weight.fan_out}"
-        text += ", shared" if _is_tied(weight) else ""
+        text += ", shared" if weight.is_tied else ""
         reads = place == Role.READOUT or weight.role != Role.EMBEDDING or weight.fan_in == 1
         layers.append(Layer(_name(architecture, members), text, operator, reads))
     return sorted(layers, key=lambda layer: not layer.reads)
@@ -90,7 +90,7 @@ def _edge_layer(
     text = _weight_text(weight, operator, slices)
     if slices > 1:
         name += f"[{_edges(weight).index(edge)}]"
-    elif weight.further_edges or _is_tied(weight):
+    elif weight.further_edges or weight.is_tied:
         text += ", shared"
     return Layer(name, text, operator)
 
@@ -139,10 +139,6 @@ def _edges(leaf: Parameter) -> list[int]:
 
 def _weight(members: Sequence[Parameter]) -> Parameter | None:
     return next((leaf for leaf in members if leaf.role not in (Role.BIAS, Role.SCALE)), None)
-
-
-def _is_tied(leaf: Parameter) -> bool:
-    return leaf.role == Role.EMBEDDING and leaf.layer == Role.READOUT
 
 
 def _name(architecture: Architecture, members: Sequence[Parameter]) -> str:

@@ -11,7 +11,7 @@ from archscale_jax.architecture import Architecture, PyTree, Role, named_leaves
 from archscale_jax.graph import Operator, live_edges, network_kernel_size
 from archscale_jax.reporting.names import merged_names
 from archscale_jax.rules.residual import residual_branches
-from archscale_jax.rules.width import features, is_tied, width_ratios
+from archscale_jax.rules.width import features, width_ratios
 
 NO_BASE = (
     "no base: pass the network on which the rate was tuned as base, or use predict_learning_rate "
@@ -53,7 +53,7 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
             "weights of several layers, shared or stacked, have one standard deviation and one "
             f"factor for all of them: {_listed(shared)}"
         )
-    for name in [one.name for one in parameters if is_tied(one)]:
+    for name in [one.name for one in parameters if one.is_tied]:
         notes.append(
             f"{name} is embedding table and readout in one: its standard deviation and factor "
             "follow the readout; for full μP multiply the logits by base width / width [μP]"

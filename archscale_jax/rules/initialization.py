@@ -22,7 +22,6 @@ from archscale_jax.graph import (
     reachable_vertices,
 )
 from archscale_jax.rules.registry import Description, Explained, Registry
-from archscale_jax.rules.width import is_tied
 
 STEM_NUMERATOR = 2.0
 """C of the stem, whose target vertex 0 has one contribution [AAS Eq. 4]."""
@@ -55,7 +54,8 @@ def weight_standard_deviations(
     """Returns the standard deviation of every input, hidden and readout weight by name.
 
     Rows of an embedding table are chosen one at a time, so that its entries have standard deviation
-    1; those of a table that is the readout too are scaled to rows of norm 1, which fits both.
+    1; those of a table that is the readout too are scaled to rows of norm 1, which fits both, and
+    so are those of positions that are added to it.
 
     Args:
       architecture: the graph with its parameters.
@@ -72,7 +72,7 @@ def weight_standard_deviations(
     function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)
     variances = function(architecture.graph, architecture.arrangement, **options)
     return {
-        parameter.name: standard_deviation(parameter, variances, description).value
+        parameter.name: standard_deviation(parameter, architecture, variances, description).value
         for parameter in architecture.parameters
         if parameter.role in DRAWN_ROLES
     }
@@ -85,12 +85,16 @@ DRAWN_ROLES = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
 
 
 def standard_deviation(
-    parameter: Parameter, variances: WeightVariances, rule: Description
+    parameter: Parameter,
+    architecture: Architecture,
+    variances: WeightVariances,
+    rule: Description,
 ) -> Explained:
     """Returns the standard deviation of a parameter of one of the `DRAWN_ROLES`, and its reason.
 
     Args:
       parameter: the parameter.
+      architecture: the network that it is part of.
       variances: what the rule says of the graph.
       rule: what the registry tells of the rule.
 
@@ -102,11 +106,8 @@ def standard_deviation(
         gain = variances.readout_gain
         reason = f"readout: C = {gain**2:.4g}, N(0, C/n²), n = {fan} [AAS Eq. 2]"
         return _finite(parameter, gain / fan, reason, rule)
-    if is_tied(parameter):
-        deviation = 1 / math.sqrt(parameter.fan_out)
-        return Explained(deviation, f"table and readout: rows of norm 1, n = {parameter.fan_out}")
     if parameter.role == Role.EMBEDDING:
-        return Explained(1.0, "embedding: std 1")
+        return _embedding_deviation(parameter, architecture)
     if parameter.role == Role.INPUT:
         deviation = math.sqrt(STEM_NUMERATOR / fan)
         return Explained(deviation, f"stem: C = {STEM_NUMERATOR:g}, n = {fan} [AAS Eq. 4]")
@@ -124,6 +125,16 @@ def standard_deviation(
     reason = f"{rule.name}: C = {numerators[0]:.4g}, n = {fan} {rule.source}".rstrip()
     reason += "" if parameter.activated else "; reads no activation: half"
     return _finite(parameter, math.sqrt(numerator / fan), reason, rule)
+
+
+def _embedding_deviation(parameter: Parameter, architecture: Architecture) -> Explained:
+    small = Explained(1 / math.sqrt(parameter.fan_out), f"rows of norm 1, n = {parameter.fan_out}")
+    if parameter.is_tied:
+        return small._replace(reason=f"table and readout: {small.reason}")
+    added = parameter.layer == Role.INPUT and any(one.is_tied for one in architecture.parameters)
+    if added:  # rows of norm √n would drown those of the tied table
+        return small._replace(reason=f"added to a tied table: {small.reason}")
+    return Explained(1.0, "embedding: std 1")
 
 
 def _finite(parameter: Parameter, deviation: float, reason: str, rule: Description) -> Explained:

@@ -36,7 +36,7 @@ def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> floa
     """Hidden weights 1, readout 1/r, all else s: SGD with or without momentum [μP]."""
     if parameter.role == Role.HIDDEN:
         return 1.0
-    if is_tied(parameter):
+    if parameter.is_tied:
         return 1 / fan_out_ratio
     return 1 / fan_in_ratio if parameter.role == Role.READOUT else fan_out_ratio
 
@@ -44,7 +44,7 @@ def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> floa
 @register_width_rule("adam")
 def adam(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
     """Hidden weights and readout 1/r, all else 1: Adam and others that divide by gradients [μP]."""
-    if is_tied(parameter):
+    if parameter.is_tied:
         return 1 / fan_out_ratio
     return 1 / fan_in_ratio if parameter.role in (Role.HIDDEN, Role.READOUT) else 1.0
 
@@ -62,11 +62,6 @@ def muon(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> flo
     rows, columns = parameter.fan_in, parameter.fan_out
     wanted = math.sqrt(min(1, columns / rows))
     return wanted / math.sqrt(min(1, columns / fan_out_ratio * fan_in_ratio / rows))
-
-
-def is_tied(parameter: Parameter) -> bool:
-    """Whether a parameter is a table of embeddings and the readout's weight in one."""
-    return parameter.role == Role.EMBEDDING and parameter.layer == Role.READOUT
 
 
 def width_factors(
@@ -102,7 +97,7 @@ def explained_width_factors(
     for parameter in architecture.parameters:
         r, s = ratios[parameter.name]
         factor = float(function(parameter, r, s))
-        role = "tied table" if is_tied(parameter) else parameter.role
+        role = "tied table" if parameter.is_tied else parameter.role
         reason = f"width {description.name}, {role}: {factor:.4g} at r = {r:.4g}, s = {s:.4g}"
         factors[parameter.name] = Explained(factor, f"{reason} {description.source}".rstrip())
     return factors
@@ -148,7 +143,7 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
     def narrowed(parameter: Parameter) -> Parameter:
         inner = (parameter.role, parameter.layer)
         scales_in = Role.INPUT not in inner and parameter.role != Role.EMBEDDING
-        scales_out = Role.READOUT not in inner or is_tied(parameter)
+        scales_out = Role.READOUT not in inner or parameter.is_tied
         positions = parameter.kernel_positions
         fan_in = resized(parameter.fan_in, positions, scales_in)
         fan_out = resized(parameter.fan_out, positions, scales_out)

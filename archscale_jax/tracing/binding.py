@@ -23,7 +23,8 @@ def uses_by_leaf(
         if len(use.leaves) > 1 and not all(leaf in declared for leaf in use.leaves):
             raise TraceError(
                 f"parameters {', '.join(map(repr, use.leaves))} make one {use.kind} at "
-                f"{use.source}; declare the role of each with roles={{name: role}}"
+                f"{use.source}; declare the role of each with roles={{name: role}}, and trace the "
+                "network without penalties on its weights"
             )
         for leaf in use.leaves:
             found[leaf].append(use)

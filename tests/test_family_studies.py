@@ -1,0 +1,171 @@
+"""The studies of network families, as users run them, and the tables they make of their results."""
+
+import math
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+import archscale_jax as archscale
+from archscale_jax import datasets, files
+from archscale_jax.architecture import named_leaves
+from archscale_jax.rules.residual import residual_branches
+from archscale_jax.sweeps import trial_hash
+
+COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2", "--steps=2",
+              "--num_seeds=1", "--batch_size=8")  # fmt: skip
+
+
+def test_coordinate_goes_on_where_it_stopped(tmp_path, run_experiment):
+    done = run_experiment("coordinate", tmp_path, *COORDINATE)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    names = {tuple(cell.strip() for cell in row[1:4]) for row in rows}
+    assert names == {("mlp", "depth", how) for how in ("standard", "closed_form", "measured")}
+    assert (tmp_path / "coordinate_depth.png").read_bytes().startswith(b"\x89PNG")
+    journal = tmp_path / "results.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 * 2
+    journal.write_text("".join(lines[:4]) + lines[4][:40])  # killed while it wrote
+    again = run_experiment("coordinate", tmp_path, *COORDINATE)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "table.md").read_text() == table
+    assert journal.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "message"),
+    [
+        ("coordinate", "--family=rnn", "unknown family 'rnn'; accepted are mlp, cnn"),
+        ("coordinate", "--axis=length", "unknown axis 'length'; accepted are width, depth"),
+        ("coordinate", "--width=16,8", "width must be increasing numbers"),
+        ("size_transfer", "--study=dags", "unknown study 'dags'; accepted are resnet_depth"),
+        ("size_transfer", "--size=4", "size must hold two different sizes at least"),
+    ],
+)
+def test_wrong_flags_are_refused(tmp_path, run_experiment, name, flag, message):
+    done = run_experiment(name, tmp_path, "--dataset=digits", flag)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_size_transfer_runs(tmp_path, run_experiment):
+    options = ("--dataset=digits", "--study=resnet_depth", "--size=1,2", "--steps=2",
+               "--num_seeds=1", "--batch_size=8")  # fmt: skip
+    done = run_experiment("size_transfer", tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert (tmp_path / "size_transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert table.count("resnet_depth") == 5 + 5 + 1
+    assert len(files.read_records(tmp_path / "measurements.jsonl")) == 6
+
+
+@pytest.fixture(scope="module")
+def studies():
+    from experiments import families, size_transfer
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    return families, size_transfer
+
+
+def test_families_are_what_their_depth_says(studies):
+    families, _ = studies
+    digits = datasets.load("digits")
+    for family in families.FAMILIES:
+        for depth in (1, 3):
+            model = families.create_model(family, digits, 8, depth, abstract=True)
+            graph = model.architecture.graph
+            additions = len(residual_branches(graph))
+            found = archscale.path_statistics(graph)
+            if family == "resnet":  # (1 + X²)ⁿ
+                assert (additions, found.count, found.max_depth) == (depth, 2**depth, 2 * depth)
+            elif family == "transformer":  # ((1 + 3X²)(1 + X²))ⁿ
+                assert (additions, found.count, found.max_depth) == (
+                    2 * depth, 8**depth, 4 * depth
+                )  # fmt: skip
+            else:
+                assert (additions, found.count, found.max_depth) == (0, 1, depth)
+    with pytest.raises(ValueError, match="unknown family 'rnn'"):
+        families.create_model("rnn", digits, 8, 1)
+
+
+def test_the_network_is_what_it_is_written_to_be(studies):
+    """x + W₂ σ(W₁ σ(x)) with 1×1 images, on which a convolution is the middle of its kernel."""
+    families, _ = studies
+    digits = datasets.downscale(datasets.load("digits"), 8)
+    model = families.create_model("resnet", digits, 4, 2)
+    images = digits.train_images[:3]
+    found = families.applier(model.graphdef, model.model_state)(model.params, images)
+    leaves = named_leaves(model.params)
+
+    def layer(name, features):
+        return features @ np.asarray(leaves[f"{name}/kernel"])[1, 1] + leaves[f"{name}/bias"]
+
+    features = layer("stem", np.asarray(images)[:, 0, 0])
+    for block in range(2):
+        inner = layer(f"blocks/{block}/0", np.maximum(features, 0))
+        features = features + layer(f"blocks/{block}/1", np.maximum(inner, 0))
+    expected = np.maximum(features, 0) @ leaves["readout/kernel"] + leaves["readout/bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_and_errors_of_known_searches(studies):
+    """Parabolas whose minimum moves by known factors."""
+    _, study = studies
+    settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 2, "size": [1, 4]}
+    trials = study.all_trials(["resnet_depth"], settings)
+    best = {1: 0.1, 4: 0.05}
+
+    def result(trial):
+        rates = np.geomspace(1e-3, 10, 33).tolist()
+        losses = [1 + math.log(rate / best[trial["depth"]]) ** 2 for rate in rates]
+        runs = [[r, seed, loss] for r, loss in zip(rates, losses, strict=True) for seed in (0, 1)]
+        return {"runs": runs}
+
+    def measurement(trial):
+        size = [[(0.1 / best[trial["depth"]]) ** 2, 0.5]]
+        return dict.fromkeys(archscale.UpdateSize._fields, size * 2)
+
+    records = {
+        "results": {trial_hash(trial): result(trial) for trial in trials},
+        "measurements": {trial_hash(trial): measurement(trial) for trial in trials},
+    }
+    groups = study.grouped(trials, records)
+    group = groups["resnet_depth", "initialized"]
+    assert {size: one.rate for size, one in group.searches.items()} == pytest.approx(best, rel=1e-3)
+    assert group.predicted["measured"][4] == pytest.approx(0.05, rel=1e-3)
+    assert group.predicted["none"][4] == pytest.approx(0.1, rel=1e-3)
+    assert group.predicted["effective_depth"][4] == pytest.approx(0.1 / 8, rel=1e-3)
+    assert list(groups["resnet_depth", "factors"].predicted) == ["none"]
+    rows = {(row[1], row[4]): row for row in study.table(groups)[1:]}
+    assert rows["initialized", "measured"][5] == "0.00"
+    assert float(rows["initialized", "measured"][6].rstrip("%")) == pytest.approx(0, abs=1)
+    assert rows["factors", "none"][5] == f"{math.log(2):.2f}"
+    worst = float(rows["factors", "none"][6].rstrip("%"))
+    assert worst == pytest.approx(100 * math.log(2) ** 2, abs=1)
+
+
+@pytest.mark.parametrize("parametrization", ["standard", "initialized", "factors"])
+def test_an_update_is_scaled_as_the_parametrization_says(studies, parametrization):
+    _, study = studies
+    settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": [1, 4]}
+    trial = next(
+        one
+        for one in study.all_trials(["resnet_depth"], settings)
+        if one["parametrization"] == parametrization and one["depth"] == 4
+    )
+    network = study.build(trial)
+    optimizer, params = network.optimizer(1.0), network.draw(0)
+    ones = jax.tree.map(np.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params)
+    found = named_leaves(updates)
+    ends = {"blocks/0/1/kernel": -0.25 if parametrization == "factors" else -1.0}
+    for name, value in {"stem/kernel": -1.0, "blocks/0/0/kernel": -1.0, **ends}.items():
+        np.testing.assert_allclose(found[name], value)
