@@ -193,21 +193,22 @@ def cost(name: str) -> dict[str, Any]:
 
 
 def draw(stacks: dict[int, dict[str, Any]]) -> None:
-    """Draws seconds against layers, with the jaxpr's share, and a straight line for comparison."""
+    """Draws seconds against layers, the first time and again, with a straight line beside."""
     layers = [2 * depth + 2 for depth in stacks]
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    again = [one["again"]["median"] for one in stacks.values()]
-    slope = again[-1] / layers[-1]
+    first = [one["seconds"] for one in stacks.values()]
+    slope = first[-1] / layers[-1]
     axes.plot(layers, [slope * count for count in layers], ":", color="#888888", label="linear")
-    axes.plot(layers, again, "o-", color="#0072b2", label="trace")
-    jaxpr = [one["jaxpr_alone_seconds"] for one in stacks.values()]
-    axes.plot(layers, jaxpr, "s--", color="#d55e00", label="of which JAX makes the jaxpr")
+    axes.plot(layers, first, "o-", color="#0072b2", label="first trace of a process")
+    again = [one["again"]["median"] for one in stacks.values()]
+    axes.plot(layers, again, "s--", color="#d55e00", label="again, JAX's own caches filled")
     axes.set(xscale="log", yscale="log", xlabel="weight layers", ylabel="seconds")
     axes.set_xticks(layers, list(map(str, layers)))
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
+    axes.set_ylim(top=4 * first[-1])
     files.write_atomically(FIGURE, lambda target: figure.savefig(target, dpi=150))
 
 

@@ -45,6 +45,8 @@ SETTINGS = {
     "resnet": {"optimizer": "sgd", "rate": 0.1, "downscale": 7, "width": 64, "depth": 1},
     "transformer": {"optimizer": "adam", "rate": 2e-3, "downscale": 1, "width": 64},
 }
+# Zero padding takes a part of every feature: the smaller the image the more, and once a layer.
+DEPTH_SETTINGS = {"cnn": {"downscale": 1, "width": 64}}
 PARAMETRIZATIONS = ("standard", "closed_form", "measured")
 
 Trial = dict[str, Any]
@@ -94,7 +96,7 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
             raise ValueError(f"unknown family {family!r}; accepted are {accepted}")
         if axis == "width" and how == "measured":
             continue  # measured rules fail across widths (docs/transfer.md)
-        options = SETTINGS[family]
+        options = SETTINGS[family] | (DEPTH_SETTINGS.get(family, {}) if axis == "depth" else {})
         base = {"width": options["width"], "depth": options.get("depth", 2)}
         base |= {axis: sizes[axis][0]}
         for size in sizes[axis]:

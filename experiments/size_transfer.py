@@ -298,10 +298,16 @@ def draw(groups: Mapping[tuple[str, str], Group], path: pathlib.Path) -> None:
         panel.set_xticks(sizes, list(map(str, sizes)))
         panel.minorticks_off()
         panel.set_title(f"{study.replace('_', ' ')}: {how}", fontsize=8.5)
+        panel.set_xlabel(f"{'blocks' if STUDIES[study].axis == 'depth' else 'width'}", fontsize=8.5)
         panel.tick_params(labelsize=7.5)
-    for row in panels:
+    for study, row in zip(studies, panels, strict=True):
         row[0].set_ylabel("learning rate", fontsize=8.5)
+        searches = [one for (name, _), group in groups.items() if name == study
+                    for one in group.searches.values()]  # fmt: skip
+        low = min(search.basin.lower for search in searches) / 4
+        high = 2 * max(search.basin.upper for search in searches)
         for panel in row:
+            panel.set_ylim(low, high)  # what misses by more leaves the panel
             panel.set_visible(panel.has_data())
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
