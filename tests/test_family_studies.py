@@ -13,6 +13,7 @@ from archscale_jax import datasets, files
 from archscale_jax.architecture import named_leaves
 from archscale_jax.rules.residual import residual_branches
 from archscale_jax.sweeps import trial_hash
+from experiments import coordinate_report
 
 COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2", "--steps=2",
               "--num_seeds=1", "--batch_size=8")  # fmt: skip
@@ -35,6 +36,17 @@ def test_wrong_flags_end_with_one_line(tmp_path, run_experiment):
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: unknown family 'rnn'; accepted are mlp")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_diverged_is_lost_and_not_flat():
+    trials = [{"family": "mlp", "axis": "width", "parametrization": "standard"}] * 2
+    rows = [
+        [size, 0, step, vertex, None if size == 4 and vertex == 0 else 1.0, 1.0]
+        for size in (2, 4) for step in (0, 1) for vertex in (0, "output")
+    ]  # fmt: skip
+    records = [{"result": {"records": rows[:4]}}, {"result": {"records": rows[4:]}}]
+    table = coordinate_report.table(coordinate_report.curves_of(trials, records))
+    assert table[1] == ["mlp", "width", "standard", "lost", "1", "lost", "1"]
 
 
 def test_studies_that_are_not_there_are_refused(studies):
