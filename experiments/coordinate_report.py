@@ -19,11 +19,7 @@ def curves_of(trials: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str
     found: dict[tuple[str, str, str], list[coordinate.Coordinate]] = {}
     for trial, record in zip(trials, records, strict=True):
         key = (trial["family"], trial["axis"], trial["parametrization"])
-        # JSON has no numbers for what was lost.
-        rows = [
-            coordinate.Coordinate(*(math.nan if value is None else value for value in row))
-            for row in record["result"]["records"]
-        ]
+        rows = [_coordinate(*row) for row in record["result"]["records"]]
         found.setdefault(key, []).extend(rows)
     return {
         key: {
@@ -32,6 +28,11 @@ def curves_of(trials: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str
         }
         for key, rows in found.items()
     }
+
+
+def _coordinate(size, seed, step, vertex, change, feature) -> coordinate.Coordinate:
+    lost = (math.nan if value is None else value for value in (change, feature))  # as JSON has it
+    return coordinate.Coordinate(size, seed, step, vertex, *lost)
 
 
 def table(curves: Curves) -> list[list[str]]:
