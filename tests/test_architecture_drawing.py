@@ -21,7 +21,7 @@ from archscale_jax.architecture_drawing import MAX_NAME, MAX_VERTICES, draw
 from archscale_jax.architecture_drawing.layout import Line, arrange
 from archscale_jax.drawing import DEAD_COLOR, EDGE_STYLES
 from archscale_jax.graph import build_graph, is_weight, live_edges
-from experiments.pictures import IMAGES, TOKENS, ResNet, TransformerBlock, traced
+from experiments.gallery import IMAGES, TOKENS, ResNet, TransformerBlock, traced
 
 
 class LanguageModel(linen.Module):

@@ -1,19 +1,17 @@
 """The studies of network families, as users run them, and the tables they make of their results."""
 
 import math
-import sys
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax import datasets, files
 from archscale_jax.architecture import named_leaves
 from archscale_jax.rules.residual import residual_branches
 from archscale_jax.sweeps import trial_hash
-from experiments import coordinate_report
+from experiments import coordinate_report, families, size_transfer_study, transfer_study
 
 COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2", "--steps=2",
               "--num_seeds=1", "--batch_size=8")  # fmt: skip
@@ -60,11 +58,7 @@ def test_studies_that_are_not_there_are_refused(studies):
 
 @pytest.fixture(scope="module")
 def studies():
-    from experiments import families, size_transfer
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
-    return families, size_transfer
+    return families, size_transfer_study
 
 
 def test_families_are_what_their_depth_says(studies):
@@ -146,8 +140,6 @@ def test_predictions_and_errors_of_known_searches(studies):
 
 def test_a_network_is_searched_and_measured(studies, monkeypatch):
     _, study = studies
-    from experiments import transfer_study
-
     monkeypatch.setitem(transfer_study.RATES, "sgd", (0.05, 0.2))
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": [1, 2]}
     trial = next(
