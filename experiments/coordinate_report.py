@@ -75,8 +75,12 @@ def draw(curves: Curves, path: pathlib.Path) -> None:
             _draw_curve(panel, found[name], (0.0, 0.45 * shade, 0.7 * shade))
         _draw_curve(panel, found["output"], "#d55e00")
         worst = max(ratios[name] for name in inner)
-        panel.set_title(f"{family}, {how.replace('_', ' ')}: ×{_shown(worst)}", fontsize=8.5)
+        ratio = f"×{_shown(worst)}" if math.isfinite(worst) else "lost"
+        panel.set_title(f"{family}, {how.replace('_', ' ')}: {ratio}", fontsize=8.5)
         panel.set(xscale="log", yscale="log")
+        sizes = list(found["output"])
+        panel.set_xticks(sizes, list(map(str, sizes)))
+        panel.xaxis.minorticks_off()
         panel.tick_params(labelsize=7, which="both")
         low, high = panel.get_ylim()
         if high / low < 30:
