@@ -128,6 +128,7 @@ def test_the_measured_change_is_that_of_a_small_step():
         params = model.init(jax.random.key(1), x)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
 
+        @jax.jit
         def features(params, x):
             return archscale.vertex_features(model.apply, params, x)
 
