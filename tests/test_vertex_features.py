@@ -101,6 +101,25 @@ def test_gates_attention_and_calls_give_what_they_compute(stack):
     assert_close(found.values(), [z, gate, value, value * jax.nn.sigmoid(gate)], rtol=1e-5)
 
 
+def test_slices_and_scaled_features_are_not_the_features_of_their_vertex():
+    """A fused projection that is split, the part that a constant scales used last."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "stem": jax.random.normal(keys[0], (8, 4)),
+        "fused": jax.random.normal(keys[1], (4, 8)),
+        "out": jax.random.normal(keys[2], (4, 3)),
+    }
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+
+    def apply(params, x):
+        gate, value = jnp.split(x @ params["stem"] @ params["fused"], 2, axis=-1)
+        return (jax.nn.sigmoid(gate) * (value / 3)) @ params["out"]
+
+    stem = x @ params["stem"]
+    found = archscale.vertex_features(apply, params, x)
+    assert_close(found.values(), [stem, stem @ params["fused"]], rtol=1e-5)
+
+
 def test_custom_derivatives_are_kept():
     """At a tie the derivative of `jax.nn.relu` is 0, that of the maximum in it is one half."""
     params = {"stem": jnp.zeros((2, 2)), "hidden": jnp.eye(2), "out": jnp.eye(2)}

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from archscale_jax.tracing.flow import Flow, Kind
-from archscale_jax.tracing.operations import Operations
+from archscale_jax.tracing.operations import ADDITIONS, Operations
 from archscale_jax.tracing.values import Feature, Known, Use, Value, Weight, features_of
 
 _RANDOM = ("threefry2x32", "rng_bit_generator", "rng_uniform")
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
           "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
           "shard_map")  # fmt: skip
+_SAME_FEATURES = (*ADDITIONS, "transpose", "reshape", "squeeze", "convert_element_type")
 _REFUSED = {
     "while": "a while loop runs a number of times that no shape tells; write it as lax.scan",
     "custom_root": "a root search is no layer; trace the function that it solves",
@@ -102,10 +103,18 @@ class Interpreter(Operations):
     def _evaluated(
         self, equation: core.JaxprEqn, operands: list[Value], results: list[Value]
     ) -> list[Value]:
-        """The results with their arrays; features are noted where nothing has changed them yet."""
+        """The results with their arrays, which are noted where they are a vertex's features.
+
+        Those are what makes the vertex, then its bias added and its axes in the order of use; not a
+        slice of it, nor what a constant scales.
+        """
         arrays = _evaluate(equation, [operand.array for operand in operands])
         for result, array in zip(results, arrays, strict=True):
-            if isinstance(result, Feature) and (result.vertex not in self.features or result.bare):
+            if not isinstance(result, Feature):
+                continue
+            noted = self.features.setdefault(result.vertex, array)
+            same = equation.primitive.name in _SAME_FEATURES and noted.size == array.size
+            if result.bare and same:
                 self.features[result.vertex] = array
         return [
             dataclasses.replace(result, array=array)

@@ -10,7 +10,7 @@ from archscale_jax.graph import Operator
 from archscale_jax.tracing.flow import Flow, Kind
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight, features_of
 
-_ADDITIONS = ("add", "sub", "add_any")
+ADDITIONS = ("add", "sub", "add_any")
 _PRODUCTS = ("mul", "div")
 _LINEAR = ("neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "rev", "slice", "copy",
            "convert_element_type", "stop_gradient", "device_put", "sharding_constraint", "name",
@@ -66,16 +66,16 @@ class Operations:
         weights = [value for value in values if isinstance(value, Weight)]
         if weights and name in _PRODUCTS and self._is_constant(features):
             return self._made_of_params(equation, weights)  # as the weight over its norm
-        linear = name in _LINEAR or name in _ADDITIONS
+        linear = name in _LINEAR or name in ADDITIONS
         vertices = list(dict.fromkeys(feature.vertex for feature in features))
         if len(vertices) == 1:
             result = self._own(name, linear, features)
-        elif name in _ADDITIONS:
+        elif name in ADDITIONS:
             result = self._join(Kind.SUM, features)
         else:
             result = self._gate(features)
         for weight in weights:
-            if name in _ADDITIONS:
+            if name in ADDITIONS:
                 self._bias(equation, weight, features[0])
             elif name in _PRODUCTS:
                 self._use(equation, weight, "scale", result.vertex)
@@ -94,7 +94,7 @@ class Operations:
         active = any(feature.active for feature in values)
         if self._kind(features[0]) == Kind.DATA and name in _COMPARISONS:
             statistic = True
-        elif name not in _ADDITIONS and name not in _STATISTICS:
+        elif name not in ADDITIONS and name not in _STATISTICS:
             active |= not linear or len(values) > 1
         alone = linear and len(features) == 1 and not statistic
         return dataclasses.replace(
@@ -102,7 +102,7 @@ class Operations:
             active=active,
             statistic=statistic,
             bare=alone and features[0].bare,
-            scaled=alone and features[0].scaled and name not in _ADDITIONS,
+            scaled=alone and features[0].scaled and name not in ADDITIONS,
         )
 
     def _without_masks(self, features: list[Feature]) -> list[Feature]:

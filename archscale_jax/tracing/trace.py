@@ -74,7 +74,10 @@ def vertex_features(
 
     Of every vertex what it sums, before normalization and activation; of a layer that no sum
     reads, its output with its bias. The function runs as it is, loops over layers unrolled, all
-    branches of a `cond` evaluated. Works under `jit`, `grad`, `jvp` and `vmap`.
+    branches of a `cond` evaluated. Works under `jit`, `grad`, `jvp` and `vmap`; jit it, as eagerly
+    every operation is compiled by itself. Axes are those that the function has inside: where it is
+    a function of one example mapped by `jax.vmap` over `W @ x`, examples may come last, and the
+    standardized sizes of `measure_update`, which take them first, mean nothing; write `x @ W`.
 
         measure_update(lambda params, batch: vertex_features(apply, params, batch[0]), …)
 
