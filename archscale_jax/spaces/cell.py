@@ -18,13 +18,18 @@ NUM_CELL_VERTICES = 4
 STEM_KERNEL_SIZE = 3
 """Kernel size of the benchmark's stem, the largest in the network whatever the cell."""
 
-_OPERATORS = {  # digit -> operator, kernel size
+CELL_EDGES = tuple(
+    (sender, receiver) for receiver in range(1, NUM_CELL_VERTICES) for sender in range(receiver)
+)
+"""Source and target of every edge of a cell, in the order of a code's digits."""
+
+OPERATORS = {  # digit -> operator, kernel size
     1: (Operator.SKIP, 1),
     2: (Operator.CONV, 1),
     3: (Operator.CONV, 3),
     4: (Operator.AVG_POOL, 3),
 }
-_DIGITS = {operator: digit for digit, operator in _OPERATORS.items()}
+_DIGITS = {operator: digit for digit, operator in OPERATORS.items()}
 
 
 def cell_graph(text_or_code: str) -> jraph.GraphsTuple:
@@ -40,12 +45,9 @@ def cell_graph(text_or_code: str) -> jraph.GraphsTuple:
       TypeError: the argument is not a string.
       ValueError: malformed text, an unknown operation, or no path from input to output.
     """
-    if not isinstance(text_or_code, str):
-        raise TypeError(f"a cell must be a str, found {type(text_or_code).__name__}")
-    read = _digits_of_string if "|" in text_or_code else _digits_of_code
     edges = [
-        (sender, receiver, *_OPERATORS[digit])
-        for receiver, group in enumerate(read(text_or_code), start=1)
+        (sender, receiver, *OPERATORS[digit])
+        for receiver, group in enumerate(cell_digits(text_or_code), start=1)
         for sender, digit in enumerate(group)
         if digit
     ]
@@ -58,13 +60,29 @@ def cell_graph(text_or_code: str) -> jraph.GraphsTuple:
         raise ValueError(f"cell {text_or_code!r}: {error}") from None
 
 
+def cell_digits(text_or_code: str) -> list[list[int]]:
+    """Reads a cell in either notation, one without a path from input to output as well.
+
+    Returns:
+      The digit of the edge sender -> receiver at `[receiver - 1][sender]`.
+
+    Raises:
+      TypeError: the argument is not a string.
+      ValueError: malformed text, or an unknown operation.
+    """
+    if not isinstance(text_or_code, str):
+        raise TypeError(f"a cell must be a str, found {type(text_or_code).__name__}")
+    read = _digits_of_string if "|" in text_or_code else _digits_of_code
+    return read(text_or_code)
+
+
 def cell_code(graph: jraph.GraphsTuple) -> str:
     """Prints a cell as a code of digits; `cell_graph` reads it back.
 
     Raises:
       ValueError: the graph is not a cell of this space.
     """
-    return "_".join("".join(map(str, group)) for group in _digits_of_graph(graph))
+    return code_of_digits(_digits_of_graph(graph))
 
 
 def cell_string(graph: jraph.GraphsTuple) -> str:
@@ -73,9 +91,19 @@ def cell_string(graph: jraph.GraphsTuple) -> str:
     Raises:
       ValueError: the graph is not a cell of this space.
     """
+    return string_of_digits(_digits_of_graph(graph))
+
+
+def code_of_digits(digits: list[list[int]]) -> str:
+    """Prints the digits of a cell as a code."""
+    return "_".join("".join(map(str, group)) for group in digits)
+
+
+def string_of_digits(digits: list[list[int]]) -> str:
+    """Prints the digits of a cell in the benchmark's notation."""
     return "+".join(
         "|" + "".join(f"{OPERATION_NAMES[digit]}~{sender}|" for sender, digit in enumerate(group))
-        for group in _digits_of_graph(graph)
+        for group in digits
     )
 
 
