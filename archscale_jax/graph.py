@@ -48,10 +48,15 @@ JOIN_OPERATORS = (Operator.CONCATENATION, Operator.PRODUCT)
 
 
 class Space(enum.IntEnum):
-    """Where a graph comes from; only the rule `author_code` tells spaces apart."""
+    """Where a graph comes from; only the rule `author_code` tells spaces apart.
+
+    CELL is one cell, CELL_NETWORK a network of cells with three vertices each beside their input,
+    and of reductions with as many, see `archscale_jax.models.CellNetwork`.
+    """
 
     DAG = 0
     CELL = 1
+    CELL_NETWORK = 2
 
 
 def build_graph(

@@ -158,6 +158,19 @@ def vertex_features(
     return [features[vertex] for vertex in np.flatnonzero(live_vertices(network.graph()))]
 
 
+def count_steps(num_examples: int, batch_size: int, epochs: float) -> int:
+    """Returns the number of updates in so many epochs, at least 1.
+
+    Raises:
+      ValueError: a batch larger than the training set, or epochs that are not positive.
+    """
+    if batch_size > num_examples:
+        raise ValueError(f"batch_size {batch_size} exceeds the {num_examples} training examples")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"epochs must be positive and finite, found {epochs}")
+    return max(round(epochs * (num_examples // batch_size)), 1)
+
+
 def train_epoch(
     state: TrainState,
     images: Float[Array, "n h w c"],
@@ -278,7 +291,12 @@ jitted_train_batches = jax.jit(
 _jitted_epoch_batches = jax.jit(epoch_batches, static_argnums=(1, 2))
 
 
-def train_losses(
+def train_losses(state: TrainState, dataset: Dataset, **options: Any) -> Iterator[float]:
+    """`train_parts`, of which it yields the losses alone."""
+    return (loss for _, loss in train_parts(state, dataset, **options))
+
+
+def train_parts(
     state: TrainState,
     dataset: Dataset,
     *,
@@ -288,8 +306,8 @@ def train_losses(
     total_steps: int,
     flip: bool = False,
     padding: int = 0,
-) -> Iterator[float]:
-    """Trains in about ten equal parts and yields the mean training loss of each.
+) -> Iterator[tuple[TrainState, float]]:
+    """Trains, every epoch in about ten equal parts, and yields state and mean loss after each.
 
     A loss is taken before its update, on examples that were not seen in this epoch. Stop reading to
     stop training. Several threads may train at once.
@@ -328,7 +346,7 @@ def train_losses(
                 flip=flip,
                 padding=padding,
             )
-            yield float(jnp.mean(losses))
+            yield state, float(jnp.mean(losses))
 
 
 def _part_length(steps: int) -> int:

@@ -174,17 +174,12 @@ def measure_seeds(
 
 
 def count_steps(dataset: Dataset, epochs: float) -> int:
-    """Returns the number of updates in so many epochs, at least 1.
+    """Returns the number of updates in so many epochs of the flags' batch size.
 
     Raises:
-      ValueError: a batch larger than the training set, or epochs that are not positive.
+      ValueError: see `training.count_steps`.
     """
-    examples = len(dataset.train_images)
-    if FLAGS.batch_size > examples:
-        raise ValueError(f"batch_size {FLAGS.batch_size} exceeds the {examples} training examples")
-    if not 0 < epochs < float("inf"):
-        raise ValueError(f"epochs must be positive and finite, found {epochs}")
-    return max(round(epochs * (examples // FLAGS.batch_size)), 1)
+    return training.count_steps(len(dataset.train_images), FLAGS.batch_size, epochs)
 
 
 def initial_state(

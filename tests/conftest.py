@@ -54,14 +54,25 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_experiment():
+def binary_environment(tmp_path_factory) -> dict[str, str]:
+    """The environment of binaries: what one of them has compiled, the next ones find."""
+    cache = tmp_path_factory.getbasetemp().parent / "compiled"  # of all workers
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_experiment(binary_environment):
     """Runs a binary as its users do: name, --workdir, further flags."""
 
     def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags],
             cwd=_ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=binary_environment,
             capture_output=True,
             text=True,
             timeout=300,

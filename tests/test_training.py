@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import pathlib
 import signal
 import subprocess
@@ -603,17 +602,15 @@ FLAGS = [
 class TestKill:
     """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
 
+    @pytest.fixture(autouse=True)
+    def environment(self, binary_environment):
+        self.environment = binary_environment
+
     def start(self, workdir, *flags):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            # The second and third process find what the first one compiled.
-            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *FLAGS, *flags],
             cwd=pathlib.Path(__file__).parent.parent,
-            env=environment,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

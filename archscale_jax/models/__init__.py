@@ -1,5 +1,7 @@
 """Flax NNX networks that realise an architecture graph."""
 
+from archscale_jax.models.cell import CellNetwork, embed, select_cell
+from archscale_jax.models.cell_cost import multiply_adds, parameter_count
 from archscale_jax.models.dag import (
     ACTIVATIONS,
     NORMALIZATIONS,
@@ -9,4 +11,16 @@ from archscale_jax.models.dag import (
     create_network,
 )
 
-__all__ = ["ACTIVATIONS", "NORMALIZATIONS", "DagCNN", "DagMLP", "DagNetwork", "create_network"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORMALIZATIONS",
+    "CellNetwork",
+    "DagCNN",
+    "DagMLP",
+    "DagNetwork",
+    "create_network",
+    "embed",
+    "multiply_adds",
+    "parameter_count",
+    "select_cell",
+]

@@ -14,6 +14,7 @@ import numpy as np
 
 from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
 from archscale_jax.graph import (
+    Operator,
     Space,
     in_degrees,
     is_join,
@@ -171,16 +172,34 @@ def none(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
 def author_code(graph: jraph.GraphsTuple, arrangement: Arrangement) -> WeightVariances:
     """C = 2 / d_in(u) as in the authors' published code (theory §3).
 
-    The in-degree counts dead edges too. MLP and CNN take the fan-out, cells the fan-in, and the
-    readout has standard deviation 2/n, where the text has sqrt(2)/n.
+    The in-degree counts dead edges too, in a network of cells within one cell. MLP and CNN take the
+    fan-out, cells the fan-in, and the readout has standard deviation 2/n, where the text has
+    sqrt(2)/n.
     """
     del arrangement
-    degrees = np.maximum(in_degrees(graph, live=False), 1)
+    space = graph.globals["space"][0]
+    degrees = np.maximum(in_degrees(graph, live=False), 1)[graph.senders]
     return WeightVariances(
-        2 / degrees[graph.senders],
+        _author_cell_variances(graph) if space == Space.CELL_NETWORK else 2 / degrees,
         readout_gain=2.0,
-        fan="fan_in" if graph.globals["space"][0] == Space.CELL else "fan_out",
+        fan="fan_out" if space == Space.DAG else "fan_in",
     )
+
+
+def _author_cell_variances(graph: jraph.GraphsTuple) -> np.ndarray:
+    """Cells and reductions are blocks of three vertices and an input, whose in-degree is 1.
+
+    The convolutions of a reduction get 2, 1 and, on its shortcut, 2.
+    """
+    block = (graph.receivers - 1) // 3
+    source = graph.senders - 3 * block
+    degrees = np.maximum(in_degrees(graph, live=False)[graph.senders], 1)
+    degrees = np.where(source == 0, 1, degrees)
+    operator, size = graph.edges["operator"], graph.edges["kernel_size"]
+    reduction = np.isin(block, block[(operator == Operator.AVG_POOL) & (size == 2)])
+    degrees = np.where(reduction, np.where(source == 1, 1, 2), degrees)
+    # Only the shortcut reads no activation, for which `standard_deviation` halves.
+    return np.where(reduction & (source == 2), 2, 1) * 2 / degrees
 
 
 @register_initialization_rule("moment")

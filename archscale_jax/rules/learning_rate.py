@@ -104,8 +104,16 @@ def author_code(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None)
 
     MLP and CNN: (Σ_p (L_p + 3)³)^(-1/2) · 27^(1/2), times 3/q for a CNN; where every L_p is 0 the
     graph counts as one path. Cells: (Σ_p (L_p + 1)³)^(-1/2). `base` is ignored.
+
+    Raises:
+      ValueError: the graph of a whole network of cells.
     """
     del base
+    if graph.globals["space"][0] == Space.CELL_NETWORK:
+        raise ValueError(
+            "author_code scales rates by one cell, not by a whole network of cells: pass "
+            "cell_graph(cell)"
+        )
     if graph.globals["space"][0] == Space.CELL:
         return 1 / math.sqrt(path_statistics(graph, depth_offset=1).depth_cubed_sum)
     dense = graph.globals["kernel_size"][0] == 0
