@@ -602,8 +602,10 @@ FLAGS = [
 class TestKill:
     """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
 
+    environment: dict[str, str]
+
     @pytest.fixture(autouse=True)
-    def environment(self, binary_environment):
+    def use_environment(self, binary_environment):
         self.environment = binary_environment
 
     def start(self, workdir, *flags):
