@@ -205,13 +205,13 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--preset=paper"], "error: "),  # the data of CIFAR-10 are not there
-        (["--cell=3_33"], "error: cell code '3_33'"),
-        (["--table=nowhere.csv"], "nowhere.csv"),
+        (["--dataset=cifar10", "--data_dir=nowhere"], "error: "),
+        (["--dataset=digits", "--downscale=1", "--cell=3_33"], "error: cell code '3_33'"),
+        (["--dataset=digits", "--table=nowhere.csv"], "nowhere.csv"),
     ],
 )
 def test_the_binary_ends_bad_input_with_one_line(tmp_path, run_experiment, flags, message):
-    finished = run_experiment("rank", tmp_path / "rank", "--dataset=digits", *flags)
+    finished = run_experiment("rank", tmp_path / "rank", *flags)
     assert finished.returncode != 0
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
