@@ -70,6 +70,17 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
+def compiled(lower: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Compiles what `lower` returns, `jax.stages.Lowered`; tracing counts.
+
+    Returns:
+      The program, and `compile_seconds` and `compilations`.
+    """
+    with Compilations() as compilations:
+        program, elapsed = timed(lambda: lower().compile())
+    return program, {"compile_seconds": elapsed, "compilations": compilations.count}
+
+
 def alternate(
     programs: Mapping[Name, Callable[[], Any]], *, rounds: int, warm_up: int = 1
 ) -> dict[Name, list[float]]:

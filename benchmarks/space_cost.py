@@ -6,7 +6,6 @@ run time. Both must give the same losses.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,11 +88,11 @@ def cost_of_compiling(settings: study.Trial, data_dir: str | None) -> dict[str, 
         operators = jnp.asarray([int(character) for character in text.replace("_", "")])
         if space is None:
             lowered = functools.partial(space_epoch.lower, arguments, operators, jnp.float32(0))
-            space, space_cost = _compiled(lambda lower=lowered: lower(*data, batches))
+            space, space_cost = common.compiled(lambda lower=lowered: lower(*data, batches))
         lower = functools.partial(
             training.jitted_train_batches.lower, state, *data, batches, jnp.int32(0)
         )
-        own, cost = _compiled(
+        own, cost = common.compiled(
             lambda lower=lower, graphdef=network.graphdef: lower(graphdef=graphdef, optimizer=SGD)
         )
         starts = [_start(network, rate, seed) for rate in (RATE / 2, RATE) for seed in (1, 0)]
@@ -147,12 +146,6 @@ def space_params(params, vertices: int, width: int) -> dict[str, jax.Array]:
         "kernels": stacked("kernel", (width, width)),
         "biases": stacked("bias", (width,)),
     }
-
-
-def _compiled(lower: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    with common.Compilations() as compilations:
-        program, seconds = common.timed(lambda: lower().compile())
-    return program, {"compile_seconds": seconds, "compilations": compilations.count}
 
 
 def _start(network: study.Network, rate: float, seed: int) -> training.TrainState:

@@ -1,15 +1,11 @@
 """A training step of ours against PyTorch's, in an environment of its own.
 
-The part of `benchmarks.lr_cost` about steps. The environment is made on the first call; PyTorch is
-no dependency of the project.
+The part of `benchmarks.lr_cost` about steps; see `benchmarks.torch_process`.
 """
 
 import functools
-import json
-import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -25,10 +21,8 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import training
 from archscale_jax.models import create_network
-from benchmarks import common
+from benchmarks import common, torch_process
 
-TORCH = "2.13.0"
-TORCH_ENV = pathlib.Path(__file__).parents[1] / "build" / "torch-env"
 RATE = 0.1  # where losses are compared; a wrong update shows
 
 
@@ -49,12 +43,8 @@ QUICK = Size(32, 32, 5, 4, 8, 5, 2)
 
 def against_torch(size: Size) -> dict[str, Any]:
     """Times steps of ours and of PyTorch in turns, on the same data from the same weights."""
-    try:
-        python = torch_python()
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return {"skipped": f"torch=={TORCH} cannot be installed: {lines[-1] if lines else error}"}
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if reason := torch_process.why_no_torch():
+        return {"skipped": reason}
     mlp = (None, size.width, size.batch, size.mlp_steps)
     cnn = (3, size.cnn_width, size.cnn_batch, size.cnn_steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,11 +54,7 @@ def against_torch(size: Size) -> dict[str, Any]:
             programs[name] = our_steps(*case, path=path)
             orders[name] = {"arrays": str(path), "rate": RATE, "channels_last": False}
         orders["CNN, channels last"] = orders["CNN"] | {"channels_last": True}
-        command = [str(python), str(pathlib.Path(__file__).with_name("torch_step.py"))]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as server:
-            results = _ask(server, {"threads": threads, "cases": orders})
+        with torch_process.torch_server("torch_step", orders) as (server, results):
             results["cases"] = {
                 name: race(
                     server,
@@ -79,34 +65,12 @@ def against_torch(size: Size) -> dict[str, Any]:
                 )
                 for name, steps in {"MLP": size.mlp_steps, "CNN": size.cnn_steps}.items()
             }
-            assert server.stdin is not None
-            server.stdin.close()
     # Without the project's convolution, in a loop: too slow to take turns.
     stock = our_steps(3, size.cnn_width, size.cnn_batch, 2, stock=True)
     results["cases"]["CNN"]["milliseconds"]["ours, lax.conv_general_dilated"] = common.spread(
         [common.seconds(stock) / 2 * 1e3]
     )
     return results
-
-
-def torch_python() -> pathlib.Path:
-    """Returns the Python of the environment with PyTorch, made on the first call.
-
-    Raises:
-      OSError, subprocess.CalledProcessError: it cannot be made.
-    """
-    python = TORCH_ENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    check = [str(python), "-c", "import numpy, torch; print(torch.__version__)"]
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-    try:
-        if run(check).stdout.startswith(TORCH):
-            return python
-    except (OSError, subprocess.CalledProcessError):
-        pass  # not there, or not whole
-    run([sys.executable, "-m", "venv", "--clear", str(TORCH_ENV)])
-    run([str(python), "-m", "pip", "install", "--quiet", f"torch=={TORCH}", "numpy"])
-    run(check)
-    return python
 
 
 def our_steps(
@@ -160,27 +124,9 @@ def race(
     steps: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Times ours and the cases of the server in turns; the first round is not counted.
-
-    Raises:
-      RuntimeError: the losses differ.
-    """
-    times: dict[str, list[float]] = {"ours": [], **{f"PyTorch, {name}": [] for name in names}}
-    difference = 0.0
-    for current in range(-1, rounds):
-        losses, seconds = common.timed(ours)
-        answers = [({"seconds": seconds}, "ours")]
-        for name in names:
-            answer = _ask(server, {"case": name, "steps": steps})
-            answers.append((answer, f"PyTorch, {name}"))
-            apart = np.abs(np.asarray(answer["losses"]) / np.asarray(losses) - 1)
-            if not apart[:5].max() < 1e-5:
-                raise RuntimeError(f"{name}: losses of ours and of PyTorch differ by {apart[:5]}")
-            difference = max(difference, float(apart.max()))
-        if current >= 0:
-            for answer, name in answers:
-                times[name].append(answer["seconds"] / steps * 1e3)
-    fastest = min((name for name in times if name != "ours"), key=lambda one: np.median(times[one]))
+    """Times ours and the cases of the server in turns, which must agree to 1e-5 at first."""
+    times, difference = torch_process.take_turns(server, {"ours": ours}, names, steps, rounds)
+    fastest = torch_process.fastest_torch(times)
     return {
         "milliseconds": {name: common.spread(values) for name, values in times.items()},
         "ratio_to_fastest_of_torch": common.ratio(times["ours"], times[fastest]),
@@ -188,16 +134,6 @@ def race(
         "rounds": rounds,
         "largest_difference_of_losses": difference,
     }
-
-
-def _ask(server: subprocess.Popen, order: dict[str, Any]) -> dict[str, Any]:
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(order) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
-    if not answer:
-        raise RuntimeError(f"benchmarks/torch_step.py ended with status {server.wait()}")
-    return json.loads(answer)
 
 
 def torch_table(results: dict[str, Any]) -> Table:

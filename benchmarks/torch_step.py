@@ -1,9 +1,9 @@
-"""A training step in PyTorch, for `benchmarks.lr_cost`, which runs this file where PyTorch is.
+"""A training step in PyTorch, for `benchmarks.lr_cost`, which runs this module where PyTorch is.
 
 Reads lines of JSON from stdin and answers each with one on stdout. The first line holds `threads`
-and `cases`: name -> {"arrays": path of an .npz file, "rate", "channels_last"}. Every other one is
-{"case": name, "steps": n}, and is answered with the seconds of n steps and with their losses, taken
-before each update. The weights are set back before every answer.
+and `cases`: name -> {"arrays": path of an .npz file, "rate", "channels_last"}, and `threads` where
+they differ. Every other one is {"case": name, "steps": n}, and is answered with the seconds of n
+steps and with their losses, taken before each update. The weights are set back before every answer.
 
 The arrays: `images` [n, height, width, channels], `labels` [n], `batches` [steps, batch], and
 `kernel_0`, `bias_0`, `kernel_1`, … of the stem, the layers of a chain and the readout, laid out as
@@ -19,20 +19,49 @@ import torch  # pyright: ignore[reportMissingImports]
 
 
 class Case:
-    """A chain z_0 = W x, z_v = W σ(z_u), y = W σ(z_last) with its data and its optimizer."""
+    """What is trained: data, a loss and its optimizer."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, arrays, channels_last: bool):
+        self.labels, self.batches = arrays["labels"].long(), arrays["batches"].long()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        images = arrays["images"].permute(0, 3, 1, 2)
+        self.images = images.contiguous(memory_format=self.memory_format)
+
+    def loss(self, images, labels):
+        raise NotImplementedError
+
+    def restart(self):
+        """Sets weights and optimizer back."""
+        raise NotImplementedError
+
+    def update(self):
+        self.optimizer.step()
+
+    def run(self, steps: int):
+        self.restart()
+        losses = []
+        begin = time.perf_counter()
+        for batch in self.batches[:steps]:
+            self.optimizer.zero_grad()
+            loss = self.loss(self.images[batch], self.labels[batch])
+            loss.backward()
+            self.update()
+            losses.append(loss.detach())
+        values = torch.stack(losses).tolist()  # waits
+        return {"seconds": time.perf_counter() - begin, "losses": values}
+
+
+class Chain(Case):
+    """A chain z_0 = W x, z_v = W σ(z_u), y = W σ(z_last)."""
 
     def __init__(self, arrays, rate: float, channels_last: bool):
-        arrays = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
-        self.labels, self.batches = arrays["labels"].long(), arrays["batches"].long()
+        super().__init__(arrays, channels_last)
         count = sum(name.startswith("kernel") for name in arrays)
         self.convolution = arrays["kernel_0"].ndim == 4
-        self.images = arrays["images"]
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if self.convolution:
-            self.images = self.images.permute(0, 3, 1, 2)
-            self.images = self.images.contiguous(memory_format=self.memory_format)
-        else:
-            self.images = self.images.flatten(1)
+        if not self.convolution:
+            self.images = arrays["images"].flatten(1)
         self.start = []
         for layer in range(count):
             self.start += [self.as_torch(arrays[f"kernel_{layer}"]), arrays[f"bias_{layer}"]]
@@ -60,34 +89,29 @@ class Case:
             features = features.mean((2, 3))
         return functional.cross_entropy(functional.linear(features, *pairs[-1]), labels)
 
-    def run(self, steps: int):
+    def restart(self):
         with torch.no_grad():
             for values, start in zip(self.params, self.start, strict=True):
                 values.copy_(start)
-        losses = []
-        begin = time.perf_counter()
-        for batch in self.batches[:steps]:
-            self.optimizer.zero_grad()
-            loss = self.loss(self.images[batch], self.labels[batch])
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
-        values = torch.stack(losses).tolist()  # waits
-        return {"seconds": time.perf_counter() - begin, "losses": values}
 
 
-def main():
+def serve(create):
+    """Answers orders, of cases that `create` makes of arrays and options; see the module."""
     config = json.loads(sys.stdin.readline())
     torch.set_num_threads(config["threads"])
-    cases = {}
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    cases, threads = {}, {}
     for name, case in config["cases"].items():
-        with np.load(case["arrays"]) as arrays:
-            cases[name] = Case(arrays, case["rate"], case["channels_last"])
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+        threads[name] = case.pop("threads", config["threads"])
+        with np.load(case.pop("arrays")) as arrays:
+            tensors = {key: torch.from_numpy(np.array(values)) for key, values in arrays.items()}
+        cases[name] = create(tensors, **case)
+    print(json.dumps(found), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        torch.set_num_threads(threads[order["case"]])
         print(json.dumps(cases[order["case"]].run(order["steps"])), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(Chain)

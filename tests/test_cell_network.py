@@ -195,16 +195,16 @@ def test_loss_and_gradient_are_those_of_the_reference(cell, example):
         own_loss, (_, own_state) = training.cross_entropy(
             graphdef, params, model_state, images, labels, train=True
         )
-        assert chosen_loss == pytest.approx(float(loss), rel=1e-6)
-        assert own_loss == pytest.approx(float(loss), rel=1e-6)
+        assert chosen_loss == pytest.approx(float(loss), rel=1e-5)
+        assert own_loss == pytest.approx(float(loss), rel=1e-5)
         for name, leaf in named_leaves(chosen).items():
             if name in gradient:
-                np.testing.assert_allclose(leaf, gradient[name], rtol=1e-5, atol=1e-7)
+                np.testing.assert_allclose(leaf, gradient[name], rtol=1e-4, atol=1e-5)
             elif "convolution" in name:  # of an operation that the cell does not have
                 np.testing.assert_array_equal(leaf, 0)
         tracked = named_leaves(chosen_state)
         for name, leaf in named_leaves(own_state).items():
-            np.testing.assert_allclose(tracked[name], leaf, rtol=1e-6, atol=1e-12)
+            np.testing.assert_allclose(tracked[name], leaf, rtol=1e-5, atol=1e-6)
 
 
 def test_after_training_both_networks_normalize_by_the_running_averages(example):

@@ -1,0 +1,249 @@
+"""A program for every cell of NAS-Bench-201, or one for all of them?
+
+The part of `benchmarks.cell_cost` about programs: networks of the preset `small` of
+`experiments.rank`, each trained by a program of its own, by one for all cells with their operations
+chosen at run time, and by the latter with autodiff's derivative of `lax.switch`. All must give the
+same losses.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from rich.table import Table
+
+from archscale_jax import training
+from archscale_jax.models import CellNetwork, cell_edge, embed, select_cell
+from archscale_jax.models import cell as cell_module
+from benchmarks import common
+from experiments.rank_recipes import pytorch_default
+from experiments.rank_study import PRESETS
+
+CELLS = ("3_33_333", "2_22_222", "1_11_111", "4_44_444", "3_34_014", "1_43_202")
+SMALL = PRESETS["small"]
+TOTAL_STEPS = training.count_steps(60_000, SMALL["batch_size"], SMALL["epochs"])
+NUM_CLASSES = 10
+PIXELS = 28 // SMALL["downscale"]
+RATE = 0.01  # where losses are compared: a wrong update shows, a σ'(z) that rounding flips does not
+TRAININGS = (1, 3, 15)  # of a cell: one, one a seed, one a seed and recipe
+TOLERANCE = 2e-5  # of the first five losses, relative
+
+
+class Size(NamedTuple):
+    """How much is done; see `--quick` of `benchmarks.cell_cost`."""
+
+    cells: tuple[str, ...] = CELLS
+    batch_size: int = SMALL["batch_size"]
+    steps: int = 25
+    rounds: int = 7
+    flops_cells_per_stage: int = PRESETS["paper"]["cells_per_stage"]
+
+
+QUICK = Size(("3_34_014",), 4, 5, 2, 1)
+
+
+class Network(NamedTuple):
+    """A `CellNetwork`, split."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    model_state: Any
+
+
+Program = Callable[[training.TrainState], jax.Array]  # steps, from a state to their losses
+
+
+def create_network(cell: str | None) -> Network:
+    """Returns the network of a cell, or of all; weights as the benchmark draws them."""
+    sizes = 1, SMALL["channels"], SMALL["cells_per_stage"], NUM_CLASSES
+
+    def split():
+        return nnx.split(CellNetwork(cell, *sizes, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    graphdef, params, _ = nnx.eval_shape(split)
+    model_state = jax.jit(lambda: split()[2])()
+    key = jax.random.key(0, impl="rbg")  # its draws compile fast
+    return Network(graphdef, pytorch_default(key, params), model_state)
+
+
+def as_cell(space: Network, cell: str, network: Network) -> Network:
+    """Returns the network of all cells as that of one, with its weights."""
+    params = embed(network.params, space.params)
+    return space._replace(params=params, model_state=select_cell(space.model_state, cell))
+
+
+def create_optimizer() -> optax.GradientTransformation:
+    """Returns the optimizer of the preset at `RATE`."""
+    schedule = training.create_schedule(RATE, TOTAL_STEPS, kind="cosine")
+    return training.create_optimizer(
+        schedule, momentum=0.9, nesterov=True, weight_decay=SMALL["weight_decay"]
+    )
+
+
+def random_data(pixels: int, batch_size: int, steps: int) -> tuple[np.ndarray, ...]:
+    """Returns images [n, pixels, pixels, 1], labels [n], and batches [steps, batch_size]."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((1024, pixels, pixels, 1), np.float32)
+    labels = generator.integers(0, NUM_CLASSES, 1024, np.int32)
+    return images, labels, generator.integers(0, 1024, (steps, batch_size), np.int32)
+
+
+def start(network: Network, optimizer: optax.GradientTransformation) -> training.TrainState:
+    """Returns a state before the first step."""
+    key = jax.random.key(0)
+    return training.create_train_state(network.params, network.model_state, optimizer, key)
+
+
+def compile_steps(
+    network: Network, data: tuple[np.ndarray, ...], *, flip: bool
+) -> tuple[Program, dict[str, Any]]:
+    """Compiles steps of training, and says what that costs and what memory they take."""
+    # A new optimizer: one that was here before would bring its trace along.
+    optimizer = create_optimizer()
+    arguments = (*map(jnp.asarray, data), jnp.int32(0))
+    program, cost = common.compiled(
+        functools.partial(
+            training.jitted_train_batches.lower,
+            start(network, optimizer),
+            *arguments,
+            graphdef=network.graphdef,
+            optimizer=optimizer,
+            flip=flip,
+        )
+    )
+    cost["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
+    return lambda state: program(state, *arguments)[1], cost
+
+
+def compare_programs(size: Size) -> dict[str, Any]:
+    """Compares a program for each cell with one for all, and with one for all by autodiff."""
+    data = random_data(PIXELS, size.batch_size, size.steps)
+    compile_ = functools.partial(compile_steps, data=data, flip=SMALL["flip"])
+    compile_(create_network("0_00_100"))  # JAX's first steps are not what compiling costs
+    space, optimizer = create_network(None), create_optimizer()
+    shared, costs = {}, {}
+    shared["space"], costs["space"] = compile_(space)
+    with mock.patch.object(cell_module, "chosen_edge", autodiff_edge):
+        shared["autodiff"], costs["autodiff"] = compile_(space)
+    cells = {}
+    for cell in size.cells:
+        network = create_network(cell)
+        own, cost = compile_(network)
+        in_space = start(as_cell(space, cell, network), optimizer)
+        programs = {name: functools.partial(one, in_space) for name, one in shared.items()}
+        programs["own"] = functools.partial(own, start(network, optimizer))
+        difference = difference_of_losses(cell, programs)
+        times = {
+            name: [second / size.steps * 1e3 for second in seconds]
+            for name, seconds in common.alternate(programs, rounds=size.rounds).items()
+        }
+        cells[cell] = cost | {
+            "largest_difference_of_first_losses": difference,
+            "milliseconds": {name: common.spread(values) for name, values in times.items()},
+            "space_to_own": common.ratio(times["space"], times["own"]),
+            "autodiff_to_space": common.ratio(times["autodiff"], times["space"]),
+        }
+        cells[cell] |= break_even(cells[cell])
+    return costs | {"cells": cells, "study": study_costs(cells.values(), costs["space"])}
+
+
+def autodiff_edge(operation, features, weights):
+    """What `chosen_edge` computes, its derivative left to autodiff."""
+    nothing = cell_edge.Moments(jnp.zeros_like(weights.scale), jnp.zeros_like(weights.scale))
+
+    def convolution(name, features, weights):
+        convolved = cell_edge.convolve(features, getattr(weights, name))
+        output = cell_edge.normalize(convolved, weights.scale, weights.bias)
+        return output, cell_edge.batch_moments(convolved)
+
+    branches = (
+        lambda features, weights: (jnp.zeros_like(features), nothing),
+        lambda features, weights: (features, nothing),
+        functools.partial(convolution, "kernel_1"),
+        functools.partial(convolution, "kernel_3"),
+        lambda features, weights: (cell_edge.average_pool(features), nothing),
+    )
+    return lax.switch(operation, branches, features, weights)
+
+
+def difference_of_losses(cell: str, programs: Mapping[str, Callable[[], jax.Array]]) -> float:
+    """Returns how far the first five losses are from those of the cell's own program.
+
+    Raises:
+      RuntimeError: too far.
+    """
+    first = {name: np.asarray(program())[:5] for name, program in programs.items()}
+    found = max(float(np.abs(losses / first["own"] - 1).max()) for losses in first.values())
+    if not found < TOLERANCE:
+        raise RuntimeError(f"{cell}: losses differ from those of its own program by {found}")
+    return found
+
+
+def break_even(cell: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns the steps from which a program of its own is ahead, and their seconds for all."""
+    own, space = (cell["milliseconds"][name].median / 1e3 for name in ("own", "space"))
+    steps = cell["compile_seconds"] / (space - own) if space > own else None
+    seconds = None if steps is None else steps * space
+    return {"break_even_steps": steps, "break_even_seconds": seconds}
+
+
+def study_costs(cells, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what some trainings of every cell take, by their number; the mean over cells.
+
+    JSON values, of each way: seconds a cell, and the share of compiling the training loop, which
+    the program for all divides among the cells of the preset.
+    """
+    cells, found = list(cells), {}
+    compiling = {
+        "own": float(np.mean([cell["compile_seconds"] for cell in cells])),
+        "space": space["compile_seconds"] / SMALL["num_cells"],
+    }
+    for trainings in TRAININGS:
+        found[trainings] = {}
+        for name, seconds in compiling.items():
+            step = np.mean([cell["milliseconds"][name].median / 1e3 for cell in cells])
+            total = seconds + trainings * TOTAL_STEPS * float(step)
+            found[trainings][name] = {"seconds": total, "compile_share": seconds / total}
+    return found
+
+
+def programs_table(results: Mapping[str, Any]) -> Table:
+    """Returns the table of `compare_programs`."""
+    memory = [f"{results[name]['temporary_bytes'] / 2**20:.1f}" for name in ("space", "autodiff")]
+    compiling = [f"{results[name]['compile_seconds']:.1f}" for name in ("space", "autodiff")]
+    table = Table(
+        title="Milliseconds of a training step, preset small: a program a cell, or one for all",
+        caption=f"For all: compiled in {compiling[0]} s, {memory[0]} MiB of temporary memory; by "
+        f"autodiff of lax.switch in {compiling[1]} s, {memory[1]} MiB. "
+        + " ".join(
+            f"{count} x {TOTAL_STEPS} steps a cell: own {one['own']['seconds']:.1f} s, "
+            f"{one['own']['compile_share']:.0%} of it compiling; for all "
+            f"{one['space']['seconds']:.1f} s, {one['space']['compile_share']:.1%}."
+            for count, one in results["study"].items()
+        ),
+    )
+    for column in ("cell", "own", "for all", "for all, autodiff"):
+        table.add_column(column)
+    for column in ("all/own", "autodiff/all", "compiling, s", "MiB", "ahead from, s", "diff."):
+        table.add_column(column, justify="right")
+    for cell, one in results["cells"].items():
+        times = [f"{one['milliseconds'][name]:.3g}" for name in ("own", "space", "autodiff")]
+        even = one["break_even_seconds"]
+        table.add_row(
+            cell,
+            *times,
+            f"{one['space_to_own']:.2f}",
+            f"{one['autodiff_to_space']:.2f}",
+            f"{one['compile_seconds']:.1f}",
+            f"{one['temporary_bytes'] / 2**20:.1f}",
+            "never" if even is None else f"{even:.0f}",
+            f"{one['largest_difference_of_first_losses']:.0e}",
+        )
+    return table
