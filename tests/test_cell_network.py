@@ -97,8 +97,8 @@ def reference(leaves, cell, images):
     """The benchmark's network while training, from its description; images of even sizes."""
 
     def normalized(name, features):
-        mean, deviation = features.mean((0, 1, 2)), features.std((0, 1, 2))
-        scaled = (features - mean) / jnp.sqrt(deviation**2 + 1e-5)
+        mean, variance = features.mean((0, 1, 2)), features.var((0, 1, 2))
+        scaled = (features - mean) / jnp.sqrt(variance + 1e-5)
         return scaled * leaves[f"{name}/scale"] + leaves[f"{name}/bias"]
 
     def convolved(name, features, stride=1):
