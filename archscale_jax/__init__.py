@@ -9,6 +9,12 @@ from archscale_jax.coordinate import (
     flatness,
 )
 from archscale_jax.drawing import draw_graph
+from archscale_jax.gradinit import (
+    GradInitRecord,
+    gradinit,
+    scale_parameters,
+    vertex_groups,
+)
 from archscale_jax.graph import Operator, Space, build_graph, in_degrees, validate_graph
 from archscale_jax.initializer import initialize
 from archscale_jax.measure import UpdateSize, measure_update
@@ -61,6 +67,7 @@ __all__ = [
     "Basin",
     "BatchedPathStatistics",
     "Coordinate",
+    "GradInitRecord",
     "Operator",
     "Parameter",
     "PathStatistics",
@@ -87,6 +94,7 @@ __all__ = [
     "draw_graph",
     "find_learning_rate",
     "flatness",
+    "gradinit",
     "in_degrees",
     "initialize",
     "learning_rate_factors",
@@ -104,6 +112,7 @@ __all__ = [
     "register_width_rule",
     "report",
     "scale_by_architecture",
+    "scale_parameters",
     "sharpness",
     "summarise_runs",
     "summarise_transfer",
@@ -111,6 +120,7 @@ __all__ = [
     "transfer_check",
     "validate_graph",
     "vertex_features",
+    "vertex_groups",
     "weight_standard_deviations",
     "with_widths",
 ]
