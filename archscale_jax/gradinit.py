@@ -17,7 +17,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from archscale_jax.architecture import Architecture, PyTree, named_leaves, parameter_name
-from archscale_jax.gradinit_step import Loss, Update, initial_state, jitted_step, product
+from archscale_jax.gradinit_step import (
+    Loss,
+    Update,
+    Variant,
+    branch_in_python,
+    initial_state,
+    jitted_step,
+    product,
+    step,
+)
 
 DEFAULTS: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
@@ -119,22 +128,22 @@ def gradinit(
         "penalty": penalty or 0.0,
         "bounds": _group_bounds(labels, names, bounds),
     }
-    step = functools.partial(
-        jitted_step,
-        initial=params,
-        settings=settings,
+    variant = Variant(
         loss_fn=loss_fn,
         indices=tuple(None if one is None else names.index(one) for one in labels.values()),
         optimizer=optimizer,
         second_order=second_order,
         penalised=penalty is not None,
     )
+    run = jitted_step
+    if jax.default_backend() == "cpu":
+        run = functools.partial(step, branch=branch_in_python)
     state = initial_state(len(names))
     records = []
     for index, triple in enumerate(itertools.islice(_triples(batches), num_steps)):
         if not index:
             _check_loss(loss_fn, params, triple)
-        state, record = step(state, batches=triple)
+        state, record = run(state, params, triple, settings, variant=variant)
         records.append(record)
         if not index:
             _check_start(record)

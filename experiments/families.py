@@ -64,7 +64,7 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
         del train
-        features = self.stem(_patches(images)) + self.positions[...]
+        features = self.stem(patches(images)) + self.positions[...]
         for block in self.blocks:
             features = block(features)
         return self.readout(jnp.mean(self.normalization(features), axis=1))
@@ -84,8 +84,8 @@ class _Block(nnx.Module):
         return features + self.contract(nnx.gelu(self.expand(self.before_mlp(features))))
 
 
-def _patches(images: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
-    """Cuts images into patches; pixels at the edge that fill none are left out."""
+def patches(images: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
+    """Cuts images into patches, p pixels each; those at the edge that fill none are left out."""
     batch, height, width, channels = images.shape
     rows, columns = height // PATCH, width // PATCH
     images = images[:, : rows * PATCH, : columns * PATCH]

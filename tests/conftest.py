@@ -4,8 +4,10 @@ The environment is set while this file is imported, before any test module impor
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # On a GPU: the workers share its memory instead of each claiming most of it at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_caches: list[str] = []
+"""The folder of compiled programs that this process made, and removes at its end."""
 
 
 def _share_cores() -> None:
@@ -33,6 +39,27 @@ def _share_cores() -> None:
 
 
 _share_cores()
+
+
+def _share_compiled() -> None:
+    """What one process has compiled, the others find: workers, and the binaries they start.
+
+    Of this run alone, unless the environment names a folder, which is then kept. Workers inherit
+    the environment of the process that starts them.
+    """
+    if _CACHE not in os.environ:
+        _caches.append(tempfile.mkdtemp(prefix="archscale_jax_compiled_"))
+        os.environ[_CACHE] = _caches[0]
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+_share_compiled()
+
+
+def pytest_unconfigure() -> None:
+    for folder in _caches:
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 # The same examples on every run. Compilation makes a first example slow, so time fails nothing.
 settings.register_profile(
@@ -53,15 +80,24 @@ def golden_dir() -> Path:
     return folder
 
 
+@pytest.fixture
+def quick_compilation():
+    """Compiles with few optimizations, where that is nearly all that a test costs.
+
+    For what holds of any compiler: not for results that must agree bit for bit.
+    """
+    import jax  # not before the environment is set
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
-def binary_environment(tmp_path_factory) -> dict[str, str]:
-    """The environment of binaries: what one of them has compiled, the next ones find."""
-    cache = tmp_path_factory.getbasetemp().parent / "compiled"  # of all workers
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+def binary_environment() -> dict[str, str]:
+    """The environment of binaries: this one, on CPUs, quick to compile (see above)."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -77,5 +113,17 @@ def run_experiment(binary_environment):
             text=True,
             timeout=300,
         )
+
+    return run
+
+
+@pytest.fixture
+def run_again(tmp_path_factory):
+    """As `run_experiment`, without the seconds in which Python imports what all binaries need."""
+    from tests.binaries import run_forked  # imports JAX
+
+    def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("output")
+        return run_forked(name, [f"--workdir={workdir}", *flags], folder, _ROOT)
 
     return run

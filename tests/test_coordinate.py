@@ -12,6 +12,8 @@ import pytest
 import archscale_jax as archscale
 from archscale_jax.coordinate import Coordinate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def linear_network(width, rate, *, scaled):
     """y = u·(W x)/…: two layers, whose changes under SGD have closed forms."""

@@ -13,6 +13,8 @@ from archscale_jax.rules.residual import residual_branches
 from archscale_jax.sweeps import trial_hash
 from experiments import coordinate_report, families, size_transfer_study, transfer_study
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2", "--steps=2",
               "--num_seeds=1", "--batch_size=8")  # fmt: skip
 
@@ -29,8 +31,8 @@ def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_experimen
     assert len(files.read_records(tmp_path / "results.jsonl")) == 3 * 2
 
 
-def test_wrong_flags_end_with_one_line(tmp_path, run_experiment):
-    done = run_experiment("coordinate", tmp_path, "--dataset=digits", "--family=rnn")
+def test_wrong_flags_end_with_one_line(tmp_path, run_again):
+    done = run_again("coordinate", tmp_path, "--dataset=digits", "--family=rnn")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: unknown family 'rnn'; accepted are mlp")
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,16 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax.architecture import parameter_name
-from archscale_jax.gradinit_step import hypergradient
+from archscale_jax.gradinit_step import Variant, initial_state, jitted_step, step
 from archscale_jax.models import create_network
 
-SETTINGS = {"rate": 0.1, "limit": 1.0, "penalty": 0.7}
+SETTINGS = {
+    "rate": 0.1,
+    "penalty": 0.7,
+    "scale_rate": 0.01,
+    "clip": np.inf,
+    "bounds": (0.0, np.inf),
+}
 
 
 def mlp_params(key=0, sizes=(3, 4, 4, 2), scale=1.0):
@@ -88,6 +94,18 @@ def variants():
                 yield optimizer, second_order, penalised
 
 
+def derivative(multipliers, params, batches, settings, variant):
+    """The derivative by the multipliers, read off the first moment that Adam takes of it."""
+    state = initial_state(len(multipliers))._replace(multipliers=multipliers)
+    new, record = jitted_step(state, params, batches, settings, variant=variant)
+    assert not new.first_moments[int(not of_norm(variant, record))].any()
+    return new.first_moments[int(of_norm(variant, record))] / 0.1, record
+
+
+def of_norm(variant, record):
+    return record["constrained"] and not variant.penalised
+
+
 def lowered(m, start, limit, params, batches, *, optimizer, penalised):
     """What an iteration lowers, from its definition; `start` are the multipliers in A(g)."""
     structure = jax.tree.structure(params)
@@ -119,19 +137,13 @@ def test_hypergradient_equals_finite_differences(optimizer, second_order, penali
         params, batches = mlp_params(), tuple(random_batches(3))
         multipliers = jnp.linspace(0.6, 1.4, 6)
         options = {"optimizer": optimizer, "penalised": penalised}
-        derive = jax.jit(
-            functools.partial(
-                hypergradient,
-                loss_fn=mlp_loss,
-                indices=tuple(range(6)),
-                second_order=second_order,
-                **options,
-            )
-        )
+        variant = Variant(mlp_loss, tuple(range(6)), second_order=second_order, **options)
         value = jax.jit(functools.partial(lowered, params=params, batches=batches, **options))
         step = 1e-6
         for limit in (1e-3, 1e3):
-            found, record = derive(multipliers, params, batches, SETTINGS | {"limit": limit})
+            found, record = derivative(
+                multipliers, params, batches, SETTINGS | {"limit": limit}, variant
+            )
             expected = []
             for index in range(6):
                 ends = [multipliers.at[index].add(sign * step) for sign in (1, -1)]
@@ -145,16 +157,12 @@ def test_hypergradient_equals_finite_differences(optimizer, second_order, penali
 def test_groups_sum_the_derivatives_of_their_tensors():
     with jax.enable_x64(True):
         params, batches = mlp_params(), tuple(random_batches(3))
-        options = {
-            "loss_fn": mlp_loss,
-            "optimizer": "sgd",
-            "second_order": False,
-            "penalised": False,
-        }
-        ones = jnp.ones(6)
-        single, _ = hypergradient(ones, params, batches, SETTINGS, indices=range(6), **options)
+        variant = Variant(mlp_loss, tuple(range(6)), "sgd", second_order=False, penalised=False)
+        settings = SETTINGS | {"limit": 1e3}
+        single, _ = derivative(jnp.ones(6), params, batches, settings, variant)
         indices = (0, 0, 1, 0, 1, 1)
-        shared, _ = hypergradient(ones[:2], params, batches, SETTINGS, indices=indices, **options)
+        variant = variant._replace(indices=indices)
+        shared, _ = derivative(jnp.ones(2), params, batches, settings, variant)
         expected = [
             sum(value for value, index in zip(single, indices, strict=True) if index == group)
             for group in (0, 1)
@@ -179,8 +187,8 @@ def plain_gradinit(params, batches, steps, *, optimizer, rate, limit, scale_rate
     m, second, history = np.ones(6), np.zeros(6), []
     first = {"norm": np.zeros(6), "objective": np.zeros(6)}
     count = {"norm": 0, "objective": 0}
-    for step in range(steps):
-        a, b, c = batches[3 * step : 3 * step + 3]
+    for index in range(steps):
+        a, b, c = batches[3 * index : 3 * index + 3]
         theta = m[owner] * flat
         g = np.array(gradient_of(theta, joined(a, b)))
         norm = np.abs(g).sum() if optimizer == "adam" else np.sqrt((g**2).sum())
@@ -223,6 +231,43 @@ def test_trajectory_equals_a_plain_rederivation(optimizer, rate, limit):
         assert record.constrained.sum() == count["norm"]
         found = np.stack(list(record.multipliers.values()), axis=1)
         np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_program_does_what_two_do(optimizer):
+    params, batches = mlp_params(), list(random_batches(60))
+    limit = 2.5 if optimizer == "sgd" else 12.0
+    _, record = archscale.gradinit(
+        mlp_loss, params, batches, optimizer=optimizer, learning_rate=0.1, max_gradient_norm=limit
+    )
+    assert 0 < record.constrained.sum() < 20
+    variant = Variant(mlp_loss, tuple(range(6)), optimizer, second_order=False, penalised=False)
+    settings = SETTINGS | {"limit": limit, "clip": 1.0}
+    for run in (jitted_step, functools.partial(step, branch=jax.lax.cond)):
+        state = initial_state(6)
+        for index in range(20):
+            triple = tuple(batches[3 * index : 3 * index + 3])
+            state, _ = run(state, params, triple, settings, variant=variant)
+        last = [values[-1] for values in record.multipliers.values()]
+        np.testing.assert_allclose(state.multipliers, last, rtol=1e-4)
+
+
+def test_losses_without_forward_mode():
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, cotangent: (2 * x * cotangent,))
+
+    def loss(params, batch):
+        return square(jnp.sqrt(mlp_loss(params, batch)))
+
+    params, batches = mlp_params(), list(random_batches(30))
+    options = {"max_gradient_norm": 1e-3}  # the norm's branch, which needs the Hessian
+    _, found = archscale.gradinit(loss, params, batches, **options)
+    _, expected = archscale.gradinit(mlp_loss, params, batches, **options)
+    for name, values in expected.multipliers.items():
+        np.testing.assert_allclose(found.multipliers[name], values, rtol=1e-4)
 
 
 # What is returned.

@@ -14,11 +14,14 @@ from archscale_jax.training import cross_entropy
 
 LABELS = jnp.array([0, 1, 2, 1])
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-def problem(model, shape):
+
+def problem(make, shape):
     """Features and loss of a network, its initial weights and a batch."""
+    model = nnx.eval_shape(make)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    params = initialize(jax.random.key(1), params, model.architecture())
+    params = jax.jit(lambda key: initialize(key, params, model.architecture()))(jax.random.key(1))
     batch = (jax.random.normal(jax.random.key(2), (len(LABELS), *shape)), LABELS)
     return (
         lambda params, batch: nnx.merge(graphdef, params, rest).features(batch[0]),
@@ -28,16 +31,18 @@ def problem(model, shape):
     )
 
 
-def mlp(text="2_12_022"):
-    model = DagMLP(dag_graph(text), 6, 16, 3, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))
-    return problem(model, (6,))
+def mlp():
+    graph, dtype = dag_graph("2_12_022"), jnp.result_type(float)
+    return problem(lambda: DagMLP(graph, 6, 16, 3, param_dtype=dtype, rngs=nnx.Rngs(0)), (6,))
 
 
 def cnn():
-    graph = dag_graph("2_12", kernel_size=3)
-    return problem(
-        DagCNN(graph, 1, 4, 3, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0)), (5, 5, 1)
-    )
+    graph, dtype = dag_graph("2_12", kernel_size=3), jnp.result_type(float)
+    return problem(lambda: DagCNN(graph, 1, 4, 3, param_dtype=dtype, rngs=nnx.Rngs(0)), (5, 5, 1))
+
+
+def jitted(features, loss, optimizer=optax.sgd(1.0)):  # noqa: B008
+    return jax.jit(functools.partial(measure_update, features, loss, optimizer=optimizer))
 
 
 @pytest.mark.parametrize("make", [mlp, cnn])
@@ -47,12 +52,17 @@ def cnn():
 def test_is_the_change_of_a_small_step(make, optimizer):
     with jax.enable_x64(True):
         features, loss, params, batch = make()
-        measured = measure_update(features, loss, params, batch, optimizer)
-        update, _ = optimizer.update(jax.grad(loss)(params, batch), optimizer.init(params), params)
+        measured = jitted(features, loss, optimizer)(params, batch)
         step = 1e-6
-        after = jax.tree.map(lambda weight, change: weight + step * change, params, update)
-        pairs = zip(features(params, batch), features(after, batch), strict=True)
-        for vertex, (old, new) in enumerate(pairs):
+
+        @jax.jit
+        def before_and_after(params):
+            gradients = jax.grad(loss)(params, batch)
+            update, _ = optimizer.update(gradients, optimizer.init(params), params)
+            after = jax.tree.map(lambda weight, change: weight + step * change, params, update)
+            return features(params, batch), features(after, batch)
+
+        for vertex, (old, new) in enumerate(zip(*before_and_after(params), strict=True)):
             absolute = np.mean(np.square((np.asarray(new) - np.asarray(old)) / step))
             assert measured.absolute[vertex] == pytest.approx(absolute, rel=1e-3)
             relative = absolute / np.mean(np.square(old))
@@ -83,7 +93,7 @@ def test_a_shift_of_all_examples_changes_the_relative_size_alone():
     def measure(bias):
         features = lambda weight, x: [x @ weight + bias]  # noqa: E731
         loss = lambda weight, x: jnp.mean(jnp.square(x @ weight - 1))  # noqa: E731
-        return measure_update(features, loss, jnp.ones((3, 4)), x, optax.sgd(1.0))
+        return jitted(features, loss)(jnp.ones((3, 4)), x)
 
     plain, shifted = measure(0.0), measure(10.0)
     np.testing.assert_allclose(shifted.standardized, plain.standardized, rtol=1e-4)
@@ -92,7 +102,7 @@ def test_a_shift_of_all_examples_changes_the_relative_size_alone():
 
 def test_one_example_has_no_standardized_size():
     features, loss, params, (images, labels) = mlp()
-    one = measure_update(features, loss, params, (images[:1], labels[:1]), optax.sgd(1.0))
+    one = jitted(features, loss)(params, (images[:1], labels[:1]))
     assert np.all(np.isinf(one.standardized))
     assert np.all(np.isfinite(one.relative))
     with pytest.raises(ValueError, match="'measured' gives the size .* a batch of several"):
@@ -102,11 +112,11 @@ def test_one_example_has_no_standardized_size():
 def test_jitted_is_interpreted_and_grows_with_the_square_of_the_rate():
     features, loss, params, batch = mlp()
     measure = functools.partial(measure_update, features, loss)
-    jitted = jax.jit(lambda params: measure(params, batch, optax.sgd(1.0)))(params)
+    compiled = jitted(features, loss)(params, batch)
     with jax.disable_jit():
         plain = measure(params, batch, optax.sgd(1.0))
         doubled = measure(params, batch, optax.sgd(2.0))
-    for one, two, four in zip(jitted, plain, doubled, strict=True):
+    for one, two, four in zip(compiled, plain, doubled, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4)
         np.testing.assert_allclose(4 * two, four, rtol=1e-4)
 
@@ -118,9 +128,9 @@ def test_maps_over_seeds():
     def measure(params):
         return measure_update(features, loss, params, batch, optax.sgd(1.0))
 
-    together = jax.vmap(measure)(seeds)
+    together = jax.jit(jax.vmap(measure))(seeds)
     assert together.absolute.shape == (2, 4)
-    alone = measure(jax.tree.map(lambda weight: 2 * weight, params))
+    alone = jax.jit(measure)(jax.tree.map(lambda weight: 2 * weight, params))
     np.testing.assert_allclose(together.absolute[1], alone.absolute, rtol=1e-4)
 
 
@@ -135,8 +145,16 @@ multiply.defvjp(
 )
 
 
-@pytest.mark.parametrize("transform", [lambda measure: measure, jax.jit, jax.vmap])
-def test_of_functions_without_forward_mode(transform):
+@pytest.mark.parametrize(
+    ("transform", "mapped"),
+    [
+        (lambda measure: measure, False),
+        (jax.jit, False),
+        (lambda measure: jax.jit(jax.vmap(measure)), True),
+    ],
+    ids=["eager", "jit", "vmap"],
+)
+def test_of_functions_without_forward_mode(transform, mapped):
     """Layers with a custom_vjp, and relu and max between them, against the same without."""
 
     def measure(product, params):
@@ -157,7 +175,7 @@ def test_of_functions_without_forward_mode(transform):
         key = jax.random.key(0)
         inputs = jax.random.normal(key, (5, 3))
         params = [jax.random.normal(key, shape) for shape in [(2, 3, 4), (2, 4, 4), (2, 4)]]
-        if transform is not jax.vmap:
+        if not mapped:
             params = [weights[0] for weights in params]
         found = transform(functools.partial(measure, multiply))(params)
         expected = transform(functools.partial(measure, jnp.matmul))(params)

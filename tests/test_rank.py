@@ -77,6 +77,7 @@ def test_path_sum_says_nothing_of_a_cell_without_convolutions():
         rank_recipes.learning_rate(trial("path_sum", "1_11_141"))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_fixed_recipe_draws_as_pytorch_does_by_default():
     network = nnx.eval_shape(lambda: CellNetwork("3_22_222", 3, 16, 1, 10, rngs=nnx.Rngs(0)))
     params = nnx.state(network, nnx.Param)
@@ -157,20 +158,16 @@ FLAGS += ["--recipe=fixed,path_sum", "--workers=1"]
 CELLS = ["1_00_100", "0_00_300", "2_30_202", "4_12_013"]
 
 
-def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment):
-    workdir, root = tmp_path / "rank", Path(__file__).parents[1]
-    flags = [*FLAGS, f"--workdir={workdir}", f"--cell={','.join(CELLS)}"]
-    command = [sys.executable, "-m", "experiments.rank", *flags]
-    options = {"cwd": root, "env": binary_environment, "text": True}
-
-    def run(*more):
-        return subprocess.run(
-            [*command, *more], capture_output=True, timeout=300, check=True, **options
-        ).stdout
-
+def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment, run_again):
+    workdir, flags = tmp_path / "rank", [*FLAGS, f"--cell={','.join(CELLS)}"]
+    command = [sys.executable, "-m", "experiments.rank", f"--workdir={workdir}", *flags]
     results = workdir / "results.jsonl"
     with subprocess.Popen(
-        [*command, "--num_seeds=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
+        [*command, "--num_seeds=1"],
+        cwd=Path(__file__).parents[1],
+        env=binary_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as killed:
         while killed.poll() is None and not (
             results.exists() and results.read_bytes().count(b"\n")
@@ -182,7 +179,10 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
     table = tmp_path / "table.csv"
     rows = [f"{cell},{50 + number}\n" for number, cell in enumerate(CELLS)]
     table.write_text("arch,accuracy\n" + "".join(rows))
-    output = run("--num_seeds=2", f"--table={table}", "--table_column=accuracy")
+    flags += ["--num_seeds=2", f"--table={table}", "--table_column=accuracy"]
+    finished = run_again("rank", workdir, *flags)
+    assert finished.returncode == 0, finished.stderr
+    output = finished.stdout
     lines = results.read_bytes().splitlines()
     assert len(lines) == 16
     assert lines[: len(before)] == before
@@ -210,8 +210,8 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
         (["--dataset=digits", "--table=nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_the_binary_ends_bad_input_with_one_line(tmp_path, run_experiment, flags, message):
-    finished = run_experiment("rank", tmp_path / "rank", *flags)
+def test_the_binary_ends_bad_input_with_one_line(tmp_path, run_again, flags, message):
+    finished = run_again("rank", tmp_path / "rank", *flags)
     assert finished.returncode != 0
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr

@@ -12,6 +12,8 @@ from flax import linen as nn
 
 import archscale_jax as archscale
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "recipes.md"
 SECTIONS = {
     text.partition("\n")[0]: "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.M))
@@ -20,15 +22,6 @@ SECTIONS = {
 SHARED, *RECIPES = SECTIONS
 LEARNING = {"MLP-Mixer", "GPT with tied embeddings", "An MLP in Equinox", "Low-rank adapters"}
 """Those that are trained for thirty steps instead of three."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is nearly all that a few steps of toys cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ SMALL = [
 ]
 
 
-def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment):
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment, run_again):
     done = run_experiment("scaling", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
     journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
@@ -37,12 +37,12 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
 
     lines = records.splitlines(keepends=True)
     journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
-    again = run_experiment("scaling", tmp_path, *SMALL)
+    again = run_again("scaling", tmp_path, *SMALL)
     assert again.returncode == 0, again.stderr
     assert journal.read_text() == records
     assert table.read_text() == result
 
-    other = run_experiment("scaling", tmp_path, *SMALL, "--width=9")
+    other = run_again("scaling", tmp_path, *SMALL, "--width=9")
     assert other.returncode == 1
     assert "width=8 (now 9)" in other.stderr
     assert "Traceback" not in other.stderr
@@ -58,8 +58,8 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
         ("--dataset=fashion_mnist --data_dir=absent", "absent"),
     ],
 )
-def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message, run_experiment):
-    refused = run_experiment("scaling", tmp_path / "run", *SMALL, *flag.split())
+def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message, run_again):
+    refused = run_again("scaling", tmp_path / "run", *SMALL, *flag.split())
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr

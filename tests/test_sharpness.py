@@ -16,6 +16,8 @@ from archscale_jax.models import DagMLP
 from archscale_jax.spaces import dag_graph
 from archscale_jax.training import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def quadratic(params, matrix):
     """Half the quadratic form of a matrix, which is its Hessian; parameters in two leaves."""

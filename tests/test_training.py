@@ -602,27 +602,6 @@ FLAGS = [
 class TestKill:
     """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
 
-    environment: dict[str, str]
-
-    @pytest.fixture(autouse=True)
-    def use_environment(self, binary_environment):
-        self.environment = binary_environment
-
-    def start(self, workdir, *flags):
-        return subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *FLAGS, *flags],
-            cwd=pathlib.Path(__file__).parent.parent,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(self, process):
-        output, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, output
-        return output
-
     def checkpoint(self, workdir):
         """The last checkpoint as orbax reads it, bytes by leaf."""
         folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
@@ -633,11 +612,16 @@ class TestKill:
 
     # Orbax warns that it restores without being told a sharding.
     @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
-    def test_in_the_middle_changes_nothing(self, tmp_path):
+    def test_in_the_middle_changes_nothing(self, tmp_path, binary_environment, run_again):
         undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-        self.finish(self.start(undisturbed))
-
-        process = self.start(killed)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", f"--workdir={killed}", *FLAGS],
+            cwd=pathlib.Path(__file__).parent.parent,
+            env=binary_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         results = killed / "results.jsonl"
         # A second record means that the first checkpoint is whole; the second one is being written.
         while not results.exists() or results.read_bytes().count(b"\n") < 2:
@@ -647,8 +631,11 @@ class TestKill:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert results.read_bytes().count(b"\n") < 4
-        assert "resumed after epoch" in self.finish(self.start(killed, "--resume"))
-
+        resumed = run_again("train", killed, *FLAGS, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed after epoch" in resumed.stdout + resumed.stderr
+        whole = run_again("train", undisturbed, *FLAGS)
+        assert whole.returncode == 0, whole.stderr
         assert results.read_bytes() == (undisturbed / "results.jsonl").read_bytes()
         assert results.read_bytes().count(b"\n") == 4
         assert self.checkpoint(killed) == self.checkpoint(undisturbed)

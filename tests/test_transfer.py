@@ -14,7 +14,7 @@ SEARCH = ["--architecture=2", "--width=8", "--epochs=0.2", "--num_rates=3", "--m
           "--num_seeds=2", "--refine=0"]  # fmt: skip
 
 
-def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment):
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment, run_again):
     done = run_experiment("transfer", tmp_path, *STUDY)
     assert done.returncode == 0, done.stderr
     names = ("results.jsonl", "measurements.jsonl", "table.md", "summary.json")
@@ -29,7 +29,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
     lines = contents["results.jsonl"].splitlines(keepends=True)
     (tmp_path / "results.jsonl").write_bytes(lines[0] + lines[1][:50])  # as a kill leaves it
     (tmp_path / "measurements.jsonl").unlink()
-    again = run_experiment("transfer", tmp_path, *STUDY)
+    again = run_again("transfer", tmp_path, *STUDY)
     assert again.returncode == 0, again.stderr
     assert {name: (tmp_path / name).read_bytes() for name in names} == contents
 
@@ -43,16 +43,16 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
     ],
 )
 def test_bad_flags_of_a_study_end_with_one_line_and_leave_nothing(
-    tmp_path, flag, message, run_experiment
+    tmp_path, flag, message, run_again
 ):
-    refused = run_experiment("transfer", tmp_path / "run", *flag.split())
+    refused = run_again("transfer", tmp_path / "run", *flag.split())
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experiment):
+def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experiment, run_again):
     done = run_experiment("find_lr", tmp_path, *SEARCH)
     assert done.returncode == 0, done.stderr
     journal = tmp_path / "results.jsonl"
@@ -63,16 +63,16 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experi
     assert "learning rate" in table
 
     journal.write_text("".join(lines[:4]) + lines[4][:9])
-    again = run_experiment("find_lr", tmp_path, *SEARCH)
+    again = run_again("find_lr", tmp_path, *SEARCH)
     assert again.returncode == 0, again.stderr
     assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
     assert (tmp_path / "table.md").read_text() == table
 
-    started = run_experiment("find_lr", tmp_path, *SEARCH, "--base_rate=0.2")  # only what can win
+    started = run_again("find_lr", tmp_path, *SEARCH, "--base_rate=0.2")  # only what can win
     assert started.returncode == 0, started.stderr
     assert journal.read_text().count("\n") == len(lines)
 
-    other = run_experiment("find_lr", tmp_path, *SEARCH, "--width=9")
+    other = run_again("find_lr", tmp_path, *SEARCH, "--width=9")
     assert other.returncode == 1
     assert "width=8 (now 9)" in other.stderr
 
@@ -85,8 +85,8 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experi
         ("--architecture=2_00", "no path joins the input"),
     ],
 )
-def test_bad_flags_of_a_search_end_with_one_line(tmp_path, flag, message, run_experiment):
-    refused = run_experiment("find_lr", tmp_path / "run", *SEARCH, flag)
+def test_bad_flags_of_a_search_end_with_one_line(tmp_path, flag, message, run_again):
+    refused = run_again("find_lr", tmp_path / "run", *SEARCH, flag)
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr

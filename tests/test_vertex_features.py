@@ -10,6 +10,8 @@ from flax import linen, nnx
 import archscale_jax as archscale
 from archscale_jax.models import DagCNN, DagMLP
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RELU = jax.nn.relu
 
 

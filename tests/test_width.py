@@ -13,6 +13,8 @@ import archscale_jax as archscale
 from archscale_jax.architecture import Parameter, Role
 from archscale_jax.rules import width_factors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
 

@@ -1,0 +1,77 @@
+"""Does learning the scale of every tensor before training help? GradInit against analytic rules.
+
+    python -m experiments.gradinit --workdir=runs/gradinit
+
+Draws every network by two initializations, learns multipliers on each, measures, and trains over a
+range of learning rates without warm-up. Writes config.json, results.jsonl, multipliers.json,
+table.md and figures, and prints the table. Killed and started again it runs what is missing; the
+same --workdir takes more networks later. At the paper's size: --dataset=cifar10
+--network=plain_19,plain_19_norm,residual_54,residual_54_norm --images_downscale=1 --images_width=64
+--batch_size=128 --gradinit_steps=390 --steps=78000.
+"""
+
+import functools
+import sys
+
+from absl import flags
+
+from archscale_jax import datasets, files
+from archscale_jax.sweeps import run_study
+from experiments import common, gradinit_study
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_list(
+    "network",
+    [
+        *("plain_6", "plain_12", "plain_24", "plain_12_norm"),
+        *("residual_3", "residual_9", "residual_18", "residual_9_norm"),
+        *("transformer_2", "transformer_6", "transformer_12"),
+    ],
+    f"FAMILY_DEPTH, or FAMILY_DEPTH_norm, of {', '.join(gradinit_study.NETWORKS)}.",
+)
+flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
+flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+flags.DEFINE_integer("images_width", 8, "Channels of a convolution's first stage.", lower_bound=1)
+flags.DEFINE_integer("images_downscale", 2, "Side of the squares averaged first.", lower_bound=1)
+flags.DEFINE_integer("patches_width", 32, "Features of a transformer.", lower_bound=1)
+flags.DEFINE_integer("patches_downscale", 1, "The same for a transformer.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 32, "Examples an update, even.", lower_bound=2)
+flags.DEFINE_integer("steps", 250, "Updates of a training run.", lower_bound=1)
+flags.DEFINE_integer("test_examples", 4000, "Test examples of the accuracy.", lower_bound=1)
+flags.DEFINE_integer("gradinit_steps", 120, "Iterations of GradInit.", lower_bound=1)
+flags.DEFINE_float("scale_rate", 0.03, "Learning rate of the multipliers.")
+flags.DEFINE_float("sgd_rate", 0.1, "GradInit's step for SGD.")
+flags.DEFINE_float("sgd_norm", 1.0, "GradInit's largest gradient norm for SGD, L2.")
+flags.DEFINE_float("adam_rate", 1e-3, "GradInit's step for Adam.")
+flags.DEFINE_float("adam_norm", 1000.0, "GradInit's largest gradient norm for Adam, L1.")
+flags.DEFINE_float("penalty", 10.0, "Weight of the variant with a penalty.")
+flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
+flags.DEFINE_integer("workers", 1, "Trials at a time, in threads.", lower_bound=1)
+flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
+flags.DEFINE_string("workdir", "runs/gradinit", "Folder for config, results and figures.")
+
+NOT_SETTINGS = ("data_dir", "network", "num_seeds", "retry_failed", "workdir", "workers")
+
+
+def run() -> None:
+    """Runs what is missing, prints and draws."""
+    values = FLAGS.flags_by_module_dict()[sys.argv[0]]
+    every = {flag.name: flag.value for flag in values}
+    trials = gradinit_study.all_trials(FLAGS.network, every)
+    settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
+    workdir = files.claim_directory(FLAGS.workdir, settings)
+    records = run_study(
+        trials,
+        functools.partial(gradinit_study.run, data_dir=FLAGS.data_dir),
+        workdir / "results.jsonl",
+        workers=FLAGS.workers,
+        retry_failed=FLAGS.retry_failed,
+    )
+    for record in records:
+        if "error" in record:
+            print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    common.run_binary(run)

@@ -1,0 +1,320 @@
+"""What a trial of the GradInit study does: draw, learn the multipliers, measure, train."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax import training
+from archscale_jax.architecture import PyTree, named_leaves
+from archscale_jax.datasets import Dataset
+from experiments import common, families, transfer_study
+from experiments.gradinit_networks import NETWORKS
+
+Trial = Mapping[str, Any]
+
+STARTS = ("flax", "he", "topology")
+"""Initializations: Flax's own, He's for every layer by itself, and this library's."""
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gradinit": {},
+    "second_order": {"second_order": True},
+    "penalty": {},
+    "vertices": {},
+}
+"""No GradInit, the paper's, and its variants; `learn` adds the penalty's weight and the groups."""
+
+RATES = {
+    "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "adam": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+}
+"""Learning rates of the training runs, by optimizer."""
+
+DEFAULT_STARTS = {
+    "plain": ("flax", "he"),
+    "residual": ("he", "topology"),
+    "transformer": ("flax", "topology"),
+}
+"""Starts by family; in a plain network every layer has one input, and topology is He."""
+
+BASES = {"plain": "plain_6", "residual": "residual_3", "transformer": "transformer_2"}
+"""Networks whose best rate is taken as known when others are predicted."""
+
+VARIANT_NETWORKS = ("plain_12", "residual_9", "transformer_6")
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+MEASURED_BATCHES = 8
+
+SHARED = (
+    "dataset",
+    "batch_size",
+    "steps",
+    "test_examples",
+    "gradinit_steps",
+    "scale_rate",
+    "sgd_rate",
+    "sgd_norm",
+    "adam_rate",
+    "adam_norm",
+    "penalty",
+)
+"""Settings of every trial."""
+
+
+class Name(NamedTuple):
+    """A network by name: `plain_24`, or `plain_24_norm` with batch normalization."""
+
+    family: str
+    depth: int
+    normalized: bool
+
+    @property
+    def optimizer(self) -> str:
+        """What trains it, and whose update GradInit looks at."""
+        return "adam" if self.family == "transformer" else "sgd"
+
+
+def parse_name(text: str) -> Name:
+    """Parses the name of a network.
+
+    Raises:
+      ValueError: another form, or an unknown family.
+    """
+    family, *rest = text.split("_")
+    if (
+        family not in NETWORKS
+        or not rest
+        or not rest[0].isdecimal()
+        or int(rest[0]) < 1
+        or rest[1:] not in ([], ["norm"])
+    ):
+        raise ValueError(
+            f"network {text!r}; accepted are FAMILY_DEPTH and FAMILY_DEPTH_norm with batch "
+            f"normalization, of the families {', '.join(NETWORKS)}"
+        )
+    normalized = rest[1:] == ["norm"] or family == "transformer"
+    return Name(family, int(rest[0]), normalized)
+
+
+def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
+    """Returns the trials of networks: every start with and without GradInit, variants, seeds.
+
+    Raises:
+      ValueError: see `parse_name`.
+    """
+    trials: list[Trial] = []
+    for text in dict.fromkeys(names):
+        name = parse_name(text)
+        starts = DEFAULT_STARTS[name.family]
+        arms = [(start, learned) for start in starts for learned in ("none", "gradinit")]
+        if text == BASES[name.family]:
+            arms = [(starts[-1], "none")]
+        if text in VARIANT_NETWORKS:
+            variants = [one for one in LEARNED if one not in ("none", "gradinit")]
+            if name.optimizer == "adam":
+                variants.remove("second_order")  # changes nothing there
+            arms += [(starts[0], one) for one in variants]
+        sizes = "patches" if name.family == "transformer" else "images"
+        shared = {key: settings[key] for key in SHARED}
+        shared |= {key: settings[f"{sizes}_{key}"] for key in ("width", "downscale")}
+        for start, learned in arms:
+            for seed in range(settings["num_seeds"]):
+                arm = {"network": text, "start": start, "learned": learned, "seed": seed}
+                trials.append(shared | arm | {"rates": list(RATES[name.optimizer])})
+    return trials
+
+
+class Network(NamedTuple):
+    """A network taken apart, ready to draw, to learn and to train."""
+
+    name: Name
+    dataset: Dataset
+    graphdef: nnx.GraphDef
+    model_state: PyTree
+    architecture: archscale.Architecture
+    create: Callable[[int], PyTree]  # from a seed to the params as Flax draws them
+    loss: Callable[[PyTree, Any], jax.Array]
+    gradient: Callable[[PyTree, Any], PyTree]  # of the loss, jitted
+    measure: Callable[[PyTree, Any], archscale.UpdateSize]  # one update, jitted
+
+
+@functools.lru_cache(maxsize=2)
+def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: int) -> Network:
+    """Builds a network by name, once: trials that share it compile nothing anew."""
+    name = parse_name(text)
+    data = transfer_study.load(dataset, data_dir, downscale)
+    height, side, channels = data.train_images.shape[1:]
+    image = (height, side, channels)
+
+    def split(seed: int):
+        network = NETWORKS[name.family](
+            image, width, name.depth, data.num_classes, name.normalized, rngs=nnx.Rngs(seed)
+        )
+        return nnx.split(network, nnx.Param, ...)
+
+    graphdef, params, model_state = split(0)
+
+    def loss(params: PyTree, batch: Any) -> jax.Array:
+        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
+
+    inputs = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+    apply = families.applier(graphdef, model_state)
+    architecture = archscale.trace(apply, params, inputs)
+    model = families.Model(graphdef, params, model_state, architecture)
+    return Network(
+        name,
+        data,
+        graphdef,
+        model_state,
+        architecture,
+        lambda seed: split(seed)[1],
+        loss,
+        jax.jit(jax.grad(loss)),
+        families.measurer(model, OPTIMIZERS[name.optimizer]),
+    )
+
+
+def draw(network: Network, start: str, seed: int) -> PyTree:
+    """Draws the params of a seed."""
+    params = network.create(seed)
+    if start == "flax":
+        return params
+    residual = network.name.family != "plain"
+    rule = "none" if start == "he" else "moment" if residual else "target"
+    return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
+
+
+def halves(dataset: Dataset, size: int, seed: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields random batches of so many examples, each example once an epoch, without end."""
+    for epoch in range(10**6):
+        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        order = jax.random.permutation(key, len(dataset.train_images))
+        for first in range(0, len(order) - size + 1, size):
+            chosen = order[first : first + size]
+            yield dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
+def learn(
+    network: Network, params: PyTree, trial: Trial
+) -> tuple[PyTree, archscale.GradInitRecord]:
+    """GradInit as a trial has it."""
+    options = dict(LEARNED[trial["learned"]])
+    if trial["learned"] == "penalty":
+        options["penalty"] = trial["penalty"]
+    if trial["learned"] == "vertices":
+        options["groups"] = archscale.vertex_groups(network.architecture)
+    return archscale.gradinit(
+        network.loss,
+        params,
+        halves(network.dataset, trial["batch_size"] // 2, trial["seed"]),
+        optimizer=network.name.optimizer,
+        learning_rate=trial[f"{network.name.optimizer}_rate"],
+        max_gradient_norm=trial[f"{network.name.optimizer}_norm"],
+        scale_learning_rate=trial["scale_rate"],
+        num_steps=trial["gradinit_steps"],
+        **options,
+    )
+
+
+def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
+    """Draws, learns, measures, and trains at every rate; JSON values."""
+    network = build(
+        trial["network"], trial["dataset"], data_dir, trial["downscale"], trial["width"]
+    )
+    params = draw(network, trial["start"], trial["seed"])
+    found: dict[str, Any] = {"tensors": tensor_sizes(network, params, trial)}
+    if trial["learned"] != "none":
+        params, record = learn(network, params, trial)
+        found["tensors_after"] = tensor_sizes(network, params, trial)
+        found["record"] = summary(record)
+    found["measured"] = measure(network, params, trial)
+    found["runs"] = [train(network, params, rate, trial) for rate in trial["rates"]]
+    return found
+
+
+def summary(record: archscale.GradInitRecord) -> dict[str, Any]:
+    """What is kept of a record: the last multipliers, and every iteration's scalars."""
+    return {
+        "multipliers": {name: float(one[-1]) for name, one in record.multipliers.items()},
+        "constrained": record.constrained.astype(int).tolist(),
+        "gradient_norm": record.gradient_norm.astype(float).tolist(),
+        "loss": record.loss.astype(float).tolist(),
+        "updated_loss": record.updated_loss.astype(float).tolist(),
+    }
+
+
+def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
+    """Mean size of the entries of every weight, and mean deviation of its gradient over batches.
+
+    By the names of weights, in the order of the network [GradInit, Fig. 1].
+    """
+    batches = halves(network.dataset, trial["batch_size"], trial["seed"] + 1000)
+    sums: list[dict[str, np.ndarray]] = []
+    for _ in range(MEASURED_BATCHES):
+        leaves = named_leaves(network.gradient(params, next(batches)))
+        sums.append({name: np.asarray(leaf, float) for name, leaf in leaves.items()})
+    weights = named_leaves(params)
+    return {
+        one.name: [
+            float(np.mean(np.abs(weights[one.name]))),
+            float(np.mean(np.std([each[one.name] for each in sums], axis=0))),
+        ]
+        for one in network.architecture.parameters
+        if len(one.shape) > 1
+    }
+
+
+def measure(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
+    """One update as every vertex sees it; see `archscale_jax.measure_update`."""
+    batch = common.first_batch(network.dataset, trial["batch_size"], trial["seed"])
+    sizes = network.measure(params, batch)
+    return {name: np.asarray(one, float).tolist() for name, one in sizes._asdict().items()}
+
+
+def train(network: Network, params: PyTree, rate: float, trial: Trial) -> dict[str, Any]:
+    """Trains at one rate without warm-up; the losses of every tenth, and the test accuracy.
+
+    A run whose loss is not finite ends there, and has no accuracy.
+    """
+    optimizer = _optimizer(network.name.optimizer)
+    key = jax.random.fold_in(jax.random.key(trial["seed"]), 1)
+    state = training.create_train_state(params, network.model_state, optimizer, key)
+    state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
+    losses: list[float] = []
+    for trained, loss in training.train_parts(
+        state,
+        network.dataset,
+        graphdef=network.graphdef,
+        optimizer=optimizer,
+        batch_size=trial["batch_size"],
+        total_steps=trial["steps"],
+    ):
+        state = trained
+        losses.append(loss)
+        if not math.isfinite(loss):
+            return {"rate": rate, "losses": losses, "accuracy": None}
+    tested = slice(trial["test_examples"])
+    measured = training.evaluate(
+        state.params,
+        state.model_state,
+        network.dataset.test_images[tested],
+        network.dataset.test_labels[tested],
+        graphdef=network.graphdef,
+        batch_size=500,
+    )
+    return {"rate": rate, "losses": losses, "accuracy": float(measured["accuracy"])}
+
+
+@functools.cache
+def _optimizer(name: str) -> optax.GradientTransformation:
+    return optax.inject_hyperparams(lambda rate: OPTIMIZERS[name](rate))(rate=1.0)

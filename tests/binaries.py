@@ -1,0 +1,50 @@
+"""Binaries in processes forked from one that has imported what they all import.
+
+Starting Python with JAX, Flax, SciPy and Matplotlib takes most of the time that a binary takes on
+bad flags, or where it has little left to do.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+
+# Nothing in these may run a JAX program: a process with threads is not forked safely.
+for _name in ("archscale_jax", "matplotlib.figure", "orbax.checkpoint", "sklearn.datasets"):
+    importlib.import_module(_name)
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
+
+
+def run_forked(
+    name: str, flags: list[str], folder: pathlib.Path, root: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m experiments.<name>` with flags; its output goes through files in a folder."""
+    files = [folder / stream for stream in ("stdout", "stderr")]
+    process = _FORKS.Process(target=_become, args=(f"experiments.{name}", flags, files, root))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    output, errors = (file.read_text() for file in files)
+    finished = subprocess.CompletedProcess(flags, process.exitcode, output, errors)
+    process.close()
+    return finished
+
+
+def _become(module: str, flags: list[str], files: list[pathlib.Path], root: pathlib.Path) -> None:
+    for descriptor, file in enumerate(files, start=1):
+        with file.open("wb") as stream:
+            os.dup2(stream.fileno(), descriptor)
+    os.chdir(root)
+    jax.config.update("jax_disable_most_optimizations", True)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
