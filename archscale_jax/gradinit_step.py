@@ -160,19 +160,20 @@ def lower_objective(
     moved = [_moved(t, d, rate) for t, d in zip(theta, direction, strict=True)]
     updated, slope = jax.value_and_grad(loss)(moved, _joined(batches[0], batches[2]))
     found = [one / rate for one in slope]
-    # Both further terms are products with the Hessian, so that one product serves them.
-    curved = []
-    if variant.second_order:
-        curved.append([-one for one in pull(slope)[0]])
-    if barrier is not None:
-        curved.append([barrier * one for one in _steepest(gradient, variant.optimizer)])
-    if curved:
-        product = _hessian_product(
-            lambda theta: loss(theta, _joined(batches[0], batches[1])),
-            theta,
-            [sum(parts).astype(leaf.dtype) for leaf, *parts in zip(theta, *curved, strict=True)],
+    if variant.second_order or barrier is not None:
+        # Both further terms are products with the Hessian, so that one product serves them.
+        vector = [jnp.zeros_like(one) for one in theta]
+        if variant.second_order:
+            vector = [v - p for v, p in zip(vector, pull(slope)[0], strict=True)]
+        if barrier is not None:
+            steepest = _steepest(gradient, variant.optimizer)
+            vector = [
+                (v + barrier * one).astype(v.dtype) for v, one in zip(vector, steepest, strict=True)
+            ]
+        curved = _hessian_product(
+            lambda theta: loss(theta, _joined(batches[0], batches[1])), theta, vector
         )
-        found = [f + p for f, p in zip(found, product, strict=True)]
+        found = [f + c for f, c in zip(found, curved, strict=True)]
     derivative = by_multipliers(found, initial, variant, len(state.multipliers))
     return adam(state, derivative, False, settings), updated.astype(jnp.float32)
 
@@ -266,8 +267,8 @@ def _steepest(gradient: list[Array], optimizer: str) -> list[Array]:
 def _norm(tensors: list[Array], order: int) -> Float[Array, ""]:
     exact = [_exact(one) for one in tensors]
     if order == 1:
-        return sum(jnp.sum(jnp.abs(one)) for one in exact)
-    total = sum(jnp.sum(jnp.square(one)) for one in exact)
+        return jnp.sum(jnp.stack([jnp.sum(jnp.abs(one)) for one in exact]))
+    total = jnp.sum(jnp.stack([jnp.sum(jnp.square(one)) for one in exact]))
     # The root has no derivative at 0.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
 

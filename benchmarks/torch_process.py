@@ -23,8 +23,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 TORCH_ENV = ROOT / "build" / "torch-env"
 
 
-def torch_python() -> pathlib.Path:
+def torch_python(packages: Sequence[str] = ()) -> pathlib.Path:
     """Returns the Python of the environment with PyTorch, made on the first call.
+
+    Args:
+      packages: what to install besides, `NAME==VERSION`; what is there stays.
 
     Raises:
       OSError, subprocess.CalledProcessError: it cannot be made.
@@ -32,38 +35,48 @@ def torch_python() -> pathlib.Path:
     python = TORCH_ENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     check = [str(python), "-c", "import numpy, torch; print(torch.__version__)"]
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install.append(f"torch=={TORCH}")  # named each time: no package may bring another
     try:
-        if run(check).stdout.startswith(TORCH):
-            return python
+        there = run(check).stdout.startswith(TORCH)
     except (OSError, subprocess.CalledProcessError):
-        pass  # not there, or not whole
-    run([sys.executable, "-m", "venv", "--clear", str(TORCH_ENV)])
-    run([str(python), "-m", "pip", "install", "--quiet", f"torch=={TORCH}", "numpy"])
-    run(check)
+        there = False  # or not whole
+    if not there:
+        run([sys.executable, "-m", "venv", "--clear", str(TORCH_ENV)])
+        run([*install, "numpy"])
+        run(check)
+    if packages:
+        run([*install, *packages])
     return python
 
 
-def why_no_torch() -> str:
-    """Returns why PyTorch is not there and cannot be installed, or else nothing."""
+def why_no_torch(packages: Sequence[str] = ()) -> str:
+    """Returns why PyTorch or a package is not there and cannot be installed, or else nothing."""
     try:
-        torch_python()
+        torch_python(packages)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"torch=={TORCH} cannot be installed: {lines[-1] if lines else error}"
+        wanted = ", ".join([f"torch=={TORCH}", *packages])
+        return f"{wanted} cannot be installed: {lines[-1] if lines else error}"
     return ""
 
 
 @contextlib.contextmanager
 def torch_server(
-    module: str, cases: Mapping[str, Any]
+    module: str, cases: Mapping[str, Any], packages: Sequence[str] = ()
 ) -> Iterator[tuple[subprocess.Popen, dict[str, Any]]]:
     """Runs a module of `benchmarks` where PyTorch is; see `benchmarks/torch_step.py`.
+
+    Args:
+      module: its name.
+      cases: what it is asked for.
+      packages: see `torch_python`.
 
     Yields:
       The process, to `take_turns` with, and its `torch` and `threads`.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [str(torch_python()), "-m", f"benchmarks.{module}"]
+    command = [str(torch_python(packages)), "-m", f"benchmarks.{module}"]
     with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
         yield server, ask(server, {"threads": threads(), "cases": cases})
 

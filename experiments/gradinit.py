@@ -11,13 +11,15 @@ same --workdir takes more networks later. At the paper's size: --dataset=cifar10
 """
 
 import functools
+import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study
-from experiments import common, gradinit_study
+from experiments import common, gradinit_figures, gradinit_report, gradinit_study
 
 FLAGS = flags.FLAGS
 
@@ -71,6 +73,28 @@ def run() -> None:
     for record in records:
         if "error" in record:
             print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
+    _report(records, workdir)
+
+
+def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
+    learned = {
+        record["hash"]: {
+            **{key: record["trial"][key] for key in ("network", "start", "learned", "seed")},
+            "multipliers": record["result"]["record"]["multipliers"],
+        }
+        for record in records
+        if "record" in record.get("result", {})
+    }
+    files.write_json(workdir / "multipliers.json", learned)
+    every = gradinit_report.arms(records)
+    tables = (gradinit_report.table(every), gradinit_report.gains(every))
+    text = "\n".join(common.markdown_table(lines) for lines in tables)
+    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    print(text)
+    for name, draw in gradinit_figures.FIGURES.items():
+        draw(every, workdir / f"{name}.png")
+        print(f"figure:  {workdir / f'{name}.png'}")
+    print(f"results: {workdir / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import archscale_jax as archscale
 from archscale_jax import training
 from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.datasets import Dataset
+from archscale_jax.gradinit_step import Update
 from experiments import common, families, transfer_study
 from experiments.gradinit_networks import NETWORKS
 
@@ -79,7 +80,7 @@ class Name(NamedTuple):
     normalized: bool
 
     @property
-    def optimizer(self) -> str:
+    def optimizer(self) -> Update:
         """What trains it, and whose update GradInit looks at."""
         return "adam" if self.family == "transformer" else "sgd"
 
@@ -110,8 +111,13 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     """Returns the trials of networks: every start with and without GradInit, variants, seeds.
 
     Raises:
-      ValueError: see `parse_name`.
+      ValueError: see `parse_name`; an odd batch, or a rate or norm that is not positive.
     """
+    if settings["batch_size"] % 2:
+        raise ValueError(f"batch_size must be even, found {settings['batch_size']}")
+    for key in ("scale_rate", "sgd_rate", "sgd_norm", "adam_rate", "adam_norm", "penalty"):
+        if not 0 < settings[key] < math.inf:
+            raise ValueError(f"{key} must be positive and finite, found {settings[key]}")
     trials: list[Trial] = []
     for text in dict.fromkeys(names):
         name = parse_name(text)
@@ -254,9 +260,9 @@ def summary(record: archscale.GradInitRecord) -> dict[str, Any]:
 
 
 def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
-    """Mean size of the entries of every weight, and mean deviation of its gradient over batches.
+    """Mean size of a tensor's entries, and mean deviation of their gradients over batches.
 
-    By the names of weights, in the order of the network [GradInit, Fig. 1].
+    By name, of tensors with two axes or more [GradInit, Fig. 1].
     """
     batches = halves(network.dataset, trial["batch_size"], trial["seed"] + 1000)
     sums: list[dict[str, np.ndarray]] = []

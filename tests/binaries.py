@@ -27,6 +27,8 @@ def run_forked(
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python -m experiments.<name>` with flags; its output goes through files in a folder."""
     files = [folder / stream for stream in ("stdout", "stderr")]
+    for file in files:
+        file.touch()
     process = _FORKS.Process(target=_become, args=(f"experiments.{name}", flags, files, root))
     process.start()
     process.join(300)

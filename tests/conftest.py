@@ -80,18 +80,18 @@ def golden_dir() -> Path:
     return folder
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles with few optimizations, where that is nearly all that a test costs.
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles with few optimizations where a test is marked so.
 
-    For what holds of any compiler: not for results that must agree bit for bit.
+    JAX does not tell what it has compiled so from the rest, hence forgets it where that changes.
     """
     import jax  # not before the environment is set
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    quick = item.get_closest_marker("quick_compilation") is not None
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from archscale_jax.models.cell_layers import convolve_half, pool_half
 from archscale_jax.rules import weight_standard_deviations
 from archscale_jax.spaces.cell import CELL_EDGES, cell_digits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -268,11 +268,12 @@ def test_after_training_both_networks_normalize_by_the_running_averages(example)
 def test_one_program_serves_every_cell(example):
     with jax.enable_x64(True):
         space, params, model_state = split(space_in_float64())
+        before = traces.count(space)
         cells = (*CELLS, "2_22_222", "1_11_111")
         states = [select_cell(model_state, cell) for cell in cells]
         losses = {float(loss_and_gradient(space, params, one, *example)[0][0]) for one in states}
         assert len(losses) == len(cells)
-        assert traces.count(space) == 1
+        assert traces.count(space) - before <= 1
 
 
 # The parts.

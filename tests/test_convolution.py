@@ -19,6 +19,8 @@ from archscale_jax.training import cross_entropy
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
+quick = pytest.mark.quick_compilation  # not where it is compared or looked at
+
 
 def plain(inputs, kernel, padding="SAME"):
     return lax.conv_general_dilated(inputs, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
@@ -56,6 +58,7 @@ kernel_side = strategies.integers(1, 7)
 channels = strategies.integers(1, 3)
 
 
+@quick
 @hypothesis.given(
     image=strategies.tuples(strategies.integers(1, 4), side, side, channels),
     window=strategies.tuples(kernel_side, kernel_side, channels),
@@ -75,6 +78,7 @@ def test_derivatives_of_every_kind(image, window, padding):
         same(found, expected)
 
 
+@quick
 @pytest.mark.parametrize("axes", [(0, None), (2, 4)])
 def test_maps_over_inputs_and_kernels(axes):
     with jax.enable_x64(True):
@@ -125,6 +129,7 @@ def test_has_the_fast_layout_in_a_loop():
     assert layouts == ["b01f_01io->b01f"] * 3
 
 
+@quick
 @pytest.mark.parametrize(
     "options",
     [
@@ -179,6 +184,7 @@ def test_other_layouts_and_integers(dtype, layout):
     np.testing.assert_array_equal(conv_general_dilated(*arguments), expected)
 
 
+@quick
 def test_a_network_trains_as_with_that_of_jax():
     with jax.enable_x64(True):
         graph = dag_graph("2_12", kernel_size=3)

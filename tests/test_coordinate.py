@@ -12,7 +12,7 @@ import pytest
 import archscale_jax as archscale
 from archscale_jax.coordinate import Coordinate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 
 def linear_network(width, rate, *, scaled):

@@ -13,7 +13,7 @@ from archscale_jax.rules.residual import residual_branches
 from archscale_jax.sweeps import trial_hash
 from experiments import coordinate_report, families, size_transfer_study, transfer_study
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2", "--steps=2",
               "--num_seeds=1", "--batch_size=8")  # fmt: skip

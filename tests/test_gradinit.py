@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 import archscale_jax as archscale
 from archscale_jax.architecture import parameter_name
@@ -115,7 +116,7 @@ def lowered(m, start, limit, params, batches, *, optimizer, penalised):
 
     def flat_gradient(m):
         gradient = jax.grad(mlp_loss)(scaled(m), joined(*batches[:2]))
-        return jax.flatten_util.ravel_pytree(gradient)
+        return ravel_pytree(gradient)
 
     gradient, unravel = flat_gradient(start)
     direction = {
@@ -175,7 +176,7 @@ def test_groups_sum_the_derivatives_of_their_tensors():
 
 def plain_gradinit(params, batches, steps, *, optimizer, rate, limit, scale_rate):
     """Theory §7 with dense Hessians, Python branches, and Adam of every multiplier by itself."""
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    flat, unravel = ravel_pytree(params)
     owner = np.repeat(np.arange(6), [leaf.size for leaf in jax.tree.leaves(params)])
     is_bias = [path[-1].key == "bias" for path, _ in jax.tree.leaves_with_path(params)]
 
@@ -246,8 +247,8 @@ def test_one_program_does_what_two_do(optimizer):
     for run in (jitted_step, functools.partial(step, branch=jax.lax.cond)):
         state = initial_state(6)
         for index in range(20):
-            triple = tuple(batches[3 * index : 3 * index + 3])
-            state, _ = run(state, params, triple, settings, variant=variant)
+            a, b, c = batches[3 * index : 3 * index + 3]
+            state, _ = run(state, params, (a, b, c), settings, variant=variant)
         last = [values[-1] for values in record.multipliers.values()]
         np.testing.assert_allclose(state.multipliers, last, rtol=1e-4)
 
@@ -263,9 +264,9 @@ def test_losses_without_forward_mode():
         return square(jnp.sqrt(mlp_loss(params, batch)))
 
     params, batches = mlp_params(), list(random_batches(30))
-    options = {"max_gradient_norm": 1e-3}  # the norm's branch, which needs the Hessian
-    _, found = archscale.gradinit(loss, params, batches, **options)
-    _, expected = archscale.gradinit(mlp_loss, params, batches, **options)
+    # The norm's branch, which needs the Hessian.
+    _, found = archscale.gradinit(loss, params, batches, max_gradient_norm=1e-3)
+    _, expected = archscale.gradinit(mlp_loss, params, batches, max_gradient_norm=1e-3)
     for name, values in expected.multipliers.items():
         np.testing.assert_allclose(found.multipliers[name], values, rtol=1e-4)
 
@@ -305,8 +306,9 @@ def test_record_measures_losses_and_gradients():
 
 def test_it_lowers_what_it_promises():
     params = mlp_params(scale=3.0)
-    options = {"scale_learning_rate": 0.03, "max_gradient_norm": 1.0}
-    _, record = archscale.gradinit(mlp_loss, params, random_batches(1200, size=16), **options)
+    _, record = archscale.gradinit(
+        mlp_loss, params, random_batches(1200, size=16), scale_learning_rate=0.03
+    )
     assert record.gradient_norm[:5].mean() > 2
     assert record.gradient_norm[-50:].mean() < 1.3
     assert record.loss[-50:].mean() < record.loss[:50].mean()
@@ -354,11 +356,10 @@ def test_another_seed_compiles_nothing():
         traces.append(1)
         return mlp_loss(params, batch)
 
-    options = {"learning_rate": 0.1, "scale_learning_rate": 0.01}
-    archscale.gradinit(loss, mlp_params(0), random_batches(6), **options)
+    learn = functools.partial(archscale.gradinit, loss, batches=list(random_batches(6)))
+    learn(mlp_params(0), learning_rate=0.1)
     first = len(traces)
-    options = {"learning_rate": 0.2, "scale_learning_rate": 0.02}
-    archscale.gradinit(loss, mlp_params(1), random_batches(6), **options)
+    learn(mlp_params(1), learning_rate=0.2)
     assert len(traces) - first <= 1  # the check of the loss's shape
 
 
@@ -438,7 +439,9 @@ def test_groups_of_vertices():
 # Refusals.
 
 
-def refused(match, error=ValueError, loss=mlp_loss, params=None, batches=None, **options):
+def refused(
+    match, error: type[Exception] = ValueError, loss=mlp_loss, params=None, batches=None, **options
+):
     with pytest.raises(error, match=match):
         archscale.gradinit(
             loss, params or mlp_params(), batches or list(random_batches(6)), **options

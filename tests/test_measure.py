@@ -14,7 +14,7 @@ from archscale_jax.training import cross_entropy
 
 LABELS = jnp.array([0, 1, 2, 1])
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 
 def problem(make, shape):

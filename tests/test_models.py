@@ -19,7 +19,7 @@ from archscale_jax.models import DagCNN, DagMLP, create_network
 from archscale_jax.rules import learning_rate_scale, weight_standard_deviations
 from archscale_jax.spaces import cell_graph, dag_graph
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 WIDTH, INPUTS, OUTPUTS = 3, 2, 2
 BATCH_EPSILON, LAYER_EPSILON, BATCH_MOMENTUM = 1e-5, 1e-6, 0.99  # defaults of Flax

@@ -77,7 +77,7 @@ def test_path_sum_says_nothing_of_a_cell_without_convolutions():
         rank_recipes.learning_rate(trial("path_sum", "1_11_141"))
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.quick_compilation
 def test_the_fixed_recipe_draws_as_pytorch_does_by_default():
     network = nnx.eval_shape(lambda: CellNetwork("3_22_222", 3, 16, 1, 10, rngs=nnx.Rngs(0)))
     params = nnx.state(network, nnx.Param)

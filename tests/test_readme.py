@@ -3,13 +3,14 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
     "README.md": "paths: 6, ΣL = 13, ΣL³ = 115, L from 0 to 4",
     "docs/own_model.md": "",
     "docs/coordinate.md": "{0: 1.",
+    "docs/gradinit.md": "True",
 }
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import archscale_jax as archscale
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "recipes.md"
 SECTIONS = {

@@ -379,6 +379,7 @@ def test_author_code_gives_the_published_deviations_of_dags(golden_deviations):
         }
 
 
+@pytest.mark.quick_compilation
 def test_drawn_weights_have_the_published_deviations(golden_deviations):
     record = next(record for record in golden_deviations if record["model"] == "cnn")
     one = network_of_record(record)

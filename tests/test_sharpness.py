@@ -16,8 +16,6 @@ from archscale_jax.models import DagMLP
 from archscale_jax.spaces import dag_graph
 from archscale_jax.training import cross_entropy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def quadratic(params, matrix):
     """Half the quadratic form of a matrix, which is its Hessian; parameters in two leaves."""
@@ -67,7 +65,7 @@ def test_does_not_depend_on_the_parameters_of_a_quadratic_nor_on_the_key():
 
 def problem(model, shape):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    params = initialize(jax.random.key(1), params, model.architecture())
+    params = jax.jit(lambda key: initialize(key, params, model.architecture()))(jax.random.key(1))
     batch = (jax.random.normal(jax.random.key(2), (4, *shape)), jnp.array([0, 1, 2, 1]))
 
     def loss(params, batch):
@@ -76,16 +74,26 @@ def problem(model, shape):
     return loss, params, batch
 
 
+@functools.cache
+def hessian_of(loss):
+    def flattened(params, batch):
+        flat, unravel = ravel_pytree(params)
+        return jax.jacrev(jax.grad(lambda flat: loss(unravel(flat), batch)))(flat)
+
+    return jax.jit(flattened)
+
+
 def whole(loss, params, batch):
     """The largest eigenvalue by NumPy; the Hessian by two reverse modes."""
-    flat, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda flat: loss(unravel(flat), batch))
-    hessian = np.asarray(jax.jit(jax.jacrev(gradient))(flat), np.float64)
+    hessian = np.asarray(hessian_of(loss)(params, batch), np.float64)
     return np.linalg.eigvalsh((hessian + hessian.T) / 2)[-1]
 
 
+@pytest.mark.quick_compilation
 def test_of_an_mlp_jitted_and_mapped_over_seeds():
-    loss, params, batch = problem(DagMLP(dag_graph("2_12"), 5, 4, 3, rngs=nnx.Rngs(0)), (5,))
+    loss, params, batch = problem(
+        nnx.eval_shape(lambda: DagMLP(dag_graph("2_12"), 5, 4, 3, rngs=nnx.Rngs(0))), (5,)
+    )
     seeds = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     expected = [whole(loss, one, batch) for one in seeds]
     measure = jax.jit(jax.vmap(lambda params: sharpness(loss, params, batch)))

@@ -39,8 +39,14 @@ def concrete(params):
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
 
 
+def abstract(make, *arguments, **options):
+    """A model without arrays."""
+    return nnx.eval_shape(lambda: make(*arguments, rngs=nnx.Rngs(0), **options))
+
+
 def trace_model(model, inputs, **options):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    rest = concrete(rest)
 
     def apply(params, inputs):
         return nnx.merge(graphdef, params, rest, copy=True)(inputs, train=True)
@@ -91,7 +97,8 @@ class TestNetworksOfGraphs:
         width=st.integers(1, 7),
     )
     def test_mlps_give_their_graphs(self, text, normalization, arrangement, activation, width):
-        model = DagMLP(
+        model = abstract(
+            DagMLP,
             archscale.dag_graph(text),
             6,
             width,
@@ -99,7 +106,6 @@ class TestNetworksOfGraphs:
             normalization=normalization,
             arrangement=arrangement,
             activation=activation,
-            rngs=nnx.Rngs(0),
         )
         traced = trace_model(model, jnp.ones((4, 6)), arrangement=arrangement)
         assert_same(traced, model.architecture())
@@ -112,7 +118,7 @@ class TestNetworksOfGraphs:
     )
     def test_cnns_give_their_graphs(self, text, kernel_size, arrangement):
         graph = archscale.dag_graph(text, kernel_size=kernel_size)
-        model = DagCNN(graph, 2, 4, 3, arrangement=arrangement, rngs=nnx.Rngs(0))
+        model = abstract(DagCNN, graph, 2, 4, 3, arrangement=arrangement)
         traced = trace_model(model, jnp.ones((2, 6, 6, 2)), arrangement=arrangement)
         assert_same(traced, model.architecture())
 
@@ -121,7 +127,7 @@ class TestNetworksOfGraphs:
             "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|"
             "avg_pool_3x3~2|"
         )
-        model = DagCNN(archscale.cell_graph(text), 2, 4, 3, rngs=nnx.Rngs(0))
+        model = abstract(DagCNN, archscale.cell_graph(text), 2, 4, 3)
         traced = trace_model(model, jnp.ones((2, 6, 6, 2)))
         assert edges(traced) == edges(model.architecture())
         assert traced.parameters == model.architecture().parameters
@@ -130,15 +136,15 @@ class TestNetworksOfGraphs:
     def test_the_arrangement_is_seen_where_vertices_sum(self, text):
         for arrangement in ("pre_activation", "activation"):
             graph = archscale.dag_graph(text)
-            model = DagMLP(graph, 6, 5, 3, arrangement=arrangement, rngs=nnx.Rngs(0))
+            model = abstract(DagMLP, graph, 6, 5, 3, arrangement=arrangement)
             assert trace_model(model, jnp.ones((4, 6))).arrangement == arrangement
 
     def test_a_vertex_that_is_one_skip_is_its_source(self):
-        model = DagMLP(archscale.dag_graph("1_02"), 6, 5, 3, rngs=nnx.Rngs(0))
+        model = abstract(DagMLP, archscale.dag_graph("1_02"), 6, 5, 3)
         assert edges(trace_model(model, jnp.ones((4, 6)))) == [(0, 1, Operator.LINEAR, 1)]
 
     def test_a_loss_gives_the_graph_of_its_logits(self):
-        model = DagMLP(archscale.dag_graph("2_12_022"), 6, 5, 3, rngs=nnx.Rngs(0))
+        model = abstract(DagMLP, archscale.dag_graph("2_12_022"), 6, 5, 3)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params, images, labels):

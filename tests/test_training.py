@@ -140,6 +140,7 @@ def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_st
     return params, rest, velocity, losses
 
 
+@pytest.mark.quick_compilation
 class TestTrainEpoch:
     def test_is_a_plain_loop(self):
         """Momentum, decay, a schedule, batch statistics, augmentation and scaled rates at once."""

@@ -10,7 +10,7 @@ from flax import linen, nnx
 import archscale_jax as archscale
 from archscale_jax.models import DagCNN, DagMLP
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.quick_compilation
 
 RELU = jax.nn.relu
 
@@ -23,14 +23,15 @@ def assert_close(found, expected, rtol=1e-6):
 
 @pytest.fixture(scope="module")
 def stack():
-    keys = jax.random.split(jax.random.key(0), 3)
+    generator = np.random.default_rng(0)
     params = {
-        "stem": jax.random.normal(keys[0], (8, 16)),
-        "stack": jax.random.normal(keys[1], (4, 16, 16)) / 4,
-        "biases": jnp.arange(64.0).reshape(4, 16) / 64,
-        "readout": jax.random.normal(keys[2], (16, 3)),
+        "stem": generator.normal(size=(8, 16)),
+        "stack": generator.normal(size=(4, 16, 16)) / 4,
+        "biases": np.arange(64.0).reshape(4, 16) / 64,
+        "readout": generator.normal(size=(16, 3)),
     }
-    return params, jax.random.normal(jax.random.key(1), (5, 8))
+    x = generator.normal(size=(5, 8))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x))
 
 
 def scanned(params, x, reverse=False):
@@ -146,21 +147,28 @@ def test_the_measured_change_is_that_of_a_small_step():
             linen.Dense(3),
         ])  # fmt: skip
         x = jax.random.normal(jax.random.key(0), (4, 5, 6), jnp.float64)
-        params = model.init(jax.random.key(1), x)
+        params = jax.jit(model.init)(jax.random.key(1), x)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
 
-        @jax.jit
         def features(params, x):
             return archscale.vertex_features(model.apply, params, x)
 
         def loss(params, x):
             return jnp.mean(jnp.square(jnp.asarray(model.apply(params, x))))
 
-        measured = archscale.measure_update(features, loss, params, x, optax.sgd(1.0))
+        @jax.jit
+        def measure(params):
+            return archscale.measure_update(features, loss, params, x, optax.sgd(1.0))
+
         rate = 1e-6
-        gradients = jax.grad(loss)(params, x)
-        moved = jax.tree.map(lambda p, g: p - rate * g, params, gradients)
-        before, after = features(params, x), features(moved, x)
+
+        @jax.jit
+        def before_and_after(params):
+            gradients = jax.grad(loss)(params, x)
+            moved = jax.tree.map(lambda p, g: p - rate * g, params, gradients)
+            return features(params, x), features(moved, x)
+
+        measured, (before, after) = measure(params), before_and_after(params)
         expected = [np.mean(np.square((after[v] - before[v]) / rate)) for v in sorted(before)]
         np.testing.assert_allclose(measured.absolute, expected, rtol=1e-4)
 
@@ -173,8 +181,8 @@ def test_works_under_vmap_and_grad(stack):
         return jnp.sum(jnp.array([jnp.mean(feature**2) for feature in features.values()]))
 
     many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    sizes = jax.vmap(size)(many)
+    sizes = jax.jit(jax.vmap(size))(many)
     assert sizes[0] == pytest.approx(float(size(params)), rel=1e-5)
-    gradients = jax.grad(size)(params)
+    gradients = jax.jit(jax.grad(size))(params)
     assert np.all(np.isfinite(gradients["stack"])) and np.any(gradients["stack"])
     assert not np.any(gradients["readout"])  # the readout is no vertex
