@@ -43,7 +43,7 @@ class GradInitRecord(NamedTuple):
     """What happened in each of T iterations.
 
     Attributes:
-      multipliers: after the iteration, by the name of the tensor or group.
+      multipliers: after the iteration, by the name of the tensor; one that is frozen has none.
       gradient_norm: ‖∇L(S; θ)‖_p before it: p = 1 for Adam, else 2.
       tensor_gradient_norms: the L2 norm of the part of each trained tensor, by its name.
       constrained: whether the gradient norm exceeded γ, so that the iteration lowered it.
@@ -154,7 +154,7 @@ def gradinit(
         )
     record = _stacked(records, names, labels)
     _check_end(record)
-    learned = {name: state.multipliers[names.index(one)] for name, one in labels.items() if one}
+    learned = {name: values[-1] for name, values in record.multipliers.items()}
     return scale_parameters(params, learned), record
 
 
@@ -306,9 +306,12 @@ def _stacked(
 ) -> GradInitRecord:
     arrays = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(records))
     trained = [name for name, label in labels.items() if label is not None]
-    for key, columns in {"multipliers": names, "tensor_gradient_norms": trained}.items():
-        arrays[key] = dict(zip(columns, arrays[key].T, strict=True))
-    return GradInitRecord(**arrays)
+    by_group = dict(zip(names, arrays["multipliers"].T, strict=True))
+    norms = dict(zip(trained, arrays["tensor_gradient_norms"].T, strict=True))
+    arrays["multipliers"] = {
+        name: by_group[label] for name, label in labels.items() if label is not None
+    }
+    return GradInitRecord(**arrays | {"tensor_gradient_norms": norms})
 
 
 def _check_end(record: GradInitRecord) -> None:

@@ -337,6 +337,16 @@ def test_frozen_integers_are_passed_through():
     assert jnp.array_equal(rescaled["table"], jnp.arange(3))
 
 
+def test_a_bare_array_is_a_tree():
+    weight = jax.random.normal(jax.random.key(0), (3, 2))
+    rescaled, record = archscale.gradinit(
+        lambda weight, batch: jnp.mean(jnp.square(batch[0] @ weight - batch[1])),
+        weight,
+        random_batches(6),
+    )
+    assert jnp.array_equal(rescaled, weight * record.multipliers[""][-1])
+
+
 def test_multipliers_keep_their_bounds():
     batches = list(random_batches(300))
     _, record = archscale.gradinit(
@@ -433,7 +443,12 @@ def test_groups_of_vertices():
         return jnp.mean(jnp.square(network(batch[0].reshape(-1, 1, 1, 3)) - batch[1]))
 
     _, record = archscale.gradinit(loss, params, random_batches(6), groups=groups)
-    assert set(record.multipliers) == set(groups.values())
+    last = {name: float(values[-1]) for name, values in record.multipliers.items()}
+    assert set(last) == set(groups)
+    for name, label in groups.items():
+        shared = {last[other] for other in groups if groups[other] == label}
+        assert shared == {last[name]}
+    assert len(set(last.values())) > 2
 
 
 # Refusals.
