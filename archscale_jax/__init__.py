@@ -2,6 +2,7 @@
 
 from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
 from archscale_jax.architecture_drawing import draw
+from archscale_jax.bottleneck import Bottleneck, bottleneck
 from archscale_jax.coordinate import (
     Coordinate,
     coordinate_check,
@@ -66,6 +67,7 @@ __all__ = [
     "Arrangement",
     "Basin",
     "BatchedPathStatistics",
+    "Bottleneck",
     "Coordinate",
     "GradInitRecord",
     "Operator",
@@ -81,6 +83,7 @@ __all__ = [
     "UpdateSize",
     "WeightVariances",
     "batched_path_statistics",
+    "bottleneck",
     "build_graph",
     "cell_code",
     "cell_graph",

@@ -5,7 +5,8 @@ features themselves are asked for.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,16 @@ _REFUSED = {
 }
 
 
+class Layer(NamedTuple):
+    """What a layer computed: `output` of `weight` and `inputs` by `equation`."""
+
+    use: Use
+    equation: core.JaxprEqn
+    weight: jax.Array
+    inputs: jax.Array
+    output: jax.Array
+
+
 class Interpreter(Operations):
     """Reads one jaxpr into a `Flow` and a list of `Use`s.
 
@@ -38,15 +49,24 @@ class Interpreter(Operations):
       data: number of the vertex that holds all inputs, once there is one.
       inputs_read: numbers of the inputs that layers read.
       features: with `evaluate`, the features of the vertices that have been found.
+      layers: with `evaluate`, what the weight of each layer was applied to, in order; see `Layer`.
     """
 
-    def __init__(self, *, declared: Collection[str] = (), evaluate: bool = False):
+    def __init__(
+        self,
+        *,
+        declared: Collection[str] = (),
+        evaluate: bool = False,
+        perturbations: Mapping[str, jax.Array] | None = None,
+    ):
         self.declared = declared
         self.flow = Flow()
         self.uses: list[Use] = []
         self.data: int | None = None
         self.inputs_read: set[int] = set()
         self.features: dict[int, jax.Array] = {}
+        self.layers: list[Layer] = []
+        self._perturbations = perturbations or {}  # added to the outputs of layers, by leaf
         self._evaluate = evaluate
         self._constants: dict[int, tuple[Value, int]] = {}  # by identity; keeps the value alive
         self._without_inputs: set[int] = set()  # vertices that no input reaches
@@ -78,7 +98,8 @@ class Interpreter(Operations):
                 # What holds a vertex has been evaluated within; what does not is left whole, so
                 # that custom derivatives stay.
                 inside = _holds_functions(equation) and found != self._found()
-                results = results if inside else self._evaluated(equation, operands, results)
+                if not inside:
+                    results = self._evaluated(equation, operands, results, self.uses[found[1] :])
             values.update(zip(equation.outvars, results, strict=True))
         return [value(atom) for atom in jaxpr.outvars]
 
@@ -101,14 +122,21 @@ class Interpreter(Operations):
         return [self._operation(equation, values)] * len(equation.outvars)
 
     def _evaluated(
-        self, equation: core.JaxprEqn, operands: list[Value], results: list[Value]
+        self,
+        equation: core.JaxprEqn,
+        operands: list[Value],
+        results: list[Value],
+        uses: Sequence[Use],
     ) -> list[Value]:
         """The results with their arrays, which are noted where they are a vertex's features.
 
         Those are what makes the vertex, then its bias added and its axes in the order of use; not a
         slice of it, nor what a constant scales.
         """
-        arrays = _evaluate(equation, [operand.array for operand in operands])
+        arrays = list(_evaluate(equation, [operand.array for operand in operands]))
+        for use in uses:
+            if use.kind == "weight":
+                arrays[0] = self._layer_output(use, equation, operands, arrays[0])
         for result, array in zip(results, arrays, strict=True):
             if not isinstance(result, Feature):
                 continue
@@ -120,6 +148,17 @@ class Interpreter(Operations):
             dataclasses.replace(result, array=array)
             for result, array in zip(results, arrays, strict=True)
         ]
+
+    def _layer_output(
+        self, use: Use, equation: core.JaxprEqn, operands: list[Value], output: jax.Array
+    ) -> jax.Array:
+        weight, inputs = operands[:2]
+        if not isinstance(weight, Weight):
+            weight, inputs = inputs, weight
+        self.layers.append(Layer(use, equation, weight.array, inputs.array, output))
+        if len(use.leaves) == 1 and use.leaves[0] in self._perturbations:
+            return output + self._perturbations[use.leaves[0]]
+        return output
 
     # Functions in functions.
 

@@ -49,7 +49,7 @@ def trace(
     for name in declared:
         if name not in names:
             raise TraceError(f"roles name {name!r}; params hold {', '.join(map(repr, names[:8]))}")
-    interpreter, outputs = _read(function, params, inputs, declared)
+    interpreter, outputs, _ = read(function, params, inputs, declared)
     flow = interpreter.flow
     structure = Structure.of(flow, outputs, arrangement)
     graph, numbers, _ = graph_of(flow, outputs, structure)
@@ -94,7 +94,7 @@ def vertex_features(
     Raises:
       TraceError: see `trace`.
     """
-    interpreter, outputs = _read(function, params, inputs, roles or (), evaluate=True)
+    interpreter, outputs, _ = read(function, params, inputs, roles or (), evaluate=True)
     flow = interpreter.flow
     structure = Structure.of(flow, outputs, Arrangement.PRE_ACTIVATION)
     graph, _, numbers = graph_of(flow, outputs, structure)
@@ -107,15 +107,20 @@ def vertex_features(
     }
 
 
-def _read(
+def read(
     function: Callable[..., Any],
     params: PyTree,
     inputs: tuple[PyTree, ...],
     declared: Collection[str],
     *,
     evaluate: bool = False,
-) -> tuple[Interpreter, set[int]]:
-    """Reads a function; returns the interpreter, its flow contracted, and the output vertices."""
+    perturbations: Mapping[str, jax.Array] | None = None,
+) -> tuple[Interpreter, set[int], list[Value]]:
+    """Reads a function.
+
+    Returns:
+      The interpreter, its flow contracted; the output vertices; and the values of the results.
+    """
     closed = jax.make_jaxpr(function)(params, *inputs)
     weights = named_leaves(params)
     data = closed.jaxpr.invars[len(weights) :]
@@ -123,7 +128,7 @@ def _read(
     sources = {number for number, known in enumerate(random) if not known}
 
     def interpret(sources: set[int], evaluate: bool) -> tuple[Interpreter, list[Value]]:
-        interpreter = Interpreter(declared=declared, evaluate=evaluate)
+        interpreter = Interpreter(declared=declared, evaluate=evaluate, perturbations=perturbations)
         count = len(closed.jaxpr.invars)
         leaves = jax.tree.leaves((params, inputs)) if evaluate else [None] * count
         arguments: list[Value] = [
@@ -149,4 +154,4 @@ def _read(
             "(params, *inputs) to features, logits or a loss"
         )
     contract(interpreter.flow, outputs)
-    return interpreter, outputs
+    return interpreter, outputs, results

@@ -1,0 +1,150 @@
+"""Expressivity bottlenecks: changes that a layer is asked for and cannot make [TINY].
+
+Of every layer the inputs B and the steepest descent V of the loss by its output are taken in one
+pass, and summed over examples into small matrices as batches come by; no activation is kept.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from archscale_jax.architecture import PyTree, named_leaves
+from archscale_jax.growth_neurons import LayerStatistics, least_squares
+from archscale_jax.tracing.layers import LayerKind, Window, layer_gradients, layer_kinds
+
+Loss = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+class Bottleneck(NamedTuple):
+    """What one layer cannot express.
+
+    Attributes:
+      update: δW*, the best change of its weight and bias, by the names of leaves.
+      absolute: Ψ = min over δW of Σ‖V - δW B‖²/n, over n examples and all positions.
+      relative: Ψ·n/Σ‖V‖², from 0, where the layer can express the change, to 1.
+      rank: directions of its inputs that the examples span.
+    """
+
+    update: dict[str, np.ndarray]
+    absolute: float
+    relative: float
+    rank: int
+
+
+def bottleneck(
+    loss_fn: Loss, params: PyTree, batches: Iterable[Any], *, cutoff: float = 1e-6
+) -> dict[str, Bottleneck]:
+    """Measures the expressivity bottleneck of every layer [TINY] (theory §8).
+
+    One jitted pass a batch, about two training steps long. Normalization, skips and activations
+    between the layers are part of the function and so of V; a layer is judged by itself.
+
+    Args:
+      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
+      params: tree of arrays.
+      batches: trees of arrays, examples along their first axis; sums are taken over all of them.
+      cutoff: eigenvalues of Σ B Bᵀ below this part of the largest count as 0.
+
+    Returns:
+      By the names of the weights, in the order of the layers.
+
+    Raises:
+      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
+      ValueError: no batch, or statistics that are not finite.
+    """
+    kinds: tuple[LayerKind, ...] = ()
+    total: dict[str, LayerStatistics] | None = None
+    for batch in batches:
+        if total is None:
+            kinds = layer_kinds(loss_fn, params, batch)
+        found = layer_statistics(params, batch, loss_fn=loss_fn, kinds=kinds)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise ValueError("bottleneck needs a batch, found none")
+    leaves = named_leaves(params)
+    return {kind.weight: _solved(kind, total[kind.weight], leaves, cutoff) for kind in kinds}
+
+
+def _solved(
+    kind: LayerKind, statistics: LayerStatistics, leaves: dict[str, Any], cutoff: float
+) -> Bottleneck:
+    solution = least_squares(statistics, cutoff=cutoff)
+    shape = leaves[kind.weight].shape
+    rows = int(np.prod(shape[:-1]))
+    update = {kind.weight: solution.update[:rows].reshape(shape)}
+    if kind.bias is not None:
+        update[kind.bias] = solution.update[rows].reshape(leaves[kind.bias].shape)
+    return Bottleneck(update, solution.absolute, solution.relative, solution.rank)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds"))
+def layer_statistics(
+    params: PyTree, batch: Any, *, loss_fn: Loss, kinds: tuple[LayerKind, ...]
+) -> dict[str, LayerStatistics]:
+    """Returns the sums of one batch by the names of weights."""
+    _, gradients = layer_gradients(loss_fn, params, batch)
+    return {kind.weight: _sums(kind, *gradients[kind.weight]) for kind in kinds}
+
+
+def _sums(kind: LayerKind, inputs: Array, gradient: Array) -> LayerStatistics:
+    """Sums over examples, of a convolution one after the other.
+
+    Its patches are as large as the features times the kernel, and are held of one example only.
+    """
+    count = len(inputs)
+    targets = -count * _exact(gradient)  # the loss is a mean: this is of every example
+
+    def of_example(example: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, wanted = _rows(kind, example[0][None]), example[1].reshape(-1, targets.shape[-1])
+        return rows.T @ rows, rows.T @ wanted
+
+    def add(total: Any, example: tuple[Array, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_example(example)), None
+
+    if kind.window is None:
+        rows = _rows(kind, inputs)
+        of_inputs, of_targets = rows.T @ rows, rows.T @ targets.reshape(-1, targets.shape[-1])
+    else:
+        shapes = jax.eval_shape(of_example, (inputs[0], targets[0]))
+        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+        (of_inputs, of_targets), _ = jax.lax.scan(add, zeros, (inputs, targets))
+    square = jnp.sum(jnp.square(targets))
+    return LayerStatistics(jnp.float32(count), of_inputs, of_targets, square)
+
+
+def _rows(kind: LayerKind, inputs: Array) -> Float[Array, "positions inputs"]:
+    """What each output position of a layer reads: of a convolution its patch; and 1 for a bias."""
+    inputs = _exact(inputs)
+    if kind.window is not None:
+        inputs = _patches(inputs, kind.window)
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows if kind.bias is None else jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1)
+
+
+def _patches(images: Float[Array, "n h w c"], window: Window) -> Float[Array, "n h2 w2 p"]:
+    """Cuts images into the patches of a convolution, in the order of its kernel [rows, columns, c].
+
+    Slices, one for every entry of the window, which XLA keeps as views of the images.
+    """
+    padded = jnp.pad(images, ((0, 0), *window.padding, (0, 0)))
+    reach = [d * (size - 1) for size, d in zip(window.size, window.dilation, strict=True)]
+    ends = [padded.shape[axis + 1] - reach[axis] for axis in (0, 1)]
+    slices = [
+        padded[
+            :,
+            row * window.dilation[0] : row * window.dilation[0] + ends[0] : window.strides[0],
+            column * window.dilation[1] : column * window.dilation[1] + ends[1] : window.strides[1],
+        ]
+        for row in range(window.size[0])
+        for column in range(window.size[1])
+    ]
+    return jnp.concatenate(slices, axis=-1)
+
+
+def _exact(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,0 +1,144 @@
+"""What a layer should change and cannot, and the neurons that would let it (theory §8).
+
+A layer a = W B has inputs B and should change its output by V, the steepest descent of the loss for
+every sample. All functions here read sums over samples, so that no activation is kept, and work on
+the host in float64: the covariances of features are nearly singular.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+Matrix = np.ndarray | Array
+
+
+class LayerStatistics(NamedTuple):
+    """Sums over n samples and their positions, of a layer with I inputs and O outputs.
+
+    Attributes:
+      examples: n.
+      inputs: Σ B Bᵀ, [I, I].
+      targets: Σ B Vᵀ, [I, O].
+      target_square: Σ ‖V‖².
+    """
+
+    examples: Float[Matrix, ""]
+    inputs: Float[Matrix, "i i"]
+    targets: Float[Matrix, "i o"]
+    target_square: Float[Matrix, ""]
+
+
+class Solution(NamedTuple):
+    """The best update of a layer, and how far it stays from what its output should change by.
+
+    Attributes:
+      update: δW*, [I, O].
+      absolute: Ψ = min over δW of ‖V - δW B‖²/n.
+      relative: Ψ·n/‖V‖², from 0, where the layer can express the change, to 1; 0 where V is 0.
+      rank: of B Bᵀ.
+    """
+
+    update: Float[np.ndarray, "i o"]
+    absolute: float
+    relative: float
+    rank: int
+
+
+class Neurons(NamedTuple):
+    """K new neurons between A inputs and O outputs, by falling worth.
+
+    Attributes:
+      fan_in: α, [A, K].
+      fan_out: ω, [K, O].
+      singular_values: λ, [K]; adding γ·α and γ·ω changes the loss by -γ²·σ'(0)·Σ λ² to first order.
+    """
+
+    fan_in: Float[np.ndarray, "a k"]
+    fan_out: Float[np.ndarray, "k o"]
+    singular_values: Float[np.ndarray, " k"]
+
+
+def least_squares(statistics: LayerStatistics, *, cutoff: float = 1e-6) -> Solution:
+    """The best update δW* = V Bᵀ (B Bᵀ)⁺ and the expressivity bottleneck Ψ [TINY].
+
+    Args:
+      statistics: of the layer.
+      cutoff: eigenvalues of B Bᵀ below this part of the largest count as 0.
+
+    Raises:
+      ValueError: statistics that are not finite, or of no sample.
+    """
+    count = _count(statistics.examples)
+    inputs = _finite("inputs", statistics.inputs) / count
+    targets = _finite("targets", statistics.targets) / count
+    square = float(_finite("target_square", statistics.target_square)) / count
+    root = inverse_root(inputs, cutoff=cutoff)
+    update = root @ (root.T @ targets)
+    explained = float(np.vdot(update, 2 * targets - inputs @ update))
+    absolute = max(square - explained, 0.0)
+    relative = absolute / square if square > 0 else 0.0
+    return Solution(update, absolute, relative, root.shape[1])
+
+
+def new_neurons(
+    before: Float[Matrix, "a a"],
+    projected: Float[Matrix, "a o"],
+    count: float | Matrix,
+    *,
+    number: int | None = None,
+    threshold: float = 1e-3,
+    cutoff: float = 1e-6,
+) -> Neurons:
+    """The neurons that lower the loss the most for their size [TINY]: the closed form.
+
+    With S = B⁻ B⁻ᵀ/n, N = B⁻ V_projᵀ/n and S^(-1/2) N = U Λ Vᵀ, neuron k has the fan-in
+    α_k = √λ_k S^(-1/2) u_k and the fan-out ω_k = √λ_k v_k.
+
+    Args:
+      before: Σ B⁻ B⁻ᵀ of the inputs of the layer that grows.
+      projected: Σ B⁻ V_projᵀ, with V_proj = V - δW* B of the layer behind it.
+      count: n.
+      number: the most neurons; None takes all that `threshold` leaves.
+      threshold: the smallest λ; the largest is always kept.
+      cutoff: eigenvalues of S below this part of the largest count as 0.
+
+    Returns:
+      At least one neuron, unless all λ are 0.
+
+    Raises:
+      ValueError: statistics that are not finite, or of no sample; a number below 1.
+    """
+    if number is not None and number < 1:
+        raise ValueError(f"number of neurons must be None or at least 1, found {number}")
+    n = _count(count)
+    root = inverse_root(_finite("before", before) / n, cutoff=cutoff)
+    left, values, right = np.linalg.svd(
+        root.T @ (_finite("projected", projected) / n), full_matrices=False
+    )
+    least = min(threshold, values.max(initial=0.0))
+    kept = np.flatnonzero((values >= least) & (values > 0))[:number]
+    sizes = np.sqrt(values[kept])
+    return Neurons(root @ left[:, kept] * sizes, sizes[:, None] * right[kept], values[kept])
+
+
+def inverse_root(matrix: Float[np.ndarray, "a a"], *, cutoff: float) -> Float[np.ndarray, "a r"]:
+    """Returns R with R Rᵀ = M⁺, for a positive semidefinite M of rank r."""
+    if not len(matrix):
+        return np.zeros((0, 0))
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    kept = values > cutoff * max(values[-1], 0.0)
+    return vectors[:, kept] / np.sqrt(values[kept])
+
+
+def _count(count: float | Matrix) -> float:
+    if not float(count) > 0:
+        raise ValueError(f"statistics of {float(count):g} samples; accumulate a batch first")
+    return float(count)
+
+
+def _finite(name: str, values: Matrix) -> np.ndarray:
+    found = np.asarray(values, np.float64)
+    if not np.all(np.isfinite(found)):
+        raise ValueError(f"the statistics hold {name} that are not finite: the loss has overflowed")
+    return found

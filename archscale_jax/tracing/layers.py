@@ -1,0 +1,142 @@
+"""What every layer of a function reads, and which way the loss wants its output to go."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from archscale_jax.architecture import PyTree, named_leaves
+from archscale_jax.tracing.interpreter import Interpreter, Layer
+from archscale_jax.tracing.trace import read
+from archscale_jax.tracing.values import TraceError
+
+Loss = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+class Window(NamedTuple):
+    """How a convolution moves; hashable.
+
+    Attributes:
+      size: rows and columns of the kernel.
+      strides: between outputs.
+      padding: zeros (before, after) rows and columns.
+      dilation: between the inputs of one output.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+
+class LayerKind(NamedTuple):
+    """What is known of a layer without its arrays; hashable.
+
+    Attributes:
+      weight: name of the leaf, [inputs, outputs] or [rows, columns, inputs, outputs].
+      bias: name of the leaf that is added to its output, or None.
+      window: of a convolution, None of a dense layer.
+    """
+
+    weight: str
+    bias: str | None
+    window: Window | None
+
+
+class LayerGradient(NamedTuple):
+    """Arrays of a layer on a batch of n examples.
+
+    Attributes:
+      inputs: [n, …, inputs].
+      outputs: the gradient of the loss by the layer's output, [n, …, outputs].
+    """
+
+    inputs: Array
+    outputs: Array
+
+
+def layer_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[LayerKind, ...]:
+    """Returns the layers of a function in the order in which it calls them; reads shapes alone.
+
+    Raises:
+      TraceError: what `trace` raises; a weight that several layers share, that is transposed or
+        converted before its use, or is no weight of `x @ W` or of a convolution of images
+        [n, rows, columns, inputs] in one group.
+    """
+    found: list[tuple[LayerKind, ...]] = []
+
+    def read_kinds(params: PyTree, batch: Any) -> Array:
+        interpreter, _, results = read(loss_fn, params, (batch,), (), evaluate=True)
+        leaves = named_leaves(params)
+        found.append(tuple(_kind(layer, interpreter, leaves) for layer in interpreter.layers))
+        return results[0].array
+
+    jax.eval_shape(read_kinds, params, batch)
+    kinds = found[-1]
+    names = [kind.weight for kind in kinds]
+    for name in names:
+        if names.count(name) > 1:
+            raise TraceError(f"{names.count(name)} layers share the weight {name!r}")
+    return kinds
+
+
+def layer_gradients(
+    loss_fn: Loss, params: PyTree, batch: Any
+) -> tuple[Float[Array, ""], dict[str, LayerGradient]]:
+    """Returns the loss, and inputs and output gradients of its layers by the names of weights.
+
+    Raises:
+      TraceError: see `layer_kinds`.
+    """
+
+    def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, tuple]]:
+        interpreter, _, results = read(
+            loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations
+        )
+        arrays = {one.use.leaves[0]: (one.inputs, one.output) for one in interpreter.layers}
+        return results[0].array, arrays
+
+    shapes = jax.eval_shape(functools.partial(evaluate, {}))[1]
+    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
+    loss, pull, arrays = jax.vjp(evaluate, zeros, has_aux=True)
+    (gradients,) = pull(jnp.ones_like(loss))
+    return loss, {
+        name: LayerGradient(inputs, gradients[name]) for name, (inputs, _) in arrays.items()
+    }
+
+
+def _kind(layer: Layer, interpreter: Interpreter, leaves: Mapping[str, Array]) -> LayerKind:
+    use, equation = layer.use, layer.equation
+    biases = [
+        one.leaves[0] for one in interpreter.uses if one.kind == "bias" and one.edge is use.edge
+    ]
+    if len(use.leaves) != 1 or use.index is not None or len(biases) > 1:
+        raise TraceError(f"the layer of {use.leaves} at {use.source} is made of several leaves")
+    name, parameters = use.leaves[0], equation.params
+    if layer.weight is not leaves[name]:
+        raise TraceError(f"the weight {name!r} at {use.source} is transposed or converted first")
+    bias = biases[0] if biases else None
+    if equation.primitive.name == "dot_general":
+        (left, right), (left_batch, _) = parameters["dimension_numbers"]
+        plain = left == (layer.inputs.ndim - 1,) and right == (0,) and not left_batch
+        if plain and layer.weight.ndim == 2:
+            return LayerKind(name, bias, None)
+    if equation.primitive.name == "conv_general_dilated":
+        numbers = parameters["dimension_numbers"]
+        layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+        same = layout == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+        groups = parameters["feature_group_count"] * parameters["batch_group_count"]
+        if same and groups == 1 and set(parameters["lhs_dilation"]) == {1}:
+            strides, padding = parameters["window_strides"], parameters["padding"]
+            window = Window(
+                layer.weight.shape[:2], tuple(strides), tuple(padding), parameters["rhs_dilation"]
+            )
+            return LayerKind(name, bias, window)
+    raise TraceError(
+        f"the layer of {name!r} at {use.source} is {equation.primitive.name} of "
+        f"{layer.inputs.shape} and {layer.weight.shape}; accepted are x @ W with W [inputs, "
+        "outputs], and convolutions of [n, rows, columns, inputs] in one group"
+    )
