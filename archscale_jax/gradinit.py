@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from archscale_jax.architecture import Architecture, PyTree, named_leaves, parameter_name
+from archscale_jax.architecture import (
+    Architecture,
+    Parameter,
+    PyTree,
+    Role,
+    named_leaves,
+    parameter_name,
+)
 from archscale_jax.gradinit_step import (
     Loss,
     Update,
@@ -180,14 +187,17 @@ def scale_parameters(params: PyTree, multipliers: Mapping[str, Float[Array, ""] 
 def vertex_groups(architecture: Architecture) -> dict[str, str]:
     """Returns groups for `gradinit` that give one multiplier to each vertex of the architecture.
 
-    The weights of all edges into a vertex share it, and their biases; stem and readout have their
-    own.
+    The weights of all edges into a vertex share it, and their biases; so do those of the stem, and
+    those of the readout. Scales and biases of normalization keep their own.
     """
     receivers = np.asarray(architecture.graph.receivers)
-    return {
-        one.name: str(one.layer) if one.edge is None else f"vertex {receivers[one.edge]}"
-        for one in architecture.parameters
-    }
+
+    def group(one: Parameter) -> str:
+        if one.edge is not None:
+            return f"vertex {receivers[one.edge]}"
+        return one.name if one.layer == Role.HIDDEN else str(one.layer)
+
+    return {one.name: group(one) for one in architecture.parameters}
 
 
 def _check_options(

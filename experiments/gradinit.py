@@ -28,6 +28,7 @@ flags.DEFINE_list(
     [
         *("plain_6", "plain_12", "plain_24", "plain_12_norm"),
         *("residual_3", "residual_9", "residual_18", "residual_9_norm"),
+        *("dag_1", "dag_5"),
         *("transformer_2", "transformer_6", "transformer_12"),
     ],
     f"FAMILY_DEPTH, or FAMILY_DEPTH_norm, of {', '.join(gradinit_study.NETWORKS)}.",

@@ -48,7 +48,7 @@ def _finish(figure, panels, path: pathlib.Path) -> None:
     figure.legend(
         list(entries.values()),
         list(entries),
-        loc="outside lower center",
+        loc="outside upper center",
         ncols=len(entries) if len(entries) < 5 else 3,
         fontsize=8,
         frameon=False,
@@ -82,6 +82,9 @@ def draw_success(arms: Arms, path: pathlib.Path) -> None:
             )
         panel.axhline(GUESS, color="black", linewidth=0.6)
         panel.set(xscale="log")
+        rates = [run["rate"] for run in found[0].results[0]["runs"]]
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=6.5, rotation=30)
+        panel.minorticks_off()
         panel.set_title(name, fontsize=9)
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel("final training loss, nats (line: guessing)", fontsize=9)
@@ -120,6 +123,8 @@ def _order(name: str) -> int:
 
 def draw_multipliers(arms: Arms, path: pathlib.Path) -> None:
     """Draws the multipliers of weights, biases left out, from stem to readout."""
+    from matplotlib import ticker
+
     networks = {
         name: [arm for arm in found if arm.learned == "gradinit"]
         for name, found in _by_network(arms).items()
@@ -144,6 +149,9 @@ def draw_multipliers(arms: Arms, path: pathlib.Path) -> None:
                     )
         panel.axhline(1, color="black", linewidth=0.6)
         panel.set(yscale="log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_title(name, fontsize=9)
     figure.supxlabel("place in the network, stem to readout", fontsize=9)
     figure.supylabel("multiplier", fontsize=9)

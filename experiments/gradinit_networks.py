@@ -1,7 +1,7 @@
 """The networks of the GradInit study: where no formula is sure to fit.
 
-Deep convolutional networks with and without batch normalization, and a transformer that normalizes
-behind every addition. Every one is an ordinary Flax NNX module.
+Deep convolutional networks with and without batch normalization, dense graphs of convolutions, and
+a transformer that normalizes behind every addition. Every one is an ordinary Flax NNX module.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+import archscale_jax as archscale
+from archscale_jax.models import create_network
 from archscale_jax.models.convolution import conv_general_dilated
 from experiments.families import HEAD_FEATURES, PATCH, patches
 
@@ -137,8 +139,22 @@ class _PostNormBlock(nnx.Module):
         return self.after_mlp(features + self.contract(nnx.relu(self.expand(features))))
 
 
+def complete_network(image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+    """A network on a complete DAG: every vertex sums a convolution of each before it."""
+    text = "_".join("2" * vertex for vertex in range(1, depth + 1))
+    return create_network(
+        archscale.dag_graph(text, kernel_size=3),
+        image,
+        width,
+        classes,
+        normalization="batch" if normalized else None,
+        rngs=rngs,
+    )
+
+
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "plain": PlainNetwork,
     "residual": ResidualStages,
+    "dag": complete_network,
     "transformer": PostNormTransformer,
 }

@@ -42,14 +42,20 @@ RATES = {
 DEFAULT_STARTS = {
     "plain": ("flax", "he"),
     "residual": ("he", "topology"),
+    "dag": ("he", "topology"),
     "transformer": ("flax", "topology"),
 }
 """Starts by family; in a plain network every layer has one input, and topology is He."""
 
-BASES = {"plain": "plain_6", "residual": "residual_3", "transformer": "transformer_2"}
+BASES = {
+    "plain": "plain_6",
+    "residual": "residual_3",
+    "dag": "dag_1",
+    "transformer": "transformer_2",
+}
 """Networks whose best rate is taken as known when others are predicted."""
 
-VARIANT_NETWORKS = ("plain_12", "residual_9", "transformer_6")
+VARIANT_NETWORKS = ("plain_12", "residual_9", "dag_5", "transformer_6")
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
@@ -195,7 +201,7 @@ def draw(network: Network, start: str, seed: int) -> PyTree:
     params = network.create(seed)
     if start == "flax":
         return params
-    residual = network.name.family != "plain"
+    residual = network.name.family in ("residual", "transformer")
     rule = "none" if start == "he" else "moment" if residual else "target"
     return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
 

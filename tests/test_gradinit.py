@@ -419,7 +419,14 @@ def test_batch_normalization_learns_from_the_batch():
 
 def test_groups_of_vertices():
     graphdef, params, state = nnx.split(
-        create_network(archscale.dag_graph("2_02_002"), (1, 1, 3), 4, 2, rngs=nnx.Rngs(0)),
+        create_network(
+            archscale.dag_graph("2_22_002"),
+            (1, 1, 3),
+            4,
+            2,
+            normalization="layer",
+            rngs=nnx.Rngs(0),
+        ),
         nnx.Param,
         ...,
     )
@@ -437,6 +444,8 @@ def test_groups_of_vertices():
             if one.edge is not None and other.edge is not None:
                 same = receivers[one.edge] == receivers[other.edge]
                 assert (groups[one.name] == groups[other.name]) == same
+    assert all(groups[name] == name for name in groups if name.startswith("normalizations"))
+    assert groups["layers/0_2/kernel"] == groups["layers/1_2/kernel"]
 
     def loss(params, batch):
         network = nnx.merge(graphdef, params, state, copy=True)

@@ -56,7 +56,7 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_experim
     ("flags", "match"),
     [
         (("--network=plain_x",), "network 'plain_x'; accepted are FAMILY_DEPTH"),
-        (("--network=rnn_3",), "of the families plain, residual, transformer"),
+        (("--network=rnn_3",), "of the families plain, residual, dag, transformer"),
         (("--batch_size=7",), "batch_size must be even, found 7"),
         (("--scale_rate=0",), "scale_rate must be positive and finite"),
     ],
@@ -68,7 +68,9 @@ def test_wrong_flags_end_with_one_line(tmp_path, run_again, flags, match):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["plain_4", "plain_4_norm", "residual_4", "transformer_2"])
+@pytest.mark.parametrize(
+    "name", ["plain_4", "plain_4_norm", "residual_4", "dag_3", "transformer_2"]
+)
 def test_networks_trace_and_start_as_their_rule_says(name):
     parsed = gradinit_study.parse_name(name)
     network = NETWORKS[parsed.family](
@@ -81,7 +83,7 @@ def test_networks_trace_and_start_as_their_rule_says(name):
 
     images = jax.random.normal(jax.random.key(0), (16, 14, 14, 1))
     architecture = archscale.trace(apply, params, images)
-    rule = "target" if parsed.family == "plain" else "moment"
+    rule = "target" if parsed.family in ("plain", "dag") else "moment"
     params = archscale.initialize(jax.random.key(1), params, architecture, rule)
     logits = apply(params, images)
     assert logits.shape == (16, 10)
@@ -94,6 +96,7 @@ def test_networks_trace_and_start_as_their_rule_says(name):
             "plain_4": 4 + 1,
             "plain_4_norm": 4 + 1,
             "residual_4": 1 + 2 * 4 + 1,
+            "dag_3": 1 + 6 + 1,
             "transformer_2": 1 + 1 + 6 * 2 + 1,  # and positions
         }[name]
     )
@@ -148,7 +151,9 @@ def test_tables_of_known_records():
     assert gradinit_report.trained_rates(learned) == [0.1, 0.2, 0.4]
     # Four times the change needs half the rate: sizes are squares.
     base = arms["plain_6", "he", "none"].search.rate
-    np.testing.assert_allclose(gradinit_report.predicted_rate(plain, arms), base / 2, rtol=1e-6)
+    predicted = gradinit_report.predicted_rate(plain, arms)
+    assert predicted is not None
+    np.testing.assert_allclose(predicted, base / 2, rtol=1e-6)
     rows = {tuple(row[:3]): row for row in gradinit_report.table(arms)}
     assert rows["plain_12", "he", "yes"][3:7] == ["0.2", "0.500 ± 0.000", "75.0 ± 0.0 %",
                                                  "0.1 to 0.4"]  # fmt: skip
