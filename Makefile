@@ -34,6 +34,7 @@ bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.initialization
 	$(PY) -m benchmarks.lr_cost
 	$(PY) -m benchmarks.cell_cost
+	$(PY) -m benchmarks.gradinit_cost
 	$(PY) -m benchmarks.kill_study
 	$(PY) -m benchmarks.trace
 

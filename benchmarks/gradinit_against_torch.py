@@ -2,8 +2,8 @@
 
 The part of `benchmarks.gradinit_cost` about PyTorch. Where the gradient's norm is below γ, the
 package lowers the plain loss and ours the loss after one step, so that only the derivative of the
-norm can be the same. What else differs is the one batch of an iteration, where ours reads a third
-half, and that the package shares Adam's first moment between both branches.
+norm can be the same. Besides, ours reads a third half of a batch, clips derivatives, and has a
+first moment of Adam for each of both branches.
 """
 
 import functools
@@ -144,7 +144,7 @@ def race(network: Network, size: Size, folder: pathlib.Path) -> dict[str, Any]:
     with torch_process.torch_server(MODULE, cases, [PACKAGE]) as (server, results):
         results |= {"iterations": size.race_iterations, "branches": {}}
         for branch, limit in BRANCHES.items():
-            times, _ = torch_process.take_turns(
+            times, difference = torch_process.take_turns(
                 server,
                 {"ours": functools.partial(our_losses, network, params, triples, limit)},
                 [name for name in cases if name.startswith(branch)],
@@ -160,6 +160,7 @@ def race(network: Network, size: Size, folder: pathlib.Path) -> dict[str, Any]:
                     for name, values in times.items()
                 },
                 "ratio_to_fastest_of_torch": common.ratio(times["ours"], times[fastest]),
+                "largest_difference_of_losses": difference,
             }
     return results
 

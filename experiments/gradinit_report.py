@@ -132,7 +132,7 @@ def table(every: Mapping[tuple[str, str, str], Arm]) -> list[list[str]]:
                 _spread(accuracies, 1) + " %",
                 f"{min(rates):.3g} to {max(rates):.3g}" if rates else "none",
                 "–" if predicted is None else f"{predicted:.2g}",
-                "–" if predicted is None else _cost(arm, predicted),
+                _cost(arm, predicted),
             ]
         )
     return rows
@@ -144,8 +144,10 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
-def _cost(arm: Arm, rate: float) -> str:
+def _cost(arm: Arm, rate: float | None) -> str:
     """By how much the loss at a rate exceeds that at the best."""
+    if rate is None:
+        return "–"
     losses = archscale.mean_losses(arm.search)
     excess = archscale.loss_at(rate, losses) - min(losses.values())
     return f"{excess:+.3f}" if math.isfinite(excess) else "lost"
@@ -153,7 +155,8 @@ def _cost(arm: Arm, rate: float) -> str:
 
 def gains(every: Mapping[tuple[str, str, str], Arm]) -> list[list[str]]:
     """Returns what each way of learning changes, at the best rate of either, seed by seed."""
-    rows = [["network", "start", "learned", "loss", "accuracy, points", "rates that train"]]
+    head = ["network", "start", "learned", "loss", "accuracy, points", "rates that train"]
+    rows = [[*head, "measured rate costs"]]
     for (network, start, learned), arm in every.items():
         plain = every.get((network, start, "none"))
         if learned == "none" or plain is None or len(plain.results) != len(arm.results):
@@ -169,6 +172,7 @@ def gains(every: Mapping[tuple[str, str, str], Arm]) -> list[list[str]]:
                 _signed(losses, 3),
                 _signed(points, 1),
                 f"{len(trained_rates(plain))} → {len(trained_rates(arm))}",
+                " → ".join(_cost(one, predicted_rate(one, every)) for one in (plain, arm)),
             ]
         )
     return rows

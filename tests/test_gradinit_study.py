@@ -160,7 +160,7 @@ def test_tables_of_known_records():
     assert rows["plain_6", "he", "–"][7] == "–"
     gains = gradinit_report.gains(arms)
     assert gains[1] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
-                        "+25.0 (+25.0 to +25.0)", "0 → 3"]  # fmt: skip
+                        "+25.0 (+25.0 to +25.0)", "0 → 3", "+0.500 → +0.000"]  # fmt: skip
     assert len(gains) == 2
 
 
