@@ -16,7 +16,7 @@ from archscale_jax import gradinit_step
 from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.gradinit import DEFAULTS
 from benchmarks import common
-from experiments import gradinit_study
+from experiments import gradinit_networks, gradinit_study
 from experiments.gradinit_study import Network
 
 SIZES = {"plain": (2, 8), "residual": (2, 8), "transformer": (1, 32)}
@@ -34,10 +34,10 @@ class Size(NamedTuple):
 
     networks: tuple[str, ...] = ("plain_12", "residual_9", "transformer_6")
     batch_size: int = 128
-    iterations: int = 5  # of a timed call
+    iterations: int = 4  # of a timed call
     rounds: int = 9
-    slow_rounds: int = 3
-    raced: str = "plain_12"  # against PyTorch
+    slow_rounds: int = 4
+    raced: str = "plain_12"  # against PyTorch, and with Flax's convolutions
     race_iterations: int = 20
     learned_iterations: int = 120
     seeds: int = 3
@@ -65,6 +65,11 @@ class Way(NamedTuple):
     penalised: bool = False
     reverse: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is no variant."""
+        return not (self.second_order or self.penalised or self.reverse)
+
 
 WAYS = {
     "objective": Way(NEVER, "lower_objective"),
@@ -77,10 +82,18 @@ WAYS = {
 }
 
 
-def load_network(text: str, data_dir: str | None) -> Network:
-    """Returns a network of the study, on Fashion-MNIST."""
+def load_network(text: str, data_dir: str | None, *, stock: bool = False) -> Network:
+    """Returns a network of the study, on Fashion-MNIST; `stock` convolves as Flax does."""
     downscale, width = SIZES[gradinit_study.parse_name(text).family]
-    return gradinit_study.build(text, "fashion_mnist", data_dir, downscale, width)
+    build = functools.partial(gradinit_study.build, text, "fashion_mnist", data_dir)
+    if not stock:
+        return build(downscale, width)
+    gradinit_study.build.cache_clear()  # the same name, another network
+    name, theirs = "conv_general_dilated", jax.lax.conv_general_dilated
+    with mock.patch.object(gradinit_networks, name, theirs):
+        network = build(downscale, width)
+    gradinit_study.build.cache_clear()
+    return network
 
 
 def triples_of(network: Network, batch_size: int, count: int, seed: int) -> list[Any]:
