@@ -19,7 +19,7 @@ TINY = ("--dataset=digits", "--images_downscale=1", "--images_width=2", "--batch
         "--steps=10", "--gradinit_steps=2", "--test_examples=20", "--network=plain_3")  # fmt: skip
 
 
-def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_experiment):
+def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_experiment, run_again):
     done = run_experiment("gradinit", tmp_path, *TINY, "--num_seeds=1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() in done.stdout
@@ -47,7 +47,7 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_experim
 
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])  # cut
-    again = run_experiment("gradinit", tmp_path, *TINY, "--num_seeds=1")
+    again = run_again("gradinit", tmp_path, *TINY, "--num_seeds=1")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
 
