@@ -92,7 +92,8 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
     text = "\n".join(common.markdown_table(lines) for lines in tables)
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
-    for name, draw in gradinit_figures.FIGURES.items():
+    figures = gradinit_figures.FIGURES if gradinit_figures.has_networks(every) else {}
+    for name, draw in figures.items():
         draw(every, workdir / f"{name}.png")
         print(f"figure:  {workdir / f'{name}.png'}")
     print(f"results: {workdir / 'results.jsonl'}")

@@ -1,34 +1,27 @@
 """Figures of the GradInit study [GradInit, Fig. 1, 3 and 5]."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from archscale_jax import files
 from experiments import gradinit_report
 from experiments.gradinit_report import Arm
+from experiments.panels import create_panels, save
 
 COLOURS = {"flax": "#777777", "he": "#0072B2", "topology": "#D55E00"}
 GUESS = math.log(10)
 Arms = Mapping[tuple[str, str, str], Arm]
 
 
-def _panels(number: int, height: float = 2.5, **options):
-    """A figure with panels, four at most a row, of a height in inches."""
-    from matplotlib.figure import Figure
+_panels = functools.partial(create_panels, height=2.5, width=2.9, columns=4)
 
-    columns = min(number, 4)
-    rows = -(-number // columns)
-    figure = Figure(figsize=(2.9 * columns + 0.4, height * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, **options)
-    for panel in panels.flat[number:]:
-        panel.set_visible(False)
-    for panel in panels.flat[:number]:
-        panel.grid(alpha=0.3)
-        panel.tick_params(labelsize=7.5, labelbottom=True)
-    return figure, list(panels.flat[:number])
+
+def has_networks(arms: Arms) -> bool:
+    """Whether there is a network to draw: one with GradInit and without."""
+    return bool(_by_network(arms))
 
 
 def _by_network(arms: Arms) -> dict[str, list[Arm]]:
@@ -37,7 +30,8 @@ def _by_network(arms: Arms) -> dict[str, list[Arm]]:
     for arm in arms.values():
         if arm.learned in ("none", "gradinit"):
             networks.setdefault(arm.network, []).append(arm)
-    return {name: found for name, found in networks.items() if len(found) > 1}
+    both = {"none", "gradinit"}
+    return {name: one for name, one in networks.items() if {arm.learned for arm in one} == both}
 
 
 def _finish(figure, panels, path: pathlib.Path) -> None:
@@ -53,7 +47,7 @@ def _finish(figure, panels, path: pathlib.Path) -> None:
         fontsize=8,
         frameon=False,
     )
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=120))
+    save(figure, path)
 
 
 def _style(arm: Arm) -> dict[str, object]:
@@ -116,6 +110,14 @@ def draw_curves(arms: Arms, path: pathlib.Path) -> None:
     _finish(figure, panels, path)
 
 
+def _learned(arms: Arms) -> dict[str, list[Arm]]:
+    """The arms with GradInit alone."""
+    return {
+        name: [arm for arm in found if arm.learned == "gradinit"]
+        for name, found in _by_network(arms).items()
+    }
+
+
 def _order(name: str) -> int:
     """Stem first, readout last, as data flow."""
     return {"stem": 0, "positions": 0, "readout": 2}.get(name.split("/")[0], 1)
@@ -125,10 +127,7 @@ def draw_multipliers(arms: Arms, path: pathlib.Path) -> None:
     """Draws the multipliers of weights, biases left out, from stem to readout."""
     from matplotlib import ticker
 
-    networks = {
-        name: [arm for arm in found if arm.learned == "gradinit"]
-        for name, found in _by_network(arms).items()
-    }
+    networks = _learned(arms)
     figure, panels = _panels(len(networks))
     for panel, (name, found) in zip(panels, networks.items(), strict=True):
         for arm in found:
@@ -160,10 +159,7 @@ def draw_multipliers(arms: Arms, path: pathlib.Path) -> None:
 
 def draw_gradients(arms: Arms, path: pathlib.Path) -> None:
     """Draws the gradient's deviation over batches by the weight's size, before and after."""
-    networks = {
-        name: [arm for arm in found if arm.learned == "gradinit"]
-        for name, found in _by_network(arms).items()
-    }
+    networks = _learned(arms)
     figure, panels = _panels(len(networks))
     for panel, (name, found) in zip(panels, networks.items(), strict=True):
         for arm in found:

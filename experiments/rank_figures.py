@@ -1,5 +1,6 @@
 """Figures of a ranking of cells under several recipes [AAS, figures on NAS-Bench-201]."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ import numpy as np
 import scipy.stats
 
 import archscale_jax as archscale
-from archscale_jax import files, gains
+from archscale_jax import gains
 from experiments import rank_report
+from experiments.panels import create_panels, save
 
 FRACTIONS = tuple((np.arange(1, 11) / 10).tolist())
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -20,24 +22,7 @@ def _colour(study: rank_report.Ranking, recipe: str) -> str:
     return COLOURS[study.others.index(recipe) % len(COLOURS)] if recipe != study.fixed else GREY
 
 
-def _panels(number: int, height: float = 3.3, **options):
-    """A figure with panels, three at most a row, of a height in inches."""
-    from matplotlib.figure import Figure
-
-    rows = -(-number // 3)
-    columns = -(-number // rows)
-    figure = Figure(figsize=(3.5 * columns + 0.4, height * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, **options)
-    for panel in panels.flat[number:]:
-        panel.set_visible(False)
-    for panel in panels.flat[:number]:
-        panel.grid(alpha=0.3)
-        panel.tick_params(labelsize=8, labelbottom=True)
-    return figure, list(panels.flat[:number])
-
-
-def _save(figure, path: pathlib.Path) -> None:
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=120))
+_panels = functools.partial(create_panels, width=3.5, columns=3)
 
 
 def draw_accuracies(study: rank_report.Ranking, path: pathlib.Path) -> None:
@@ -58,7 +43,7 @@ def draw_accuracies(study: rank_report.Ranking, path: pathlib.Path) -> None:
     figure.supxlabel(f"accuracy under {study.fixed}, %", fontsize=9)
     errors = " (± standard error)" if rank_report.num_seeds(study) > 1 else ""
     figure.supylabel(f"accuracy, %{errors}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _means_and_errors(accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +56,7 @@ def _means_and_errors(accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_taus(study: rank_report.Ranking, path: pathlib.Path, *, resamples: int = 1000) -> None:
     """Draws tau to `fixed` at its top K% with bootstrap bands, beside the seed controls."""
-    figure, panels = _panels(len(study.others), sharex=True, sharey=True)
+    figure, panels = _panels(len(study.others), 3.3, sharex=True, sharey=True)
     base = rank_report.control_of(study, study.fixed, FRACTIONS, resamples)
     percent = 100 * np.asarray(FRACTIONS)
     for panel, recipe in zip(panels, study.others, strict=True):
@@ -91,12 +76,12 @@ def draw_taus(study: rank_report.Ranking, path: pathlib.Path, *, resamples: int 
     label += " (of seeds: under their recipe)" if base else ""
     figure.supxlabel(label, fontsize=9)
     figure.supylabel("Kendall's tau", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_gaps(study: rank_report.Ranking, path: pathlib.Path) -> None:
     """Draws the distribution of the accuracy gaps between pairs of cells under each recipe."""
-    figure, (panel,) = _panels(1)
+    figure, (panel,) = _panels(1, 3.3)
     figure.set_size_inches(6.2, 3.9)
     for recipe in study.accuracies:
         pair = study.accuracies[study.fixed], study.accuracies[recipe]
@@ -116,13 +101,13 @@ def draw_gaps(study: rank_report.Ranking, path: pathlib.Path) -> None:
     panel.set_xlabel(label, fontsize=9)
     panel.set_ylabel("share of pairs with a smaller gap", fontsize=9)
     panel.legend(fontsize=8, frameon=False, loc="upper left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_gains(study: rank_report.Ranking, path: pathlib.Path) -> None:
     """Draws gain over `fixed` against the mean depth of a cell's paths, by its shortcut."""
     depths, shortcut = cell_features(study.cells)
-    figure, panels = _panels(len(study.others), sharex=True, sharey=True)
+    figure, panels = _panels(len(study.others), 3.3, sharex=True, sharey=True)
     for panel, recipe in zip(panels, study.others, strict=True):
         pair = study.accuracies[study.fixed], study.accuracies[recipe]
         found = 100 * gains.gain_summary(*pair).gains
@@ -147,7 +132,7 @@ def draw_gains(study: rank_report.Ranking, path: pathlib.Path) -> None:
                   fontsize=8, frameon=False)  # fmt: skip
     figure.supxlabel("convolutions on a path through the cell, mean over paths", fontsize=9)
     figure.supylabel(f"gain over {study.fixed}, percentage points", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def cell_features(cells: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

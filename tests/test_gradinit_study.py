@@ -10,7 +10,7 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import datasets, files
-from experiments import gradinit_report, gradinit_study
+from experiments import gradinit_figures, gradinit_report, gradinit_study
 from experiments.gradinit_networks import NETWORKS
 
 pytestmark = pytest.mark.quick_compilation
@@ -162,6 +162,8 @@ def test_tables_of_known_records():
     assert gains[1] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
                         "+25.0 (+25.0 to +25.0)", "0 → 3", "+0.500 → +0.000"]  # fmt: skip
     assert len(gains) == 2
+    assert gradinit_figures.has_networks(arms)
+    assert not gradinit_figures.has_networks({("plain_6", "he", "none"): plain})
 
 
 def test_variants_are_trials_of_their_networks():

@@ -116,13 +116,13 @@ def test_features_of_cells_counted_by_hand():
 def drawn(monkeypatch):
     """The figures that are saved, by name."""
     figures = {}
-    save = rank_figures._save
+    save = rank_figures.save
 
     def keep(figure, path):
         figures[path.stem] = figure
         save(figure, path)
 
-    monkeypatch.setattr(rank_figures, "_save", keep)
+    monkeypatch.setattr(rank_figures, "save", keep)
     return figures
 
 
