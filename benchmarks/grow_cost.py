@@ -84,15 +84,15 @@ class Size(NamedTuple):
     """How much is done."""
 
     networks: Mapping[str, Mapping[str, Any]]  # by preset, what differs from it
-    start_width: int = 2
-    most: int = 8
+    start_width: int = 4  # of two neurons, layers may die
+    most: int = 14
     factor: float = 1.5
-    growths: int = 12  # of four layers in turn: 2, 3, 5, 8
+    growths: int = 12  # of four layers in turn: 4, 6, 9, 14
     every: int = 20
     statistics: int = 512
     held_out: int = 500
     batch_size: int = 64
-    rate: float = 0.005  # at those of the study layers of two neurons may die
+    rate: float = 0.005
     rounds: int = 3
     step_rounds: int = 30
 

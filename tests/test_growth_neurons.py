@@ -110,3 +110,15 @@ def test_bad_statistics():
         new_neurons(good.inputs * np.inf, good.targets, 5)
     with pytest.raises(ValueError, match="number of neurons must be"):
         new_neurons(good.inputs, good.targets, 5, number=0)
+
+
+@given(sizes)
+def test_the_largest_entry_of_a_fan_out_is_positive(size):
+    seed, before, outputs, _, samples = size
+    b, v = drawn(seed, (before, samples + before), (outputs, samples + before))
+    found = new_neurons(b @ b.T, b @ v.T, samples, threshold=0.0)
+    turned = new_neurons(b @ b.T, -b @ v.T, samples, threshold=0.0)
+    assert np.all(found.fan_out.max(axis=1) >= -found.fan_out.min(axis=1))
+    # What turns is the fan-in: rounding cannot choose between the two.
+    np.testing.assert_allclose(turned.fan_out, found.fan_out, atol=1e-6)
+    np.testing.assert_allclose(turned.fan_in, -found.fan_in, atol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from archscale_jax.growth.neurons import Neurons, new_neurons
+from archscale_jax.growth.neurons import Neurons, new_neurons, with_sign
 from archscale_jax.growth.statistics import Block, PairStatistics
 
 METHODS = ("tiny", "gradmax", "random")
@@ -67,7 +67,7 @@ def _directions(
             raise ValueError("the statistics are not finite: the loss has overflowed")
         _, values, right = np.linalg.svd(moment, full_matrices=False)
         kept = np.flatnonzero(values > 0)[:number]
-        return Neurons(np.zeros((rows, len(kept))), right[kept], values[kept])
+        return with_sign(Neurons(np.zeros((rows, len(kept))), right[kept], values[kept]))
     assert key is not None  # checked by grow
     keys = jax.random.split(key)
     fan_in = np.asarray(jax.random.normal(keys[0], (rows, number)), np.float64)

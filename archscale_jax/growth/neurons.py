@@ -106,7 +106,7 @@ def new_neurons(
       cutoff: eigenvalues of S below this part of the largest count as 0.
 
     Returns:
-      At least one neuron, unless all λ are 0.
+      At least one neuron, unless all λ are 0; the largest entry of a fan-out is positive.
 
     Raises:
       ValueError: statistics that are not finite, or of no sample; a number below 1.
@@ -121,7 +121,20 @@ def new_neurons(
     least = min(threshold, values.max(initial=0.0))
     kept = np.flatnonzero((values >= least) & (values > 0))[:number]
     sizes = np.sqrt(values[kept])
-    return Neurons(root @ left[:, kept] * sizes, sizes[:, None] * right[kept], values[kept])
+    return with_sign(
+        Neurons(root @ left[:, kept] * sizes, sizes[:, None] * right[kept], values[kept])
+    )
+
+
+def with_sign(neurons: Neurons) -> Neurons:
+    """Turns neurons so that the largest entry of every fan-out is positive.
+
+    (α, ω) and (-α, -ω) are one solution but, with most activations, two networks: which of them a
+    decomposition gives would be up to rounding.
+    """
+    largest = np.argmax(np.abs(neurons.fan_out), axis=1)
+    sign = np.where(neurons.fan_out[np.arange(len(largest)), largest] < 0, -1.0, 1.0)
+    return neurons._replace(fan_in=neurons.fan_in * sign, fan_out=neurons.fan_out * sign[:, None])
 
 
 def inverse_root(matrix: Float[np.ndarray, "a a"], *, cutoff: float) -> Float[np.ndarray, "a r"]:
