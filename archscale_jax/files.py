@@ -1,12 +1,13 @@
 """Files that are whole or not there: atomic writes, and a journal that survives a cut."""
 
+import io
 import json
 import math
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
@@ -47,17 +48,25 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     A line that an earlier run left unfinished is cut off first. A number that is not finite is
     written as null, since JSON has none. Only the journal's end is read, so its length costs
     nothing.
+
+    Raises:
+      OSError: the line could not be written, as on a full disk; the lines before it are kept.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as journal:
-        journal.truncate(_end_of_last_line(journal))
-        journal.write(_line(record).encode())
-        journal.flush()
-        os.fsync(journal.fileno())
+    try:
+        with path.open("ab+", buffering=0) as journal:
+            journal.truncate(_end_of_last_line(journal))
+            line = _line(record).encode()
+            while line:  # a disk that is nearly full takes a part
+                line = line[journal.write(line) :]
+            os.fsync(journal.fileno())
+    except OSError as error:
+        text = f"{error.strerror}; the records before are kept, mend it and start again"
+        raise OSError(error.errno, text, str(path)) from error
 
 
-def _end_of_last_line(journal: BinaryIO, block: int = 4096) -> int:
+def _end_of_last_line(journal: io.FileIO, block: int = 4096) -> int:
     """The position behind the last newline, sought from the end in blocks of bytes; 0 if none."""
     end = journal.seek(0, os.SEEK_END)
     while end > 0:

@@ -21,7 +21,7 @@ from absl import flags
 import archscale_jax as archscale
 from archscale_jax import coordinate, datasets, files
 from archscale_jax.sweeps import run_study
-from experiments import common, coordinate_report, families, transfer_study
+from experiments import common, coordinate_report, families, runners, transfer_study
 
 FLAGS = flags.FLAGS
 
@@ -35,6 +35,7 @@ flags.DEFINE_integer("batch_size", 16, "Examples an update.", lower_bound=2)
 flags.DEFINE_integer("steps", 5, "Updates.", lower_bound=1)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of the weights.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/coordinate", "Folder for results, figures and the table.")
+runners.define_flags(workers=1)
 
 SETTINGS = {
     "mlp": {"optimizer": "sgd", "rate": 0.1, "downscale": 2, "width": 512},
@@ -53,13 +54,14 @@ def run() -> None:
     """Measures what is missing, prints and draws."""
     trials = all_trials(common.settings(sys.argv[0]))
     workdir = files.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
-    records = run_study(
-        trials,
-        functools.partial(check, data_dir=FLAGS.data_dir),
-        workdir / "results.jsonl",
-        workers=1,
-        description="networks",
-    )
+    with runners.runner() as options:
+        records = run_study(
+            trials,
+            functools.partial(check, data_dir=FLAGS.data_dir),
+            workdir / "results.jsonl",
+            description="networks",
+            **options,
+        )
     errors = [record["error"] for record in records if "error" in record]
     if errors:
         raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")

@@ -19,7 +19,7 @@ from absl import flags
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study
-from experiments import common, gradinit_figures, gradinit_report, gradinit_study
+from experiments import common, gradinit_figures, gradinit_report, gradinit_study, runners
 
 FLAGS = flags.FLAGS
 
@@ -50,11 +50,10 @@ flags.DEFINE_float("adam_rate", 1e-3, "GradInit's step for Adam.")
 flags.DEFINE_float("adam_norm", 1000.0, "GradInit's largest gradient norm for Adam, L1.")
 flags.DEFINE_float("penalty", 10.0, "Weight of the variant with a penalty.")
 flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
-flags.DEFINE_integer("workers", 1, "Trials at a time, in threads.", lower_bound=1)
-flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 flags.DEFINE_string("workdir", "runs/gradinit", "Folder for config, results and figures.")
+runners.define_flags(workers=1)
 
-NOT_SETTINGS = ("data_dir", "network", "num_seeds", "retry_failed", "workdir", "workers")
+NOT_SETTINGS = ("data_dir", "network", "num_seeds", "workdir")
 
 
 def run() -> None:
@@ -64,13 +63,9 @@ def run() -> None:
     trials = gradinit_study.all_trials(FLAGS.network, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
     workdir = files.claim_directory(FLAGS.workdir, settings)
-    records = run_study(
-        trials,
-        functools.partial(gradinit_study.run, data_dir=FLAGS.data_dir),
-        workdir / "results.jsonl",
-        workers=FLAGS.workers,
-        retry_failed=FLAGS.retry_failed,
-    )
+    run_trial = functools.partial(gradinit_study.run, data_dir=FLAGS.data_dir)
+    with runners.runner() as options:
+        records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
     for record in records:
         if "error" in record:
             print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)

@@ -21,7 +21,7 @@ from absl import flags
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study
-from experiments import common, grow_figures, grow_report, grow_study
+from experiments import common, grow_figures, grow_report, grow_study, runners
 
 FLAGS = flags.FLAGS
 
@@ -43,13 +43,10 @@ flags.DEFINE_integer("growths", None, "How many growths; None: preset.")
 flags.DEFINE_integer("every", None, "Updates before each growth; None: preset.")
 flags.DEFINE_integer("steps", None, "Updates in all; None: preset.")
 flags.DEFINE_list("rate", None, "Learning rates; None: preset.")
-flags.DEFINE_integer("workers", 1, "Trials at a time, in threads.", lower_bound=1)
-flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 flags.DEFINE_string("workdir", "runs/grow", "Folder for config, results and figures.")
+runners.define_flags(workers=1)
 
-NOT_SETTINGS = (
-    *("arm", "data_dir", "network", "num_seeds", "rate", "retry_failed", "workdir", "workers"),
-)
+NOT_SETTINGS = ("arm", "data_dir", "network", "num_seeds", "rate", "workdir")
 
 
 def run() -> None:
@@ -59,17 +56,14 @@ def run() -> None:
     specs = grow_study.chosen_specs(FLAGS.network, FLAGS.arm, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
     workdir = files.claim_directory(FLAGS.workdir, settings)
-    run_missing = functools.partial(
-        run_study,
-        run=functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=workdir / "partial"),
-        journal=workdir / "results.jsonl",
-        workers=FLAGS.workers,
-        retry_failed=FLAGS.retry_failed,
-    )
+    partial = workdir.absolute() / "partial"  # a worker may be in another folder
+    run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=partial)
     trials = grow_study.all_trials(specs, FLAGS.arm, every)
-    records = run_missing(trials)
-    if "scratch" in FLAGS.arm:
-        records = run_missing([*trials, *grow_study.scratch_trials(records)])
+    with runners.runner() as options:
+        records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
+        if "scratch" in FLAGS.arm:
+            trials += grow_study.scratch_trials(records)
+            records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
     for record in records:
         if "error" in record:
             print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)

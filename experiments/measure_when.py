@@ -25,7 +25,7 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import files, training
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, transfer_study, transfer_summary
+from experiments import common, runners, transfer_study, transfer_summary
 
 FLAGS = flags.FLAGS
 
@@ -33,8 +33,8 @@ flags.DEFINE_string("truth", "runs/transfer", "Folder of a finished `experiments
 flags.DEFINE_list("study", ["chains", "dags"], "Studies that it holds.")
 flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
 flags.DEFINE_integer("max_networks", None, "Networks a study, its base included.", lower_bound=4)
-flags.DEFINE_integer("workers", 2, "Networks at a time, in threads.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/measure_when", "Folder for measurements and the table.")
+runners.define_flags(workers=2)
 
 EXAMPLES = (1, 16, 256, 2048)
 """Examples of the gradient."""
@@ -68,13 +68,14 @@ def run() -> None:
         for trial, rate in zip(studies[name], rates, strict=True):
             trials[trial_hash(trial)] = {"network": trial, "rate": rate}
     workdir = files.claim_directory(FLAGS.workdir, settings)
-    done = run_study(
-        list(trials.values()),
-        functools.partial(measure, data_dir=FLAGS.data_dir),
-        workdir / "measurements.jsonl",
-        workers=FLAGS.workers,
-        description="measurements",
-    )
+    with runners.runner() as options:
+        done = run_study(
+            list(trials.values()),
+            functools.partial(measure, data_dir=FLAGS.data_dir),
+            workdir / "measurements.jsonl",
+            description="measurements",
+            **options,
+        )
     errors = [record["error"] for record in done if "error" in record]
     if errors:
         raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")

@@ -22,7 +22,7 @@ from absl import flags
 from archscale_jax import benchmark_tables, datasets, files
 from archscale_jax.spaces.cell import cell_digits, code_of_digits
 from archscale_jax.sweeps import run_study
-from experiments import common, rank_figures, rank_networks, rank_report, rank_study
+from experiments import common, rank_figures, rank_networks, rank_report, rank_study, runners
 from experiments.rank_recipes import RECIPES
 from experiments.rank_study import PRESETS
 
@@ -46,13 +46,10 @@ flags.DEFINE_list("recipe", list(RECIPES), f"Of {', '.join(RECIPES)}; `fixed` is
 flags.DEFINE_integer("num_seeds", None, "Seeds of every cell and recipe.", lower_bound=1)
 flags.DEFINE_string("table", None, "CSV of published accuracies to compare with; see docs/rank.md.")
 flags.DEFINE_string("table_column", "cifar10_test", "Its column.")
-flags.DEFINE_bool("retry_failed", False, "Train again what failed.")
-flags.DEFINE_integer("workers", 2, "Networks at a time, in threads.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/rank", "Folder for config, results and figures.")
+runners.define_flags(workers=2)
 
-NOT_SETTINGS = ("data_dir", "workdir", "workers", "retry_failed", "table", "table_column")
-
-
+NOT_SETTINGS = ("data_dir", "workdir", "table", "table_column")
 EXTENSIBLE = ("cell", "num_cells", "num_seeds", "recipe")
 
 
@@ -109,22 +106,16 @@ def run() -> None:
     plan = rank_study.plan_of(chosen, FLAGS.data_dir)
     workdir = files.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
 
-    def study(trials, function, name: str, **options: Any):
-        found = run_study(
-            trials,
-            functools.partial(function, data_dir=FLAGS.data_dir),
-            workdir / f"{name}.jsonl",
-            workers=FLAGS.workers,
-            description=name,
-            **options,
-        )
-        return found
+    def study(trials, function, name: str):
+        run_trial = functools.partial(function, data_dir=FLAGS.data_dir)
+        return run_study(trials, run_trial, workdir / f"{name}.jsonl", description=name, **options)
 
-    bases = study(plan.searches, rank_networks.search_rate, "bases")
-    measurements = study(plan.measurements, rank_networks.measure, "measurements")
-    trials = rank_study.trials_of(plan, bases)
-    train = functools.partial(rank_networks.train, measurements=rank_study.by_cell(measurements))
-    records = study(trials, train, "results", retry_failed=FLAGS.retry_failed)
+    with runners.runner() as options:
+        bases = study(plan.searches, rank_networks.search_rate, "bases")
+        found = study(plan.measurements, rank_networks.measure, "measurements")
+        trials = rank_study.trials_of(plan, bases)
+        train = functools.partial(rank_networks.train, measurements=rank_study.by_cell(found))
+        records = study(trials, train, "results")
     report(records, workdir, published)
 
 

@@ -17,7 +17,7 @@ from absl import flags
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study
-from experiments import common, size_transfer_study
+from experiments import common, runners, size_transfer_study
 from experiments.size_transfer_study import STUDIES
 
 FLAGS = flags.FLAGS
@@ -29,10 +29,10 @@ flags.DEFINE_list("size", [], "Other sizes than those of the study; the first is
 flags.DEFINE_integer("batch_size", 64, "Examples an update.", lower_bound=2)
 flags.DEFINE_integer("steps", 100, "Updates of a run.", lower_bound=1)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
-flags.DEFINE_integer("workers", 2, "Networks at a time, in threads.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/size_transfer", "Folder for config, results and figure.")
+runners.define_flags(workers=2)
 
-NOT_SETTINGS = ("data_dir", "study", "workdir", "workers")
+NOT_SETTINGS = ("data_dir", "study", "workdir")
 
 
 def run() -> None:
@@ -42,21 +42,23 @@ def run() -> None:
     trials = size_transfer_study.all_trials(FLAGS.study, settings)
     workdir = files.claim_directory(FLAGS.workdir, settings)
     found: dict[str, size_transfer_study.Records] = {}
-    for name, function in {
+    functions = {
         "results": size_transfer_study.search_rate,
         "measurements": size_transfer_study.measure,
-    }.items():
-        records = run_study(
-            trials,
-            functools.partial(function, data_dir=FLAGS.data_dir),
-            workdir / f"{name}.jsonl",
-            workers=FLAGS.workers,
-            description=name,
-        )
-        errors = [record["error"] for record in records if "error" in record]
-        if errors:
-            raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")
-        found[name] = {record["hash"]: record["result"] for record in records}
+    }
+    with runners.runner() as options:
+        for name, function in functions.items():
+            records = run_study(
+                trials,
+                functools.partial(function, data_dir=FLAGS.data_dir),
+                workdir / f"{name}.jsonl",
+                description=name,
+                **options,
+            )
+            errors = [record["error"] for record in records if "error" in record]
+            if errors:
+                raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")
+            found[name] = {record["hash"]: record["result"] for record in records}
     groups = size_transfer_study.grouped(trials, found)
     text = common.markdown_table(size_transfer_study.table(groups))
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from archscale_jax import datasets, files
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, transfer_report, transfer_study, transfer_summary
+from experiments import common, runners, transfer_report, transfer_study, transfer_summary
 
 FLAGS = flags.FLAGS
 
@@ -38,20 +38,11 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
 flags.DEFINE_integer("max_networks", None, "Networks a study, its base included.", lower_bound=2)
-flags.DEFINE_integer("workers", 2, "Networks at a time, in threads.", lower_bound=1)
 flags.DEFINE_bool("sharpness", False, "Measure the sharpness too, which costs the most.")
-flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 flags.DEFINE_string("workdir", "runs/transfer", "Folder for config, results and figures.")
+runners.define_flags(workers=2)
 
-NOT_SETTINGS = (
-    "data_dir",
-    "max_networks",
-    "retry_failed",
-    "sharpness",
-    "study",
-    "workdir",
-    "workers",
-)
+NOT_SETTINGS = ("data_dir", "max_networks", "sharpness", "study", "workdir")
 """Flags that do not change the result of a trial."""
 
 
@@ -75,19 +66,19 @@ def run() -> None:
     if not FLAGS.sharpness:
         del functions["sharpness"]
     records: dict[str, dict[str, Any]] = {"sharpness": {}}
-    for name, function in functions.items():
-        found = run_study(
-            list(unique.values()),
-            functools.partial(function, data_dir=FLAGS.data_dir),
-            workdir / f"{name}.jsonl",
-            workers=FLAGS.workers,
-            retry_failed=FLAGS.retry_failed,
-            description=name,
-        )
-        for record in found:
-            if "error" in record:
-                print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
-        records[name] = {r["hash"]: r["result"] for r in found if "result" in r}
+    with runners.runner() as options:
+        for name, function in functions.items():
+            found = run_study(
+                list(unique.values()),
+                functools.partial(function, data_dir=FLAGS.data_dir),
+                workdir / f"{name}.jsonl",
+                description=name,
+                **options,
+            )
+            for record in found:
+                if "error" in record:
+                    print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
+            records[name] = {r["hash"]: r["result"] for r in found if "result" in r}
     _report(studies, records, workdir)
 
 

@@ -2,7 +2,7 @@
 
 A trial is a mapping of JSON values, its settings. Its record is `{"hash", "trial", "result"}`, or
 `{"hash", "trial", "error"}` where it failed. Records hold no times and depend on nothing but the
-trial, so a study that was cut ends with the bytes of an undisturbed one.
+trial, so a study that was cut ends with the bytes of an undisturbed one, wherever its trials ran.
 """
 
 import concurrent.futures
@@ -22,6 +22,10 @@ from archscale_jax import files
 Trial = Mapping[str, Any]
 Record = dict[str, Any]
 Run = Callable[[Trial], Mapping[str, Any]]
+
+
+class WorkerLostError(RuntimeError):
+    """The process or machine that ran a trial was lost, every time it was tried."""
 
 
 def trial_hash(trial: Trial) -> str:
@@ -69,11 +73,15 @@ def run_trial(trial: Trial, run: Run) -> Record:
       TypeError: see `trial_hash`.
       ValueError: see `trial_hash`.
     """
-    record = {"hash": trial_hash(trial), "trial": _as_json(trial, "trial")}
+    record = _unfinished(trial)
     try:
         return record | {"result": _as_json(files.strict_json(run(trial)), "result")}
     except Exception as error:
         return record | {"error": f"{type(error).__name__}: {error}"}
+
+
+def _unfinished(trial: Trial) -> Record:
+    return {"hash": trial_hash(trial), "trial": _as_json(trial, "trial")}
 
 
 def run_study(
@@ -82,6 +90,7 @@ def run_study(
     journal: str | pathlib.Path,
     *,
     workers: int = 1,
+    executor: concurrent.futures.Executor | None = None,
     retry_failed: bool = False,
     description: str = "trials",
     progress: bool = True,
@@ -90,8 +99,8 @@ def run_study(
 
     When all are done, the journal holds the records in the order of `trials`, then those of trials
     that are not listed. After an interrupt or a kill, the same call goes on: what is recorded is
-    not run again. Only this function knows of threads and bars; a runner on other machines needs
-    `missing_trials`, `run_trial` and `archscale_jax.files.append_record`.
+    not run again, what had begun is. So a trial may run twice, but has one record, which only this
+    process writes.
 
     Args:
       trials: all trials of the study, each once.
@@ -99,6 +108,9 @@ def run_study(
       journal: the file, usually `results.jsonl`; `results.jsonl.lock` keeps other processes out.
       workers: how many trials run at a time. One runs in the calling thread, where Ctrl-C stops
         it at once; more run in threads, and those that have begun are finished and recorded first.
+      executor: runs the trials instead: a `ProcessExecutor`, a `RayExecutor`, or any other that
+        can send `run` and a trial where it works. It stays open. A trial for which it raises
+        `WorkerLostError` has failed; any other error that is not the trial's ends the study.
       retry_failed: run trials again that failed; the new record replaces the old one.
       description: the progress bar's name.
       progress: show the bar.
@@ -108,18 +120,29 @@ def run_study(
 
     Raises:
       TypeError: see `trial_hash`.
-      ValueError: see `trial_hash`; a trial is listed twice, `workers` is below 1, the journal is
-        damaged, or another process writes to it.
+      ValueError: see `trial_hash`; a trial is listed twice, `workers` is below 1 or given beside
+        an executor, the journal is damaged, or another process writes to it.
+      OSError: a record could not be written; those before it are kept.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, found {workers}")
+    if executor is not None and workers != 1:
+        raise ValueError(f"an executor has its own number of workers; found workers={workers} too")
     path, by_hash = pathlib.Path(journal), _by_hash(trials)
     with _locked(path):
         latest = _latest(files.read_records(path))
         missing = missing_trials(by_hash.values(), latest.values(), retry_failed=retry_failed)
         done = [latest[name] for name in by_hash.keys() - _by_hash(missing).keys()]
         with _bar(description, len(by_hash), done, visible=progress) as count:
-            _run_all(missing, run, workers, path, count)
+            record = _recorder(path, count)
+            if executor is not None:
+                _run_in(executor, missing, run, path, record)
+            elif workers == 1:
+                for trial in missing:
+                    record(run_trial(trial, run))
+            else:
+                with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+                    _run_in(threads, missing, run, path, record)
         records = files.read_records(path)
         latest = _latest(records)
         ordered = [latest[name] for name in by_hash]
@@ -128,38 +151,45 @@ def run_study(
     return ordered
 
 
-def _run_all(
+def _recorder(journal: pathlib.Path, count: Callable[[Record], None]) -> Callable[[Record], None]:
+    def record(one: Record) -> None:
+        files.append_record(journal, one)
+        count(one)
+
+    return record
+
+
+def _run_in(
+    executor: concurrent.futures.Executor,
     trials: Sequence[Trial],
     run: Run,
-    workers: int,
     journal: pathlib.Path,
-    count: Callable[[Record], None],
+    record: Callable[[Record], None],
 ) -> None:
-    """Runs the trials; this thread appends each record as it is finished, and counts it."""
-    if workers == 1:
-        for trial in trials:
-            files.append_record(journal, record := run_trial(trial, run))
-            count(record)
-        return
-    executor = concurrent.futures.ThreadPoolExecutor(workers)
-    futures: list[concurrent.futures.Future[Record]] = []
+    """Runs the trials in an executor; this thread records each one as it is finished."""
+    futures: dict[concurrent.futures.Future[Record], Trial] = {}
     try:
         for trial in trials:
-            futures.append(executor.submit(run_trial, trial, run))
+            futures[executor.submit(run_trial, trial, run)] = trial
         for future in concurrent.futures.as_completed(futures):
-            files.append_record(journal, record := future.result())
-            count(record)
+            record(_outcome(future, futures[future]))
     except BaseException:
-        # Python waits for its threads anyway, so what they finish is kept. An interrupt may have
-        # come while a record was appended: only the journal knows whether it is there.
-        executor.shutdown(cancel_futures=True)
+        # What cannot be cancelled is running: wait, and keep it. An interrupt may have come while
+        # a record was appended: only the journal knows whether it is there.
+        begun = [future for future in futures if not future.cancel()]
+        concurrent.futures.wait(begun)
         recorded = _latest(files.read_records(journal))
-        finished = (future for future in futures if not future.cancelled())
-        for record in (future.result() for future in finished if not future.exception()):
-            if recorded.get(record["hash"]) != record:
-                files.append_record(journal, record)
+        for one in (future.result() for future in begun if not future.exception()):
+            if recorded.get(one["hash"]) != one:
+                files.append_record(journal, one)
         raise
-    executor.shutdown()
+
+
+def _outcome(future: concurrent.futures.Future[Record], trial: Trial) -> Record:
+    try:
+        return future.result()
+    except WorkerLostError as error:
+        return _unfinished(trial) | {"error": f"{type(error).__name__}: {error}"}
 
 
 @contextlib.contextmanager
