@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from archscale_jax.sweeps import ProcessExecutor
+from archscale_jax.sweeps.devices import DeviceExecutor
 from archscale_jax.sweeps.ray_executor import RayExecutor, connected
 
 FLAGS = flags.FLAGS
@@ -23,12 +24,12 @@ def define_flags(*, workers: int = 1) -> None:
     flags.DEFINE_enum(
         "runner",
         "local",
-        ["local", "processes", "ray"],
-        "Where trials run: in threads of this process, in processes pinned to cores of their own, "
-        "or on a Ray cluster.",
+        ["local", "devices", "processes", "ray"],
+        "Where trials run: in threads of this process, in a thread for each of its devices, in "
+        "processes pinned to cores of their own, or on a Ray cluster.",
     )
     flags.DEFINE_integer(
-        "workers", workers, "Trials at a time; Ray takes what the cluster has.", lower_bound=1
+        "workers", workers, "Trials at a time, of local and processes.", lower_bound=1
     )
     flags.DEFINE_string(
         "ray_address",
@@ -57,6 +58,9 @@ def runner() -> Iterator[dict[str, Any]]:
         raise ValueError(f"--ray_address is of --runner=ray, found --runner={FLAGS.runner}")
     if FLAGS.runner == "local":
         yield options | {"workers": FLAGS.workers}
+    elif FLAGS.runner == "devices":
+        with DeviceExecutor() as executor:
+            yield options | {"executor": executor}
     elif FLAGS.runner == "processes":
         with ProcessExecutor(FLAGS.workers, attempts=FLAGS.attempts) as executor:
             yield options | {"executor": executor}
