@@ -94,8 +94,8 @@ def _train(size, function, draw, optimizer, batches, loss, seeds) -> list[Coordi
             for one in (start, params)
         )
         for vertex, feature in after.items():
-            change = feature.astype(jnp.float32) - before[vertex].astype(jnp.float32)
-            sizes.append([_root_mean_square(change), _root_mean_square(feature)])
+            change = _exact(feature) - _exact(before[vertex])
+            sizes.append([_root_mean_square(change), _root_mean_square(_exact(feature))])
         vertices[:] = after
         return jnp.array(sizes)
 
@@ -114,7 +114,11 @@ def _train(size, function, draw, optimizer, batches, loss, seeds) -> list[Coordi
 
 
 def _root_mean_square(values: Array) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.square(values.astype(jnp.float32))))
+    return jnp.sqrt(jnp.mean(jnp.square(values)))
+
+
+def _exact(values: Array) -> Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def coordinate_curves(

@@ -130,7 +130,7 @@ def lower_norm(
         _steepest(gradient, variant.optimizer),
     )
     derivative = by_multipliers(slope, initial, variant, len(state.multipliers))
-    return adam(state, derivative, True, settings), jnp.float32(jnp.nan)
+    return adam(state, derivative, True, settings), jnp.full_like(state.multipliers[0], jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames="variant")
@@ -160,7 +160,7 @@ def lower_objective(
     rate = settings["rate"]
     moved = [_moved(t, d, rate) for t, d in zip(theta, direction, strict=True)]
     updated, slope = jax.value_and_grad(loss)(moved, _joined(batches[0], batches[2]))
-    found = [one / rate for one in slope]
+    found = [_exact(one) / rate for one in slope]  # 1/η may take it out of the range of float16
     if variant.second_order or barrier is not None:
         # Both further terms are products with the Hessian, so that one product serves them.
         vector = [jnp.zeros_like(one) for one in theta]
@@ -174,9 +174,9 @@ def lower_objective(
         curved = _hessian_product(
             lambda theta: loss(theta, _joined(batches[0], batches[1])), theta, vector
         )
-        found = [f + c for f, c in zip(found, curved, strict=True)]
+        found = [f + _exact(c) for f, c in zip(found, curved, strict=True)]
     derivative = by_multipliers(found, initial, variant, len(state.multipliers))
-    return adam(state, derivative, False, settings), updated.astype(jnp.float32)
+    return adam(state, derivative, False, settings), updated.astype(state.multipliers.dtype)
 
 
 def by_multipliers(

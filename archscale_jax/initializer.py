@@ -1,11 +1,22 @@
 """The pure initializer: redraws the weights of a params tree for its topology (theory §3)."""
 
+import functools
+import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+)
 
 from archscale_jax.architecture import (
     Architecture,
@@ -27,10 +38,13 @@ def initialize(
     """Draws new parameters of the same structure, shapes and dtypes.
 
     Weights are normal with the standard deviation of the rule, biases 0, scales 1. The draw of a
-    leaf depends on the key and the leaf's name alone: other layers may come and go.
+    leaf depends on the key and the leaf's name alone: other layers may come and go, and any
+    sharding gives the same numbers.
 
-    Pure; works under `jax.jit` (there, pass `out_shardings` to have the result born sharded) and
-    `jax.eval_shape`. Called eagerly, each new leaf goes where the old one was put.
+    Pure; works under `jax.jit` and `jax.eval_shape`. A new leaf goes where the old one was put, or
+    where its `jax.ShapeDtypeStruct` says; every device draws its own shard. Under `jax.jit`,
+    `out_shardings` does the same for leaves that say nothing, but not in the context of a mesh
+    whose axes are explicit: a draw whose type names no axis is made whole there, then cut.
 
     Args:
       key: a JAX random key.
@@ -43,37 +57,139 @@ def initialize(
       A tree like `params`.
 
     Raises:
-      ValueError: an unknown rule, or params that are not those of the architecture; the message
-        names the leaf.
+      ValueError: an unknown rule; params that are not those of the architecture; a sharding whose
+        mesh axes do not divide the leaf. The message names the leaf.
     """
     check_parameters(architecture, params)
     deviations = weight_standard_deviations(architecture, rule, **options)
     roles = {parameter.name: parameter.role for parameter in architecture.parameters}
+    traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
 
     def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         name = parameter_name(path)
+        sharding = _sharding(leaf, traced)
+        _check_divides(name, leaf.shape, sharding)
+        make: Callable[..., jax.Array] = _full
+        arguments: tuple[Any, ...] = (float(roles[name] == Role.SCALE),)
         if name in deviations:
-            new = _draw_normal(key, name, deviations[name], leaf)
-        else:
-            new = jnp.full(leaf.shape, float(roles[name] == Role.SCALE), leaf.dtype)
-        return _placed_like(leaf, new)
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            make, arguments = _normal, (own, deviations[name])
+        if traced:
+            return make(*arguments, shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
+        return _placed(make, arguments, leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
-def _draw_normal(key: jax.Array, name: str, deviation: float, leaf: Any) -> jax.Array:
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+def _normal(
+    key: jax.Array,
+    deviation: float,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Sharding | None,
+) -> jax.Array:
     # Low precision would round the draw before it is scaled.
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    exact = jnp.promote_types(dtype, jnp.float32)
+    normal = jax.random.normal(key, shape, exact, out_sharding=_explicit(sharding))
     # The barrier keeps XLA from merging the factor into those of `normal`: same bits under jit.
-    normal = jax.lax.optimization_barrier(jax.random.normal(key, leaf.shape, dtype))
-    return (deviation * normal).astype(leaf.dtype)
+    normal = jax.lax.optimization_barrier(_constrained(normal, sharding))
+    return (deviation * normal).astype(dtype)
 
 
-def _placed_like(leaf: Any, new: jax.Array) -> jax.Array:
-    if isinstance(leaf, Tracer) or isinstance(new, Tracer):
-        return new
-    # An array that was put nowhere stays free to join others, on whatever devices they are.
-    free = isinstance(leaf, jax.Array) and not leaf.committed
-    sharding = None if free else getattr(leaf, "sharding", None)
+def _full(
+    value: float, *, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None
+) -> jax.Array:
+    full = jax.lax.broadcast(jnp.asarray(value, dtype), shape, out_sharding=_explicit(sharding))
+    return _constrained(full, sharding)
+
+
+def _placed(
+    make: Callable[..., jax.Array], arguments: tuple, leaf: Any, sharding: Sharding | None
+) -> jax.Array:
+    """Calls `make` outside of any trace, so that the leaf is where it belongs."""
+    if isinstance(sharding, NamedSharding):
+        # Keys that were put elsewhere come along: a program has one set of devices.
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        arguments = tuple(
+            jax.device_put(one, everywhere) if _elsewhere(one, sharding) else one
+            for one in arguments
+        )
+        return _compiled(make, leaf.shape, leaf.dtype, sharding)(*arguments)
+    new = make(*arguments, shape=leaf.shape, dtype=leaf.dtype, sharding=None)
     return new if sharding is None else jax.device_put(new, sharding)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(
+    make: Callable[..., jax.Array], shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
+) -> Callable[..., jax.Array]:
+    """One program for all leaves of one shape and sharding, which makes nothing but shards."""
+    function = functools.partial(make, shape=shape, dtype=dtype, sharding=sharding)
+    return jax.jit(function, out_shardings=sharding)
+
+
+def _elsewhere(argument: Any, sharding: Sharding) -> bool:
+    put = isinstance(argument, jax.Array) and argument.committed
+    return put and argument.sharding.device_set != sharding.device_set
+
+
+def _sharding(leaf: Any, traced: bool) -> Sharding | None:
+    """Returns where a leaf says that it lies, if it does."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding
+    if isinstance(leaf, Tracer) or (traced and isinstance(leaf, jax.Array)):
+        return jax.typeof(leaf).sharding  # names explicit axes alone
+    # An array that was put nowhere stays free to join others, on whatever devices they are.
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return leaf.sharding
+    return None
+
+
+def _explicit(sharding: Sharding | None) -> NamedSharding | None:
+    """Returns the part of a sharding that belongs to the type of a value made in this context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, _part(sharding.spec, mesh, AxisType.Explicit))
+
+
+def _constrained(value: jax.Array, sharding: Sharding | None) -> jax.Array:
+    """Asks the compiler for the part of a sharding that types do not hold."""
+    if not isinstance(sharding, NamedSharding):
+        return value
+    context = jax.sharding.get_abstract_mesh()
+    mesh = context if AxisType.Explicit in context.axis_types else sharding.mesh
+    part = _part(sharding.spec, mesh, AxisType.Auto)
+    if not any(part):
+        return value
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, part))
+
+
+def _part(spec: PartitionSpec, mesh: Mesh | AbstractMesh, kind: AxisType) -> PartitionSpec:
+    """Returns a spec with the mesh axes of one kind alone."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    named = [tuple(name for name in axes if kinds.get(name) == kind) for axes in _axes(spec)]
+    return PartitionSpec(*(names or None for names in named))
+
+
+def _axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The names of the mesh axes over which every axis of an array is divided."""
+    return [
+        (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
+        for axes in spec
+    ]
+
+
+def _check_divides(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> None:
+    """Says which leaf it is; JAX would name its shape alone."""
+    if not isinstance(sharding, NamedSharding):
+        return
+    for axis, (size, names) in enumerate(zip(shape, _axes(sharding.spec), strict=False)):
+        sizes = {one: sharding.mesh.shape[one] for one in names}
+        if size % math.prod(sizes.values()):
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(shape)}, and its axis {axis} cannot be "
+                f"divided over the mesh axes {sizes}; accepted are axes whose sizes divide {size}, "
+                "or None"
+            )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.sparse.linalg import lobpcg_standard
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Scalar
@@ -27,7 +28,8 @@ def sharpness(
 
     Args:
       loss: `(params, batch)` to a scalar.
-      params: where the Hessian is taken.
+      params: where the Hessian is taken; leaves below float32 are raised to it, exactly. What the
+        loss itself rounds stays rounded.
       batch: what `loss` reads.
       key: of the random start; `jax.random.key(0)` if left out.
       max_iterations: products at most; it stops earlier where the eigenvalue has converged.
@@ -38,7 +40,8 @@ def sharpness(
     Raises:
       ValueError: fewer than 6 parameters, of which LOBPCG finds no eigenvalue.
     """
-    flat, unravel = ravel_pytree(params)
+    # Eigenvectors need float32 at least, and so do sums along them.
+    flat, unravel = ravel_pytree(jax.tree.map(_exact, params))
     if len(flat) < 6:
         raise ValueError(f"sharpness takes at least 6 parameters, found {len(flat)}")
     gradient = jax.grad(lambda flat: loss(unravel(flat), batch))
@@ -52,3 +55,10 @@ def sharpness(
     start = jax.random.normal(key, (len(flat), 1), flat.dtype)
     values, *_ = lobpcg_standard(multiply, start, max_iterations)
     return values[0]
+
+
+def _exact(leaf: Array) -> Array:
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.promote_types(dtype, jnp.float32)
+    return jnp.asarray(leaf, dtype)

@@ -3,6 +3,9 @@
 A network is split into its `nnx.GraphDef` and its state, and `TrainState` is a plain pytree: vmap
 it over seeds or rates, shard it, save it. The examples are arguments, never constants of a compiled
 program.
+
+Precision is the network's: `dtype` and `param_dtype` of its layers say what is computed in and what
+is trained. Losses are taken in float32 at least.
 """
 
 import functools
@@ -141,7 +144,8 @@ def cross_entropy(
 ) -> tuple[Float[Scalar, ""], tuple[Array, PyTree]]:
     """Returns the mean cross entropy in nats, with the logits [b, classes] and the new state."""
     network = nnx.merge(graphdef, params, model_state, copy=True)  # this trace owns its state
-    logits = network(images, train=train).astype(jnp.float32)
+    logits = network(images, train=train)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))
 

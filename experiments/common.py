@@ -24,6 +24,12 @@ FLAGS = flags.FLAGS
 NOT_SETTINGS = ("workdir", "data_dir", "resume", "workers")
 """Flags that do not change what a run computes."""
 
+PRECISIONS = {
+    "mixed": {"dtype": jnp.bfloat16, "param_dtype": jnp.float32},
+    "bfloat16": {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
+}
+"""What a network computes in, and its parameters' dtype, where that is not float32."""
+
 
 def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
     """Defines the flags that say what is trained, on what, and how."""
@@ -46,6 +52,12 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
         "auto",
         ["auto", *INITIALIZATION_RULES],
         "Initialization rule; auto takes the one that fits the arrangement.",
+    )
+    flags.DEFINE_enum(
+        "precision",
+        None,
+        list(PRECISIONS),
+        "mixed: compute in bfloat16, train float32 weights; bfloat16: both. Leave out for float32.",
     )
     flags.DEFINE_string("base_architecture", "2", "DAG string of the network the rate is tuned on.")
     flags.DEFINE_integer("batch_size", batch_size, "Examples an update.", lower_bound=1)
@@ -121,6 +133,7 @@ def build_network(graph: jraph.GraphsTuple, dataset: Dataset) -> Network:
         normalization=None if FLAGS.normalization == "none" else FLAGS.normalization,
         arrangement=FLAGS.arrangement,
         rngs=nnx.Rngs(0),
+        **PRECISIONS.get(FLAGS.precision, {}),
     )
     graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
     return Network(graphdef, params, model_state, network.architecture())

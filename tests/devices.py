@@ -62,7 +62,7 @@ def _run(calls: list[tuple], seconds: float = 240) -> list[Any]:
         while waiting:
             ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
             assert ready, f"no answer within {seconds} s"
-            for here in ready:
+            for here in [one for one in waiting if one in ready]:
                 number, process = running[here]
                 try:
                     failure, results[number] = here.recv()

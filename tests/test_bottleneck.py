@@ -166,7 +166,7 @@ def test_layers_that_it_cannot_read_are_named():
     def transposed(params, batch):
         return jnp.mean(batch @ params["w"].T)
 
-    with pytest.raises(archscale.TraceError, match="weight 'w' .* is transposed or converted"):
+    with pytest.raises(archscale.TraceError, match="weight 'w' .* is transposed or changed"):
         bottleneck(transposed, {"w": jnp.ones((3, 3))}, [jnp.ones((2, 3))])
 
     def shared(params, batch):

@@ -2,10 +2,6 @@
 
 import functools
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -258,72 +254,3 @@ class TestErrors:
             ValueError, match="unknown initialization rule 'he'; accepted are target"
         ):
             initialize(KEY, *mlp("2"), "he")
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-import archscale_jax as archscale
-from archscale_jax import Architecture, Parameter, Role
-
-assert jax.device_count() == 8
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-params = {"bias": jnp.zeros(8), "kernel": jnp.zeros((8, 8))}
-parameters = (
-    Parameter("bias", Role.BIAS, Role.HIDDEN, (8,), 8, 8, edge=0),
-    Parameter("kernel", Role.HIDDEN, Role.HIDDEN, (8, 8), 8, 8, edge=0),
-)
-architecture = Architecture(archscale.dag_graph("2_02"), parameters)
-key = jax.random.key(0)
-plain = archscale.initialize(key, params, architecture)
-
-def sharding(leaf):
-    return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "model"))
-
-shardings = jax.tree.map(sharding, params)
-abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    params, shardings,
-)
-eager = archscale.initialize(key, jax.device_put(params, shardings), architecture)
-born = jax.jit(
-    lambda key: archscale.initialize(key, params, architecture), out_shardings=shardings
-)(key)
-for name, drawn in {
-    "eager": eager, "abstract": archscale.initialize(key, abstract, architecture), "jit": born
-}.items():
-    def check(leaf, expected, sharding):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (name, leaf.sharding)
-        assert leaf.addressable_shards[0].data.size == leaf.size // 2, name
-        np.testing.assert_array_equal(leaf, expected, err_msg=name)
-    jax.tree.map(check, drawn, plain, shardings)
-
-# Params that were put nowhere stay free to meet sharded data.
-data = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("data")))
-assert not any(leaf.committed for leaf in jax.tree.leaves(plain))
-jax.jit(lambda params, data: data @ params["kernel"])(plain, data)
-
-# The transformation leaves updates where they are.
-optimizer = archscale.scale_by_architecture(architecture, archscale.dag_graph("2"))
-update = jax.jit(optimizer.update)
-scaled, _ = update(born, optimizer.init(born))
-expected, _ = update(plain, optimizer.init(plain))
-jax.tree.map(check, scaled, expected, shardings)
-"""
-
-
-def test_sharding_over_eight_devices():
-    root = pathlib.Path(__file__).parent.parent
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr

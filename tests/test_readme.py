@@ -12,6 +12,7 @@ PAGES = {
     "docs/coordinate.md": "{0: 1.",
     "docs/gradinit.md": "True",
     "docs/growing.md": "edge",
+    "docs/devices.md": "",
 }
 
 

@@ -443,12 +443,12 @@ REFUSALS: dict[str, Any] = {
                   "'depthwise' .* in one group"),
     "tied": (lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w1"] @ p["w2"],
              {"w1": (5, 5), "w2": (5, 2)}, "2 layers share the weight 'w1'"),
-    "converted": (
-        lambda p, x: jnp.tanh(x.astype(jnp.float32) @ p["w1"].astype(jnp.float32)) @ p["w2"],
-        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or converted first"),
+    "reordered": (
+        lambda p, x: jnp.tanh(x @ p["w1"].astype(jnp.float32)[::-1]) @ p["w2"],
+        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or changed first"),
     "weight_norm": (
         lambda p, x: jnp.tanh(x @ (p["w1"] / jnp.linalg.norm(p["w1"], axis=0))) @ p["w2"],
-        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or converted first"),
+        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or changed first"),
     "transposed": (lambda p, x: jnp.einsum("oi,ni->no", p["w1"], x) @ p["w2"],
                    {"w1": (4, 5), "w2": (4, 2)}, "accepted are x @ W"),
 }  # fmt: skip

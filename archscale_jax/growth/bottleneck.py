@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.neurons import LayerStatistics, least_squares
-from archscale_jax.growth.patches import exact, rows_of, sum_over_examples
+from archscale_jax.growth.patches import exact, product, rows_of, sum_over_examples
 from archscale_jax.tracing.layers import LayerKind, layer_gradients, layer_kinds
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
@@ -115,7 +115,7 @@ def _sums(kind: LayerKind, inputs: Array, gradient: Array) -> LayerStatistics:
     def sums(inputs: Array, targets: Array) -> tuple[Array, Array]:
         rows = rows_of(kind, inputs)
         rows = rows.reshape(-1, rows.shape[-1])
-        return rows.T @ rows, rows.T @ targets.reshape(-1, targets.shape[-1])
+        return product(rows.T, rows), product(rows.T, targets.reshape(-1, targets.shape[-1]))
 
     of_inputs, of_targets = sum_over_examples(
         sums, (inputs, targets), one_by_one=kind.window is not None

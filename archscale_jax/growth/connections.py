@@ -23,7 +23,7 @@ from archscale_jax.growth.neurons import (
     least_squares,
     new_neurons,
 )
-from archscale_jax.growth.patches import rows_of, sum_over_examples
+from archscale_jax.growth.patches import product, rows_of, sum_over_examples
 from archscale_jax.tracing.layers import (
     LayerGradient,
     LayerKind,
@@ -143,7 +143,7 @@ def _sums(
     def sums(inputs: dict[str, Array], targets: Array) -> tuple[Array, Array]:
         rows = jnp.concatenate([rows_of(kinds[name], inputs[name]) for name in names], axis=-1)
         flat = rows.reshape(-1, rows.shape[-1])
-        return flat.T @ flat, flat.T @ targets.reshape(-1, targets.shape[-1])
+        return product(flat.T, flat), product(flat.T, targets.reshape(-1, targets.shape[-1]))
 
     inputs = {name: gradients[name].inputs for name in names}
     convolutional = any(kinds[name].window is not None for name in names)

@@ -14,6 +14,7 @@ from archscale_jax.architecture import PyTree, named_leaves, with_leaves
 from archscale_jax.growth import candidates
 from archscale_jax.growth.measured import Measured
 from archscale_jax.growth.neurons import Neurons
+from archscale_jax.growth.patches import exact
 from archscale_jax.growth.statistics import blocks
 from archscale_jax.growth.units import Units
 from archscale_jax.growth.widen import taken, widen
@@ -113,4 +114,6 @@ def search_amplitude(
 def _losses(
     extension: Extension, amplitudes: Float[Array, " a"], batch: Any, *, loss_fn: Loss
 ) -> Float[Array, " a"]:
-    return jax.lax.map(lambda amplitude: loss_fn(extended(extension, amplitude), batch), amplitudes)
+    return jax.lax.map(
+        lambda amplitude: exact(loss_fn(extended(extension, amplitude), batch)), amplitudes
+    )

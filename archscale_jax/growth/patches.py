@@ -5,11 +5,15 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from archscale_jax.tracing.layers import LayerKind, Window
 
 Sums = TypeVar("Sums")
+EXACT = lax.Precision.HIGHEST
+"""Of products that are summed up: covariances are nearly singular, and accelerators would round
+float32 to 8 or 11 bits first."""
 
 
 def rows_of(
@@ -73,3 +77,8 @@ def sum_over_examples(function: Callable[..., Sums], arrays: tuple, *, one_by_on
 def exact(array: Array) -> Array:
     """Returns the array in float32 at least."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def product(left: Array, right: Array) -> Array:
+    """Returns the matrix product without rounding its factors."""
+    return jnp.matmul(left, right, precision=EXACT)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.bottleneck import desired_change
-from archscale_jax.growth.patches import rows_of, slices, sum_over_examples
+from archscale_jax.growth.patches import EXACT, product, rows_of, slices, sum_over_examples
 from archscale_jax.growth.units import Units
 from archscale_jax.tracing.layers import LayerGradient, LayerKind, layer_gradients
 
@@ -109,12 +109,12 @@ def _pair_sums(
             sizes = [rows[producer].shape[-1] for producer in names[0]]
             read = stacked * np.repeat(slopes, sizes).astype(stacked.dtype)
             target = targets[name].reshape(len(targets[name]), -1, targets[name].shape[-1])
-            projected = target - rows_of(kinds[name], inputs[name]) @ updates[name]
+            projected = target - product(rows_of(kinds[name], inputs[name]), updates[name])
             seen = functools.partial(_seen, kinds[name], units.joint(name), read, grid, restricted)
             wanted.append(seen(target))
             rest.append(seen(projected))
         flat = stacked.reshape(-1, stacked.shape[-1])
-        return flat.T @ flat, jnp.concatenate(wanted, axis=1), jnp.concatenate(rest, axis=1)
+        return product(flat.T, flat), jnp.concatenate(wanted, axis=1), jnp.concatenate(rest, axis=1)
 
     convolutional = any(kinds[name].window is not None for name in (*names[0], *names[1]))
     found = sum_over_examples(sums, arrays, one_by_one=convolutional)
@@ -132,16 +132,17 @@ def _seen(
     rest: Float[Array, "n q o"],
 ) -> Float[Array, "a w"]:
     """Σ over examples and positions of what a layer's weight entries see times what they change."""
+    einsum = functools.partial(jnp.einsum, precision=EXACT)
     if joint == "mean":
-        return jnp.einsum("na,nqo->ao", rows.mean(axis=1), rest)
+        return einsum("na,nqo->ao", rows.mean(axis=1), rest)
     if joint == "flat":
-        return jnp.einsum("npa,nqo->apo", rows, rest).reshape(rows.shape[-1], -1)
+        return einsum("npa,nqo->apo", rows, rest).reshape(rows.shape[-1], -1)
     if kind.window is None:
-        return jnp.einsum("npa,npo->ao", rows, rest)
+        return einsum("npa,npo->ao", rows, rest)
     images = rows.reshape(len(rows), *grid, rows.shape[-1])
     middle = _middle(kind)
     found = [
-        jnp.einsum("npa,npo->ao", part.reshape(len(rows), -1, rows.shape[-1]), rest)
+        einsum("npa,npo->ao", part.reshape(len(rows), -1, rows.shape[-1]), rest)
         for place, part in enumerate(slices(images, kind.window))
         if not restricted or place == middle
     ]

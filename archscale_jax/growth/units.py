@@ -28,7 +28,8 @@ from archscale_jax.tracing.layers import (
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 Joint = Literal["same", "mean", "flat"]
 _STEP = 1e-3  # of a feature, to measure the slope of what follows it at 0
-_TOLERANCE = 1e-2  # of the responses to it, relative
+_TOLERANCE = 1e-2  # of the responses to it, relative; in low precision so many units at least:
+_UNITS = 16  # means over positions cancel
 _SIZES = (1.0, 0.03)  # of features; activations that saturate are flat at the one or the other
 
 
@@ -277,6 +278,8 @@ def _linked(probe: _Probe, units: Units) -> Units:
     links = []
     for producer in units.producers:
         entries = np.random.default_rng(1).normal(size=zeros[producer].shape[:-1])
+        # Low precision rounds a step, and the slope is one over the step that was made.
+        made = np.asarray(_STEP * entries, zeros[producer].dtype).astype(np.float64) / _STEP
         answers = []
         for size in (_STEP, -_STEP, 1.0, 2.0):
             moved = zeros[producer].copy()
@@ -295,7 +298,9 @@ def _linked(probe: _Probe, units: Units) -> Units:
                     obstacle=f"a normalization stands before {consumer!r}: the size of a new "
                     "neuron would not matter, and it would not begin at 0"
                 )
-            link = _link((up.astype(np.float64) - down) / (2 * _STEP), entries)
+            response = (up.astype(np.float64) - down.astype(np.float64)) / (2 * _STEP)
+            tolerance = max(_TOLERANCE, _UNITS * float(jnp.finfo(up.dtype).eps))
+            link = _link(response, made, tolerance)
             if link is None:
                 return units._replace(
                     obstacle=f"positions are pooled or moved between {producer!r} and {consumer!r}"
@@ -310,7 +315,7 @@ def _linked(probe: _Probe, units: Units) -> Units:
 
 
 def _link(
-    response: Float[np.ndarray, "..."], entries: Float[np.ndarray, "n *s"]
+    response: Float[np.ndarray, "..."], entries: Float[np.ndarray, "n *s"], tolerance: float
 ) -> tuple[Joint, float] | None:
     """How a response [n, …, copies] follows from the entries that caused it, and its slope."""
     choices: dict[Joint, np.ndarray] = {}
@@ -323,6 +328,6 @@ def _link(
     for joint, expected in choices.items():
         slope = np.vdot(response, expected) / np.vdot(expected, expected)
         rest = np.linalg.norm(response - slope * expected)
-        if rest <= _TOLERANCE * np.linalg.norm(response):
+        if rest <= tolerance * np.linalg.norm(response):
             return joint, float(f"{slope:.4g}")
     return None

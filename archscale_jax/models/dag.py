@@ -60,6 +60,8 @@ class DagNetwork(nnx.Module):
       normalization: None, `batch` or `layer`.
       arrangement: what vertices sum.
       use_bias: whether stem, edges and readout have biases (0 at the start).
+      dtype: what is computed in; None takes that of inputs and parameters together. With bfloat16
+        and parameters in float32, precision is mixed.
       param_dtype: dtype of the parameters.
       rngs: random streams; weights are drawn by Flax's defaults, see `archscale_jax.initialize`.
 
@@ -81,6 +83,7 @@ class DagNetwork(nnx.Module):
         normalization: Normalization | None = None,
         arrangement: Arrangement | str = Arrangement.PRE_ACTIVATION,
         use_bias: bool = True,
+        dtype: jnp.dtype | type | None = None,
         param_dtype: jnp.dtype | type = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -109,8 +112,10 @@ class DagNetwork(nnx.Module):
         if len({edge[:2] for edge in self.edges}) < len(self.edges):
             raise ValueError(f"{type(self).__name__} has at most one edge between two vertices")
 
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+
         def layer(features: int, kernel_size: int) -> nnx.Module:
-            options = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+            options = {"use_bias": use_bias, "rngs": rngs, **dtypes}
             return self._layer(features, width, kernel_size, options)
 
         self.stem = layer(in_features, network_kernel_size(graph))
@@ -121,10 +126,8 @@ class DagNetwork(nnx.Module):
                 if operator in WEIGHT_OPERATORS
             }
         )
-        self.readout = nnx.Linear(
-            width, out_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
-        )
-        self.normalizations = nnx.Dict(self._normalizations(width, param_dtype, rngs))
+        self.readout = nnx.Linear(width, out_features, use_bias=use_bias, rngs=rngs, **dtypes)
+        self.normalizations = nnx.Dict(self._normalizations(width, dtypes, rngs))
 
     def _check(self, in_features, width, out_features, activation, normalization) -> None:
         sizes = {"in_features": in_features, "width": width, "out_features": out_features}
@@ -141,7 +144,7 @@ class DagNetwork(nnx.Module):
     def _layer(self, in_features: int, out_features: int, kernel_size: int, options) -> nnx.Module:
         raise NotImplementedError  # DagMLP and DagCNN
 
-    def _normalizations(self, width: int, param_dtype, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    def _normalizations(self, width: int, dtypes, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         if self.normalization is None:
             return {}
         make = nnx.BatchNorm if self.normalization == "batch" else nnx.LayerNorm
@@ -152,7 +155,7 @@ class DagNetwork(nnx.Module):
             names = [str(vertex) for vertex in sorted(sources | {self.num_vertices - 1})]
         else:
             names = ["stem", *self.layers]
-        return {name: make(width, param_dtype=param_dtype, rngs=rngs) for name in names}
+        return {name: make(width, rngs=rngs, **dtypes) for name in names}
 
     def _activate(self, features: Array, name: str, train: bool) -> Array:
         if self.normalization == "batch":

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from archscale_jax.tracing.flow import Flow, Kind
-from archscale_jax.tracing.operations import ADDITIONS, Operations
+from archscale_jax.tracing.operations import ADDITIONS, Operations, line
+from archscale_jax.tracing.sharding import LAYOUTS, entered, first_taken, left
 from archscale_jax.tracing.values import Feature, Known, Use, Value, Weight, features_of
 
 _RANDOM = ("threefry2x32", "rng_bit_generator", "rng_uniform")
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
-          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-          "shard_map")  # fmt: skip
+          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")  # fmt: skip
 _SAME_FEATURES = (*ADDITIONS, "transpose", "reshape", "squeeze", "convert_element_type")
 _REFUSED = {
     "while": "a while loop runs a number of times that no shape tells; write it as lax.scan",
@@ -30,7 +30,7 @@ _REFUSED = {
 
 
 class Layer(NamedTuple):
-    """What a layer computed: `output` of `weight` and `inputs` by `equation`."""
+    """What a layer computed: `output` of `weight`, as it was uncast, and `inputs` by `equation`."""
 
     use: Use
     equation: core.JaxprEqn
@@ -49,6 +49,7 @@ class Interpreter(Operations):
       data: number of the vertex that holds all inputs, once there is one.
       inputs_read: numbers of the inputs that layers read.
       features: with `evaluate`, the features of the vertices that have been found.
+      in_shards: the lines of the `shard_map`s that vertices lie in.
       layers: with `evaluate`, what the weight of each layer was applied to, in order; see `Layer`.
     """
 
@@ -67,12 +68,15 @@ class Interpreter(Operations):
         self.inputs_read: set[int] = set()
         self.features: dict[int, jax.Array] = {}
         self.layers: list[Layer] = []
+        self.in_shards: dict[int, str] = {}
         self._perturbations = perturbations or {}  # added to the outputs of layers, by leaf
         self._outputs = outputs or {}  # taken instead of the outputs of layers, by leaf
         self._evaluate = evaluate
         self._constants: dict[int, tuple[Value, int]] = {}  # by identity; keeps the value alive
         self._without_inputs: set[int] = set()  # vertices that no input reaches
+        self._casts: dict[int, tuple[jax.Array, jax.Array]] = {}  # by identity: after, before
         self._layers: dict[int, tuple[Use, int]] = {}  # the weight that made a vertex, its units
+        self._manual = 0  # how many `shard_map`s what is read lies in
 
     def input(self, number: int, array: jax.Array | None = None) -> Feature:
         """Returns the feature of an input."""
@@ -99,9 +103,11 @@ class Interpreter(Operations):
             if self._evaluate:
                 # What holds a vertex has been evaluated within; what does not is left whole, so
                 # that custom derivatives stay.
-                inside = _holds_functions(equation) and found != self._found()
+                name = equation.primitive.name
+                inside = name in (*_CALLS, "scan", "cond") and found != self._found()
                 if not inside:
-                    results = self._evaluated(equation, operands, results, self.uses[found[1] :])
+                    uses = [] if name == "shard_map" else self.uses[found[1] :]
+                    results = self._evaluated(equation, operands, results, uses)
             values.update(zip(equation.outvars, results, strict=True))
         return [value(atom) for atom in jaxpr.outvars]
 
@@ -111,12 +117,15 @@ class Interpreter(Operations):
     def _equation(self, equation: core.JaxprEqn, values: list[Value]) -> list[Value]:
         name = equation.primitive.name
         known = all(isinstance(value, Known) for value in values)
-        if name.startswith("random_") or name in _RANDOM or (known and name not in _CALLS):
+        holds = name in _CALLS or name == "shard_map"
+        if name.startswith("random_") or name in _RANDOM or (known and not holds):
             return [Known() for _ in equation.outvars]
         if name in _REFUSED:
             self._refuse(equation, values, _REFUSED[name])
         if name in _CALLS:
             return self._call(equation, values)
+        if name == "shard_map":
+            return self._shard_map(equation, values)
         if name == "scan":
             return self._scan(equation, values)
         if name == "cond":
@@ -143,13 +152,20 @@ class Interpreter(Operations):
             if not isinstance(result, Feature):
                 continue
             noted = self.features.setdefault(result.vertex, array)
-            same = equation.primitive.name in _SAME_FEATURES and noted.size == array.size
-            if result.bare and same:
+            name = equation.primitive.name
+            same = name in _SAME_FEATURES and noted.size == array.size
+            moved = name in LAYOUTS and noted is operands[0].array
+            if (result.bare and same) or moved:
                 self.features[result.vertex] = array
+        if equation.primitive.name == "convert_element_type":
+            self._casts[id(arrays[0])] = arrays[0], self._before_cast(operands[0].array)
         return [
             dataclasses.replace(result, array=array)
             for result, array in zip(results, arrays, strict=True)
         ]
+
+    def _before_cast(self, array: jax.Array) -> jax.Array:
+        return self._casts.get(id(array), (array, array))[1]
 
     def _layer_output(
         self, use: Use, equation: core.JaxprEqn, operands: list[Value], output: jax.Array
@@ -157,7 +173,8 @@ class Interpreter(Operations):
         weight, inputs = operands[:2]
         if not isinstance(weight, Weight):
             weight, inputs = inputs, weight
-        self.layers.append(Layer(use, equation, weight.array, inputs.array, output))
+        exact = self._before_cast(weight.array)
+        self.layers.append(Layer(use, equation, exact, inputs.array, output))
         if len(use.leaves) == 1 and use.leaves[0] in self._outputs:
             return self._outputs[use.leaves[0]]
         if len(use.leaves) == 1 and use.leaves[0] in self._perturbations:
@@ -180,6 +197,17 @@ class Interpreter(Operations):
             return self.read(inner.jaxpr, self._constants_of(inner), values)
         return self.read(inner, [], values)
 
+    def _shard_map(self, equation: core.JaxprEqn, values: list[Value]) -> list[Value]:
+        """Reads what one device does; only what leaves it is ever evaluated."""
+        evaluate, self._evaluate = self._evaluate, False
+        start = len(self.flow.kinds)
+        self._manual += 1
+        results = self.read(equation.params["jaxpr"], [], entered(equation, values))
+        self._manual -= 1
+        self._evaluate = evaluate
+        self.in_shards |= dict.fromkeys(range(start, len(self.flow.kinds)), line(equation))
+        return left(equation, results)
+
     def _scan(self, equation: core.JaxprEqn, values: list[Value]) -> list[Value]:
         """Unrolls the loop: every slice of a scanned parameter is a layer of its own."""
         inner, length = equation.params["jaxpr"], equation.params["length"]
@@ -200,7 +228,8 @@ class Interpreter(Operations):
 
     def _slice(self, value: Value, step: int, length: int) -> Value:
         if isinstance(value, Weight):
-            value = dataclasses.replace(value, index=step, size=value.size // length)
+            split = first_taken(value.split)
+            value = dataclasses.replace(value, index=step, size=value.size // length, split=split)
         return dataclasses.replace(value, array=value.array[step]) if self._evaluate else value
 
     def _stacked(self, values: Sequence[Value]) -> Value:
@@ -240,10 +269,6 @@ class Interpreter(Operations):
         if isinstance(value, Feature):
             self.features.setdefault(value.vertex, value.array)
         return value
-
-
-def _holds_functions(equation: core.JaxprEqn) -> bool:
-    return equation.primitive.name in (*_CALLS, "scan", "cond")
 
 
 def _evaluate(equation: core.JaxprEqn, operands: Sequence[jax.Array]) -> Sequence[jax.Array]:

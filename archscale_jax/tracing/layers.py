@@ -63,8 +63,8 @@ def layer_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[LayerKind, .
 
     Raises:
       TraceError: what `trace` raises; a weight that several layers share, that is transposed or
-        converted before its use, or is no weight of `x @ W` or of a convolution of images
-        [n, rows, columns, inputs] in one group.
+        changed (but for its dtype) before its use, or is no weight of `x @ W` or of a convolution
+        of images [n, rows, columns, inputs] in one group.
     """
     found: list[tuple[LayerKind, ...]] = []
 
@@ -176,7 +176,7 @@ def _kind(layer: Layer, interpreter: Interpreter, leaves: Mapping[str, Array]) -
         raise TraceError(f"the layer of {use.leaves} at {use.source} is made of several leaves")
     name, parameters = use.leaves[0], equation.params
     if layer.weight is not leaves[name]:
-        raise TraceError(f"the weight {name!r} at {use.source} is transposed or converted first")
+        raise TraceError(f"the weight {name!r} at {use.source} is transposed or changed first")
     bias = biases[0] if biases else None
     if equation.primitive.name == "dot_general":
         (left, right), (left_batch, _) = parameters["dimension_numbers"]

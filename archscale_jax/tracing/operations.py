@@ -8,18 +8,19 @@ from jax.extend import core
 
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.flow import Flow, Kind
+from archscale_jax.tracing.sharding import COLLECTIVES, LAYOUTS, sliced, split_after, whole_shape
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight, features_of
 
 ADDITIONS = ("add", "sub", "add_any")
 _PRODUCTS = ("mul", "div")
 _LINEAR = ("neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "rev", "slice", "copy",
-           "convert_element_type", "stop_gradient", "device_put", "sharding_constraint", "name",
-           "reduce_precision", "pad", "dynamic_slice", "split", "cumsum", "real",
-           "optimization_barrier", "mul", "div")  # fmt: skip
+           "convert_element_type", "stop_gradient", "name", "reduce_precision", "pad",
+           "dynamic_slice", "split", "cumsum", "real", "optimization_barrier", "mul", "div",
+           *LAYOUTS, *COLLECTIVES)  # fmt: skip
 """Operations on one feature that are no activation."""
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite")
 _STATISTICS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
-               "reduce", "argmax", "argmin")  # fmt: skip
+               "reduce", "argmax", "argmin", "pmax", "pmin")  # fmt: skip
 _JOINS = {
     Kind.SUM: Operator.SKIP,
     Kind.PRODUCT: Operator.PRODUCT,
@@ -37,6 +38,7 @@ class Operations:
     _constants: dict[int, tuple[Value, int]]
     _without_inputs: set[int]
     _layers: dict[int, tuple[Use, int]]
+    _manual: int
 
     def _operation(self, equation: core.JaxprEqn, values: list[Value]) -> Value:
         special: dict[str, Callable[..., Value]] = {
@@ -164,9 +166,8 @@ class Operations:
 
     def _slicing(self, equation: core.JaxprEqn, values: list[Value]) -> Value:
         """Indices, which come after the first operand, change nothing."""
-        del equation
-        value = values[0]
-        return dataclasses.replace(value, bare=False) if isinstance(value, Feature) else value
+        shapes = _shape(equation.invars[0]), _shape(equation.outvars[0])
+        return sliced(values[0], *shapes, self._manual > 0)
 
     def _update(self, equation: core.JaxprEqn, values: list[Value]) -> Value:
         """Values that are written into others, or added to them, at indices."""
@@ -224,7 +225,7 @@ class Operations:
         (side,) = sides
         weight, other = values[side], values[1 - side]
         contracting, batch = equation.params["dimension_numbers"]
-        shape = _shape(equation.invars[side])
+        shape = whole_shape(weight, _shape(equation.invars[side]))
         fan_in = math.prod(shape[axis] for axis in contracting[side])
         rest = set(range(len(shape))) - set(contracting[side]) - set(batch[side])
         fan_out = math.prod(shape[axis] for axis in rest)
@@ -242,7 +243,7 @@ class Operations:
             return self._gate(features_of(values))
         if not isinstance(kernel, Weight):
             return data
-        shape = _shape(equation.invars[1])
+        shape = whole_shape(kernel, _shape(equation.invars[1]))
         out_axis, in_axis, *spatial_axes = equation.params["dimension_numbers"].rhs_spec
         spatial = tuple(shape[axis] for axis in spatial_axes)
         positions = math.prod(spatial)
@@ -254,8 +255,8 @@ class Operations:
     def _gather(self, equation: core.JaxprEqn, values: list[Value]) -> Value:
         table, index = values[:2]
         if isinstance(table, Weight) and isinstance(index, Feature):
-            shape = _shape(equation.invars[0])
-            fan_out = shape[-1]
+            self._check_split(equation, table)
+            fan_out = whole_shape(table, _shape(equation.invars[0]))[-1]
             vertex = self.flow.add_vertex(Kind.LAYER)
             edge = self.flow.add_edge(index.vertex, vertex, Operator.LINEAR)
             self.inputs_read |= index.inputs
@@ -263,7 +264,7 @@ class Operations:
             return Feature(vertex)
         if isinstance(table, Known):
             return index if isinstance(index, Feature) else Known()
-        return table
+        return self._slicing(equation, values) if isinstance(table, Weight) else table
 
     def _layer(
         self,
@@ -277,6 +278,7 @@ class Operations:
         spatial: tuple[int, ...] = (),
     ) -> Feature:
         assert isinstance(weight, Weight)
+        self._check_split(equation, weight)
         if isinstance(source, Known):
             source = Feature(self._constant(source))
         assert isinstance(source, Feature)
@@ -310,12 +312,13 @@ class Operations:
         leaves = tuple(dict.fromkeys(leaf for weight in weights for leaf in weight.leaves))
         indices = {weight.index for weight in weights} - {None}
         largest = max(math.prod(_shape(result)) for result in equation.outvars)
-        size = min(sum(weight.size for weight in weights), largest)
-        return Weight(leaves, size, indices.pop() if len(indices) == 1 else None)
+        split = split_after(equation, values)
+        size = min(sum(weight.size for weight in weights), largest * math.prod(split or ()))
+        return Weight(leaves, size, indices.pop() if len(indices) == 1 else None, split=split)
 
     def _use(self, equation, weight: Value, kind: str, vertex: int, **options) -> None:
         assert isinstance(weight, Weight)
-        use = Use(weight.leaves, weight.index, kind, vertex, _line(equation), **options)
+        use = Use(weight.leaves, weight.index, kind, vertex, line(equation), **options)
         self.uses.append(use)
 
     def _kind(self, feature: Feature) -> Kind:
@@ -331,10 +334,20 @@ class Operations:
                 )
                 self._refuse(equation, [weight], reason)
 
+    def _check_split(self, equation: core.JaxprEqn, weight: Weight) -> None:
+        """Refuses a layer whose fans are unknown: shapes inside `shard_map` are those of shards."""
+        if weight.split is None:
+            self._refuse(
+                equation,
+                [weight],
+                "inside jax.shard_map the devices hold parts of it that do not make up one layer, "
+                "or it cannot be told which parts; trace the function without shard_map",
+            )
+
     def _refuse(self, equation: core.JaxprEqn, values: Sequence[Value], reason: str):
         leaves = [leaf for value in values if isinstance(value, Weight) for leaf in value.leaves]
         named = f" of parameter {', '.join(map(repr, leaves))}" if leaves else ""
-        raise TraceError(f"{equation.primitive.name}{named} at {_line(equation)}: {reason}")
+        raise TraceError(f"{equation.primitive.name}{named} at {line(equation)}: {reason}")
 
 
 def _same(features: Sequence[Feature]) -> Feature:
@@ -347,7 +360,8 @@ def _shape(atom) -> tuple[int, ...]:
     return atom.aval.shape
 
 
-def _line(equation: core.JaxprEqn) -> str:
+def line(equation: core.JaxprEqn) -> str:
+    """Returns file, line and function of an equation."""
     from jax._src import source_info_util  # JAX offers no public way to an equation's place
 
     return source_info_util.summarize(equation.source_info)

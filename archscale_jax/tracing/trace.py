@@ -92,7 +92,7 @@ def vertex_features(
       where it stands for the inputs, and without the readout.
 
     Raises:
-      TraceError: see `trace`.
+      TraceError: see `trace`; a vertex inside `jax.shard_map`, where each device has its own part.
     """
     interpreter, outputs, _ = read(function, params, inputs, roles or (), evaluate=True)
     flow = interpreter.flow
@@ -100,11 +100,18 @@ def vertex_features(
     graph, _, numbers = graph_of(flow, outputs, structure)
     live = live_vertices(graph)
     features = interpreter.features
-    return {
-        number: features[vertex]
+    wanted = {
+        number: vertex
         for vertex, number in sorted(numbers.items(), key=lambda item: item[1])
-        if live[number] and vertex in features and vertex != interpreter.data
+        if live[number] and vertex != interpreter.data
     }
+    for number, vertex in wanted.items():
+        if vertex in interpreter.in_shards and vertex not in features:
+            raise TraceError(
+                f"the features of vertex {number} do not leave the jax.shard_map at "
+                f"{interpreter.in_shards[vertex]}; evaluate the function without it"
+            )
+    return {number: features[vertex] for number, vertex in wanted.items() if vertex in features}
 
 
 def read(

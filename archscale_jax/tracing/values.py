@@ -38,12 +38,15 @@ class Weight:
       leaves: their names.
       size: number of their entries that it holds, before they are repeated.
       index: of a leaf whose first axis is scanned, the number of the slice.
+      split: inside `jax.shard_map`, into how many shards every axis is divided; () where none is,
+        None where that is not known.
     """
 
     leaves: tuple[str, ...]
     size: int
     index: int | None = None
     array: Any = None
+    split: tuple[int, ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,141 @@
+"""How far bfloat16, mixed precision and float16 are from float32: measurements and training.
+
+    python -m benchmarks.precision
+
+On an MLP and a CNN of one architecture, Fashion-MNIST, three seeds: the largest relative difference
+from float32 over vertices, layers or tensors and over seeds. `mixed` computes in bfloat16 with
+float32 parameters; the others have parameters of their dtype, drawn in float32 and rounded.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax import datasets, training
+from archscale_jax.growth.measured import measure
+from archscale_jax.growth.solve import solve
+from archscale_jax.models import create_network
+from benchmarks import common
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
+flags.DEFINE_string("data_dir", None, "Folder of the data set.")
+flags.DEFINE_string("architecture", "2_02_002", "DAG string.")
+flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
+flags.DEFINE_integer("steps", 200, "Updates of a training.", lower_bound=10)
+flags.DEFINE_float("rate", 0.05, "Learning rate.")
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "mixed": {"dtype": jnp.bfloat16},
+    "bfloat16": {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
+    "float16": {"dtype": jnp.float16, "param_dtype": jnp.float16},
+}
+NETWORKS = {"MLP": (None, 64, 1024, 1), "CNN": (3, 8, 128, 2)}
+"""Kernel size, width, examples of a batch, and by how much images are made smaller."""
+_GRADINIT_STEPS = 20
+
+
+def main(_) -> None:
+    rows = []
+    for name, sizes in NETWORKS.items():
+        exact = None
+        for precision, dtypes in PRECISIONS.items():
+            found = _measured(sizes, dtypes)
+            if exact is None:
+                exact = found
+                continue
+            differences = {
+                what: max(_difference(*both) for both in zip(found[what], exact[what], strict=True))
+                for what in exact
+            }
+            rows.append({"network": name, "precision": precision, **differences})
+            print("  ".join(f"{k} {v:.2e}" if isinstance(v, float) else v
+                            for k, v in rows[-1].items()), flush=True)  # fmt: skip
+    common.write_results("precision", {"rows": rows}, "flax", "optax")
+
+
+def _difference(found, exact) -> float:
+    found, exact = (np.asarray(one, np.float64) for one in (found, exact))
+    return float(np.max(np.abs(found - exact) / np.abs(exact)))
+
+
+def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
+    """Every quantity, one array a seed."""
+    kernel_size, width, count, factor = sizes
+    data = datasets.downscale(datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir), factor)
+    graph = archscale.dag_graph(FLAGS.architecture, kernel_size=kernel_size)
+    height, side, channels = data.train_images.shape[1:]
+    image = (height, side, channels)
+    make = functools.partial(create_network, graph, image, width, data.num_classes)
+    network = make(rngs=nnx.Rngs(0), **dtypes)
+    graphdef, shapes, rest = nnx.split(network, nnx.Param, ...)
+    architecture = network.architecture()
+
+    def loss(params, batch):
+        return training.cross_entropy(graphdef, params, rest, *batch, train=True)[0]
+
+    def features(params, batch):
+        return training.vertex_features(graphdef, params, rest, batch[0])
+
+    size = jax.jit(
+        lambda params, batch: archscale.measure_update(
+            features, loss, params, batch, optax.sgd(1.0)
+        )
+    )
+    largest = jax.jit(lambda params, batch: archscale.sharpness(loss, params, batch))
+    units = None
+    found: dict[str, list[np.ndarray]] = {}
+    for seed in range(FLAGS.num_seeds):
+        keys = jax.random.split(jax.random.key(seed))
+        params = archscale.initialize(keys[0], shapes, architecture)
+        chosen = jax.random.permutation(keys[1], len(data.train_images))
+        batch = data.train_images[chosen[:count]], data.train_labels[chosen[:count]]
+        if units is None:
+            every = archscale.find_units(loss, params, batch)
+            units = [one for one in every if not one.obstacle]
+        pairs = measure(loss, params, [batch], units)
+        neurons = solve(params, pairs, units)
+        bottlenecks = archscale.bottleneck(loss, params, [batch])
+        halves = [
+            (data.train_images[part], data.train_labels[part])
+            for part in np.split(
+                np.asarray(chosen[: 3 * 64 * _GRADINIT_STEPS]), 3 * _GRADINIT_STEPS
+            )
+        ]
+        _, record = archscale.gradinit(loss, params, halves)
+        quantities = {
+            "update size": size(params, batch).absolute,
+            "bottleneck": [one.absolute for one in bottlenecks.values()],
+            "largest new neuron": [one.singular_values[0] for one in neurons.values()],
+            "gradient norm": record.gradient_norm[:1],
+            "learned scale": [one[-1] for one in record.multipliers.values()],
+            "training loss": [_trained(graphdef, params, rest, data, keys[1])],
+        }
+        if kernel_size is None:
+            quantities["sharpness"] = [largest(params, batch)]
+        for what, values in quantities.items():
+            found.setdefault(what, []).append(np.asarray(values, np.float64))
+    return found
+
+
+def _trained(graphdef, params, rest, data, key) -> float:
+    """The mean loss over the last tenth of the updates."""
+    optimizer = optax.sgd(FLAGS.rate)
+    state = training.create_train_state(params, rest, optimizer, key)
+    _, losses = training.jitted_train_epoch(
+        state, data.train_images, data.train_labels, graphdef=graphdef, optimizer=optimizer,
+        batch_size=64, max_steps=FLAGS.steps,
+    )  # fmt: skip
+    return float(jnp.mean(losses[-(FLAGS.steps // 10) :]))
+
+
+if __name__ == "__main__":
+    app.run(main)
