@@ -1,8 +1,9 @@
 """Threads of one process or processes on cores of their own? `python -m benchmarks.workers`.
 
 Trials per second of the same study in threads and in pinned processes, one and two at a time, every
-way in turns. Trials are rate searches of a transfer study on digits: small perceptrons, which
-compile, and wait for Python between updates; and a convolutional network, whose updates fill cores.
+way in turns. All are on digits: `mlp` and `cnn`, rate searches of a transfer study, which compile a
+program each and run for a little; `steps`, trainings of the growth study's large network, which
+share a program and call it once an update.
 Workers have run a trial before the clock starts; what they cost to start is told apart. Quiet
 machines only: one core more or less is what is measured.
 """
@@ -11,6 +12,7 @@ import contextlib
 import os
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,15 +23,17 @@ from absl import app, flags
 
 from archscale_jax.sweeps import ProcessExecutor, run_study
 from benchmarks import common
-from experiments import transfer_study
+from experiments import grow_study, transfer_study
 from experiments.common import markdown_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rounds", 3, "Rounds of all ways.", lower_bound=1)
 flags.DEFINE_integer("trials", 8, "Trials of a round.", lower_bound=2)
+flags.DEFINE_list("study", ["mlp", "cnn", "steps"], "Of mlp, cnn, steps.")
 
-MLP = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 2}
+MLP = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 1}
 CNN = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 1}
+STEPS = {"steps": 6000, "large_width": 32, "rates": (0.01,), "statistics": 64, "held_out": 100}
 WAYS = {
     "one thread": ("threads", 1, None),
     "two threads": ("threads", 2, None),
@@ -49,11 +53,12 @@ def main(arguments: list[str]) -> None:
     seconds: dict[str, dict[str, list[float]]] = {}
     starting: dict[str, list[float]] = {name: [] for name in WAYS}
     for count in range(FLAGS.rounds):
-        for study in ("mlp", "cnn"):
+        for study in FLAGS.study:
             for name, way in WAYS.items():
                 start, ran = run(study, count, *way)
                 seconds.setdefault(study, {}).setdefault(name, []).append(ran)
                 starting[name].append(start)
+                print(f"{study}, {name}: {ran:.1f} s", file=sys.stderr)
     results = {
         "trials": FLAGS.trials,
         "rounds": FLAGS.rounds,
@@ -72,7 +77,7 @@ def main(arguments: list[str]) -> None:
     print(markdown_table(rows(seconds)))
     for study, efficiency in results["efficiency"].items():
         print(f"{study}: two processes are {efficiency:.0%} of twice one process on one core")
-    path = common.write_results("workers", results)
+    path = common.write_results(f"workers_{'_'.join(FLAGS.study)}", results)
     print(f"results: {path.relative_to(path.parents[2])}")
 
 
@@ -97,7 +102,8 @@ def run(study: str, count: int, runner: str, workers: int, cores: int | None) ->
         times = []
         for chosen in (first, rest):
             start = time.perf_counter()
-            records = run_study(chosen, transfer_study.search_rate, journal, progress=False, **how)
+            function = grow_study.run if study == "steps" else transfer_study.search_rate
+            records = run_study(chosen, function, journal, progress=False, **how)
             times.append(time.perf_counter() - start)
             if errors := [record["error"] for record in records if "error" in record]:
                 raise RuntimeError(f"a trial failed: {errors[0]}")
@@ -106,7 +112,12 @@ def run(study: str, count: int, runner: str, workers: int, cores: int | None) ->
 
 
 def trials(study: str, count: int, number: int, width: int = 20) -> list[dict[str, Any]]:
-    """Returns trials of about the same cost, each with a program of its own."""
+    """Returns trials of about the same cost, others for another width."""
+    if study == "steps":
+        spec = {"mlp": grow_study.SPECS["mlp"] | STEPS}
+        common = {"dataset": "digits", "batch_size": 64, "normalize": True, "num_seeds": number}
+        found = grow_study.all_trials(spec, ["large"], common)
+        return [trial | {"seed": trial["seed"] + 100 * width, "round": count} for trial in found]
     sizes = CNN if study == "cnn" else MLP
     found = []
     for index in range(number):
