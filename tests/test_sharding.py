@@ -325,7 +325,9 @@ def check_stacked():
     program = jax.jit(lambda key: archscale.initialize(key, structs, architecture))
     program = program.lower(key).compile()
     nothing_whole(program, leaves)
-    assert program.memory_analysis().argument_size_in_bytes == 8  # the key is all that goes in
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes == 8  # the key is all that goes in
     tx = archscale.scale_by_architecture(architecture, archscale.dag_graph("2"))
     nothing_whole(jax.jit(tx.update).lower(structs, optax.EmptyState()).compile(), leaves)
     plain = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in structs.items()}

@@ -19,7 +19,7 @@ from archscale_jax.architecture import PyTree
 
 def over_devices(
     function: Callable[..., PyTree], mesh: Mesh, axis: str, *, batch_size: int | None = None
-) -> Callable[..., PyTree]:
+) -> jax.stages.Wrapped:
     """Returns a function of many trials that spreads them over an axis of a mesh.
 
     Every device runs its share of the trials, one after the other; nothing passes between devices.
