@@ -21,6 +21,9 @@ from archscale_jax.sweeps.processes import share_cores
 from archscale_jax.sweeps.versions import differing_versions, source_digest, versions
 from tests.trials import about_process, work
 
+# A cluster starts its nodes by a fork that becomes another program at once: no lock is waited for.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 ROOT = pathlib.Path(__file__).parents[1]
 TRIALS = [{"index": i, "fails": i % 5 == 3} for i in range(8)]
 DEADLY = [trial | {"kills": int(trial["index"] in (1, 4))} for trial in TRIALS]

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -146,7 +147,10 @@ def connected(address: str | None = None, **options: Any) -> Iterator[None]:
         _check_reachable(address)
     settings: dict[str, Any] = {"address": address, "logging_level": "warning"} | options
     try:
-        ray.init(**settings)
+        with warnings.catch_warnings():
+            # A cluster of this machine is started by forks that become other programs at once.
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            ray.init(**settings)
     except RuntimeError as error:  # Ray's word for versions that differ
         raise ConnectionError(f"the Ray cluster at {address or 'this machine'}: {error}") from error
     try:
