@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree
+from archscale_jax.precision import exact
 from archscale_jax.tracing import vertex_features
 
 Network = tuple[Callable[..., Array], Callable[[int], PyTree], optax.GradientTransformation]
@@ -94,8 +95,8 @@ def _train(size, function, draw, optimizer, batches, loss, seeds) -> list[Coordi
             for one in (start, params)
         )
         for vertex, feature in after.items():
-            change = _exact(feature) - _exact(before[vertex])
-            sizes.append([_root_mean_square(change), _root_mean_square(_exact(feature))])
+            change = exact(feature) - exact(before[vertex])
+            sizes.append([_root_mean_square(change), _root_mean_square(exact(feature))])
         vertices[:] = after
         return jnp.array(sizes)
 
@@ -115,10 +116,6 @@ def _train(size, function, draw, optimizer, batches, loss, seeds) -> list[Coordi
 
 def _root_mean_square(values: Array) -> Array:
     return jnp.sqrt(jnp.mean(jnp.square(values)))
-
-
-def _exact(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def coordinate_curves(

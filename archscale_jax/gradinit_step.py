@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from archscale_jax.architecture import PyTree
+from archscale_jax.precision import exact
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 Update = Literal["sgd", "plain_sgd", "adam"]
@@ -160,7 +161,7 @@ def lower_objective(
     rate = settings["rate"]
     moved = [_moved(t, d, rate) for t, d in zip(theta, direction, strict=True)]
     updated, slope = jax.value_and_grad(loss)(moved, _joined(batches[0], batches[2]))
-    found = [_exact(one) / rate for one in slope]  # 1/η may take it out of the range of float16
+    found = [exact(one) / rate for one in slope]  # 1/η may take it out of the range of float16
     if variant.second_order or barrier is not None:
         # Both further terms are products with the Hessian, so that one product serves them.
         vector = [jnp.zeros_like(one) for one in theta]
@@ -174,7 +175,7 @@ def lower_objective(
         curved = _hessian_product(
             lambda theta: loss(theta, _joined(batches[0], batches[1])), theta, vector
         )
-        found = [f + _exact(c) for f, c in zip(found, curved, strict=True)]
+        found = [f + exact(c) for f, c in zip(found, curved, strict=True)]
     derivative = by_multipliers(found, initial, variant, len(state.multipliers))
     return adam(state, derivative, False, settings), updated.astype(state.multipliers.dtype)
 
@@ -184,7 +185,7 @@ def by_multipliers(
 ) -> Float[Array, " g"]:
     """∂f/∂m_i = ⟨∂f/∂θ_i, W_i⁰⟩, summed over the tensors that share m_i."""
     weights, indices = _trained(initial, variant)
-    inner = [jnp.sum(_exact(s) * _exact(w)) for s, w in zip(slope, weights, strict=True)]
+    inner = [jnp.sum(exact(s) * exact(w)) for s, w in zip(slope, weights, strict=True)]
     return jax.ops.segment_sum(jnp.stack(inner), jnp.array(indices), count)
 
 
@@ -211,7 +212,7 @@ def adam(
 
 def product(multiplier: Array | float, leaf: Array) -> Array:
     """Returns m W in the dtype of W; the product is taken in float32 at least."""
-    return (multiplier * _exact(leaf)).astype(leaf.dtype)
+    return (multiplier * exact(leaf)).astype(leaf.dtype)
 
 
 def _trained(initial: PyTree, variant: Variant) -> tuple[list[Array], list[int]]:
@@ -266,20 +267,16 @@ def _steepest(gradient: list[Array], optimizer: str) -> list[Array]:
 
 
 def _norm(tensors: list[Array], order: int) -> Float[Array, ""]:
-    exact = [_exact(one) for one in tensors]
+    tensors = [exact(one) for one in tensors]
     if order == 1:
-        return jnp.sum(jnp.stack([jnp.sum(jnp.abs(one)) for one in exact]))
-    total = jnp.sum(jnp.stack([jnp.sum(jnp.square(one)) for one in exact]))
+        return jnp.sum(jnp.stack([jnp.sum(jnp.abs(one)) for one in tensors]))
+    total = jnp.sum(jnp.stack([jnp.sum(jnp.square(one)) for one in tensors]))
     # The root has no derivative at 0.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
 
 
-def _exact(tensor: Array) -> Array:
-    return tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
-
-
 def _moved(theta: Array, direction: Array, rate: Array) -> Array:
-    return (_exact(theta) - rate * _exact(direction)).astype(theta.dtype)
+    return (exact(theta) - rate * exact(direction)).astype(theta.dtype)
 
 
 def _joined(first: Any, second: Any) -> Any:

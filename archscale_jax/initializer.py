@@ -1,7 +1,6 @@
 """The pure initializer: redraws the weights of a params tree for its topology (theory §3)."""
 
 import functools
-import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-)
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from archscale_jax.architecture import (
     Architecture,
@@ -25,6 +17,7 @@ from archscale_jax.architecture import (
     check_parameters,
     parameter_name,
 )
+from archscale_jax.placement import check_divides, constrained, explicit_part, sharding_of
 from archscale_jax.rules.initialization import InitializationRule, weight_standard_deviations
 
 
@@ -67,8 +60,8 @@ def initialize(
 
     def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         name = parameter_name(path)
-        sharding = _sharding(leaf, traced)
-        _check_divides(name, leaf.shape, sharding)
+        sharding = sharding_of(leaf, traced)
+        check_divides(name, leaf.shape, sharding)
         make: Callable[..., jax.Array] = _full
         arguments: tuple[Any, ...] = (float(roles[name] == Role.SCALE),)
         if name in deviations:
@@ -91,17 +84,17 @@ def _normal(
 ) -> jax.Array:
     # Low precision would round the draw before it is scaled.
     exact = jnp.promote_types(dtype, jnp.float32)
-    normal = jax.random.normal(key, shape, exact, out_sharding=_explicit(sharding))
+    normal = jax.random.normal(key, shape, exact, out_sharding=explicit_part(sharding))
     # The barrier keeps XLA from merging the factor into those of `normal`: same bits under jit.
-    normal = jax.lax.optimization_barrier(_constrained(normal, sharding))
+    normal = jax.lax.optimization_barrier(constrained(normal, sharding))
     return (deviation * normal).astype(dtype)
 
 
 def _full(
     value: float, *, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None
 ) -> jax.Array:
-    full = jax.lax.broadcast(jnp.asarray(value, dtype), shape, out_sharding=_explicit(sharding))
-    return _constrained(full, sharding)
+    full = jax.lax.broadcast(jnp.asarray(value, dtype), shape, out_sharding=explicit_part(sharding))
+    return constrained(full, sharding)
 
 
 def _placed(
@@ -132,64 +125,3 @@ def _compiled(
 def _elsewhere(argument: Any, sharding: Sharding) -> bool:
     put = isinstance(argument, jax.Array) and argument.committed
     return put and argument.sharding.device_set != sharding.device_set
-
-
-def _sharding(leaf: Any, traced: bool) -> Sharding | None:
-    """Returns where a leaf says that it lies, if it does."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.sharding
-    if isinstance(leaf, Tracer) or (traced and isinstance(leaf, jax.Array)):
-        return jax.typeof(leaf).sharding  # names explicit axes alone
-    # An array that was put nowhere stays free to join others, on whatever devices they are.
-    if isinstance(leaf, jax.Array) and leaf.committed:
-        return leaf.sharding
-    return None
-
-
-def _explicit(sharding: Sharding | None) -> NamedSharding | None:
-    """Returns the part of a sharding that belongs to the type of a value made in this context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in mesh.axis_types:
-        return None
-    return NamedSharding(mesh, _part(sharding.spec, mesh, AxisType.Explicit))
-
-
-def _constrained(value: jax.Array, sharding: Sharding | None) -> jax.Array:
-    """Asks the compiler for the part of a sharding that types do not hold."""
-    if not isinstance(sharding, NamedSharding):
-        return value
-    context = jax.sharding.get_abstract_mesh()
-    mesh = context if AxisType.Explicit in context.axis_types else sharding.mesh
-    part = _part(sharding.spec, mesh, AxisType.Auto)
-    if not any(part):
-        return value
-    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, part))
-
-
-def _part(spec: PartitionSpec, mesh: Mesh | AbstractMesh, kind: AxisType) -> PartitionSpec:
-    """Returns a spec with the mesh axes of one kind alone."""
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    named = [tuple(name for name in axes if kinds.get(name) == kind) for axes in _axes(spec)]
-    return PartitionSpec(*(names or None for names in named))
-
-
-def _axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """The names of the mesh axes over which every axis of an array is divided."""
-    return [
-        (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
-        for axes in spec
-    ]
-
-
-def _check_divides(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> None:
-    """Says which leaf it is; JAX would name its shape alone."""
-    if not isinstance(sharding, NamedSharding):
-        return
-    for axis, (size, names) in enumerate(zip(shape, _axes(sharding.spec), strict=False)):
-        sizes = {one: sharding.mesh.shape[one] for one in names}
-        if size % math.prod(sizes.values()):
-            raise ValueError(
-                f"parameter {name!r} has shape {tuple(shape)}, and its axis {axis} cannot be "
-                f"divided over the mesh axes {sizes}; accepted are axes whose sizes divide {size}, "
-                "or None"
-            )

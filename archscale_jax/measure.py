@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree
+from archscale_jax.precision import exact
 
 Features = Callable[[PyTree, Any], PyTree]
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
@@ -67,13 +68,9 @@ def measure_update(
     # `jax.jvp` would do, but for functions with a `jax.custom_vjp`, which have no forward mode.
     _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
     (changes,) = push(update)
-    changes, values = ([_exact(one) for one in both] for both in (changes, values))
+    changes, values = ([exact(one) for one in both] for both in (changes, values))
     absolute, size, variance = (
         jnp.stack([jnp.mean(jnp.square(one)) for one in both])
         for both in (changes, values, [value - jnp.mean(value, axis=0) for value in values])
     )
     return UpdateSize(absolute, absolute / size, absolute / variance)
-
-
-def _exact(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Scalar
 from archscale_jax.architecture import PyTree
 from archscale_jax.datasets import Dataset, augment, epoch_indices
 from archscale_jax.graph import live_vertices
+from archscale_jax.precision import exact
 
 
 class TrainState(NamedTuple):
@@ -144,8 +145,7 @@ def cross_entropy(
 ) -> tuple[Float[Scalar, ""], tuple[Array, PyTree]]:
     """Returns the mean cross entropy in nats, with the logits [b, classes] and the new state."""
     network = nnx.merge(graphdef, params, model_state, copy=True)  # this trace owns its state
-    logits = network(images, train=train)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = exact(network(images, train=train))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))
 
@@ -333,7 +333,7 @@ def train_parts(
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     images, labels = dataset.train_images, dataset.train_labels
     steps_per_epoch = len(images) // batch_size
-    part = _part_length(min(steps_per_epoch, total_steps))
+    part = part_length(min(steps_per_epoch, total_steps))
     for epoch in range(math.ceil(total_steps / max(steps_per_epoch, 1))):
         state = state._replace(epoch=jnp.int32(epoch))
         batches = _jitted_epoch_batches(state, len(images), batch_size)
@@ -353,8 +353,11 @@ def train_parts(
             yield state, float(jnp.mean(losses))
 
 
-def _part_length(steps: int) -> int:
-    """About a tenth, without remainder if possible: parts of one length share a program."""
+def part_length(steps: int) -> int:
+    """Returns the updates of a part of `train_parts`, of so many in an epoch.
+
+    About a tenth, without remainder if possible: parts of one length share a program.
+    """
     for parts in (10, 9, 11, 8, 12, 7, 13):
         if steps % parts == 0:
             return steps // parts

@@ -15,6 +15,7 @@ from archscale_jax.architecture import (
     parameter_name,
 )
 from archscale_jax.graph import network_kernel_size
+from archscale_jax.precision import exact
 from archscale_jax.rules.learning_rate import (
     LEARNING_RATE_RULES,
     LearningRateRule,
@@ -175,7 +176,6 @@ def scale_by_architecture(
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        exact = jnp.promote_types(update.dtype, jnp.float32)
-        return (update.astype(exact) * factors[parameter_name(path)]).astype(update.dtype)
+        return (exact(update) * factors[parameter_name(path)]).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)

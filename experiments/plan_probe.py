@@ -147,7 +147,7 @@ def _whole(ends: list[float], lengths: list[int]) -> float:
 def _lengths(examples: int, batch_size: int, steps: int) -> list[int]:
     """The updates of every part of `training.train_parts`."""
     epoch = examples // batch_size
-    part = training._part_length(min(epoch, steps))
+    part = training.part_length(min(epoch, steps))
     found = []
     for first in range(0, steps, epoch):
         left = min(epoch, steps - first)

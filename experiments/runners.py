@@ -12,15 +12,9 @@ from archscale_jax.sweeps.ray_executor import RayExecutor, connected
 
 FLAGS = flags.FLAGS
 
-NAMES = (
-    *("runner", "workers", "ray_address", "cpus_per_trial", "gpus_per_trial"),
-    *("attempts", "retry_failed"),
-)
-"""These flags, none of which changes what a trial computes."""
-
 
 def define_flags(*, workers: int = 1) -> None:
-    """Defines the flags of a study's runner; `workers` is what this one has by default."""
+    """Defines the flags of a study's runner, none of which changes what a trial computes."""
     flags.DEFINE_enum(
         "runner",
         "local",

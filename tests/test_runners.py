@@ -86,7 +86,7 @@ def test_cores_are_shared_evenly(cores, workers):
     shares = share_cores(range(100, 100 + cores), workers)
     assert len(shares) == workers
     used = [core for share in shares for core in share]
-    assert set(used) == set(range(100, 100 + cores)) if workers >= cores else True
+    assert set(used) == set(range(100, 100 + cores))
     sizes = {len(share) for share in shares}
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
     counts = {used.count(core) for core in used}  # workers at a core

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.neurons import LayerStatistics, least_squares
-from archscale_jax.growth.patches import exact, product, rows_of, sum_over_examples
+from archscale_jax.growth.patches import product, rows_of, sum_over_examples
+from archscale_jax.precision import exact
 from archscale_jax.tracing.layers import LayerKind, layer_gradients, layer_kinds
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]

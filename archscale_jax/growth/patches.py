@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from archscale_jax.precision import exact
 from archscale_jax.tracing.layers import LayerKind, Window
 
 Sums = TypeVar("Sums")
@@ -72,11 +73,6 @@ def sum_over_examples(function: Callable[..., Sums], arrays: tuple, *, one_by_on
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(add, zeros, arrays)[0]
-
-
-def exact(array: Array) -> Array:
-    """Returns the array in float32 at least."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def product(left: Array, right: Array) -> Array:

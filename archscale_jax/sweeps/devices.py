@@ -57,8 +57,9 @@ def over_devices(
         )
 
         def share(trials: PyTree, *shared: PyTree) -> PyTree:
-            one = lambda trial: function(trial, *shared)  # noqa: E731
-            return jax.lax.map(one, trials, batch_size=batch_size)
+            return jax.lax.map(
+                lambda trial: function(trial, *shared), trials, batch_size=batch_size
+            )
 
         specs = (P(axis), *[P()] * len(shared))
         # What a function does with constants would have to be marked as varying over the axis.

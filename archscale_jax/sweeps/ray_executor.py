@@ -52,7 +52,7 @@ class RayExecutor(concurrent.futures.Executor):
             raise ValueError(f"attempts must be at least 1, found {attempts}")
         self._attempts = attempts
         self._task = ray.remote(max_retries=attempts - 1, **options)(_call_where_same)
-        self._versions: dict[str, dict[str, str]] = {}
+        self._versions: dict[tuple[str, ...], dict[str, str]] = {}
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any):
         """Submits a task; see `concurrent.futures.Executor.submit`.
@@ -61,7 +61,7 @@ class RayExecutor(concurrent.futures.Executor):
         """
         import ray
 
-        reference = self._task.remote(self._expected(fn, *args), fn, args, kwargs)
+        reference = self._task.remote(*self._expected(fn, *args), fn, args, kwargs)
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def finish(done: concurrent.futures.Future[Any]) -> None:
@@ -79,14 +79,13 @@ class RayExecutor(concurrent.futures.Executor):
         reference.future().add_done_callback(finish)
         return future
 
-    def _expected(self, *called: Any) -> dict[str, str]:
-        """The versions here, with the source of the packages of the functions that are called."""
+    def _expected(self, *called: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The packages of the functions that are called, and the versions here."""
         functions = [getattr(one, "func", one) for one in called if callable(one)]
-        packages = sorted({_package(one.__module__) for one in functions} - {""})
-        key = " ".join(packages)
-        if key not in self._versions:
-            self._versions[key] = versions(packages)
-        return self._versions[key]
+        packages = tuple(sorted({_package(one.__module__) for one in functions} - {""}))
+        if packages not in self._versions:
+            self._versions[packages] = versions(packages)
+        return packages, self._versions[packages]
 
     def _translated(self, error: BaseException) -> BaseException:
         """The error that the task raised, or ours where its worker was lost."""
@@ -111,9 +110,12 @@ def _package(module: str) -> str:
 
 
 def _call_where_same(
-    expected: Mapping[str, str], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    packages: tuple[str, ...],
+    expected: Mapping[str, str],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Any,
 ) -> Any:
-    packages = [name.removeprefix("source of ") for name in expected if name.startswith("source")]
     if different := differing_versions(versions(packages), expected):
         raise VersionError(
             f"worker {socket.gethostname()} has {different}; install the same there, or submit the "
