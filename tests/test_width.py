@@ -12,6 +12,7 @@ from flax import linen
 import archscale_jax as archscale
 from archscale_jax.architecture import Parameter, Role
 from archscale_jax.rules import width_factors
+from archscale_jax.rules.width import WIDTH_RULES
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -141,3 +142,21 @@ def test_muon_leaves_kernels_of_convolutions_to_adam():
     muon, adam = (width_factors(wide, base, rule) for rule in ("muon", "adam"))
     kernels = [p.name for p in wide.parameters if len(p.shape) == 4]
     assert {name: muon[name] for name in kernels} == {name: adam[name] for name in kernels}
+
+
+def test_a_hidden_layer_changes_its_features_alike_whatever_both_its_widths():
+    """SGD by width_rule on n → 64 → m → 1: a linear network, one step, the hidden weights alone."""
+
+    def change(inner, outer):
+        keys = jax.random.split(jax.random.key(0), 4)
+        x = jax.random.normal(keys[0], (16,))
+        stem = jax.random.normal(keys[1], (inner, 16)) / 4
+        hidden = jax.random.normal(keys[2], (outer, inner)) / inner**0.5
+        readout = jax.random.normal(keys[3], (outer,)) / outer
+        gradient = jax.grad(lambda weights: readout @ weights @ stem @ x)(hidden)
+        kernel = Parameter("kernel", Role.HIDDEN, "hidden", (inner, outer), inner, outer)
+        factor = WIDTH_RULES.resolve("sgd")(kernel, inner / 64, outer / 64)
+        return float(jnp.sqrt(jnp.mean((factor * gradient @ stem @ x) ** 2)))
+
+    for widths in [(64, 1024), (1024, 64), (512, 512)]:
+        assert change(*widths) == pytest.approx(change(64, 64), rel=0.25)

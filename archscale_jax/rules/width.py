@@ -5,7 +5,7 @@ of a parameter is multiplied by
 
 | optimizer | input weights, embeddings, biases, scales | hidden weights | readout weights |
 |-----------|-------------------------------------------|----------------|-----------------|
-| SGD       | s                                         | 1              | 1/r             |
+| SGD       | s                                         | s/r            | 1/r             |
 | Adam      | 1                                         | 1/r            | 1/r             |
 | Muon      | 1, or as matrices below                   | m              | m               |
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from archscale_jax.architecture import Architecture, Parameter, Role
+from archscale_jax.architecture import Architecture, Parameter, Role, check_architecture
 from archscale_jax.rules.registry import Explained, Registry
 
 WidthRule = Callable[[Parameter, float, float], float]
@@ -33,9 +33,9 @@ register_width_rule = WIDTH_RULES.register
 
 @register_width_rule("sgd")
 def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
-    """Hidden weights 1, readout 1/r, all else s: SGD with or without momentum [μP]."""
+    """Hidden weights s/r, readout 1/r, all else s: SGD with or without momentum [μP]."""
     if parameter.role == Role.HIDDEN:
-        return 1.0
+        return fan_out_ratio / fan_in_ratio
     if parameter.is_tied:
         return 1 / fan_out_ratio
     return 1 / fan_in_ratio if parameter.role == Role.READOUT else fan_out_ratio
@@ -129,8 +129,12 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
         stay as they are, and so do the features that enter and leave the network, and shapes.
 
     Raises:
+      TypeError: no architecture, or widths that are no mapping.
       ValueError: a width below 1, or one that no parameter has.
     """
+    check_architecture(architecture)
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths must map width to base width, as {{1024: 256}}, found {widths!r}")
     unused = set(widths)
 
     def resized(size: int, positions: int, scales: bool) -> int:
@@ -154,7 +158,11 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
             raise ValueError(f"widths map {width} to {base_width}; accepted are integers from 1")
     parameters = tuple(narrowed(parameter) for parameter in architecture.parameters)
     if unused:
-        raise ValueError(f"widths name {sorted(unused)}, which no layer of the network has")
+        inner = sorted({size for one in architecture.parameters for size in features(one)})
+        raise ValueError(
+            f"widths name {sorted(unused)}, which no layer of the network has; its layers read and "
+            f"write {', '.join(map(str, inner))} features"
+        )
     return dataclasses.replace(architecture, parameters=parameters)
 
 
