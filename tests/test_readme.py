@@ -3,33 +3,60 @@ import re
 
 import pytest
 
+from archscale_jax.predict import MEASURED_RULES
+from archscale_jax.rules import INITIALIZATION_RULES, LEARNING_RATE_RULES
+
 pytestmark = pytest.mark.quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
-    "README.md": "paths: 6, ΣL = 13, ΣL³ = 115, L from 0 to 4",
+    "README.md": "depth sgd; m: residual additions over the base's",
+    "docs/transfer.md": "",
     "docs/own_model.md": "",
     "docs/coordinate.md": "{0: 1.",
     "docs/gradinit.md": "True",
     "docs/growing.md": "edge",
     "docs/devices.md": "",
+    "docs/start_optimizer.md": "losses fall: True",
+    "docs/start_study.md": "",
+    "docs/start_notebook.md": "layers/3_4/kernel",
+    "docs/faq.md": "True",
+    "docs/extending.md": "paths 0.5",
+    "docs/reports.md": "",
 }
+"""What a page prints, beside its blocks of `text`."""
+
+REGISTRIES = (LEARNING_RATE_RULES, INITIALIZATION_RULES, MEASURED_RULES)
+
+
+@pytest.fixture(autouse=True)
+def registered_rules(monkeypatch):
+    """Rules that a page registers are forgotten after it."""
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "_rules", dict(registry._rules))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.M)
+    blocks = blocks_of(ROOT / page, "python")
     assert blocks
     namespace = {}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
-    assert PAGES[page] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for text in (PAGES[page], *blocks_of(ROOT / page, "text")):
+        assert text in printed
     assert (tmp_path / "network.png").exists() == (page == "README.md")
 
 
+def blocks_of(page, language):
+    fence = rf"^```{language}\n(.*?)^```$"
+    return re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def test_links_lead_to_files():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.M)
         for link in re.findall(r"\]\(([^)#:]+)\)", prose):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -1,0 +1,106 @@
+"""What the pages promise of the code, and the code of the pages. `make docs` checks their links."""
+
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+import yaml
+
+import archscale_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in DOCS.rglob("*.md")}
+THEORY = PAGES["theory.md"]
+
+
+def documented():
+    """The objects of the directives of the reference; of a module what it defines."""
+    directive = re.compile(r"^::: (\S+)\n(?: +(?!members)\w+:.*\n)*(?: +members: \[(.*)\])?", re.M)
+    for dotted, members in directive.findall("".join(PAGES.values())):
+        try:
+            one = importlib.import_module(dotted)
+        except ModuleNotFoundError:
+            module, _, name = dotted.rpartition(".")
+            yield getattr(importlib.import_module(module), name)
+            continue
+        names = members.split(", ") if members else vars(one)
+        yield from (
+            getattr(one, name)
+            for name in names
+            if members or getattr(vars(one)[name], "__module__", None) == dotted
+        )
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    found = {id(one) for one in documented()}
+    modules = [archscale_jax] + [
+        importlib.import_module(f"archscale_jax.{module.name}")
+        for module in pkgutil.iter_modules(archscale_jax.__path__)
+    ]
+    assert not [
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name in getattr(module, "__all__", ())
+        if id(getattr(module, name)) not in found
+    ]
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
+    def leaves(entry):
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [leaf for part in parts for leaf in leaves(part)]
+
+    listed = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(listed) == sorted([*PAGES, *notebooks, "contributing.md"])
+
+
+def cited(text):
+    """Sources, equations and sections that a text cites, as `AAS`, `AAS Eq. 8` and `§4`."""
+    for tag in re.findall(r"\[((?:AAS|ED|Jelassi|GradInit|GradMax|TINY|μP)\b[^]]*)\]", text):
+        for part in tag.split(";"):
+            source = re.findall(r"\w+", part)[0]
+            if source == "theory":
+                continue  # see below
+            yield source
+            for kind, numbers in re.findall(r"(Eq\.|Alg\.|§) ?([0-9.]+(?:, [0-9]+)*)", part):
+                yield from (f"{source} {kind} {number}" for number in numbers.split(", "))
+    yield from (f"§{number}" for number in re.findall(r"theory §(\d+)", text))
+
+
+@pytest.mark.parametrize("folder", ["archscale_jax", "experiments", "docs"])
+def test_what_is_cited_stands_in_the_theory(folder):
+    known = {*cited(THEORY), *(f"§{number}" for number in re.findall(r"^## (\d+)\.", THEORY, re.M))}
+    files = [path for suffix in ("py", "md") for path in (ROOT / folder).rglob(f"*.{suffix}")]
+    wrong = {str(path): set(cited(path.read_text())) - known for path in files}
+    assert files
+    assert not {path: tags for path, tags in wrong.items() if tags}
+
+
+def flags(source):
+    """The flags of a binary, and of what it imports of its folder."""
+    text = source.read_text()
+    imported = re.findall(
+        r"^from experiments(?: import (?:\(([^)]*)\)|(.*))|\.(\w+) import)", text, re.MULTILINE
+    )
+    names = {name for pair in imported for name in re.findall(r"\w+", " ".join(pair))}
+    below = [path for name in names if (path := ROOT / "experiments" / f"{name}.py").exists()]
+    return set(re.findall(r"DEFINE(?:_\w+)?\(\s*(?:\w+\(\), )?\"(\w+)\"", text)).union(
+        *map(flags, below)
+    )
+
+
+def test_commands_name_binaries_and_flags_that_exist():
+    command = re.compile(r"python -m (experiments|benchmarks)\.(\w+)((?:\s+\\?\s*--[^\s`]+)*)")
+    texts = {"README.md": (ROOT / "README.md").read_text(), **PAGES}
+    for page, text in texts.items():
+        for package, name, given in command.findall(text):
+            source = ROOT / package / f"{name}.py"
+            assert source.exists(), f"{page}: {package}.{name}"
+            unknown = set(re.findall(r"--(\w+)", given)) - flags(source)
+            assert not unknown, f"{page}: {name} has no flag {unknown}"
