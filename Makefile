@@ -12,21 +12,35 @@ FASHION := data/fashion_mnist
 FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 
-.PHONY: help run test lint bench data clean
+.PHONY: help run test lint docs chromium bench test-oldest test-pinned test-newest dist data clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
 
 run: $(READY)  ## the scaling study on the embedded data: a table and a figure
 	$(PY) -m experiments.scaling --workdir=runs/scaling
 
-test: lint  ## lint, types and the whole test suite
+test: $(READY) chromium  ## lint, types, the docs and the whole test suite
+	$(MAKE) --jobs=2 --output-sync --no-print-directory lint docs
 	$(PY) -m pytest
 
 lint: $(READY)  ## ruff and pyright; warnings are errors
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --warnings
+
+docs: $(READY)  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
+# Any Chromium on the PATH serves. Where it cannot be installed, its test is skipped, or fails if CI is set.
+chromium:  ## the browser of the tests, by apt-get as root where there is none
+	@if command -v chromium chromium-browser >/dev/null; then exit 0; fi; \
+	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then \
+		echo "no chromium, and no root with apt-get to install it"; exit 0; fi; \
+	echo "Installing chromium by apt-get; this takes half a minute."; \
+	mkdir -p build; export DEBIAN_FRONTEND=noninteractive; get="apt-get -q -o DPkg::Lock::Timeout=120"; \
+	{ $$get update && $$get install -y --no-install-recommends chromium; } >build/chromium.log 2>&1 || \
+		echo "chromium was not installed; see build/chromium.log"
 
 bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.paths
@@ -37,6 +51,7 @@ bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.gradinit_cost
 	$(PY) -m benchmarks.kill_study
 	$(PY) -m benchmarks.trace
+	$(PY) -m benchmarks.import_time
 
 # The stamp is written last: an interrupted installation is made anew.
 $(READY): pyproject.toml constraints.txt
@@ -45,6 +60,34 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
 	touch $(READY)
+
+# Other versions, and with PYTHON=python3.13 another Python, in an environment of their own below
+# build/; with TESTS='tests/test_rules.py …' a part of the tests.
+test-oldest:  ## the tests with the oldest versions that pyproject.toml accepts
+test-pinned:  ## the tests with those of constraints.txt, for another PYTHON
+test-newest:  ## the tests with the newest that the package index has
+test-oldest test-pinned test-newest: test-%: build/%.txt
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/python -m pip install --disable-pip-version-check --quiet -c $< -e '.[test]'
+	build/$*/bin/python -m pip freeze --exclude-editable > build/$*-tested.txt
+	build/$*/bin/python -m pytest $(TESTS)
+
+build/oldest.txt: pyproject.toml
+	@mkdir -p build
+	sed -n '/^dependencies/,/^\[tool/p' $< | grep -oE '"[^"]+>=[^"]+"' \
+		| sed -E 's/"([^[>]+)(\[.*\])?>=(.*)"/\1==\3/' > $@
+
+build/pinned.txt: constraints.txt
+	@mkdir -p build
+	cp $< $@
+
+build/newest.txt:
+	@mkdir -p build
+	touch $@
+
+dist: $(READY)  ## the wheel and the source distribution, into dist/
+	rm -rf dist
+	$(PY) -m hatchling build -d dist
 
 # Debian's package needs no root to download and unpack. It is unpacked beside its place first.
 data:  ## Fashion-MNIST from Debian's package, into data/fashion_mnist

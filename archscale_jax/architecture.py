@@ -4,15 +4,14 @@ import collections
 import dataclasses
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
-import jax
 import jraph
 
 from archscale_jax.graph import is_weight
-
-PyTree = Any
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree, named_leaves
 
 
 class Role(enum.StrEnum):
@@ -24,6 +23,10 @@ class Role(enum.StrEnum):
     BIAS = "bias"
     SCALE = "scale"
     EMBEDDING = "embedding"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(unknown("role", value, cls))
 
 
 class Arrangement(enum.StrEnum):
@@ -37,7 +40,7 @@ class Arrangement(enum.StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> None:
-        raise ValueError(f"arrangement {value!r}; accepted are {', '.join(cls)}")
+        raise ValueError(unknown("arrangement", value, cls))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Architecture:
         for parameter in self.parameters:
             if counts[parameter.name] > 1:
                 raise ValueError(
-                    f"{counts[parameter.name]} parameters are named {parameter.name!r}"
+                    f"{counts[parameter.name]} parameters are named {parameter.name!r}; names must "
+                    "differ"
                 )
             edges = (parameter.edge, *parameter.further_edges)
             for edge in edges:
@@ -144,29 +148,22 @@ class Architecture:
         return {parameter.name: parameter.shape for parameter in self.parameters}
 
 
-def parameter_name(key_path: tuple[Any, ...]) -> str:
-    """Returns the name of a leaf, such as `edges/0_1/kernel`, from its JAX key path.
+def check_architecture(value: object, hint: str = "") -> None:
+    """Checks that a value is an `Architecture`.
 
-    The attribute that Flax NNX adds for the value of a variable is left out, so that a state and
-    its pure dictionary give the same names.
+    Args:
+      value: what was passed as one.
+      hint: what to do instead; by default, where an architecture comes from.
+
+    Raises:
+      TypeError: it is something else.
     """
-    keys = list(key_path)
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys.pop()
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
-
-
-def named_leaves(tree: PyTree, **flatten_options: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by `parameter_name`; options go to `jax.tree`'s flattening."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, **flatten_options)
-    return {parameter_name(path): leaf for path, leaf in leaves}
-
-
-def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """Returns a tree with some of its leaves replaced, by the names that `named_leaves` gives."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(parameter_name(path), leaf), tree
-    )
+    if not isinstance(value, Architecture):
+        hint = hint or (
+            "trace(function, params, *inputs) reads one, and the networks of archscale_jax.models "
+            "have architecture()"
+        )
+        raise TypeError(f"expected an Architecture, found {type(value).__name__}; {hint}")
 
 
 def check_leaf(architecture: Architecture, name: str, shape: tuple[int, ...]) -> None:
@@ -179,11 +176,12 @@ def check_leaf(architecture: Architecture, name: str, shape: tuple[int, ...]) ->
     if name not in shapes:
         raise ValueError(
             f"params hold a leaf {name!r} of shape {shape} that the architecture does not know; it "
-            f"knows {_listed(shapes)}"
+            f"knows {_listed(shapes)}. {_instead(name, shapes)}"
         )
     if tuple(shape) != shapes[name]:
         raise ValueError(
-            f"parameter {name!r} has shape {tuple(shape)}; the architecture expects {shapes[name]}"
+            f"parameter {name!r} has shape {tuple(shape)}; the architecture expects "
+            f"{shapes[name]}. Pass the params of the network that it was read from"
         )
 
 
@@ -198,12 +196,19 @@ def check_parameters(
       masked: types of nodes that stand for the parameters at or below them (`optax.MaskedNode`).
 
     Raises:
+      TypeError: no architecture, or a leaf without a shape; the message names it.
       ValueError: a leaf that is missing, unknown, or of another shape; the message names it.
     """
+    check_architecture(architecture)
     leaves = named_leaves(params, is_leaf=lambda node: isinstance(node, masked))
     absent = tuple(name for name, leaf in leaves.items() if isinstance(leaf, masked))
     for name, leaf in leaves.items():
         if name not in absent:
+            if not hasattr(leaf, "shape"):
+                raise TypeError(
+                    f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
+                    "arrays and jax.ShapeDtypeStruct"
+                )
             check_leaf(architecture, name, leaf.shape)
     for parameter in architecture.parameters:
         covered = any(
@@ -213,8 +218,18 @@ def check_parameters(
         if parameter.name not in leaves and not covered:
             raise ValueError(
                 f"params lack {parameter.name!r} of shape {parameter.shape}; they hold "
-                f"{_listed(leaves)}"
+                f"{_listed(leaves)}. {_instead(parameter.name, leaves)}"
             )
+
+
+def _instead(name: str, accepted: Collection[str]) -> str:
+    """What to do about a name that one of two trees lacks."""
+    first, _, rest = name.partition("/")
+    if first == "batch_stats" or (first == "params" and rest in accepted):
+        return "Of the variables of a linen model, pass variables['params']"
+    if f"params/{name}" in accepted:
+        return "It was read from the variables of a linen model: trace their 'params' alone"
+    return "Pass the params of the network that the architecture was read from"
 
 
 def _listed(names: dict[str, Any], limit: int = 8) -> str:

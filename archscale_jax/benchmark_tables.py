@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from archscale_jax.extras import needed_by
 from archscale_jax.spaces.cell import cell_digits, code_of_digits, string_of_digits
 
 _CELL_COLUMN = "arch"
@@ -207,12 +208,8 @@ def _opened(source: str | os.PathLike[str]) -> Any:
     path = pathlib.Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    try:
+    with needed_by("archscale_jax.benchmark_tables.read_nats_bench", "nats"):
         nats_bench = importlib.import_module("nats_bench")
-    except ImportError:
-        raise ImportError(
-            "reading the files of NATS-Bench needs nats_bench: pip install 'archscale_jax[nats]'"
-        ) from None
     return nats_bench.create(str(path), "topology", fast_mode=path.is_dir(), verbose=False)
 
 

@@ -13,10 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from archscale_jax.architecture import PyTree
+from archscale_jax.extras import needed_by
 from archscale_jax.files import different_settings
+from archscale_jax.trees import PyTree
+
+with needed_by("archscale_jax.checkpoints", "experiments"):
+    import orbax.checkpoint as ocp
 
 Settings = Mapping[str, Any]
 

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree
 from archscale_jax.precision import exact
+from archscale_jax.refusals import unknown
 from archscale_jax.tracing import vertex_features
+from archscale_jax.trees import PyTree
 
 Network = tuple[Callable[..., Array], Callable[[int], PyTree], optax.GradientTransformation]
 
@@ -135,7 +136,7 @@ def coordinate_curves(
       ValueError: another quantity, or a step that was not measured.
     """
     if quantity not in ("change", "feature"):
-        raise ValueError(f"quantity {quantity!r}; accepted are change, feature")
+        raise ValueError(unknown("quantity", quantity, ("change", "feature")))
     steps = sorted({record.step for record in records})
     step = steps[-1] if step is None else step
     if step not in steps:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jraph
 import numpy as np
 
+from archscale_jax.extras import needed_by
 from archscale_jax.files import write_atomically
 from archscale_jax.graph import Operator, live_edges, live_vertices, validate_graph
 
@@ -107,7 +108,7 @@ def draw_graph(
     axes = _new_axes(num_vertices, top - bottom, title) if ax is None else ax
     figure = axes.get_figure(root=True)
     if figure is None:
-        raise ValueError("ax belongs to no figure")
+        raise ValueError("ax belongs to no figure; pass one that figure.add_subplot gives")
     axes.set(xlim=(-1.1, num_vertices + 0.1), ylim=(bottom, top), aspect="equal")
     axes.axis("off")
     scale = _scale(axes, figure.dpi)
@@ -178,8 +179,9 @@ def _arc_heights(graph: jraph.GraphsTuple) -> np.ndarray:
 
 
 def _new_axes(num_vertices: int, height: float, title: str | None) -> Axes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needed_by("archscale_jax.draw_graph", "plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     unit = _UNIT_INCHES * min(1, _FULL_SIZE_VERTICES / num_vertices)
     above, below = 0.1 if title is None else 0.4, 0.4  # inches for the title and the legend

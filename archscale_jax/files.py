@@ -122,7 +122,7 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
         except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{path} line {number} is no JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number} is no JSON object")
+            raise ValueError(f"{path} line {number} is no JSON object, but {type(record).__name__}")
         records.append(record)
     return records
 
@@ -139,6 +139,7 @@ def claim_directory(
         run; the new ones are written.
 
     Raises:
+      OSError: the folder cannot be made or written.
       ValueError: the folder holds the results of a run with another config; the message names the
         settings that differ.
     """
@@ -151,11 +152,15 @@ def claim_directory(
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{path} holds no JSON object")
+            raise ValueError(f"{path} holds no JSON object, but {type(found).__name__}")
         fixed = ({k: v for k, v in one.items() if k not in extensible} for one in (found, config))
         if different := different_settings(*fixed):
             raise ValueError(
                 f"{directory} holds a run with {different}; choose another --workdir or remove it"
             )
-    write_json(path, config)
+    try:
+        write_json(path, config)
+    except OSError as error:
+        text = f"{error.strerror}; choose another --workdir"
+        raise OSError(error.errno, text, error.filename) from error
     return directory

@@ -16,14 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from archscale_jax.architecture import (
-    Architecture,
-    Parameter,
-    PyTree,
-    Role,
-    named_leaves,
-    parameter_name,
-)
+from archscale_jax.architecture import Architecture, Parameter, Role
 from archscale_jax.gradinit_step import (
     Loss,
     Update,
@@ -34,6 +27,8 @@ from archscale_jax.gradinit_step import (
     product,
     step,
 )
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree, named_leaves, parameter_name
 
 DEFAULTS: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
@@ -210,7 +205,7 @@ def _check_options(
 ) -> tuple[float, float]:
     """Checks the options that every variant has, and returns η and γ."""
     if optimizer not in DEFAULTS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; accepted are {', '.join(DEFAULTS)}")
+        raise ValueError(unknown("optimizer", optimizer, DEFAULTS))
     rate, limit = DEFAULTS[optimizer]
     rate = rate if learning_rate is None else learning_rate
     limit = limit if max_gradient_norm is None else max_gradient_norm
@@ -233,7 +228,9 @@ def _check_variants(
     optimizer: str, second_order: bool, penalty: float | None, num_steps: int | None
 ) -> None:
     if second_order and optimizer == "adam":
-        raise ValueError("second_order changes nothing for adam: its sign has no derivative")
+        raise ValueError(
+            "second_order changes nothing for adam, whose sign has no derivative; leave it out"
+        )
     if penalty is not None and not 0 < penalty < math.inf:
         raise ValueError(f"penalty must be None or positive and finite, found {penalty}")
     if num_steps is not None and num_steps < 1:
@@ -253,15 +250,15 @@ def _labels(params: PyTree, groups: Mapping[str, str | None]) -> dict[str, str |
                 f"groups={{{name!r}: None}}, which freezes it"
             )
     if all(label is None for label in labels.values()):
-        raise ValueError("params hold no tensor that is not frozen")
+        raise ValueError("params hold no tensor that is not frozen; groups freezes with None")
     return labels
 
 
 def _check_names(names: Iterable[str], params: PyTree, what: str) -> None:
     known = named_leaves(params)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"{what} name {unknown}, which params do not hold: {list(known)}")
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown(f"parameter in {what}", name, known))
 
 
 def _group_bounds(

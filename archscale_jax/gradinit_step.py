@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from archscale_jax.architecture import PyTree
 from archscale_jax.precision import exact
+from archscale_jax.trees import PyTree
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 Update = Literal["sgd", "plain_sgd", "adam"]

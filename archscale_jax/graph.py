@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import jraph
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 
@@ -57,6 +58,11 @@ class Space(enum.IntEnum):
     DAG = 0
     CELL = 1
     CELL_NETWORK = 2
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        accepted = ", ".join(f"Space.{space.name}" for space in cls)
+        raise ValueError(f"unknown space {value!r}; accepted are {accepted}")
 
 
 def build_graph(
@@ -256,17 +262,31 @@ def number_of_vertices(graph: jraph.GraphsTuple) -> int:
     """Returns V of a single graph.
 
     Raises:
-      TypeError: `graph` is no graph.
+      TypeError: `graph` is no graph, or traced.
       ValueError: `graph` is a batch of several graphs.
     """
-    if not isinstance(graph, jraph.GraphsTuple):
+    check_graph(graph)
+    if isinstance(graph.n_node, Tracer):
         raise TypeError(
-            f"expected a jraph.GraphsTuple, found {type(graph).__name__}; of an Architecture, pass "
-            "its graph; of a string, dag_graph(string)"
+            "the graph is traced by JAX, and this needs its numbers: call it outside of jit, or "
+            "batched_path_statistics inside"
         )
     if len(graph.n_node) != 1:
         raise ValueError(f"expected a single graph, found a batch of {len(graph.n_node)}")
     return int(graph.n_node[0])
+
+
+def check_graph(graph: object, what: str = "graph") -> None:
+    """Checks that a value is a graph.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(graph, jraph.GraphsTuple):
+        raise TypeError(
+            f"expected a jraph.GraphsTuple as {what}, found {type(graph).__name__}; of an "
+            "Architecture, pass its graph; of a string, dag_graph(string)"
+        )
 
 
 def is_weight(graph: jraph.GraphsTuple) -> np.ndarray:

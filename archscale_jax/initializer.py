@@ -7,18 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from archscale_jax.architecture import (
-    Architecture,
-    PyTree,
-    Role,
-    check_parameters,
-    parameter_name,
-)
+from archscale_jax.architecture import Architecture, Role, check_parameters
 from archscale_jax.placement import check_divides, constrained, explicit_part, sharding_of
 from archscale_jax.rules.initialization import InitializationRule, weight_standard_deviations
+from archscale_jax.trees import PyTree, named_leaves, parameter_name
 
 
 def initialize(
@@ -50,10 +46,18 @@ def initialize(
       A tree like `params`.
 
     Raises:
-      ValueError: an unknown rule; params that are not those of the architecture; a sharding whose
-        mesh axes do not divide the leaf. The message names the leaf.
+      TypeError: no key, no architecture, or params that are not floating arrays.
+      ValueError: an unknown rule; several keys; params that are not those of the architecture; a
+        sharding whose mesh axes do not divide the leaf. The message names the leaf.
     """
     check_parameters(architecture, params)
+    _check_key(key)
+    for name, leaf in named_leaves(params).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"parameter {name!r} has dtype {leaf.dtype}; accepted are floating dtypes. Bind "
+                "what is not trained to the function, not to params"
+            )
     deviations = weight_standard_deviations(architecture, rule, **options)
     roles = {parameter.name: parameter.role for parameter in architecture.parameters}
     traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
@@ -72,6 +76,22 @@ def initialize(
         return _placed(make, arguments, leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"key must be a JAX random key, as jax.random.key(0), found {type(key).__name__}: the "
+            "arguments are (key, params, architecture)"
+        )
+    new = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not new and key.dtype != jnp.uint32:
+        raise TypeError(f"key must be a JAX random key, found an array of dtype {key.dtype}")
+    if key.ndim != (0 if new else 1):
+        raise ValueError(
+            f"key must be one JAX random key, found an array of shape {key.shape}; jax.vmap "
+            "initializes for many keys"
+        )
 
 
 def _normal(

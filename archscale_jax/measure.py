@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree
 from archscale_jax.precision import exact
+from archscale_jax.trees import PyTree
 
 Features = Callable[[PyTree, Any], PyTree]
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
@@ -60,7 +60,14 @@ def measure_update(
       Squared sizes, [V] each. A vertex whose features are all 0 has a relative size of inf, or NaN
       where it does not change either; one whose features are the same for all examples, as in a
       batch of one, has such a standardized size.
+
+    Raises:
+      TypeError: an optimizer that is none, or a loss that is no floating number.
     """
+    if not hasattr(optimizer, "update"):
+        raise TypeError(
+            f"optimizer must be an optax transformation, as optax.sgd(1.0), found {optimizer!r}"
+        )
     gradients = jax.grad(loss)(params, batch)
     update, _ = optimizer.update(gradients, optimizer.init(params), params)
     values, pull = jax.vjp(lambda params: jax.tree.leaves(features(params, batch)), params)

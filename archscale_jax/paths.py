@@ -22,7 +22,13 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from archscale_jax.graph import WEIGHT_OPERATORS, Operator, is_weight, number_of_vertices
+from archscale_jax.graph import (
+    WEIGHT_OPERATORS,
+    Operator,
+    check_graph,
+    is_weight,
+    number_of_vertices,
+)
 
 
 class PathStatistics(NamedTuple):
@@ -97,7 +103,7 @@ def _sources(graph: jraph.GraphsTuple) -> tuple[list[list[int]], list[list[int]]
     """Lists, for every vertex, the sources of its skip edges and those of its weight edges."""
     operators = np.asarray(graph.edges["operator"])
     if np.any(np.asarray(graph.senders) >= np.asarray(graph.receivers)) or not operators.all():
-        raise ValueError("not a valid graph: validate_graph says what is wrong with it")
+        raise ValueError("the graph is not valid: validate_graph says what is wrong with it")
     skips, weights = ([[] for _ in range(number_of_vertices(graph))] for _ in range(2))
     columns = (graph.senders, graph.receivers, is_weight(graph))
     for sender, receiver, weight in zip(*(np.asarray(c).tolist() for c in columns), strict=True):
@@ -151,6 +157,7 @@ def batched_path_statistics(
       ValueError: `max_vertices` missing under `jit` or below 1, or a dense layout of 2^31 entries
         or more.
     """
+    check_graph(graphs, "graphs")
     if max_vertices is None:
         try:
             max_vertices = int(_most_vertices(graphs))

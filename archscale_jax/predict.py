@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from archscale_jax.architecture import Architecture
 from archscale_jax.measure import UpdateSize
+from archscale_jax.refusals import unknown
 from archscale_jax.rules import LEARNING_RATE_RULES, learning_rate_scale
 from archscale_jax.rules.registry import Registry
 
@@ -114,8 +115,7 @@ def _check_kinds(rule: Any, pair: list[Any]) -> None:
     elif rule in MEASURED_RULES:
         wanted, name = (UpdateSize, *numbers), "measurements"
     else:
-        accepted = ", ".join((*MEASURED_RULES, *LEARNING_RATE_RULES))
-        raise ValueError(f"unknown rule {rule!r}; accepted are {accepted}")
+        raise ValueError(unknown("rule", rule, (*MEASURED_RULES, *LEARNING_RATE_RULES)))
     if not all(isinstance(one, wanted) for one in pair):
         kinds = " and ".join(type(one).__name__ for one in pair)
         raise TypeError(f"rule {rule!r} compares {name}, found {kinds}")

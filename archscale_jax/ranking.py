@@ -27,6 +27,7 @@ from archscale_jax.gains import (
     seed_means,
     trained_in_both,
 )
+from archscale_jax.refusals import unknown
 
 AVERAGES = ("halves", "single", "all")
 _Pairs = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -206,7 +207,7 @@ def _group_pairs(reference: Accuracies, other: Accuracies, average: str) -> _Pai
     """Every pair of disjoint groups of seeds, or one of all seeds on both sides."""
     numbers = (reference.shape[1], other.shape[1])
     if average not in AVERAGES:
-        raise ValueError(f"unknown average {average!r}; accepted are {', '.join(AVERAGES)}")
+        raise ValueError(unknown("average", average, AVERAGES))
     if average == "all":
         return [(tuple(range(numbers[0])), tuple(range(numbers[1])))]
     if numbers[0] != numbers[1] or numbers[0] < 2:

@@ -11,15 +11,14 @@ import numpy as np
 from archscale_jax.architecture import (
     Architecture,
     Parameter,
-    PyTree,
     Role,
+    check_architecture,
     check_parameters,
 )
 from archscale_jax.graph import in_degrees
 from archscale_jax.paths import PathStatistics, path_statistics
 from archscale_jax.reporting.header import graph_lines, rate_lines, rule_line
 from archscale_jax.reporting.notes import NO_BASE, graph_notes, params_notes, rate_notes
-from archscale_jax.reporting.table import html_of, text_of
 from archscale_jax.rules.initialization import (
     DEFAULT_RULES,
     DRAWN_ROLES,
@@ -36,6 +35,7 @@ from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import check_optimizer
 from archscale_jax.rules.width import WIDTH_RULES
 from archscale_jax.transform import explained_factors
+from archscale_jax.trees import PyTree
 
 InDegree = int | tuple[int, ...] | None
 
@@ -66,11 +66,15 @@ class Report:
 
     def __str__(self) -> str:
         """Returns text that fits the terminal, or 120 columns."""
+        from archscale_jax.reporting.table import text_of  # slow to import: rich
+
         return text_of(self.header, self.records, self.notes)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        from archscale_jax.reporting.table import html_of
+
         return html_of(self.header, self.records, self.notes)
 
 
@@ -104,8 +108,7 @@ def report(
       TypeError: no architecture, or an option that the rule does not have.
       ValueError: an unknown rule, or params that are not those of the architecture.
     """
-    if not isinstance(architecture, Architecture):
-        raise TypeError(f"expected an Architecture, found {type(architecture).__name__}")
+    check_architecture(architecture)
     if params is not None:
         check_parameters(architecture, params)
     if options.get("depth_rule") is not None:

@@ -97,17 +97,21 @@ def find_learning_rate(
       workers: runs at a time, in threads.
 
     Raises:
+      TypeError: rates that are no numbers, seeds that are no sequence, or a `train` that does not
+        return or yield losses.
       ValueError: rates that are not positive, finite and different, seeds that are missing or
-        repeated, a tolerance or margin that is not positive, or no rate with a finite loss for
-        every seed.
+        repeated, a tolerance or margin that is not positive, `workers` below 1, or no rate with a
+        finite loss for every seed.
     """
     grid, seeds = _checked(rates, seeds, start, tolerance, margin)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
     losses: Losses = {}
     with ThreadPoolExecutor(workers) as pool:
 
         def run(pairs: Iterable[tuple[float, int]]) -> None:
             missing = [pair for pair in pairs if pair not in losses]
-            ends = pool.map(lambda pair: _last_loss(train(*pair), max_loss), missing)
+            ends = pool.map(lambda pair: _last_loss(train, pair, max_loss), missing)
             losses.update(zip(missing, ends, strict=True))
 
         if start is None:
@@ -193,6 +197,11 @@ def loss_at(rate: float, losses: Mapping[float, float]) -> float:
     return float((1 - part) * values[below] + part * values[below + 1])
 
 
+def excess_loss(rate: float, losses: Mapping[float, float]) -> float:
+    """Returns by what fraction the loss at a rate exceeds the smallest."""
+    return loss_at(rate, losses) / min(losses.values()) - 1
+
+
 def _vertex(logs: np.ndarray, values: np.ndarray, best: int, limit: float) -> float:
     """Where the parabola through the points around the minimum has its own."""
     near = np.isfinite(values) & (values <= limit)
@@ -209,7 +218,13 @@ def _limit(loss: float, fraction: float) -> float:
     return loss + fraction * abs(loss)
 
 
-def _last_loss(parts: Iterable[float], max_loss: float) -> float:
+def _last_loss(train: Train, pair: tuple[float, int], max_loss: float) -> float:
+    parts = train(*pair)
+    if not isinstance(parts, Iterable):
+        raise TypeError(
+            f"train{pair} returned {parts!r}; accepted are training losses in a row: yield them, "
+            "or return [loss]"
+        )
     loss = math.inf
     for part in parts:
         loss = float(part)
@@ -279,7 +294,14 @@ def _checked(
     tolerance: float,
     margin: float,
 ) -> tuple[list[float], list[int]]:
-    grid = sorted(map(float, rates))
+    try:
+        grid = sorted(map(float, rates))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"rates must be numbers, as numpy.geomspace(1e-3, 4, 13) gives, found {rates!r}"
+        ) from None
+    if not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds must be a sequence, as (0, 1, 2) or range(3), found {seeds!r}")
     if not grid or not all(0 < rate < math.inf for rate in grid) or len(set(grid)) < len(grid):
         raise ValueError(f"rates must be positive, finite and different, found {list(rates)}")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.sparse.linalg import lobpcg_standard
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Scalar
 
-from archscale_jax.architecture import PyTree
+from archscale_jax.trees import PyTree
 
 
 def sharpness(
@@ -40,6 +39,8 @@ def sharpness(
     Raises:
       ValueError: fewer than 6 parameters, of which LOBPCG finds no eigenvalue.
     """
+    from jax.experimental.sparse.linalg import lobpcg_standard  # slow to import: SciPy's matrices
+
     # Eigenvectors need float32 at least, and so do sums along them.
     flat, unravel = ravel_pytree(jax.tree.map(_exact, params))
     if len(flat) < 6:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from archscale_jax.search import RateSearch, find_learning_rate, loss_at, mean_losses
+from archscale_jax.search import RateSearch, excess_loss, find_learning_rate, mean_losses
 
 
 class TransferCheck(NamedTuple):
@@ -71,11 +71,6 @@ def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:
         dict(searches),
         math.log(highest.rate / lowest.rate),
         math.hypot(lowest.uncertainty, highest.uncertainty),
-        {size: _excess(search, first.rate) for size, search in searches.items()},
+        {size: excess_loss(first.rate, mean_losses(one)) for size, one in searches.items()},
         all(all(search.basin.closed) for search in searches.values()),
     )
-
-
-def _excess(search: RateSearch, rate: float) -> float:
-    losses = mean_losses(search)
-    return loss_at(rate, losses) / min(losses.values()) - 1

@@ -8,12 +8,7 @@ import jax.numpy as jnp
 import jraph
 import optax
 
-from archscale_jax.architecture import (
-    Architecture,
-    PyTree,
-    check_parameters,
-    parameter_name,
-)
+from archscale_jax.architecture import Architecture, check_architecture, check_parameters
 from archscale_jax.graph import network_kernel_size
 from archscale_jax.precision import exact
 from archscale_jax.rules.learning_rate import (
@@ -26,6 +21,7 @@ from archscale_jax.rules.learning_rate import (
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import Optimizer, depth_factors
 from archscale_jax.rules.width import WidthRule, explained_width_factors
+from archscale_jax.trees import PyTree, parameter_name
 
 
 def learning_rate_factors(
@@ -55,6 +51,7 @@ def learning_rate_factors(
       **options: passed to the rule.
 
     Raises:
+      TypeError: no architecture, or a base that is neither architecture nor graph.
       ValueError: what the rules raise; a width rule without an architecture as base; a factor that
         is not positive, or outside the range of float32.
     """
@@ -87,6 +84,7 @@ def explained_factors(
     Raises:
       ValueError: see `learning_rate_factors`.
     """
+    check_architecture(architecture)
     base_graph = base.graph if isinstance(base, Architecture) else base
     scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
     description = LEARNING_RATE_RULES.describe(rule)
@@ -109,7 +107,9 @@ def explained_factors(
             parts[name].append(part)
     if depth_rule is not None:
         if base is None:
-            raise MissingBaseError("depth_rule compares depths: pass the base network as base")
+            raise MissingBaseError(
+                "depth_rule compares depths: pass the base network, or its graph, as base"
+            )
         found = depth_factors(architecture, base, depth_rule, exponent=depth_exponent)
         for name, (factor, place) in found.items():
             parts[name].append(Explained(factor, f"depth {depth_rule} {factor:.4g}, {place}"))

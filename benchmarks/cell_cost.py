@@ -6,45 +6,37 @@
 * The paper's setting: operations counted in compiled programs, and what a study would take.
 """
 
-from typing import Any
+from absl import app, flags
 
-import jax
-from absl import app, flags, logging
-from rich.console import Console
-
-from benchmarks import cell_against_torch, cell_flops, cell_programs, common
+from benchmarks import cell_against_torch, cell_flops, cell_programs, parts
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("quick", False, "Try everything at a tiny size; times say nothing, none is kept.")
-flags.DEFINE_bool("torch", True, "Compare with PyTorch.")
+parts.define_flags(torch=True)
 
 
 def main(arguments: list[str]) -> None:
     """Measures, prints the tables and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.set_verbosity(logging.WARNING)
-    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
+    parts.prepare(arguments)
     size = cell_programs.QUICK if FLAGS.quick else cell_programs.Size()
-    results: dict[str, Any] = {"settings": cell_programs.SMALL | size._asdict()}
-    skipped = {"skipped": "--notorch"}
-    parts = {
-        "programs": lambda: cell_programs.compare_programs(size),
-        "torch": lambda: cell_against_torch.against_torch(size) if FLAGS.torch else skipped,
-        "operations": lambda: cell_flops.count_operations(size),
-    }
-    tables = {
-        "programs": cell_programs.programs_table,
-        "torch": cell_against_torch.torch_table,
-        "operations": cell_flops.operations_table,
-    }
-    console = Console(width=150)
-    for part, measure in parts.items():
-        results[part] = measure()
-        console.print(tables[part](results[part]))
-        if not FLAGS.quick:  # after each part: a run that is cut off keeps what it has
-            path = common.write_results("cell_cost", results, "flax", "optax")
-            console.print(f"results: {path.relative_to(path.parents[2])}")
+    parts.run(
+        "cell_cost",
+        {"settings": cell_programs.SMALL | size._asdict()},
+        {
+            "programs": (
+                lambda: cell_programs.compare_programs(size),
+                cell_programs.programs_table,
+            ),
+            "torch": (
+                lambda: cell_against_torch.against_torch(size),
+                cell_against_torch.torch_table,
+            ),
+            "operations": (
+                lambda: cell_flops.count_operations(size),
+                cell_flops.operations_table,
+            ),
+        },
+        torch=("torch",),
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import gradinit_step
-from archscale_jax.architecture import PyTree, named_leaves
+from archscale_jax.trees import PyTree, named_leaves
 from benchmarks import common, gradinit_ways, torch_process
 from benchmarks.gradinit_ways import ALWAYS, NEVER, SCALE_RATE, Size
 from experiments import gradinit_study

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax.architecture import PyTree
+from archscale_jax.trees import PyTree
 from benchmarks import gradinit_against_torch, gradinit_ways, torch_process
 from benchmarks.gradinit_against_torch import BATCH_SIZE, MODULE, PACKAGE
 from benchmarks.gradinit_ways import Size

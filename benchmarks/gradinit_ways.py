@@ -13,8 +13,8 @@ from unittest import mock
 import jax
 
 from archscale_jax import gradinit_step
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.gradinit import DEFAULTS
+from archscale_jax.trees import PyTree, named_leaves
 from benchmarks import common
 from experiments import gradinit_networks, gradinit_study
 from experiments.gradinit_study import Network

@@ -23,12 +23,12 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 import archscale_jax as archscale
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.extension import AMPLITUDES
-from benchmarks import common
+from archscale_jax.trees import PyTree, named_leaves
+from benchmarks import common, parts
 from experiments import grow_cost as operations
 from experiments import grow_study, transfer_study
 from experiments.common import markdown_table
@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")
 flags.DEFINE_integer("rounds", 3, "Runs of every choice of rooms, in turns.", lower_bound=1)
 flags.DEFINE_integer("step_rounds", 30, "Timed updates of every shape, in turns.", lower_bound=1)
-flags.DEFINE_bool("quick", False, "Try everything at a tiny size; times say nothing, none is kept.")
+parts.define_flags(torch=False)
 
 STEPS = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
@@ -115,25 +115,23 @@ QUICK = Size(
 
 def main(arguments: list[str]) -> None:
     """Measures, prints the tables and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.set_verbosity(logging.WARNING)
+    parts.prepare(arguments)
     full = Size({"dag_cnn": {}, "resnet18_sixteenth": {}})
     full = full._replace(rounds=FLAGS.rounds, step_rounds=FLAGS.step_rounds)
     size = QUICK if FLAGS.quick else full
     settings = {"dataset": "fashion_mnist", "seed": 0, "threads": 1} | size._asdict()
-    results: dict[str, Any] = {"settings": settings}
-    parts = {
-        "runs": (cost_of_runs, (share_rows, compile_rows, program_rows)),
-        "rooms": (compare_rooms, (rooms_rows,)),
-    }
-    for part, (measure, tables) in parts.items():
-        results[part] = measure(size, FLAGS.data_dir)
-        for table in tables:
-            print(markdown_table(table(results[part])), flush=True)
-        if not FLAGS.quick:  # after each part: a run that is cut off keeps what it has
-            path = common.write_results("grow_cost", results, "flax", "optax")
-            print(f"results: {path.relative_to(path.parents[2])}")
+    parts.run(
+        "grow_cost",
+        {"settings": settings},
+        {
+            "runs": (
+                lambda: cost_of_runs(size, FLAGS.data_dir),
+                *(share_rows, compile_rows, program_rows),
+            ),
+            "rooms": (lambda: compare_rooms(size, FLAGS.data_dir), rooms_rows),
+        },
+        show=lambda rows: print(markdown_table(rows), flush=True),
+    )
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

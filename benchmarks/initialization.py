@@ -26,12 +26,13 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from archscale_jax.architecture import Arrangement, parameter_name
+from archscale_jax.architecture import Arrangement
 from archscale_jax.graph import is_weight, live_edges, live_vertices
 from archscale_jax.initializer import initialize
 from archscale_jax.models import DagMLP
 from archscale_jax.rules import INITIALIZATION_RULES, weight_standard_deviations
 from archscale_jax.spaces import dag_graph, random_dag_string
+from archscale_jax.trees import parameter_name
 from benchmarks import common
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"

@@ -12,15 +12,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags, logging
-from rich.console import Console
+from absl import app, flags
 from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import datasets
-from benchmarks import common, space_cost, torch_cost
+from benchmarks import common, parts, space_cost, torch_cost
 from experiments import transfer_study as study
 from experiments.common import measure_seeds, measurer
 
@@ -30,8 +28,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
 flags.DEFINE_string("architecture", archscale.chain_string(4), "DAG string of the first network.")
-flags.DEFINE_bool("quick", False, "Try everything at a tiny size; times say nothing, none is kept.")
-flags.DEFINE_bool("torch", True, "Compare with PyTorch.")
+parts.define_flags(torch=True)
 
 RANDOM_DAG = "2_02_011_1222"
 GOALS = {"measured": 1 / 500, "adaptive": 1 / 5}
@@ -41,10 +38,7 @@ ADAPTIVE = {"margin": 0.02, "tolerance": 0.005, "refine": 0}
 
 def main(arguments: list[str]) -> None:
     """Measures, prints the tables and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.set_verbosity(logging.WARNING)
-    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
+    parts.prepare(arguments)
     size = torch_cost.QUICK if FLAGS.quick else torch_cost.Size()
     name = FLAGS.dataset or _present_dataset()
     dataset = study.load(name, FLAGS.data_dir, 1)
@@ -57,25 +51,22 @@ def main(arguments: list[str]) -> None:
         "steps": 5 if FLAGS.quick else len(dataset.train_images) // size.batch,
         "seeds": 2 if FLAGS.quick else 3,
     }
-    results: dict[str, Any] = {"settings": settings, "goals": GOALS}
-    skipped = {"skipped": "--notorch"}
-    parts = {
-        "rates": lambda: cost_of_rates([FLAGS.architecture, RANDOM_DAG], settings),
-        "space": lambda: space_cost.cost_of_compiling(settings, FLAGS.data_dir),
-        "torch": lambda: torch_cost.against_torch(size) if FLAGS.torch else skipped,
-    }
-    tables = {
-        "rates": rates_table,
-        "space": space_cost.space_table,
-        "torch": torch_cost.torch_table,
-    }
-    console = Console(width=150)
-    for part, measure in parts.items():
-        results[part] = measure()
-        console.print(tables[part](results[part]))
-        if not FLAGS.quick:  # after each part: a run that is cut off keeps what it has
-            path = common.write_results("lr_cost", results, "flax", "optax")
-            console.print(f"results: {path.relative_to(path.parents[2])}")
+    parts.run(
+        "lr_cost",
+        {"settings": settings, "goals": GOALS},
+        {
+            "rates": (
+                lambda: cost_of_rates([FLAGS.architecture, RANDOM_DAG], settings),
+                rates_table,
+            ),
+            "space": (
+                lambda: space_cost.cost_of_compiling(settings, FLAGS.data_dir),
+                space_cost.space_table,
+            ),
+            "torch": (lambda: torch_cost.against_torch(size), torch_cost.torch_table),
+        },
+        torch=("torch",),
+    )
 
 
 def _present_dataset() -> str:

@@ -16,7 +16,7 @@ from jax import lax
 from rich.table import Table
 
 from archscale_jax import training
-from archscale_jax.architecture import named_leaves
+from archscale_jax.trees import named_leaves
 from benchmarks import common
 from experiments import transfer_study as study
 

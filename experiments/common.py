@@ -1,8 +1,12 @@
 """What the binaries share: the flags of a network and its training, and what they build."""
 
+import contextlib
 import functools
+import pathlib
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +17,13 @@ from absl import app, flags, logging
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.architecture import PyTree
-from archscale_jax.datasets import DATASET_NAMES, Dataset
+from archscale_jax import files, training
+from archscale_jax.datasets import Dataset
 from archscale_jax.models import ACTIVATIONS, NORMALIZATIONS, create_network
 from archscale_jax.rules import INITIALIZATION_RULES
+from archscale_jax.trees import PyTree
+from experiments import display, provenance, runners
+from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
@@ -33,8 +39,7 @@ PRECISIONS = {
 
 def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
     """Defines the flags that say what is trained, on what, and how."""
-    flags.DEFINE_enum("dataset", "digits", DATASET_NAMES, "Data set.")
-    flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+    define_data_flags("digits")
     flags.DEFINE_integer("width", 128, "Features of every vertex.", lower_bound=1)
     flags.DEFINE_integer(
         "kernel_size", None, "Kernel size of a convolutional network; leave out for an MLP."
@@ -80,19 +85,67 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
 
 
 def run_binary(run: Callable[[], None]) -> None:
-    """Parses the flags and calls `run`; bad input ends with one line that says what is wrong."""
+    """Parses the flags and calls `run`.
+
+    Bad input ends with one line that says what is wrong; with --verbosity=1 the traceback follows.
+    Ctrl-C ends with one line that says what is kept and how to go on, and the status 130.
+    """
+    for module in (display.__name__, runners.__name__):  # --help shows these too
+        for flag in FLAGS.flags_by_module_dict().get(module, ()):
+            FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
         if len(arguments) > 1:
-            raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+            sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
         try:
             run()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, runners.FailedTrialsError) as error:
+            if logging.level_debug():
+                raise
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print(f"interrupted; {_kept()}", file=sys.stderr)
+            sys.exit(130)
 
     app.run(main)
+
+
+def _kept() -> str:
+    """What an interrupted binary leaves, and the command that goes on."""
+    command = provenance.command()
+    workdir = pathlib.Path(FLAGS.workdir)
+    if command not in [one["command"] for one in provenance.read_commands(workdir)[-1:]]:
+        return "nothing was written"
+    resume = " --resume" if "resume" in FLAGS and not FLAGS.resume else ""
+    return f"what is finished is kept in {workdir}, go on with: {command}{resume}"
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done: orbax's threads do not bear a save that is cut."""
+    held: list[tuple[int, types.FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held and callable(previous):
+            previous(*held[0])
+
+
+def claim_directory(
+    workdir: str | pathlib.Path, config: dict[str, Any], *, extensible: Sequence[str] = ()
+) -> pathlib.Path:
+    """`files.claim_directory`, with a line for this command in the folder's journal of them."""
+    resumed = (pathlib.Path(workdir) / "config.json").exists()
+    folder = files.claim_directory(workdir, config, extensible=extensible)
+    computes_here = "runner" not in FLAGS or FLAGS.runner in ("local", "devices")
+    provenance.record_command(
+        folder, resumed=resumed, devices=jax.devices() if computes_here else ()
+    )
+    return folder
 
 
 def settings(module: str) -> dict[str, Any]:

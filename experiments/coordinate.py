@@ -4,9 +4,10 @@
 
 Trains every network for a few steps and measures the change of all its vertices: with the standard
 parametrization (Flax's initialization, one rate), with the closed forms of this library, and with
-the rate that a measurement predicts. Writes config.json, results.jsonl, a figure for each axis and
-table.md, and prints the table. Killed and started again it goes on with the networks that are
-missing. The defaults are the run of the docs; it takes about an hour on two cores.
+the rate that a measurement predicts. Writes config.json, results.jsonl, a figure for each axis,
+table.md and report.html, and prints the table. Killed and started again it goes on with the
+networks that are missing. The defaults are the run of the docs; it takes about an hour on two
+cores.
 """
 
 import functools
@@ -20,8 +21,10 @@ from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax import coordinate, datasets, files
+from archscale_jax.refusals import unknown
 from archscale_jax.sweeps import run_study
-from experiments import common, coordinate_report, families, runners, transfer_study
+from experiments import common, coordinate_report, families, page, runners, transfer_study
+from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
@@ -29,8 +32,7 @@ flags.DEFINE_list("family", list(families.FAMILIES), "Families of networks.")
 flags.DEFINE_list("axis", ["width", "depth"], "What grows: width, depth.")
 flags.DEFINE_list("width", [str(2**k) for k in range(6, 12)], "Widths; tuned at the first.")
 flags.DEFINE_list("depth", ["2", "4", "8", "16", "32"], "Depths; tuned at the first.")
-flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags("fashion_mnist")
 flags.DEFINE_integer("batch_size", 16, "Examples an update.", lower_bound=2)
 flags.DEFINE_integer("steps", 5, "Updates.", lower_bound=1)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of the weights.", lower_bound=1)
@@ -53,7 +55,7 @@ Trial = dict[str, Any]
 def run() -> None:
     """Measures what is missing, prints and draws."""
     trials = all_trials(common.settings(sys.argv[0]))
-    workdir = files.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
+    workdir = common.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
     with runners.runner() as options:
         records = run_study(
             trials,
@@ -62,19 +64,28 @@ def run() -> None:
             description="networks",
             **options,
         )
-    errors = [record["error"] for record in records if "error" in record]
-    if errors:
-        raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")
+    runners.check_finished(records, workdir / "results.jsonl")
     curves = coordinate_report.curves_of(trials, records)
-    text = common.markdown_table(coordinate_report.table(curves))
+    table = coordinate_report.table(curves)
+    text = common.markdown_table(table)
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
+    figures = {}
     for axis in FLAGS.axis:
         path = workdir / f"coordinate_{axis}.png"
         coordinate_report.draw(
             {key: value for key, value in curves.items() if key[1] == axis}, path
         )
         print(f"figure: {path}")
+        figures[path] = f"Change of features against {axis}; the line of the output is orange."
+    report = page.write(
+        workdir,
+        f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset}",
+        __doc__,
+        tables={"Largest over smallest change of a feature over all sizes; 1 is best.": table},
+        figures=figures,
+    )
+    print(f"report: {report}")
 
 
 def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
@@ -86,15 +97,14 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
     sizes = {}
     for axis in settings["axis"]:
         if axis not in ("width", "depth"):
-            raise ValueError(f"unknown axis {axis!r}; accepted are width, depth")
+            raise ValueError(unknown("axis", axis, ("width", "depth")))
         sizes[axis] = [int(size) for size in settings[axis]]
         if sizes[axis] != sorted(set(sizes[axis])) or sizes[axis][0] < 1:
             raise ValueError(f"{axis} must be increasing numbers from 1, found {sizes[axis]}")
     trials = []
     for family, axis, how in itertools.product(settings["family"], sizes, PARAMETRIZATIONS):
         if family not in families.FAMILIES:
-            accepted = ", ".join(families.FAMILIES)
-            raise ValueError(f"unknown family {family!r}; accepted are {accepted}")
+            raise ValueError(unknown("family", family, families.FAMILIES))
         if axis == "width" and how == "measured":
             continue  # measured rules fail across widths (docs/transfer.md)
         options = SETTINGS[family] | (DEPTH_SETTINGS.get(family, {}) if axis == "depth" else {})

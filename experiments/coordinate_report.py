@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import archscale_jax as archscale
-from archscale_jax import coordinate, files
+from archscale_jax import coordinate
+from experiments.panels import save
 
 Curves = dict[tuple[str, str, str], dict[int, dict[Any, dict[float, float]]]]
 
@@ -87,7 +88,7 @@ def draw(curves: Curves, path: pathlib.Path) -> None:
             panel.set_ylim(low * (high / low / 30) ** 0.5, high * (30 * low / high) ** 0.5)
     figure.supxlabel(axis, fontsize=9)
     figure.supylabel("change of a feature since initialization (orange: output)", fontsize=9)
-    files.write_atomically(path, lambda target: figure.savefig(target))
+    save(figure, path, dpi="figure")
 
 
 def _draw_curve(panel, curve: Mapping[float, float], color) -> None:

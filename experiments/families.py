@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import archscale_jax as archscale
-from archscale_jax.architecture import PyTree
 from archscale_jax.datasets import Dataset
 from archscale_jax.models import create_network
 from archscale_jax.models.convolution import conv_general_dilated
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree
 
 FAMILIES = ("mlp", "cnn", "resnet", "transformer")
 PATCH = 7
@@ -135,7 +136,7 @@ def create_model(
         if family == "transformer":
             return VisionTransformer(image, width, depth, classes, rngs=rngs)
         if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r}; accepted are {', '.join(FAMILIES)}")
+            raise ValueError(unknown("family", family, FAMILIES))
         kernel_size = 3 if family == "cnn" else None
         graph = archscale.dag_graph(archscale.chain_string(depth), kernel_size=kernel_size)
         return create_network(graph, image, width, classes, rngs=rngs)

@@ -5,7 +5,7 @@
 Trains every rate of a log grid with every seed, or, with --adaptive, walks from a start and trains
 only what can win. The start is --start, or what measuring predicts from --base_rate, the rate of
 --base_architecture, or the middle of the grid. Writes config.json, results.jsonl (a line a run),
-table.md and find_lr.png; a run that was cut off goes on where it stopped.
+table.md, find_lr.png and report.html; a run that was cut off goes on where it stopped.
 """
 
 import functools
@@ -24,7 +24,9 @@ from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import datasets, files, search
-from experiments import common
+from archscale_jax.progress import Advance
+from experiments import common, display, page
+from experiments.panels import save
 
 FLAGS = flags.FLAGS
 
@@ -65,7 +67,7 @@ def run() -> None:
         start = _predicted(network, dataset)
     elif start is None and FLAGS.adaptive:
         start = math.sqrt(FLAGS.min_rate * FLAGS.max_rate)
-    workdir = files.claim_directory(
+    workdir = common.claim_directory(
         FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
     )
     train = common.rate_trainer(
@@ -78,31 +80,44 @@ def run() -> None:
         flip=FLAGS.flip,
         padding=FLAGS.padding,
     )
-    train = _remembered(train, workdir / "results.jsonl")
-    found = archscale.find_learning_rate(
-        train,
-        rates,
-        seeds=range(FLAGS.num_seeds),
-        start=start,
-        tolerance=FLAGS.tolerance,
-        margin=FLAGS.margin,
-        refine=FLAGS.refine,
-        workers=FLAGS.workers,
-    )
+    with display.progress("runs", None) as advance:  # how many it takes is found on the way
+        found = archscale.find_learning_rate(
+            _remembered(train, workdir / "results.jsonl", advance),
+            rates,
+            seeds=range(FLAGS.num_seeds),
+            start=start,
+            tolerance=FLAGS.tolerance,
+            margin=FLAGS.margin,
+            refine=FLAGS.refine,
+            workers=FLAGS.workers,
+        )
     answer = (
         f"learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
         f"standard error {100 * math.expm1(found.uncertainty):.0f} %, {len(found.runs)} runs"
     )
-    markdown = f"{answer}\n\n{common.markdown_table(_lines(found))}"
+    lines = _lines(found)
+    markdown = f"{answer}\n\n{common.markdown_table(lines)}"
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "find_lr.png"
     _draw(found, figure)
+    remarks = [f"{answer[0].upper()}{answer[1:]}."]
     console = Console()
-    console.print(_table(found))
+    console.print(_table(lines))
     if not all(found.basin.closed):
-        console.print("The basin reaches the end of the rates tried: widen --min_rate, --max_rate.")
-    console.print(f"{answer}\nfigure:  {figure}", soft_wrap=True)
+        remarks.append(
+            "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
+        )
+        console.print(remarks[-1])
+    report = page.write(
+        workdir,
+        f"Learning rate of {FLAGS.architecture} on {FLAGS.dataset}",
+        __doc__,
+        remarks=remarks,
+        tables={"Training loss (nats) by rate; * marks the rates in the basin.": lines},
+        figures={figure: "Training loss of every run against its learning rate, with the basin."},
+    )
+    console.print(f"{answer}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
 
 
 def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
@@ -124,7 +139,7 @@ def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
     return archscale.predict_learning_rate(sizes[0], sizes[1], FLAGS.base_rate)
 
 
-def _remembered(train: search.Train, journal: pathlib.Path) -> search.Train:
+def _remembered(train: search.Train, journal: pathlib.Path, advance: Advance) -> search.Train:
     """Returns `train` with its ends kept in a journal: what is there is not trained again."""
     lock = threading.Lock()
     losses = {(one["rate"], one["seed"]): one["loss"] for one in files.read_records(journal)}
@@ -132,6 +147,7 @@ def _remembered(train: search.Train, journal: pathlib.Path) -> search.Train:
     def remembered(rate: float, seed: int) -> Iterator[float]:
         if (rate, seed) in losses:
             loss = losses[rate, seed]
+            advance()
             yield math.inf if loss is None else loss
             return
         loss = math.inf
@@ -141,6 +157,7 @@ def _remembered(train: search.Train, journal: pathlib.Path) -> search.Train:
             yield loss
         with lock:
             files.append_record(journal, {"rate": rate, "seed": seed, "loss": loss})
+            advance(note=f"rate {rate:.3g}: loss {_loss(loss)}")
         yield loss
 
     return remembered
@@ -164,8 +181,8 @@ def _loss(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.4f}" if math.isfinite(loss) else "lost"
 
 
-def _table(found: search.RateSearch) -> Table:
-    heading, *lines = _lines(found)
+def _table(rows: list[list[str]]) -> Table:
+    heading, *lines = rows
     result = Table(title="training loss (nats)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in heading:
         result.add_column(column, justify="right")
@@ -193,7 +210,7 @@ def _draw(found: search.RateSearch, path: pathlib.Path) -> None:
     axes.set_title(f"{FLAGS.architecture} on {FLAGS.dataset}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=150))
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Draws every network by two initializations, learns multipliers on each, measures, and trains over a
 range of learning rates without warm-up. Writes config.json, results.jsonl, multipliers.json,
-table.md and figures, and prints the table. Killed and started again it runs what is missing; the
-same --workdir takes more networks later. At the paper's size: --dataset=cifar10
+table.md, figures and report.html, and prints the table. Killed and started again it runs what is
+missing; the same --workdir takes more networks later. At the paper's size: --dataset=cifar10
 --network=plain_19,plain_19_norm,residual_54,residual_54_norm --images_downscale=1 --images_width=64
 --batch_size=128 --gradinit_steps=390 --steps=78000.
 """
@@ -17,9 +17,10 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import datasets, files
+from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, gradinit_figures, gradinit_report, gradinit_study, runners
+from experiments import common, gradinit_figures, gradinit_report, gradinit_study, page, runners
+from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
@@ -33,8 +34,7 @@ flags.DEFINE_list(
     ],
     f"FAMILY_DEPTH, or FAMILY_DEPTH_norm, of {', '.join(gradinit_study.NETWORKS)}.",
 )
-flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags("fashion_mnist")
 flags.DEFINE_integer("images_width", 8, "Channels of a convolution's first stage.", lower_bound=1)
 flags.DEFINE_integer("images_downscale", 2, "Side of the squares averaged first.", lower_bound=1)
 flags.DEFINE_integer("patches_width", 32, "Features of a transformer.", lower_bound=1)
@@ -62,7 +62,7 @@ def run() -> None:
     every = {flag.name: flag.value for flag in values}
     trials = gradinit_study.all_trials(FLAGS.network, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
-    workdir = files.claim_directory(FLAGS.workdir, settings)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
     run_trial = functools.partial(gradinit_study.run, data_dir=FLAGS.data_dir)
     with runners.runner() as options:
         records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
@@ -83,14 +83,27 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
     }
     files.write_json(workdir / "multipliers.json", learned)
     every = gradinit_report.arms(records)
-    tables = (gradinit_report.table(every), gradinit_report.gains(every))
-    text = "\n".join(common.markdown_table(lines) for lines in tables)
+    tables = {
+        "Each network at its best rate: mean and deviation over seeds.":
+            gradinit_report.table(every),
+        "What learning the scales changes, seed by seed.": gradinit_report.gains(every),
+    }  # fmt: skip
+    text = "\n".join(common.markdown_table(lines) for lines in tables.values())
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
     figures = gradinit_figures.FIGURES if gradinit_figures.has_networks(every) else {}
     for name, draw in figures.items():
         draw(every, workdir / f"{name}.png")
         print(f"figure:  {workdir / f'{name}.png'}")
+    report = page.write(
+        workdir,
+        f"GradInit on {FLAGS.dataset}",
+        __doc__,
+        remarks=[f"failed: {one['trial']}: {one['error']}" for one in records if "error" in one],
+        tables=tables,
+        figures={workdir / f"{name}.png": gradinit_figures.CAPTIONS[name] for name in figures},
+    )
+    print(f"report:  {report}")
     print(f"results: {workdir / 'results.jsonl'}")
 
 

@@ -43,7 +43,7 @@ def _finish(figure, panels, path: pathlib.Path) -> None:
         list(entries.values()),
         list(entries),
         loc="outside upper center",
-        ncols=len(entries) if len(entries) < 5 else 3,
+        ncols=2 if len(panels) == 1 else len(entries) if len(entries) < 5 else 3,
         fontsize=8,
         frameon=False,
     )
@@ -183,3 +183,10 @@ FIGURES = {
     "multipliers": draw_multipliers,
     "gradients": draw_gradients,
 }
+CAPTIONS = {
+    "success": "Final training loss against the learning rate: mean and range over seeds.",
+    "curves": "Training loss over the training, at the best rate of every start.",
+    "multipliers": "Multipliers of the weights, biases left out, from stem to readout.",
+    "gradients": "Deviation of the gradient over batches by the size of the weight.",
+}
+"""What each shows."""

@@ -109,7 +109,7 @@ class PostNormTransformer(nnx.Module):
 
     def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
         if not normalized:
-            raise ValueError("a Post-LN transformer without normalization is none")
+            raise ValueError("normalized must be True: a Post-LN transformer is none without")
         height, side, channels = image
         tokens = (height // PATCH) * (side // PATCH)
         self.stem = nnx.Linear(PATCH * PATCH * channels, width, rngs=rngs)

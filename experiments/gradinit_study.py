@@ -13,16 +13,13 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import training
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.datasets import Dataset
 from archscale_jax.gradinit_step import Update
+from archscale_jax.trees import PyTree, named_leaves
 from experiments import common, families, transfer_study
 from experiments.gradinit_networks import NETWORKS
 
 Trial = Mapping[str, Any]
-
-STARTS = ("flax", "he", "topology")
-"""Initializations: Flax's own, He's for every layer by itself, and this library's."""
 
 LEARNED: dict[str, dict[str, Any]] = {
     "none": {},
@@ -45,7 +42,8 @@ DEFAULT_STARTS = {
     "dag": ("he", "topology"),
     "transformer": ("flax", "topology"),
 }
-"""Starts by family; in a plain network every layer has one input, and topology is He."""
+"""Initializations by family: Flax's own, He's for every layer by itself, and this library's, the
+topology; in a plain network every layer has one input, and topology is He."""
 
 BASES = {
     "plain": "plain_6",

@@ -2,12 +2,12 @@
 
     python -m experiments.grow --workdir=runs/grow
 
-Grows perceptrons, convolutional networks on graphs and ResNet-18 from tiny ones, by TINY with
-three ways for the learning rate to follow, by GradMax and at random; trains the architecture that
-TINY ended with from scratch for the same computation, and the large network. Writes config.json,
-results.jsonl, table.md and figures, and prints the table. Killed and started again it goes on, a
-network that grows from its last growth; the same --workdir takes more networks, arms and seeds
-later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
+Grows perceptrons, convolutional networks on graphs and ResNet-18 from tiny ones, by TINY with three
+ways for the learning rate to follow, by GradMax and at random; trains the architecture that TINY
+ended with from scratch for the same computation, and the large network. Writes config.json,
+results.jsonl, table.md, figures and report.html, and prints the table. Killed and started again it
+goes on, a network that grows from its last growth; the same --workdir takes more networks, arms and
+seeds later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
 --images_downscale=1 --start_width=1 --large_width=64 --growths=6 --every=2000 --steps=60000
 --batch_size=128.
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import datasets, files
+from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, grow_figures, grow_report, grow_study, runners
+from experiments import common, grow_figures, grow_report, grow_study, page, runners
+from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
@@ -31,8 +32,7 @@ flags.DEFINE_list(
     f"Of {', '.join(grow_study.SPECS)}.",
 )
 flags.DEFINE_list("arm", list(grow_study.ARMS), f"Of {', '.join(grow_study.ARMS)}.")
-flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags("fashion_mnist")
 flags.DEFINE_integer("batch_size", 64, "Examples an update.", lower_bound=1)
 flags.DEFINE_bool("normalize", True, "Bring new neurons to the size of the others first.")
 flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
@@ -55,7 +55,7 @@ def run() -> None:
     every = {flag.name: flag.value for flag in values}
     specs = grow_study.chosen_specs(FLAGS.network, FLAGS.arm, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
-    workdir = files.claim_directory(FLAGS.workdir, settings)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
     partial = workdir.absolute() / "partial"  # a worker may be in another folder
     run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=partial)
     trials = grow_study.all_trials(specs, FLAGS.arm, every)
@@ -72,15 +72,24 @@ def run() -> None:
 
 def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
     arms = grow_report.arms(records)
-    tables = [write(arms) for write in (grow_report.table, grow_report.against,
-                                        grow_report.rescaling)]  # fmt: skip
-    tables.append(grow_report.failures(records))
-    text = "\n".join(common.markdown_table(rows) for rows in tables if len(rows) > 1)
+    tables = {
+        "Every way of growing at its best rate.": grow_report.table(arms),
+        "TINY minus what it is compared with, by seed.": grow_report.against(arms),
+        "What the rules for the rate change: with minus without.": grow_report.rescaling(arms),
+        "Runs that failed, which are in no other table.": grow_report.failures(records),
+    }
+    text = "\n".join(common.markdown_table(rows) for rows in tables.values() if len(rows) > 1)
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
+    figures = {}
     for name, draw in grow_figures.FIGURES.items():
-        if draw(arms, workdir / f"{name}.png"):
-            print(f"figure:  {workdir / f'{name}.png'}")
+        path = workdir / f"{name}.png"
+        if draw(arms, path):
+            print(f"figure:  {path}")
+            figures[path] = grow_figures.CAPTIONS[name]
+    title = f"Growing networks on {FLAGS.dataset}"
+    report = page.write(workdir, title, __doc__, tables=tables, figures=figures)
+    print(f"report:  {report}")
     print(f"results: {workdir / 'results.jsonl'}")
 
 

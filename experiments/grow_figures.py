@@ -248,3 +248,10 @@ FIGURES: dict[str, Callable[[Arms, pathlib.Path], bool]] = {
     name: functools.partial(_draw, *how) for name, how in _DRAWN.items()
 }
 """From arms and a path to whether there was something to draw."""
+CAPTIONS = {
+    "accuracy_parameters": "Test accuracy against parameters; lines while TINY grows.",
+    "accuracy_compute": "Test accuracy against the operations of the training so far.",
+    "bottlenecks": "Relative bottleneck of the layers measured, before every growth.",
+    "widths": "Neurons or channels over the updates, of the first seed.",
+}
+"""What each shows."""

@@ -17,10 +17,11 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import checkpoints, files
-from archscale_jax.architecture import PyTree, named_leaves, parameter_name
 from archscale_jax.datasets import Dataset
 from archscale_jax.growth.extension import AMPLITUDES
+from archscale_jax.refusals import unknown
 from archscale_jax.sweeps import trial_hash
+from archscale_jax.trees import PyTree, named_leaves, parameter_name
 from experiments import grow_cost, transfer_study
 from experiments.grow_networks import NETWORKS
 
@@ -185,7 +186,7 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
     for what, names, known in (("network", networks, SPECS), ("arm", arms, ARMS)):
         for name in names:
             if name not in known:
-                raise ValueError(f"{what} {name!r}; accepted are {', '.join(known)}")
+                raise ValueError(unknown(what, name, known))
     found = {}
     for name in networks:
         spec = {**SPECS[name], "schedule": dict(SPECS[name]["schedule"])}

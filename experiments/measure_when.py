@@ -5,8 +5,8 @@
 Takes the best rates that `experiments.transfer` has searched and measures the same networks again:
 with the gradient of one example and of more, and after some updates at the rate that measuring at
 initialization predicts. Features are always those of one batch. Writes config.json (that of the
-truth), measurements.jsonl and table.md, and prints the table. Killed and started again it measures
-what is missing.
+truth), measurements.jsonl, table.md and report.html, and prints the table. Killed and started again
+it measures what is missing.
 """
 
 import functools
@@ -25,7 +25,7 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import files, training
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, runners, transfer_study, transfer_summary
+from experiments import common, page, runners, transfer_study, transfer_summary
 
 FLAGS = flags.FLAGS
 
@@ -67,7 +67,7 @@ def run() -> None:
         rates += [row["measured"] for row in rows]
         for trial, rate in zip(studies[name], rates, strict=True):
             trials[trial_hash(trial)] = {"network": trial, "rate": rate}
-    workdir = files.claim_directory(FLAGS.workdir, settings)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
     with runners.runner() as options:
         done = run_study(
             list(trials.values()),
@@ -76,9 +76,7 @@ def run() -> None:
             description="measurements",
             **options,
         )
-    errors = [record["error"] for record in done if "error" in record]
-    if errors:
-        raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")
+    runners.check_finished(done, workdir / "measurements.jsonl")
     variants = {trial_hash(one["trial"]["network"]): one["result"] for one in done}
     lines = _lines(studies, records, variants)
     table = common.markdown_table(lines)
@@ -86,7 +84,15 @@ def run() -> None:
     printed = Table(*lines[0])
     for line in lines[1:]:
         printed.add_row(*line)
-    Console().print(printed)
+    report = page.write(
+        workdir,
+        f"Where to measure: {', '.join(studies)}",
+        __doc__,
+        tables={"Correlation with the best rates, and RMS error in nats.": lines},
+    )
+    console = Console()
+    console.print(printed)
+    console.print(f"report: {report}", soft_wrap=True)
 
 
 def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:

@@ -33,6 +33,17 @@ def create_panels(number: int, height: float, *, width: float, columns: int, **o
     return figure, list(panels.flat[:number])
 
 
-def save(figure, path: pathlib.Path) -> None:
-    """Writes a figure atomically."""
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=120))
+def save(figure, path: pathlib.Path, *, dpi: float | str = 120) -> None:
+    """Writes a figure as the PNG of this path and as the SVG beside it, each atomically.
+
+    The SVG holds texts as texts and is the same for the same figure, byte for byte.
+    """
+    import matplotlib
+
+    files.write_atomically(path, lambda target: figure.savefig(target, dpi=dpi))
+    figure.set_layout_engine("none")  # all parts stay where they are
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        files.write_atomically(
+            path.with_suffix(".svg"),
+            lambda target: figure.savefig(target, metadata={"Date": None}),
+        )

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from archscale_jax import files
 from archscale_jax.sweeps import missing_trials, trial_hash
-from experiments import common, plan_estimate, plan_probe, transfer, transfer_study
+from experiments import common, display, plan_estimate, plan_probe, transfer, transfer_study
 from experiments.plan_estimate import Cost, Estimate
 
 FLAGS = flags.FLAGS
@@ -66,7 +66,7 @@ def run() -> None:
     if not wanted:
         raise ValueError(f"{FLAGS.workdir} holds the whole study; nothing is left to plan")
     console = Console()
-    phases, flops, lines = _phases(wanted, missing, journals["results"], console)
+    phases, flops, lines = _phases(wanted, missing, journals["results"])
     devices = FLAGS.devices or _devices()
     found = plan_estimate.estimate(
         [phase for phase in phases if phase],
@@ -144,7 +144,7 @@ def _trainings(trial: Trial, finished) -> tuple[float, float]:
 
 
 def _phases(
-    wanted: dict[str, Trial], missing, finished, console: Console
+    wanted: dict[str, Trial], missing, finished
 ) -> tuple[list[list[Cost]], float, list[dict[str, Any]]]:
     """Times a sample of every kind; the costs by phase, the operations, and a line a kind."""
     kinds: dict[tuple, list[str]] = {}
@@ -152,17 +152,19 @@ def _phases(
         kinds.setdefault(_kind(trial), []).append(name)
     costs: dict[str, dict[str, Cost]] = {phase: {} for phase in missing}
     flops, lines = 0.0, []
+    sizes_of = _sizes(wanted)
     for number, names in enumerate(kinds.values()):
         trials = [wanted[name] for name in names]
-        sizes = [plan_probe.size(trial, FLAGS.data_dir) for trial in trials]
+        sizes = [sizes_of[name] for name in names]
         operations = [float(one.operations) for one in sizes]
         sample = plan_estimate.choose_samples(operations, FLAGS.samples)
         probes = {}
-        for index in sample:
-            with console.status(f"timing {trials[index]['architecture']}"):
+        with display.progress(f"networks timed, {_title(trials[0])}", len(sample)) as advance:
+            for index in sample:
                 probes[index] = plan_probe.probe(
                     trials[index], FLAGS.data_dir, seconds=FLAGS.seconds, sharpness=FLAGS.sharpness
                 )
+                advance()
 
         def spread(sizes: Sequence[float], part, probes=probes, first=number > 0) -> list[float]:
             return plan_estimate.interpolate(
@@ -184,7 +186,7 @@ def _phases(
                              for i, name in enumerate(names)}  # fmt: skip
         steps = trials[0]["steps"]
         lines.append({
-            "kind": f"{'CNN' if trials[0]['kernel_size'] else 'MLP'}, {trials[0]['optimizer']}",
+            "kind": _title(trials[0]),
             "networks": len(names), "timed": len(sample), "trainings": ended + lost,
             "updates": round(ended * steps * len(names)),
             "step_flops": statistics.fmean(of_flops),
@@ -194,6 +196,19 @@ def _phases(
         })  # fmt: skip
     phases = [[costs[phase][trial_hash(trial)] for trial in missing[phase]] for phase in missing]
     return phases, flops, lines
+
+
+def _sizes(wanted: dict[str, Trial]) -> dict[str, plan_probe.Size]:
+    found = {}
+    with display.progress("networks read", len(wanted)) as advance:
+        for name, trial in wanted.items():
+            found[name] = plan_probe.size(trial, FLAGS.data_dir)
+            advance()
+    return found
+
+
+def _title(trial: Trial) -> str:
+    return f"{'CNN' if trial['kernel_size'] else 'MLP'}, {trial['optimizer']}"
 
 
 def _groups_table(lines: list[dict[str, Any]]) -> Table:

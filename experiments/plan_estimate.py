@@ -115,7 +115,7 @@ def estimate(
         raise ValueError(f"devices must be at least 1, found {devices}")
     every = [cost for phase in phases for cost in phase]
     if not every:
-        raise ValueError("a study without trials takes no time")
+        raise ValueError("phases hold no trial: there is nothing to estimate")
     used = min(workers, devices, max(map(len, phases)))
     serial = sum(one.python for one in every) if threads else 0.0
     loads = [[one.total for one in phase] for phase in phases]

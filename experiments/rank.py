@@ -7,8 +7,8 @@ initialization and rate for all, and those whose initialization and rate follow 
 `author_code`, `path_sum`, `measured`, and `mup`, which sees widths alone. First it searches the
 rate of the base cells that the recipes scale from, and measures one update of every cell. Then it
 says how accuracies, their order and their gaps change. Writes config.json, bases.jsonl,
-measurements.jsonl, results.jsonl, figures and table.md, and prints the table. Killed and started
-again it goes on. The defaults are the run of the docs; --preset=paper is the paper's.
+measurements.jsonl, results.jsonl, figures, table.md and report.html, and prints the table. Killed
+and started again it goes on. The defaults are the run of the docs; --preset=paper is the paper's.
 """
 
 import collections
@@ -19,18 +19,19 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import benchmark_tables, datasets, files
+from archscale_jax import benchmark_tables, files
+from archscale_jax.refusals import unknown
 from archscale_jax.spaces.cell import cell_digits, code_of_digits
 from archscale_jax.sweeps import run_study
-from experiments import common, rank_figures, rank_networks, rank_report, rank_study, runners
+from experiments import common, page, rank_figures, rank_networks, rank_report, rank_study, runners
+from experiments.data_flags import define_data_flags
 from experiments.rank_recipes import RECIPES
 from experiments.rank_study import PRESETS
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("preset", "small", list(PRESETS), "What is not said by a flag of its own.")
-flags.DEFINE_enum("dataset", None, datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags(None)
 flags.DEFINE_integer("downscale", None, "Make images so many times smaller.", lower_bound=1)
 flags.DEFINE_integer("channels", None, "C, channels of the first stage.", lower_bound=1)
 flags.DEFINE_integer("cells_per_stage", None, "N, cells in every stage.", lower_bound=1)
@@ -71,10 +72,8 @@ def read_published() -> dict[str, float]:
     """
     table = benchmark_tables.read_table(FLAGS.table)
     if FLAGS.table_column not in table.accuracies:
-        raise ValueError(
-            f"{FLAGS.table} has no column {FLAGS.table_column!r}; it has "
-            + ", ".join(table.accuracies)
-        )
+        column = unknown("column", FLAGS.table_column, table.accuracies)
+        raise ValueError(f"{FLAGS.table}: {column}")
     codes = (code_of_digits(cell_digits(cell)) for cell in table.cells)
     column = table.accuracies[FLAGS.table_column].tolist()
     return dict(zip(codes, column, strict=True))
@@ -84,19 +83,36 @@ def report(
     records: list[dict[str, Any]], workdir: pathlib.Path, published: dict[str, float] | None
 ) -> None:
     """Prints what failed and the table, and draws the figures."""
-    for error, count in collections.Counter(
-        (record["trial"]["recipe"], record["error"]) for record in records if "error" in record
-    ).items():
-        print(f"{count} runs of {error[0]} failed: {error[1]}")
+    failed = [
+        f"{count} runs of {recipe} failed: {error}"
+        for (recipe, error), count in collections.Counter(
+            (record["trial"]["recipe"], record["error"]) for record in records if "error" in record
+        ).items()
+    ]
+    for line in failed:
+        print(line, file=sys.stderr)
     accuracies, cells = rank_study.accuracies_of(records)
     ranking = rank_report.ranking_of(accuracies, cells, published=published)
-    text = common.markdown_table(rank_report.table(ranking))
+    table = rank_report.table(ranking)
+    text = common.markdown_table(table)
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
-    for name in ("accuracies", "taus", "gaps", "gains"):
+    figures = {}
+    for name, caption in rank_figures.CAPTIONS.items():
         path = workdir / f"{name}.png"
         getattr(rank_figures, f"draw_{name}")(ranking, path)
         print(f"figure: {path}")
+        figures[path] = caption
+    title = f"Ranking of {len(ranking.cells)} cells under {len(ranking.accuracies)} recipes"
+    path = page.write(
+        workdir,
+        title,
+        __doc__,
+        remarks=failed,
+        tables={"Accuracy, gain and Kendall's tau of every recipe, with 95 % intervals.": table},
+        figures=figures,
+    )
+    print(f"report: {path}")
 
 
 def run() -> None:
@@ -104,7 +120,7 @@ def run() -> None:
     chosen = settings()
     published = read_published() if FLAGS.table is not None else None
     plan = rank_study.plan_of(chosen, FLAGS.data_dir)
-    workdir = files.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
+    workdir = common.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
 
     def study(trials, function, name: str):
         run_trial = functools.partial(function, data_dir=FLAGS.data_dir)

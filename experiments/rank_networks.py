@@ -16,9 +16,9 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import datasets, training
-from archscale_jax.architecture import PyTree
 from archscale_jax.graph import live_vertices
 from archscale_jax.models import CellNetwork, embed, select_cell
+from archscale_jax.trees import PyTree
 from experiments import common, transfer_study
 from experiments.rank_recipes import (
     RECIPES,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import archscale_jax as archscale
-from archscale_jax.architecture import PyTree, named_leaves, parameter_name
 from archscale_jax.spaces import cell_graph
+from archscale_jax.trees import PyTree, named_leaves, parameter_name
 
 Trial = Mapping[str, Any]
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from archscale_jax import training
+from archscale_jax.refusals import unknown
 from archscale_jax.spaces import canonical_cell, cell_code, cell_function, cell_graph
 from archscale_jax.spaces.cell import CELL_EDGES
 from experiments import transfer_study
 from experiments.rank_networks import SETTINGS
 from experiments.rank_recipes import RECIPES, Trial
+from experiments.runners import FailedTrialsError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -93,8 +95,8 @@ def plan_of(settings: Mapping[str, Any], data_dir: str | None = None) -> Plan:
       ValueError: an unknown recipe, no recipe `fixed`, a cell without a path or named twice, a
         batch larger than the training set, or epochs that are not positive.
     """
-    if unknown := [name for name in settings["recipe"] if name not in RECIPES]:
-        raise ValueError(f"unknown recipe {unknown[0]!r}; accepted are {', '.join(RECIPES)}")
+    if strange := [name for name in settings["recipe"] if name not in RECIPES]:
+        raise ValueError(unknown("recipe", strange[0], RECIPES))
     if "fixed" not in settings["recipe"]:
         raise ValueError("recipe must name fixed, which the others are compared with")
     cells = [cell_code(cell_graph(cell)) for cell in settings["cell"]]
@@ -127,12 +129,15 @@ def trials_of(plan: Plan, bases: Sequence[Mapping[str, Any]]) -> list[Trial]:
       bases: the records of its searches.
 
     Raises:
-      RuntimeError: a search failed.
+      FailedTrialsError: a search failed.
     """
     rates = {}
     for record in bases:
         if "error" in record:
-            raise RuntimeError(f"the search on {record['trial']['cell']} failed: {record['error']}")
+            raise FailedTrialsError(
+                f"the search on {record['trial']['cell']} failed with {record['error']}; "
+                "--retry_failed runs it again"
+            )
         trial = record["trial"]
         rates[trial["cell"], trial["initialization"]] = record["result"]["rate"]
     trials = []

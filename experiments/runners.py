@@ -1,7 +1,12 @@
 """Where the trials of a study run: the flags, and the executor that they name."""
 
+import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+import os
+import pathlib
+import signal
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -9,6 +14,7 @@ from absl import flags
 from archscale_jax.sweeps import ProcessExecutor
 from archscale_jax.sweeps.devices import DeviceExecutor
 from archscale_jax.sweeps.ray_executor import RayExecutor, connected
+from experiments import display
 
 FLAGS = flags.FLAGS
 
@@ -38,6 +44,24 @@ def define_flags(*, workers: int = 1) -> None:
     flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 
 
+class FailedTrialsError(RuntimeError):
+    """Trials failed without which a study has no answer."""
+
+
+def check_finished(records: Sequence[Mapping[str, Any]], journal: pathlib.Path) -> None:
+    """Checks that no trial of a study has failed.
+
+    Raises:
+      FailedTrialsError: some have; the message names the first, and the way to run them again.
+    """
+    failed = [record for record in records if "error" in record]
+    if failed:
+        raise FailedTrialsError(
+            f"{len(failed)} of {len(records)} trials failed, the first, {failed[0]['trial']}, with "
+            f"{failed[0]['error']}; {journal} has the others, and --retry_failed runs them again"
+        )
+
+
 @contextlib.contextmanager
 def runner() -> Iterator[dict[str, Any]]:
     """Gives the options of `run_study` that the flags stand for; ends workers at the end.
@@ -47,23 +71,54 @@ def runner() -> Iterator[dict[str, Any]]:
       ConnectionError: no Ray cluster answers at the address.
       ValueError: an address of another form, or beside another runner.
     """
-    options: dict[str, Any] = {"retry_failed": FLAGS.retry_failed}
+    options: dict[str, Any] = {"retry_failed": FLAGS.retry_failed, "progress": display.shown()}
     if FLAGS.ray_address and FLAGS.runner != "ray":
         raise ValueError(f"--ray_address is of --runner=ray, found --runner={FLAGS.runner}")
-    if FLAGS.runner == "local":
-        yield options | {"workers": FLAGS.workers}
-    elif FLAGS.runner == "devices":
+    if FLAGS.runner == "local" and FLAGS.workers == 1:
+        yield options
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_interrupts_told())
+        if FLAGS.runner == "local":
+            yield options | {"workers": FLAGS.workers}
+        else:
+            yield options | {"executor": stack.enter_context(_executor())}
+
+
+@contextlib.contextmanager
+def _executor() -> Iterator[concurrent.futures.Executor]:
+    if FLAGS.runner == "devices":
         with DeviceExecutor() as executor:
-            yield options | {"executor": executor}
+            yield executor
     elif FLAGS.runner == "processes":
         with ProcessExecutor(FLAGS.workers, attempts=FLAGS.attempts) as executor:
-            yield options | {"executor": executor}
+            yield executor
     else:
         threads = max(1, round(FLAGS.cpus_per_trial))
         environment = {"env_vars": {"NPROC": str(threads)}}  # sizes XLA's thread pools
+        level = "warning" if FLAGS["verbosity"].present else "error"
         resources = {"num_cpus": FLAGS.cpus_per_trial, "num_gpus": FLAGS.gpus_per_trial}
         with (
-            connected(FLAGS.ray_address, runtime_env=environment),
+            connected(FLAGS.ray_address, runtime_env=environment, logging_level=level),
             RayExecutor(attempts=FLAGS.attempts, **resources) as executor,
         ):
-            yield options | {"executor": executor}
+            yield executor
+
+
+@contextlib.contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """Answers Ctrl-C at once: a study first waits for the trials that have begun."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        os.write(2, b"\ninterrupted: waiting for the trials that have begun\n")  # prints may be cut
+        signal.default_int_handler(number, frame)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:  # ignored, as in the background of a script
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -4,8 +4,8 @@
 
 Searches the best rate of the base network on a grid (the largest rate with the smallest training
 loss), then trains chains and random DAGs at rates scaled from it by every rule in --rules (`none`
-is the unscaled rate). Writes config.json, results.jsonl (a line a trial), table.md and
-scaling.png, and prints the table. A run that was cut off goes on where it stopped, and the same
+is the unscaled rate). Writes config.json, results.jsonl (a line a trial), table.md, scaling.png and
+report.html, and prints the table. A run that was cut off goes on where it stopped, and the same
 --workdir takes more rules, networks and seeds later.
 """
 
@@ -21,12 +21,11 @@ import numpy as np
 import optax
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 
 import archscale_jax as archscale
 from archscale_jax import datasets, files
 from archscale_jax.datasets import Dataset
-from experiments import common, scaling_report
+from experiments import common, display, page, scaling_report
 
 FLAGS = flags.FLAGS
 
@@ -72,7 +71,7 @@ def run() -> None:
     dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
     search_steps = common.count_steps(dataset, FLAGS.search_epochs)
     total_steps = common.count_steps(dataset, FLAGS.epochs)
-    workdir = files.claim_directory(
+    workdir = common.claim_directory(
         FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
     )
     journal = workdir / "results.jsonl"
@@ -105,7 +104,19 @@ def run() -> None:
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
     figure = workdir / "scaling.png"
     scaling_report.draw(rows, rules, title, figure)
-    console.print(f"results: {journal}\nfigure:  {figure}", soft_wrap=True)
+    report = page.write(
+        workdir,
+        f"Gains of scaled learning rates on {FLAGS.dataset}",
+        __doc__,
+        remarks=[f"Base rate {base_rate:.3g}, of the network {FLAGS.base_architecture}."],
+        tables={
+            "What every rule gains over all networks.": scaling_report.overview(rows, rules),
+            f"Training loss (nats) and test accuracy: {scaling_report.caption(rows, rules)}.":
+                scaling_report.by_network(rows, rules),
+        },
+        figures={figure: "Training loss of every network under every rule, a mark a seed."},
+    )  # fmt: skip
+    console.print(f"results: {journal}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
 
 
 def _networks() -> dict[str, str]:
@@ -177,8 +188,7 @@ def _train_missing(
 ) -> None:
     """Trains every trial and seed that the journal lacks, and appends a record for each."""
     done = {_identity(record) for record in files.read_records(journal)}
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(phase, total=len(trials) * FLAGS.num_seeds)
+    with display.progress(f"{phase} trials", len(trials) * FLAGS.num_seeds) as advance:
         for text, rule, rates in _grouped(trials):
             missing = [
                 (rate, seed)
@@ -186,10 +196,10 @@ def _train_missing(
                 for seed in range(FLAGS.num_seeds)
                 if (phase, text, rule, rate, seed) not in done
             ]
-            progress.advance(bar, len(rates) * FLAGS.num_seeds - len(missing))
+            advance(len(rates) * FLAGS.num_seeds - len(missing))
             for record in _train(dataset, text, rule, missing, total_steps):
                 files.append_record(journal, {"phase": phase, **record})
-                progress.advance(bar)
+                advance(note=f"{text} by {rule}")
 
 
 def _identity(record: dict[str, Any]) -> tuple:

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import files
 from experiments import common
+from experiments.panels import save
 
 Row = dict[str, Any]
 
@@ -86,7 +86,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _caption(rows: list[Row], rules: list[str]) -> str:
+def caption(rows: list[Row], rules: list[str]) -> str:
+    """Says what the numbers of a network are."""
     seeds = max(row[rule]["seeds"] for row in rows for rule in rules)
     return f"means over {seeds} seeds; n†: n of them diverged and are left out"
 
@@ -94,7 +95,7 @@ def _caption(rows: list[Row], rules: list[str]) -> str:
 def table(rows: list[Row], rules: list[str], title: str) -> Table:
     """Returns the table for a terminal: training loss (nats), test accuracy, factor."""
     result = Table(
-        title=title, caption=_caption(rows, rules), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title, caption=caption(rows, rules), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for index, column in enumerate(_columns(rules)):
         result.add_column(column.replace(" ", "\n", 1) if index > 2 else column, no_wrap=True,
@@ -142,11 +143,14 @@ def overview_table(rows: list[Row], rules: list[str]) -> Table:
 
 def markdown(rows: list[Row], rules: list[str], title: str) -> str:
     """Returns both tables as Markdown."""
-    networks = [_columns(rules), *(_cells(row, rules) for row in rows)]
-    caption = f"{title}; {_caption(rows, rules)}."
-    return "\n".join(
-        [common.markdown_table(overview(rows, rules)), caption, "", common.markdown_table(networks)]
-    )
+    tables = (overview(rows, rules), by_network(rows, rules))
+    between = f"\n{title}; {caption(rows, rules)}.\n\n"
+    return between.join(map(common.markdown_table, tables))
+
+
+def by_network(rows: list[Row], rules: list[str]) -> list[list[str]]:
+    """Returns one line per network, after a heading."""
+    return [_columns(rules), *(_cells(row, rules) for row in rows)]
 
 
 _COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
@@ -180,11 +184,11 @@ def draw(rows: list[Row], rules: list[str], title: str, path: pathlib.Path) -> N
         axes.axvline(position - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
     axes.set_yscale("log")
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_ylim(top=top * 1.4)
+    axes.set_ylim(None if losses else top / 10, top * 1.4)  # without a loss there is no scale
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=60, ha="right",
                     rotation_mode="anchor", fontsize=8)  # fmt: skip
     axes.set_ylabel("training loss (nats)")
     axes.set_title(f"{title}\none mark a seed; n× in the top row: seeds that diverged", fontsize=10)
     axes.grid(axis="y", which="major", alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=150))
+    save(figure, path, dpi=150)

@@ -6,8 +6,8 @@ Searches the best rate of networks of several depths or widths, under three para
 Flax initializes them with one rate (`standard`), with this library's initialization and one rate
 (`initialized`), and with per-parameter factors on top (`factors`). A parametrization transfers if
 its best rate stays; for the first two, every rule predicts the rates from that of the smallest
-network. Writes config.json, results.jsonl, measurements.jsonl, a figure and table.md, and prints
-the table. Killed and started again it goes on. The defaults are the run of the docs.
+network. Writes config.json, results.jsonl, measurements.jsonl, a figure, table.md and report.html,
+and prints the table. Killed and started again it goes on. The defaults are the run of the docs.
 """
 
 import functools
@@ -15,16 +15,16 @@ import sys
 
 from absl import flags
 
-from archscale_jax import datasets, files
+from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, runners, size_transfer_study
+from experiments import common, page, runners, size_transfer_study
+from experiments.data_flags import define_data_flags
 from experiments.size_transfer_study import STUDIES
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("study", list(STUDIES), f"Of {', '.join(STUDIES)}.")
-flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags("fashion_mnist")
 flags.DEFINE_list("size", [], "Other sizes than those of the study; the first is the base.")
 flags.DEFINE_integer("batch_size", 64, "Examples an update.", lower_bound=2)
 flags.DEFINE_integer("steps", 100, "Updates of a run.", lower_bound=1)
@@ -40,7 +40,7 @@ def run() -> None:
     values = FLAGS.flags_by_module_dict()[sys.argv[0]]
     settings = {flag.name: flag.value for flag in values if flag.name not in NOT_SETTINGS}
     trials = size_transfer_study.all_trials(FLAGS.study, settings)
-    workdir = files.claim_directory(FLAGS.workdir, settings)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
     found: dict[str, size_transfer_study.Records] = {}
     functions = {
         "results": size_transfer_study.search_rate,
@@ -55,16 +55,23 @@ def run() -> None:
                 description=name,
                 **options,
             )
-            errors = [record["error"] for record in records if "error" in record]
-            if errors:
-                raise RuntimeError(f"{len(errors)} networks failed, the first with {errors[0]}")
+            runners.check_finished(records, workdir / f"{name}.jsonl")
             found[name] = {record["hash"]: record["result"] for record in records}
     groups = size_transfer_study.grouped(trials, found)
-    text = common.markdown_table(size_transfer_study.table(groups))
+    table = size_transfer_study.table(groups)
+    text = common.markdown_table(table)
     files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
     print(text)
-    size_transfer_study.draw(groups, workdir / "size_transfer.png")
-    print(f"figure: {workdir / 'size_transfer.png'}")
+    figure = workdir / "size_transfer.png"
+    size_transfer_study.draw(groups, figure)
+    report = page.write(
+        workdir,
+        f"Learning rates of growing networks on {FLAGS.dataset}",
+        __doc__,
+        tables={"How far the rates of each rule miss (nats), and what that costs.": table},
+        figures={figure: "Best rates against size, with the prediction of every rule (dashed)."},
+    )
+    print(f"figure: {figure}\nreport: {report}")
 
 
 if __name__ == "__main__":

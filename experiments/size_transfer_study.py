@@ -12,9 +12,12 @@ import numpy as np
 import optax
 
 import archscale_jax as archscale
-from archscale_jax import datasets, files, training
+from archscale_jax import datasets, training
+from archscale_jax.refusals import unknown
+from archscale_jax.search import excess_loss
 from archscale_jax.sweeps import trial_hash
 from experiments import common, families, transfer_study
+from experiments.panels import save
 
 Trial = Mapping[str, Any]
 Records = dict[str, dict[str, Any]]
@@ -53,7 +56,7 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     trials: list[Trial] = []
     for name in names:
         if name not in STUDIES:
-            raise ValueError(f"unknown study {name!r}; accepted are {', '.join(STUDIES)}")
+            raise ValueError(unknown("study", name, STUDIES))
         family, axis, sizes, options, parametrizations = STUDIES[name]
         sizes = tuple(map(int, settings["size"])) or sizes
         if len(set(sizes)) < 2:
@@ -193,21 +196,16 @@ def table(groups: Mapping[tuple[str, str], Group]) -> list[list[str]]:
     rows = [head]
     for (study, how), (searches, predicted) in groups.items():
         best = {size: search.rate for size, search in searches.items()}
+        losses = {size: archscale.mean_losses(search) for size, search in searches.items()}
         noise = np.mean([search.uncertainty for search in searches.values()])
         rates = " ".join(f"{rate:.3g}" for rate in best.values())
         for rule, found in predicted.items():
             errors = [math.log(found[size] / best[size]) for size in list(best)[1:]]
-            worst = max(excess(searches[size], found[size]) for size in list(best)[1:])
+            worst = max(excess_loss(found[size], losses[size]) for size in list(best)[1:])
             error = math.sqrt(np.mean(np.square(errors)))
             shown = f"{worst:+.1%}" if math.isfinite(worst) else "lost"
             rows.append([study, how, rates, f"{noise:.2f}", rule, f"{error:.2f}", shown])
     return rows
-
-
-def excess(search: archscale.RateSearch, rate: float) -> float:
-    """Returns by what fraction the loss at a rate exceeds the smallest."""
-    losses = archscale.mean_losses(search)
-    return archscale.loss_at(rate, losses) / min(losses.values()) - 1
 
 
 COLORS: dict[str, str] = dict(
@@ -258,4 +256,4 @@ def draw(groups: Mapping[tuple[str, str], Group], path: pathlib.Path) -> None:
             panel.set_visible(panel.has_data())
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    files.write_atomically(path, lambda target: figure.savefig(target))
+    save(figure, path, dpi="figure")

@@ -2,10 +2,12 @@
 
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
-Writes config.json, results.jsonl (a line an epoch) and checkpoints, and prints a table. The same
-command with --resume goes on after a kill and ends bit for bit where it would have ended.
+Writes config.json, results.jsonl (a line an epoch), checkpoints, train.png and report.html, and
+prints a table. The same command with --resume goes on after a kill and ends bit for bit where it
+would have ended.
 """
 
+import math
 import pathlib
 import sys
 
@@ -17,7 +19,8 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import checkpoints, datasets, files, training
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common
+from experiments import common, display, page
+from experiments.panels import create_panels, save
 
 FLAGS = flags.FLAGS
 
@@ -57,22 +60,38 @@ def run() -> None:
     )
     state = common.initial_state(network, optimizer, FLAGS.seed)
 
-    files.claim_directory(workdir, settings)
+    common.claim_directory(workdir, settings)
     saved = checkpoints.restore_checkpoint(saves, state, settings)
     if saved:
         state = saved[1]
     _keep_records(results, int(state.epoch))
     console = Console()
-    console.print(
+    display.note(
         f"{FLAGS.architecture} on {FLAGS.dataset}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
         + (f", resumed after epoch {int(state.epoch)}" if saved else "")
     )
-    for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
-        files.append_record(results, metrics)
-        checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
-        console.print(_line(metrics))
-    console.print(_table(files.read_records(results)))
-    console.print(f"results: {results}", soft_wrap=True)
+    epochs = math.ceil(total_steps / max(len(dataset.train_images) // FLAGS.batch_size, 1))
+    with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
+        for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
+            with common.interrupts_later():
+                files.append_record(results, metrics)
+                checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
+            advance(note=_line(metrics))
+    records = files.read_records(results)
+    title = f"{FLAGS.architecture} on {FLAGS.dataset}, seed {FLAGS.seed}"
+    lines = _lines(records)
+    figure = workdir / "train.png"
+    _draw(records, figure)
+    report = page.write(
+        workdir,
+        title,
+        __doc__,
+        remarks=[f"Rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})."],
+        tables={"Loss (nats) and accuracy after every epoch.": lines},
+        figures={figure: "Loss and accuracy after every epoch."},
+    )
+    console.print(_table(title, lines))
+    console.print(f"results: {results}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
 
 
 def _keep_records(results: pathlib.Path, epochs: int) -> None:
@@ -88,24 +107,48 @@ def _keep_records(results: pathlib.Path, epochs: int) -> None:
 
 def _line(metrics: dict) -> str:
     return (
-        f"epoch {metrics['epoch']:>3}  train loss {metrics['train_loss']:.4f}  "
-        f"test accuracy {metrics['test_accuracy']:.4f}" + ("  diverged" * bool(metrics["diverged"]))
+        f"train loss {metrics['train_loss']:.4f}, test accuracy {metrics['test_accuracy']:.4f}"
+        + ", diverged" * bool(metrics["diverged"])
     )
 
 
-def _table(records: list[dict]) -> Table:
-    table = Table(title=f"{FLAGS.architecture} on {FLAGS.dataset}, seed {FLAGS.seed}")
+def _lines(records: list[dict]) -> list[list[str]]:
+    """A line an epoch, after a heading."""
     columns = ["epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for record in records:
-        table.add_row(
-            *(
-                f"{record[c]:.4f}" if isinstance(record[c], float) else str(record[c])
-                for c in columns
-            )
-        )
+    return [
+        [column.replace("_", " ") for column in columns],
+        *([_cell(record[column]) for column in columns] for record in records),
+    ]
+
+
+def _cell(value: float | None) -> str:
+    if value is None:  # as JSON has what is not finite
+        return "diverged"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, lines: list[list[str]]) -> Table:
+    table = Table(title=title)
+    for column in lines[0]:
+        table.add_column(column, justify="right")
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
+
+
+def _draw(records: list[dict], path: pathlib.Path) -> None:
+    """Draws loss and accuracy over epochs, of training and of test examples."""
+    figure, panels = create_panels(2, 2.8, width=3.6, columns=2)
+    epochs = [record["epoch"] for record in records]
+    for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
+        for part, style in (("train", "o-"), ("test", "^--")):
+            values = [record[f"{part}_{name}"] for record in records]
+            known = [math.nan if value is None else value for value in values]
+            panel.plot(epochs, known, style, markersize=3, linewidth=1.2, label=part)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set(xlabel="epoch", ylabel=f"{name} (nats)" if name == "loss" else name)
+        panel.legend(fontsize=8, frameon=False)
+    save(figure, path)
 
 
 if __name__ == "__main__":

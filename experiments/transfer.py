@@ -5,9 +5,9 @@
 Searches the best rate of every network of the studies (the truth), measures every network at
 initialization, and predicts its rate from that of the base network by every rule. Writes
 config.json, results.jsonl (the searches), measurements.jsonl, sharpness.jsonl, table.md,
-summary.json and a figure a study, and prints the table. Killed and started again it runs what is
-missing; the same --workdir takes more studies later. At the paper's size: --dataset=cifar10
---cnn_downscale=1 --cnn_width=128 --cnn_steps=0 --steps=0 (0 is one epoch).
+summary.json, a figure a study and report.html, and prints the table. Killed and started again it
+runs what is missing; the same --workdir takes more studies later. At the paper's size:
+--dataset=cifar10 --cnn_downscale=1 --cnn_width=128 --cnn_steps=0 --steps=0 (0 is one epoch).
 """
 
 import functools
@@ -18,15 +18,15 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from archscale_jax import datasets, files
+from archscale_jax import files
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, runners, transfer_report, transfer_study, transfer_summary
+from experiments import common, page, runners, transfer_report, transfer_study, transfer_summary
+from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("study", ["chains"], f"Of {', '.join(transfer_study.STUDIES)}; or all.")
-flags.DEFINE_enum("dataset", "digits", datasets.DATASET_NAMES, "Data set.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
+define_data_flags("digits")
 flags.DEFINE_integer("width", 128, "Features of every vertex of an MLP.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 256, "Examples an update of an MLP.", lower_bound=1)
 flags.DEFINE_integer("steps", 0, "Updates of a run of an MLP; 0 is one epoch.", lower_bound=0)
@@ -55,7 +55,7 @@ def run() -> None:
         name: transfer_study.trials_of(name, settings, FLAGS.data_dir)[: FLAGS.max_networks]
         for name in names
     }
-    workdir = files.claim_directory(FLAGS.workdir, settings)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
 
     unique = {trial_hash(trial): trial for trials in studies.values() for trial in trials}
     functions = {
@@ -66,6 +66,7 @@ def run() -> None:
     if not FLAGS.sharpness:
         del functions["sharpness"]
     records: dict[str, dict[str, Any]] = {"sharpness": {}}
+    failed = []
     with runners.runner() as options:
         for name, function in functions.items():
             found = run_study(
@@ -77,12 +78,13 @@ def run() -> None:
             )
             for record in found:
                 if "error" in record:
-                    print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
+                    failed.append(f"failed: {record['trial']}: {record['error']}")
+                    print(failed[-1], file=sys.stderr)
             records[name] = {r["hash"]: r["result"] for r in found if "result" in r}
-    _report(studies, records, workdir)
+    _report(studies, records, failed, workdir)
 
 
-def _report(studies, records, workdir: pathlib.Path) -> None:
+def _report(studies, records, failed: list[str], workdir: pathlib.Path) -> None:
     summaries = []
     for name, trials in studies.items():
         rows = transfer_summary.rows(trials, records)
@@ -95,10 +97,26 @@ def _report(studies, records, workdir: pathlib.Path) -> None:
     spread = transfer_summary.spread_of_answers(list(records["results"].values()))
     markdown = transfer_report.markdown(summaries, spread)
     files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    report = page.write(
+        workdir,
+        f"Predicted learning rates on {FLAGS.dataset}: {', '.join(studies)}",
+        __doc__,
+        remarks=[f"{spread[0].upper()}{spread[1:]}.", *failed],
+        tables={
+            "Correlation, RMS error in nats and excess loss by kind of rule.":
+                transfer_report.overview(summaries),
+            "Every rule, with 95 % intervals over networks.": transfer_report.whole(summaries),
+        },
+        figures={
+            workdir / f"{name}.png": f"{name}: best rates by search against predicted ones."
+            for name in studies
+        },
+    )  # fmt: skip
     console = Console()
     console.print(transfer_report.table(summaries), spread)
     for name in studies:
         console.print(f"figure:  {workdir / f'{name}.png'}", soft_wrap=True)
+    console.print(f"report:  {report}", soft_wrap=True)
     console.print(f"results: {workdir / 'results.jsonl'}", soft_wrap=True)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from archscale_jax import files
 from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments import common
+from experiments.panels import save
 from experiments.transfer_summary import Row, Summary
 
 _COLUMNS = ("study", "rule", "n", "r (log)", "r (linear)", "slope",
@@ -77,10 +77,13 @@ def _r_and_error(one: Summary) -> str:
 
 def markdown(summaries: list[Summary], spread: str) -> str:
     """Returns the overview, the spread of the answers and the whole table as Markdown."""
-    whole = [list(_COLUMNS), *(_cells(one, intervals=True) for one in summaries)]
-    return (
-        f"{common.markdown_table(overview(summaries))}\n{spread}\n\n{common.markdown_table(whole)}"
-    )
+    tables = (overview(summaries), whole(summaries))
+    return f"\n{spread}\n\n".join(map(common.markdown_table, tables))
+
+
+def whole(summaries: list[Summary]) -> list[list[str]]:
+    """Returns a line per study and rule after a heading, with intervals."""
+    return [list(_COLUMNS), *(_cells(one, intervals=True) for one in summaries)]
 
 
 _DRAWN = ("path_sum_activations", "author_code", "path_sum", "absolute", "relative", "measured")
@@ -110,4 +113,4 @@ def draw(study: str, rows: list[Row], summaries: list[Summary], path: pathlib.Pa
     figure.supxlabel("predicted learning rate")
     figure.supylabel("best learning rate by search")
     figure.suptitle(f"{study}: {len(rows)} networks, predicted from the rate of the chain 2")
-    files.write_atomically(path, lambda target: figure.savefig(target, dpi=110))
+    save(figure, path, dpi=110)

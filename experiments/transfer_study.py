@@ -12,9 +12,10 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import datasets, search, training
-from archscale_jax.architecture import PyTree
 from archscale_jax.datasets import Dataset
 from archscale_jax.models import create_network
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree
 from experiments import common
 
 Trial = dict[str, Any]
@@ -125,7 +126,7 @@ def trials_of(name: str, settings: Mapping[str, Any], data_dir: str | None = Non
       ValueError: an unknown study, or a batch larger than the training split.
     """
     if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; accepted are all, {', '.join(STUDIES)}")
+        raise ValueError(unknown("study", name, ("all", *STUDIES)))
     mlp = {key: settings[key] for key in ("dataset", "width", "batch_size", "steps")}
     mlp |= {"downscale": 1, "seeds": settings["num_seeds"]}
     cnn = {key: settings[f"cnn_{key}"] for key in ("downscale", "width", "batch_size", "steps")}

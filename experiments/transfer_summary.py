@@ -9,6 +9,7 @@ import numpy as np
 
 import archscale_jax as archscale
 from archscale_jax.rules import LEARNING_RATE_RULES
+from archscale_jax.search import excess_loss
 from archscale_jax.sweeps import trial_hash
 from experiments.transfer_study import Trial
 
@@ -134,10 +135,7 @@ def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> list[Sum
             continue
         pairs = np.asarray([(row[rule], row["rate"]) for row in known])
         logs, noise = np.log(pairs), np.asarray([row["noise"] for row in known])
-        excess = [
-            archscale.loss_at(row[rule], row["losses"]) / min(row["losses"].values())
-            for row in known
-        ]
+        excess = [excess_loss(row[rule], row["losses"]) for row in known]
         generator = np.random.default_rng(0)
         samples = [logs[generator.integers(len(logs), size=len(logs))] for _ in range(resamples)]
         summaries.append(
@@ -151,7 +149,7 @@ def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> list[Sum
                 _slope(logs),
                 _error(logs),
                 *_interval([_error(sample) for sample in samples]),
-                float(np.median(excess)) - 1,
+                float(np.median(excess)),
                 float(np.sqrt(np.mean(noise**2))),
             )
         )

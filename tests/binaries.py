@@ -9,8 +9,11 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 
@@ -23,13 +26,21 @@ _FORKS.set_forkserver_preload([__name__])
 
 
 def run_forked(
-    name: str, flags: list[str], folder: pathlib.Path, root: pathlib.Path
+    name: str,
+    flags: list[str],
+    folder: pathlib.Path,
+    root: pathlib.Path,
+    interrupt_at: pathlib.Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m experiments.<name>` with flags; its output goes through files in a folder."""
+    """Runs `python -m experiments.<name>` with flags; its output goes through files in a folder.
+
+    Where a path is given, Ctrl-C comes as soon as something is there.
+    """
     files = [folder / stream for stream in ("stdout", "stderr")]
     for file in files:
         file.touch()
-    process = _FORKS.Process(target=_become, args=(f"experiments.{name}", flags, files, root))
+    arguments = (f"experiments.{name}", flags, files, root, interrupt_at)
+    process = _FORKS.Process(target=_become, args=arguments)
     process.start()
     process.join(300)
     if process.exitcode is None:
@@ -42,11 +53,26 @@ def run_forked(
     return finished
 
 
-def _become(module: str, flags: list[str], files: list[pathlib.Path], root: pathlib.Path) -> None:
+def _become(
+    module: str,
+    flags: list[str],
+    files: list[pathlib.Path],
+    root: pathlib.Path,
+    interrupt_at: pathlib.Path | None,
+) -> None:
     for descriptor, file in enumerate(files, start=1):
         with file.open("wb") as stream:
             os.dup2(stream.fileno(), descriptor)
     os.chdir(root)
     jax.config.update("jax_disable_most_optimizations", True)
+    if interrupt_at is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # fork servers ignore it
+        threading.Thread(target=_interrupt, args=(interrupt_at,), daemon=True).start()
     sys.argv = [module, *flags]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _interrupt(path: pathlib.Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)

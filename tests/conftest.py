@@ -6,7 +6,6 @@ The environment is set while this file is imported, before any test module impor
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -100,26 +99,12 @@ def binary_environment() -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-@pytest.fixture(scope="session")
-def run_experiment(binary_environment):
-    """Runs a binary as its users do: name, --workdir, further flags."""
-
-    def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags],
-            cwd=_ROOT,
-            env=binary_environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
-
-
 @pytest.fixture
 def run_again(tmp_path_factory):
-    """As `run_experiment`, without the seconds in which Python imports what all binaries need."""
+    """Runs a binary as its users do: name, --workdir, further flags.
+
+    Forked from a process that has imported what all binaries need, which takes them seconds.
+    """
     from tests.binaries import run_forked  # imports JAX
 
     def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -9,10 +9,10 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import training
-from archscale_jax.architecture import named_leaves
 from archscale_jax.growth.bottleneck import bottleneck, layer_statistics
 from archscale_jax.models import create_network
 from archscale_jax.tracing.layers import layer_kinds
+from archscale_jax.trees import named_leaves
 
 pytestmark = pytest.mark.quick_compilation
 

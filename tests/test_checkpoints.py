@@ -90,8 +90,8 @@ class TestRoundTrip:
 
     def test_the_last_one_wins_and_old_ones_go(self, tmp_path):
         for step in (1, 2, 10):
-            save_checkpoint(tmp_path, step, {"x": jnp.int32(step)}, SETTINGS, keep=2)
-        assert steps(tmp_path) == [2, 10]
+            save_checkpoint(tmp_path, step, {"x": jnp.int32(step)}, SETTINGS)
+        assert steps(tmp_path) == [2, 10]  # one to go back to where the last is damaged
         found = restore_checkpoint(tmp_path, {"x": jnp.int32(0)}, SETTINGS)
         assert found is not None
         assert (found[0], int(found[1]["x"])) == (10, 10)

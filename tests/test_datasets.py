@@ -21,6 +21,7 @@ from hypothesis import strategies
 from archscale_jax import datasets
 from archscale_jax.datasets import fashion_mnist
 from archscale_jax.datasets.dataset import channel_statistics
+from experiments.data_flags import DatasetParser
 
 FILE_NAMES = (
     "train-images-idx3-ubyte",
@@ -588,3 +589,66 @@ def test_epoch_indices_shuffle_anew_for_every_key():
 def test_epoch_indices_refuse_impossible_batches(batch_size):
     with pytest.raises(ValueError, match=f"10 examples, found {batch_size}"):
         datasets.epoch_indices(jax.random.key(0), 10, batch_size)
+
+
+# ----------------------------------------------------------------------------------- one's own data
+
+
+def own_arrays() -> dict[str, Any]:
+    drawn = np.random.default_rng(0)
+    return {
+        "train_images": drawn.integers(0, 256, (12, 3, 5, 2)).astype(np.uint8),
+        "train_labels": np.arange(12) % 4,
+        "test_images": drawn.integers(0, 256, (6, 3, 5, 2)).astype(np.uint8),
+        "test_labels": np.arange(6) % 3,
+    }
+
+
+def test_own_arrays_are_standardised_and_read_from_a_file(tmp_path):
+    arrays, path = own_arrays(), str(tmp_path / "mine.npz")
+    np.savez(path, **arrays)
+    for found in (datasets.from_arrays(**arrays, name=path), datasets.load(path)):
+        assert_well_formed(found, path, 4, (3, 5, 2))
+        for split in ("train", "test"):
+            images = getattr(found, f"{split}_images")
+            pixels = recovered_pixels(images, arrays["train_images"])
+            np.testing.assert_array_equal(pixels, arrays[f"{split}_images"])
+    gray = arrays | {name: arrays[name][..., 0] for name in ("train_images", "test_images")}
+    assert datasets.from_arrays(**gray).train_images.shape == (12, 3, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_images": np.zeros((12, 4))}, r"train_images has the shape \(12, 4\)"),
+        ({"train_images": np.full((12, 3, 5, 2), np.nan)}, "train_images: example 0 holds numbers"),
+        ({"test_images": np.zeros((6, 3, 4, 2))}, r"one of test_images \(3, 4, 2\)"),
+        ({"test_labels": np.zeros(5, int)}, "test_images holds 6 examples and test_labels 5"),
+        ({"test_labels": np.zeros(6)}, r"test_labels has the shape \(6,\) and dtype float64"),
+        ({"train_labels": np.full(12, -1)}, "train_labels: label -1 of example 0"),
+        ({"num_classes": 3}, "train_labels: label 3 of example 3"),
+    ],
+)
+def test_wrong_arrays_are_refused_by_name(changed, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.from_arrays(**own_arrays() | changed)
+
+
+def test_a_file_that_changes_under_its_name_is_noticed(tmp_path):
+    arrays, path = own_arrays(), tmp_path / "mine.npz"
+    np.savez(path, **arrays)
+    named = DatasetParser().parse(str(path))
+    assert datasets.load(named).num_classes == datasets.load(str(path)).num_classes
+    changed = arrays | {"train_labels": np.zeros(12, int)}
+    np.savez(path, **changed)
+    assert DatasetParser().parse(str(path)) != named
+    with pytest.raises(ValueError, match="holds other arrays"):
+        datasets.load(named)
+    np.savez(path, images=arrays["train_images"])
+    with pytest.raises(ValueError, match="it holds images, not train_images, train_labels"):
+        datasets.load(str(path))
+    path.write_bytes(b"PK none")
+    with pytest.raises(ValueError, match="cannot be read"):
+        datasets.load(str(path))
+    with pytest.raises(ValueError, match="is no file; make it by numpy.savez"):
+        DatasetParser().parse("absent.npz")

@@ -8,9 +8,9 @@ import pytest
 
 import archscale_jax as archscale
 from archscale_jax import datasets, files
-from archscale_jax.architecture import named_leaves
 from archscale_jax.rules.residual import residual_branches
 from archscale_jax.sweeps import trial_hash
+from archscale_jax.trees import named_leaves
 from experiments import coordinate_report, families, size_transfer_study, transfer_study
 
 pytestmark = pytest.mark.quick_compilation
@@ -19,8 +19,8 @@ COORDINATE = ("--dataset=digits", "--family=mlp", "--axis=depth", "--depth=1,2",
               "--num_seeds=1", "--batch_size=8")  # fmt: skip
 
 
-def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_experiment):
-    done = run_experiment("coordinate", tmp_path, *COORDINATE)
+def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_again):
+    done = run_again("coordinate", tmp_path, *COORDINATE)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
@@ -28,6 +28,7 @@ def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_experimen
     names = {tuple(cell.strip() for cell in row[1:4]) for row in rows}
     assert names == {("mlp", "depth", how) for how in ("standard", "closed_form", "measured")}
     assert (tmp_path / "coordinate_depth.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
     assert len(files.read_records(tmp_path / "results.jsonl")) == 3 * 2
 
 

@@ -19,12 +19,13 @@ TINY = ("--dataset=digits", "--images_downscale=1", "--images_width=2", "--batch
         "--steps=10", "--gradinit_steps=2", "--test_examples=20", "--network=plain_3")  # fmt: skip
 
 
-def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_experiment, run_again):
-    done = run_experiment("gradinit", tmp_path, *TINY, "--num_seeds=1")
+def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
+    done = run_again("gradinit", tmp_path, *TINY, "--num_seeds=1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() in done.stdout
     for name in ("success", "curves", "multipliers", "gradients"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("<svg") == 4
     records = files.read_records(tmp_path / "results.jsonl")
     arms = {(one["trial"]["start"], one["trial"]["learned"]) for one in records}
     assert arms == {(start, how) for start in ("flax", "he") for how in ("none", "gradinit")}

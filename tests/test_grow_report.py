@@ -240,7 +240,7 @@ def test_figures_show_the_numbers(tmp_path, drawn):
         growing(0, "mlp_largest"),
     ]  # fmt: skip
     assert set(draw_all(records, tmp_path).values()) == {True}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     for figure in drawn.values():
         assert [panel.get_title() for panel in figure.axes if panel.get_visible()] == [
             "mlp", "mlp_largest",

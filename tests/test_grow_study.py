@@ -107,7 +107,9 @@ def test_the_binary(run_again, tmp_path):
     ]  # fmt: skip
     done = run_again("grow", tmp_path, *flags)
     assert done.returncode == 0, done.stderr
-    assert "TINY" in done.stdout and "figure:" in done.stdout
+    assert "TINY" in done.stdout
+    report = (tmp_path / "report.html").read_text()
+    assert 0 < report.count("<svg") == done.stdout.count("figure:")
     records = files.read_records(tmp_path / "results.jsonl")
     assert [record["trial"]["arm"] for record in records] == ["tiny", "large", "scratch"]
     assert all("result" in record for record in records)

@@ -60,8 +60,8 @@ def test_defaults_are_a_plan():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"order": "best"}, "order 'best'; accepted are round_robin, largest, all"),
-        ({"order": ""}, "order ''; accepted are round_robin, largest, all"),
+        ({"order": "best"}, "unknown order 'best'; accepted are round_robin, largest, all"),
+        ({"order": ""}, "unknown order ''; accepted are round_robin, largest, all"),
         ({"growths": -1}, "growths must be at least 0, found -1"),
         ({"every": 0}, "every must be at least 1, found 0"),
         ({"budget": 0}, "budget must be at least 1, found 0"),

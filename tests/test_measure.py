@@ -84,6 +84,12 @@ def test_of_one_linear_layer_is_its_closed_form():
     assert measured.relative == pytest.approx([np.mean(changes**2) / np.mean(x.sum(axis=1) ** 2)])
     # z is 3 and 2 in every feature: a variance of 1/4.
     assert measured.standardized == pytest.approx([np.mean(changes**2) * 4])
+    with_decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
+    decayed = measure_update(
+        lambda weight, x: [x @ weight], lambda weight, x: jnp.sum(x @ weight),
+        jnp.ones((2, 3)), jnp.asarray(x), with_decay,
+    )  # fmt: skip
+    assert decayed.absolute == pytest.approx([np.mean((x @ (total + 0.5)) ** 2)])
 
 
 def test_a_shift_of_all_examples_changes_the_relative_size_alone():

@@ -13,11 +13,12 @@ import scipy.signal
 from flax import nnx
 from hypothesis import strategies
 
-from archscale_jax.architecture import Role, named_leaves
+from archscale_jax.architecture import Role
 from archscale_jax.graph import Operator, Space, build_graph
 from archscale_jax.models import DagCNN, DagMLP, create_network
 from archscale_jax.rules import learning_rate_scale, weight_standard_deviations
 from archscale_jax.spaces import cell_graph, dag_graph
+from archscale_jax.trees import named_leaves
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -405,7 +406,7 @@ class TestRefusals:
         sizes = [1, 1, 1]
         sizes[position] = 0
         name = ("in_features", "width", "out_features")[position]
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, found 0"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer from 1, found 0"):
             DagMLP(dag_graph("2"), *sizes, rngs=nnx.Rngs(0))
 
 

@@ -169,7 +169,7 @@ def test_trainings_are_as_many_as_studies_had(refine, runs, deviation):
         (lambda: makespan([math.nan], 1), "finite"),
         (lambda: makespan([-1.0], 1), "not negative"),
         (lambda: plan([[Cost(1, 0, 0)]], devices=0), "devices must be at least 1, found 0"),
-        (lambda: plan([[]]), "without trials"),
+        (lambda: plan([[]]), "hold no trial"),
         (lambda: choose_samples([1], 0), "at least 1 trial"),
     ],
 )

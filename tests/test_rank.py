@@ -115,7 +115,7 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
     bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}
-    with pytest.raises(RuntimeError, match="the search on 0_00_100 failed: ValueError: lost"):
+    with pytest.raises(RuntimeError, match="the search on 0_00_100 failed with ValueError: lost"):
         rank_study.trials_of(plan, bases)
 
 
@@ -186,7 +186,7 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
     lines = results.read_bytes().splitlines()
     assert len(lines) == 16
     assert lines[: len(before)] == before
-    assert "2 runs of path_sum failed: ValueError: rule path_sum: no path" in output
+    assert "2 runs of path_sum failed: ValueError: rule path_sum: no path" in finished.stderr
     records = [json.loads(line) for line in lines]
     assert [record["trial"]["seed"] for record in records] == [0] * 8 + [1] * 8
     assert sum("error" in record for record in records) == 2
@@ -200,6 +200,7 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
     assert (workdir / "table.md").read_text() in output
     for name in ("accuracies", "taus", "gaps", "gains"):
         assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "report.html").read_text().count("<svg") == 4
 
 
 @pytest.mark.parametrize(

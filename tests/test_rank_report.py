@@ -137,8 +137,11 @@ def test_every_figure_is_drawn(tmp_path, drawn, seeds):
     rank_figures.draw_gains(study, tmp_path / "gains.png")
     names = {"accuracies", "taus", "gaps", "gains"}
     assert set(drawn) == names
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    kinds = ("png", "svg")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{n}.{kind}" for n in names for kind in kinds
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     labels = [line.get_label() for line in drawn["taus"].axes[0].get_lines()]
     assert ("seeds of fixed" in labels) == ("seeds of better" in labels) == (seeds > 1)
 

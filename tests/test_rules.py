@@ -504,6 +504,19 @@ def test_stem_and_readout_stand_outside_the_graph():
         }
 
 
+def test_what_a_layer_reads_decides_its_deviation():
+    hidden = {"role": Role.HIDDEN, "layer": Role.HIDDEN, "shape": (8, 16), "edge": 0}
+    parameters = (
+        Parameter("of_activations", fan_in=8, fan_out=16, **hidden),
+        Parameter("of_features", fan_in=8, fan_out=16, activated=False, **hidden),
+        Parameter("table", Role.EMBEDDING, Role.INPUT, (50, 16), fan_in=1, fan_out=16),
+    )
+    deviations = weight_standard_deviations(Architecture(dag_graph("2"), parameters), "none")
+    # ReLU takes half of a second moment; a row of a table is one feature, read as it is.
+    expected = {"of_activations": math.sqrt(2 / 8), "of_features": math.sqrt(1 / 8), "table": 1.0}
+    assert deviations == pytest.approx(expected)
+
+
 def test_the_default_rule_goes_with_what_vertices_sum():
     graph = dag_graph("2_22_222")
     for arrangement, rule in ((PRE_ACTIVATION, "target"), (ACTIVATION, "source")):

@@ -21,8 +21,8 @@ SMALL = [
 ]
 
 
-def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment, run_again):
-    done = run_experiment("scaling", tmp_path, *SMALL)
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_again):
+    done = run_again("scaling", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
     journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
     records, result = journal.read_text(), table.read_text()
@@ -34,11 +34,13 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
         )
         assert trial["rate"] == pytest.approx(trial["base_rate"] * scale)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
     lines = records.splitlines(keepends=True)
     journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
-    again = run_again("scaling", tmp_path, *SMALL)
-    assert again.returncode == 0, again.stderr
+    again = run_again("scaling", tmp_path, *SMALL, "--quiet")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "results: " in again.stdout
     assert journal.read_text() == records
     assert table.read_text() == result
 

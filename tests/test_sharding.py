@@ -384,7 +384,7 @@ def check_trace():
         same(archscale.trace(constrained, sharded(mesh), tokens()))
     same(archscale.trace(functools.partial(by_hand, mesh), sharded(mesh), tokens()))
     mesh = mesh_of("explicit")
-    rows = jax.ShapeDtypeStruct((8, LENGTH), int, sharding=NamedSharding(mesh, P("data")))
+    rows = jax.ShapeDtypeStruct((8, LENGTH), "int32", sharding=NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
         same(archscale.trace(explicit, sharded(mesh), rows))
 

@@ -241,7 +241,7 @@ def test_chains(depth):
 
 @pytest.mark.parametrize("depth", [0, -1])
 def test_chains_have_at_least_one_weight(depth):
-    with pytest.raises(ValueError, match=f"at least 1 weight edge, asked for {depth}"):
+    with pytest.raises(ValueError, match=f"integer from 1, the weight edges, found {depth}"):
         chain_string(depth)
 
 

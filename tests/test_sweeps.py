@@ -13,7 +13,6 @@ import time
 
 import hypothesis
 import pytest
-import rich
 from hypothesis import strategies
 
 from archscale_jax.files import append_record, read_records, write_records
@@ -163,11 +162,11 @@ def study(journal, run=square, *, trials=TRIALS, **options):
 
 
 @pytest.fixture
-def terminal():
-    """A terminal for Rich, which draws no transient bar elsewhere."""
-    rich.reconfigure(force_terminal=True, force_interactive=True, width=100)
-    yield
-    rich.reconfigure()
+def terminal(monkeypatch):
+    """A terminal for Rich, which draws no bar elsewhere."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 class TestRunStudy:
@@ -295,7 +294,7 @@ class TestRunStudy:
 
         for count in (4, 8):  # the second call starts from the first one's records
             run_study(TRIALS[:count], run, tmp_path / "results.jsonl", description="chains")
-            shown = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().out)
+            shown = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().err)
             assert re.search(rf"chains .*{count}/{count} 1 failed", shown)
         study(tmp_path / "other.jsonl", run)
         assert capsys.readouterr() == ("", "")

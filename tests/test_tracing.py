@@ -247,14 +247,14 @@ class TestPlainFunctions:
 
         square.defjvp(lambda primals, tangents: (square(*primals), tangents[0]))
 
-        def apply(params, x, key):
+        def apply(params, x, key, mask):
             z = square(x @ params["stem"])
-            z = jnp.where(jax.random.bernoulli(key, 0.5, z.shape), z / 0.5, 0.0)
+            z = mask * jnp.where(jax.random.bernoulli(key, 0.5, z.shape), z / 0.5, 0.0)
             z = jax.checkpoint(lambda z: z @ params["hidden"])(z)
             return jax.jit(lambda z: RELU(z) @ params["readout"])(z)
 
-        inputs = jax.ShapeDtypeStruct((2, 8), jnp.float32)
-        assert edges(trace(apply, params, inputs, jax.random.key(0))) == [
+        inputs, mask = (jax.ShapeDtypeStruct((2, size), jnp.float32) for size in (8, 1))
+        assert edges(trace(apply, params, inputs, jax.random.key(0), mask)) == [
             (0, 1, Operator.LINEAR, 1)
         ]
 
@@ -432,7 +432,7 @@ class TestRefusals:
     def test_unknown_roles(self):
         params = shapes(stem=(8, 4), readout=(4, 3))
         apply = lambda p, x: RELU(x @ p["stem"]) @ p["readout"]  # noqa: E731
-        self.refused(apply, params, "roles name 'stm'; params hold 'readout', 'stem'",
+        self.refused(apply, params, "unknown parameter in roles 'stm'; accepted are readout, stem;",
                      roles={"stm": "input"})  # fmt: skip
 
     def test_sums_of_both_kinds(self):

@@ -579,7 +579,7 @@ class TestOptimizer:
             create_optimizer(0.1, momentum=momentum)
 
     def test_refuses_nesterov_without_momentum(self):
-        with pytest.raises(ValueError, match="Nesterov's momentum needs momentum > 0"):
+        with pytest.raises(ValueError, match="nesterov=True needs a momentum above 0, found 0"):
             create_optimizer(0.1, nesterov=True)
 
     @pytest.mark.parametrize("decay", [-1e-4, math.nan, math.inf])
@@ -632,6 +632,7 @@ class TestKill:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert results.read_bytes().count(b"\n") < 4
+        assert not (killed / "report.html").exists()
         resumed = run_again("train", killed, *FLAGS, "--resume")
         assert resumed.returncode == 0, resumed.stderr
         assert "resumed after epoch" in resumed.stdout + resumed.stderr
@@ -640,3 +641,7 @@ class TestKill:
         assert results.read_bytes() == (undisturbed / "results.jsonl").read_bytes()
         assert results.read_bytes().count(b"\n") == 4
         assert self.checkpoint(killed) == self.checkpoint(undisturbed)
+        reports = [(one / "report.html").read_text() for one in (killed, undisturbed)]
+        assert ["was resumed: 2 commands" in one for one in reports] == [True, False]
+        tables = [one.partition("<h2>Settings")[0] for one in reports]
+        assert tables[0] == tables[1]

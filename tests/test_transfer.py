@@ -14,8 +14,8 @@ SEARCH = ["--architecture=2", "--width=8", "--epochs=0.2", "--num_rates=3", "--m
           "--num_seeds=2", "--refine=0"]  # fmt: skip
 
 
-def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_experiment, run_again):
-    done = run_experiment("transfer", tmp_path, *STUDY)
+def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_again):
+    done = run_again("transfer", tmp_path, *STUDY)
     assert done.returncode == 0, done.stderr
     names = ("results.jsonl", "measurements.jsonl", "table.md", "summary.json")
     contents = {name: (tmp_path / name).read_bytes() for name in names}
@@ -25,6 +25,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_expe
         best = min(record["result"]["runs"], key=lambda one: math.inf if one[2] is None else one[2])
         assert best[0] / 4 < record["result"]["rate"] < best[0] * 4
     assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
     lines = contents["results.jsonl"].splitlines(keepends=True)
     (tmp_path / "results.jsonl").write_bytes(lines[0] + lines[1][:50])  # as a kill leaves it
@@ -52,8 +53,8 @@ def test_bad_flags_of_a_study_end_with_one_line_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experiment, run_again):
-    done = run_experiment("find_lr", tmp_path, *SEARCH)
+def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again):
+    done = run_again("find_lr", tmp_path, *SEARCH)
     assert done.returncode == 0, done.stderr
     journal = tmp_path / "results.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
@@ -61,12 +62,18 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_experi
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert "learning rate" in table
+    report = (tmp_path / "report.html").read_text()
+    assert "One command made this run" in report
 
     journal.write_text("".join(lines[:4]) + lines[4][:9])
     again = run_again("find_lr", tmp_path, *SEARCH)
     assert again.returncode == 0, again.stderr
     assert sorted(journal.read_text().splitlines(keepends=True)) == sorted(lines)
     assert (tmp_path / "table.md").read_text() == table
+    resumed = (tmp_path / "report.html").read_text()
+    assert "was resumed: 2 commands" in resumed
+    before, after = (one.partition("<h2>Settings")[0] for one in (report, resumed))
+    assert before.count("<svg") == 1 and before == after  # tables and figures, byte for byte
 
     started = run_again("find_lr", tmp_path, *SEARCH, "--base_rate=0.2")  # only what can win
     assert started.returncode == 0, started.stderr

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from jax import lax
 
 import archscale_jax as archscale
-from archscale_jax.architecture import named_leaves
 from archscale_jax.growth.extension import extend, extended
 from archscale_jax.growth.measured import measure
 from archscale_jax.growth.solve import predicted_decrease, solve
 from archscale_jax.growth.units import Link, Units
 from archscale_jax.growth.widen import taken
+from archscale_jax.trees import named_leaves
 from tests import growing
 from tests.growing import convolve, draw
 

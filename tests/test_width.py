@@ -154,7 +154,7 @@ def test_a_hidden_layer_changes_its_features_alike_whatever_both_its_widths():
         hidden = jax.random.normal(keys[2], (outer, inner)) / inner**0.5
         readout = jax.random.normal(keys[3], (outer,)) / outer
         gradient = jax.grad(lambda weights: readout @ weights @ stem @ x)(hidden)
-        kernel = Parameter("kernel", Role.HIDDEN, "hidden", (inner, outer), inner, outer)
+        kernel = Parameter("kernel", Role.HIDDEN, Role.HIDDEN, (inner, outer), inner, outer)
         factor = WIDTH_RULES.resolve("sgd")(kernel, inner / 64, outer / 64)
         return float(jnp.sqrt(jnp.mean((factor * gradient @ stem @ x) ** 2)))
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from archscale_jax.architecture import Architecture
+from archscale_jax.architecture import Architecture, check_architecture
 from archscale_jax.architecture_drawing.labels import vertex_layers
 from archscale_jax.architecture_drawing.layout import Layout, Row, arrange
 from archscale_jax.architecture_drawing.parts import Knot, Stroke, picture_parts
@@ -18,6 +18,7 @@ from archscale_jax.drawing import (
     check_drawable,
     draw_legend,
 )
+from archscale_jax.extras import needed_by
 from archscale_jax.files import write_atomically
 from archscale_jax.graph import Operator
 
@@ -65,14 +66,11 @@ def draw(
       TypeError: `architecture` is no `Architecture`.
       ValueError: another suffix, too many vertices, or a graph that `validate_graph` refuses.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needed_by("archscale_jax.draw", "plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    if not isinstance(architecture, Architecture):
-        raise TypeError(
-            f"expected an Architecture, found {type(architecture).__name__}; draw_graph draws a "
-            "graph alone"
-        )
+    check_architecture(architecture, "draw_graph draws a graph alone")
     check_drawable(architecture.graph, path, MAX_VERTICES)
     knots, strokes = picture_parts(architecture)
     layout = arrange(len(knots), [stroke.line for stroke in strokes])

@@ -3,6 +3,7 @@
 import numpy as np
 
 from archscale_jax.datasets.dataset import RawSplits
+from archscale_jax.extras import needed_by
 
 _SPLIT_SEED = 0
 _TEST_FRACTION = 0.2
@@ -14,7 +15,8 @@ def read_digits() -> RawSplits:
     Returns:
       Images uint8 `[N, 8, 8, 1]` with values 0 to 16, labels int64 `[N]`.
     """
-    import sklearn.datasets  # lazy: slow to import, and only this data set needs it
+    with needed_by("the data set digits", "experiments"):
+        import sklearn.datasets  # lazy: slow to import, and only this data set needs it
 
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = np.asarray(pixels).astype(np.uint8).reshape(-1, 8, 8, 1)

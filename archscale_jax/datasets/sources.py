@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable
 
-from archscale_jax.datasets import digits, fashion_mnist, tfds_source
+from archscale_jax.datasets import arrays, digits, fashion_mnist, tfds_source
 from archscale_jax.datasets.dataset import Dataset, RawSplits, standardised_dataset
+from archscale_jax.refusals import unknown
 
 _DataDir = str | os.PathLike[str] | None
 
@@ -25,6 +26,13 @@ _SOURCES: dict[str, tuple[int, Callable[[_DataDir], RawSplits]]] = {
 DATASET_NAMES = tuple(_SOURCES)
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is one of `DATASET_NAMES`, or names a .npz file."""
+    if name not in _SOURCES and not arrays.is_file_name(name):
+        message = unknown("data set", name, DATASET_NAMES)
+        raise ValueError(f"{message}; a file of your own ends in {arrays.SUFFIX}")
+
+
 def load(name: str, *, data_dir: _DataDir = None) -> Dataset:
     """Loads a data set onto the default device, standardised per channel by its training set.
 
@@ -38,9 +46,11 @@ def load(name: str, *, data_dir: _DataDir = None) -> Dataset:
       folder where None).
     * `imagenet16_120`: 16x16x3, the first 120 classes of the prepared TFDS data set
       `imagenet_resized/16x16`; its validation split is the test set.
+    * a path that ends in `.npz`: arrays of your own, `train_images`, `train_labels`, `test_images`
+      and `test_labels`, see `from_arrays`; with or without the digest of `identified`.
 
     Args:
-      name: One of the names above (`DATASET_NAMES`).
+      name: One of the names above (`DATASET_NAMES`), or a path.
       data_dir: Where to look for the files.
 
     Returns:
@@ -51,7 +61,8 @@ def load(name: str, *, data_dir: _DataDir = None) -> Dataset:
       FileNotFoundError: If the files are missing; the message says where they were looked for and
         how to get them.
     """
-    if name not in _SOURCES:
-        raise ValueError(f"unknown data set {name!r}; accepted are {', '.join(DATASET_NAMES)}")
+    check_name(name)
+    if arrays.is_file_name(name):
+        return arrays.read_arrays(name)
     num_classes, read = _SOURCES[name]
     return standardised_dataset(name, num_classes, read(data_dir))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from archscale_jax.datasets.dataset import RawSplits, check_labels
+from archscale_jax.extras import needed_by
 
 # Records fetched per call; reading one at a time would pay array_record's overhead for each.
 _RECORDS_PER_READ = 1024
@@ -61,9 +62,11 @@ def read_tfds(source: TfdsSource, data_dir: str | os.PathLike[str] | None) -> Ra
       ValueError: If it was prepared in a format that TensorFlow alone can read, if its files are
         damaged, or if they do not hold the images and labels that `source` declares.
     """
-    import tensorflow_datasets as tfds  # lazy: slow to import, and most runs do without
-    from tensorflow_datasets.core import read_only_builder
-    from tensorflow_datasets.core.utils import file_utils
+    with needed_by(f"the data set {source.builder}", "data"):
+        # Lazy: slow to import, and most runs do without.
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import read_only_builder
+        from tensorflow_datasets.core.utils import file_utils
 
     directory = None if data_dir is None else os.path.expanduser(data_dir)
     try:

@@ -6,11 +6,12 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import Architecture, Parameter, PyTree
+from archscale_jax.architecture import Architecture, Parameter
 from archscale_jax.growth.units import Units
 from archscale_jax.growth.widen import taken
 from archscale_jax.tracing import trace
 from archscale_jax.tracing.layers import layer_kinds
+from archscale_jax.trees import PyTree
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.neurons import LayerStatistics, least_squares
 from archscale_jax.growth.patches import product, rows_of, sum_over_examples
 from archscale_jax.precision import exact
+from archscale_jax.refusals import unknown
 from archscale_jax.tracing.layers import LayerKind, layer_gradients, layer_kinds
+from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 
@@ -75,7 +76,7 @@ def bottleneck(
         found = layer_statistics(params, batch, loss_fn=loss_fn, kinds=kinds)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
-        raise ValueError("bottleneck needs a batch, found none")
+        raise ValueError("bottleneck needs a batch, found none: batches is empty")
     leaves = named_leaves(params)
     return {kind.weight: _solved(kind, total[kind.weight], leaves, cutoff) for kind in kinds}
 
@@ -84,7 +85,7 @@ def _chosen(kinds: tuple[LayerKind, ...], layers: Sequence[str] | None) -> tuple
     names = [kind.weight for kind in kinds]
     for name in layers or ():
         if name not in names:
-            raise ValueError(f"layer {name!r}; accepted are {', '.join(map(repr, names))}")
+            raise ValueError(unknown("layer", name, names))
     return tuple(kind for kind in kinds if layers is None or kind.weight in layers)
 
 

@@ -64,7 +64,7 @@ def _directions(
     if method == "gradmax":
         moment = np.asarray(statistics.targets, np.float64) / float(statistics.examples)
         if not np.all(np.isfinite(moment)):
-            raise ValueError("the statistics are not finite: the loss has overflowed")
+            raise ValueError("the statistics are not finite: the loss or its gradient overflows")
         _, values, right = np.linalg.svd(moment, full_matrices=False)
         kept = np.flatnonzero(values > 0)[:number]
         return with_sign(Neurons(np.zeros((rows, len(kept))), right[kept], values[kept]))

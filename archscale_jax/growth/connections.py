@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.bottleneck import desired_change
 from archscale_jax.growth.neurons import (
     LayerStatistics,
@@ -24,12 +23,14 @@ from archscale_jax.growth.neurons import (
     new_neurons,
 )
 from archscale_jax.growth.patches import product, rows_of, sum_over_examples
+from archscale_jax.refusals import unknown
 from archscale_jax.tracing.layers import (
     LayerGradient,
     LayerKind,
     layer_gradients,
     layer_kinds,
 )
+from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 
@@ -90,12 +91,12 @@ def connections(
         statistics that are not finite.
     """
     if not len(batches):
-        raise ValueError("connections needs a batch, found none")
+        raise ValueError("connections needs a batch, found none: batches is empty")
     kinds = layer_kinds(loss_fn, params, batches[0])
     names = [kind.weight for kind in kinds]
     for name in (name for one in vertices for name in (*one.present, *one.candidates)):
         if name not in names:
-            raise ValueError(f"layer {name!r}; accepted are {', '.join(map(repr, names))}")
+            raise ValueError(unknown("layer", name, names))
     total = None
     for batch in batches:
         sums = _statistics(params, batch, loss_fn=loss_fn, kinds=kinds, vertices=tuple(vertices))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves, with_leaves
 from archscale_jax.growth import candidates
 from archscale_jax.growth.measured import Measured
 from archscale_jax.growth.neurons import Neurons
@@ -18,6 +17,7 @@ from archscale_jax.growth.statistics import blocks
 from archscale_jax.growth.units import Units
 from archscale_jax.growth.widen import taken, widen
 from archscale_jax.precision import exact
+from archscale_jax.trees import PyTree, named_leaves, with_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 AMPLITUDES = (0.0, *(2.0**power for power in range(-5, 8)))

@@ -1,19 +1,27 @@
 """Grows the graph of a `DagMLP` or `DagCNN`: a new edge, or a new vertex on the way [TINY]."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import Arrangement, PyTree, named_leaves, with_leaves
+from archscale_jax.architecture import Arrangement
 from archscale_jax.graph import WEIGHT_OPERATORS, Operator, build_graph
 from archscale_jax.growth.connections import Connection, Vertex, connections
 from archscale_jax.growth.extension import AMPLITUDES, Extension, extended, search_amplitude
-from archscale_jax.models.dag import DagCNN, DagNetwork
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree, named_leaves, with_leaves
+
+# Flax is slow to import, and growing the networks of other frameworks does without.
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from archscale_jax.models.dag import DagNetwork
 
 Kind = Literal["edge", "vertex", "skip"]
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
@@ -80,8 +88,10 @@ def grow_graph(
       TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
       ValueError: an unknown kind, a network that it cannot grow, or what `connections` raises.
     """
+    from flax import nnx
+
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r}; accepted are {', '.join(KINDS)}")
+        raise ValueError(unknown("kind", kind, KINDS))
     if number < 1:
         raise ValueError(f"number must be at least 1, found {number}")
     if network.arrangement != Arrangement.PRE_ACTIVATION or network.normalization is not None:
@@ -238,6 +248,8 @@ def _rebuilt(
     moves: Mapping[str, tuple],
 ) -> tuple[nnx.GraphDef, Extension]:
     """A network of a larger graph with the old weights, the new ones 0; and what to add."""
+    from flax import nnx
+
     old = named_leaves(nnx.state(network, nnx.Param))
     columns = zip(*sorted(edges, key=lambda edge: (edge[1], edge[0])), strict=True)
     graph = build_graph(
@@ -282,6 +294,8 @@ def _best_skip(
     held_out: Any,
     same: GraphGrowth,
 ) -> GraphGrowth:
+    from flax import nnx
+
     taken = {edge[:2] for edge in network.edges}
     best = same
     for receiver in range(1, network.num_vertices):
@@ -307,8 +321,12 @@ def _best_skip(
 
 
 def _weight_operator(network: DagNetwork) -> Operator:
+    from archscale_jax.models.dag import DagCNN
+
     return Operator.CONV if isinstance(network, DagCNN) else Operator.LINEAR
 
 
 def _uses_bias(network: DagNetwork) -> bool:
+    from flax import nnx
+
     return "stem/bias" in named_leaves(nnx.state(network, nnx.Param))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import Architecture, PyTree, named_leaves
+from archscale_jax.architecture import Architecture
 from archscale_jax.growth import candidates
 from archscale_jax.growth.architecture import grown_architecture
 from archscale_jax.growth.bottleneck import Bottleneck
@@ -17,7 +17,9 @@ from archscale_jax.growth.extension import AMPLITUDES, extend, extended, search_
 from archscale_jax.growth.measured import measure
 from archscale_jax.growth.solve import predicted_decrease, solve
 from archscale_jax.growth.units import Units
+from archscale_jax.refusals import unknown
 from archscale_jax.tracing import trace
+from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 
@@ -158,18 +160,18 @@ def grow(
 
 def _check(units, batches, number, budget, method, amplitudes, key) -> None:
     if not units:
-        raise ValueError("grow needs units to add to, found none")
+        raise ValueError("grow needs units to add to, found none; find_units lists them")
     for one in units:
         if one.obstacle is not None:
             raise ValueError(f"units {one.name!r} cannot grow: {one.obstacle}")
     if not len(batches):
-        raise ValueError("grow needs a batch, found none")
+        raise ValueError("grow needs a batch, found none: batches is empty")
     if method not in candidates.METHODS:
-        raise ValueError(f"method {method!r}; accepted are {', '.join(candidates.METHODS)}")
+        raise ValueError(unknown("method", method, candidates.METHODS))
     numbers = number.values() if isinstance(number, Mapping) else [number]
     for name in number if isinstance(number, Mapping) else ():
         if name not in [one.name for one in units]:
-            raise ValueError(f"number names {name!r}; the units are {[one.name for one in units]}")
+            raise ValueError(unknown("units in number", name, [one.name for one in units]))
     for name, value in (*(("number", one) for one in numbers), ("budget", budget)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be None or at least 1, found {value}")

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.bottleneck import Bottleneck, bottleneck
 from archscale_jax.growth.statistics import PairStatistics, pair_statistics
 from archscale_jax.growth.units import Units
 from archscale_jax.tracing.layers import LayerKind, layer_kinds
+from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 

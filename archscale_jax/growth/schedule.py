@@ -7,6 +7,7 @@ from typing import Literal
 
 from archscale_jax.growth.bottleneck import Bottleneck
 from archscale_jax.growth.units import Units
+from archscale_jax.refusals import unknown
 
 ORDERS = ("round_robin", "largest", "all")
 
@@ -37,7 +38,7 @@ class GrowthSchedule:
 
     def __post_init__(self):
         if self.order not in ORDERS:
-            raise ValueError(f"order {self.order!r}; accepted are {', '.join(ORDERS)}")
+            raise ValueError(unknown("order", self.order, ORDERS))
         for name, least in (("growths", 0), ("every", 1), ("budget", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth import candidates
 from archscale_jax.growth.measured import Measured
 from archscale_jax.growth.neurons import Neurons
 from archscale_jax.growth.statistics import blocks
 from archscale_jax.growth.units import Units
 from archscale_jax.growth.widen import taken
+from archscale_jax.trees import PyTree, named_leaves
 
 
 def solve(

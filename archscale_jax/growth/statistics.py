@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves
 from archscale_jax.growth.bottleneck import desired_change
 from archscale_jax.growth.patches import EXACT, product, rows_of, slices, sum_over_examples
 from archscale_jax.growth.units import Units
 from archscale_jax.tracing.layers import LayerGradient, LayerKind, layer_gradients
+from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 

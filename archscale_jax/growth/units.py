@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import PyTree, named_leaves, with_leaves
 from archscale_jax.tracing.layers import (
     BetweenLayers,
     between_layers,
@@ -24,6 +23,7 @@ from archscale_jax.tracing.layers import (
     layer_outputs,
     parameter_kinds,
 )
+from archscale_jax.trees import PyTree, named_leaves, with_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 Joint = Literal["same", "mean", "flat"]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from archscale_jax.architecture import PyTree, named_leaves, parameter_name, with_leaves
 from archscale_jax.growth.units import Units
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree, named_leaves, parameter_name, with_leaves
 
 Pad = Callable[[Any, str], Any]  # of an array, new entries `like` the others, or `zero`
 
@@ -70,7 +71,7 @@ def widen(
     pads: list[tuple[str, Pad]] = []
     for name, number in rooms.items():
         if name not in by_name:
-            raise ValueError(f"units {name!r}; accepted are {', '.join(map(repr, by_name))}")
+            raise ValueError(unknown("units", name, by_name))
         one = by_name[name]
         count = leaves[one.producers[0]].shape[-1]
         if number < count:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Scalar
 
-from archscale_jax.architecture import Architecture, named_leaves
+from archscale_jax.architecture import Architecture
 from archscale_jax.models.cell_architecture import network_architecture
 from archscale_jax.models.cell_edge import (
     CONVOLUTIONS,
@@ -29,6 +29,7 @@ from archscale_jax.models.cell_edge import (
 )
 from archscale_jax.models.cell_layers import Normalization, Reduction, convolution
 from archscale_jax.spaces.cell import CELL_EDGES, STEM_KERNEL_SIZE, cell_digits
+from archscale_jax.trees import named_leaves
 
 NUM_STAGES = 3
 

@@ -4,8 +4,8 @@ import math
 
 from flax import nnx
 
-from archscale_jax.architecture import named_leaves
 from archscale_jax.models.cell import CellNetwork
+from archscale_jax.trees import named_leaves
 
 
 def parameter_count(network: CellNetwork) -> int:

@@ -15,7 +15,7 @@ averaged over positions.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from archscale_jax.architecture import (
-    Architecture,
-    Arrangement,
-    Parameter,
-    Role,
-    named_leaves,
-)
+from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
 from archscale_jax.graph import (
     WEIGHT_OPERATORS,
     Operator,
@@ -41,6 +35,8 @@ from archscale_jax.graph import (
     validate_graph,
 )
 from archscale_jax.models.convolution import conv_general_dilated
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import named_leaves
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 NORMALIZATIONS = ("batch", "layer")
@@ -132,14 +128,12 @@ class DagNetwork(nnx.Module):
     def _check(self, in_features, width, out_features, activation, normalization) -> None:
         sizes = {"in_features": in_features, "width": width, "out_features": out_features}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, found {size}")
+            if not isinstance(size, int | np.integer) or size < 1:
+                raise ValueError(f"{name} must be an integer from 1, found {size!r}")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
+            raise ValueError(unknown("activation", activation, ACTIVATIONS))
         if normalization is not None and normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization {normalization!r}; accepted are None, {', '.join(NORMALIZATIONS)}"
-            )
+            raise ValueError(unknown("normalization", normalization, (None, *NORMALIZATIONS)))
 
     def _layer(self, in_features: int, out_features: int, kernel_size: int, options) -> nnx.Module:
         raise NotImplementedError  # DagMLP and DagCNN
@@ -296,7 +290,7 @@ def create_network(
     image_shape: tuple[int, int, int],
     width: int,
     num_classes: int,
-    **options,
+    **options: Any,
 ) -> DagNetwork:
     """Returns the classifier of a graph for images: `DagMLP` if it is dense, else `DagCNN`.
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 
-from archscale_jax.architecture import Architecture, PyTree, Role, named_leaves
+from archscale_jax.architecture import Architecture, Role
 from archscale_jax.graph import Operator, live_edges, network_kernel_size
 from archscale_jax.reporting.names import merged_names
 from archscale_jax.rules.residual import residual_branches
 from archscale_jax.rules.width import features, width_ratios
+from archscale_jax.trees import PyTree, named_leaves
 
 NO_BASE = (
     "no base: pass the network on which the rate was tuned as base, or use predict_learning_rate "

@@ -12,7 +12,13 @@ from typing import Any, Literal, NamedTuple
 import jraph
 import numpy as np
 
-from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax.architecture import (
+    Architecture,
+    Arrangement,
+    Parameter,
+    Role,
+    check_architecture,
+)
 from archscale_jax.graph import (
     Operator,
     Space,
@@ -66,8 +72,10 @@ def weight_standard_deviations(
       **options: passed to the rule, e.g. `branch_share` of `moment`.
 
     Raises:
+      TypeError: no architecture.
       ValueError: an unknown rule, or a rule that gives a variance that is not finite or negative.
     """
+    check_architecture(architecture)
     if rule is None:
         rule = DEFAULT_RULES[architecture.arrangement]
     function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)

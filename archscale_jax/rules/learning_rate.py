@@ -13,6 +13,7 @@ import numpy as np
 
 from archscale_jax.graph import (
     Space,
+    check_graph,
     in_degrees,
     is_weight,
     network_kernel_size,
@@ -49,9 +50,13 @@ def learning_rate_scale(
       The factor, finite and positive.
 
     Raises:
+      TypeError: a graph or base of another type.
       ValueError: an unknown rule, no base where the rule needs one, a graph on which the rule says
         nothing, or a factor that is not a positive finite float.
     """
+    check_graph(graph)
+    if base is not None:
+        check_graph(base, "base")
     try:
         scale = float(LEARNING_RATE_RULES.resolve(rule)(graph, base, **options))
     except OverflowError:  # a ratio of path sums beyond the range of floats

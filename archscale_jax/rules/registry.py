@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from archscale_jax.refusals import unknown
+
 Rule = TypeVar("Rule", bound=Callable)
 Function = TypeVar("Function", bound=Callable)
 
@@ -65,7 +67,7 @@ class Registry(Generic[Rule]):
         if not isinstance(rule, str):
             raise TypeError(f"a {self._kind} is a name or a function, found {rule!r}")
         if rule not in self._rules:
-            raise ValueError(f"unknown {self._kind} {rule!r}; accepted are {', '.join(self)}")
+            raise ValueError(unknown(self._kind, rule, self))
         return self._rules[rule]
 
     def describe(self, rule: str | Rule) -> Description:

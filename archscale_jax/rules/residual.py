@@ -20,6 +20,7 @@ import jraph
 
 from archscale_jax.architecture import Architecture, Parameter, Role
 from archscale_jax.graph import Operator, is_weight, live_edges
+from archscale_jax.refusals import unknown
 from archscale_jax.rules.registry import Explained
 
 Optimizer = Literal["sgd", "adam", "muon"]
@@ -130,7 +131,7 @@ def check_optimizer(optimizer: str) -> None:
       ValueError: it has not.
     """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"depth rule {optimizer!r}; accepted are {', '.join(OPTIMIZERS)}")
+        raise ValueError(unknown("depth rule", optimizer, OPTIMIZERS))
 
 
 def _ends(graph: jraph.GraphsTuple, branches: dict[int, set[int]]) -> set[int]:

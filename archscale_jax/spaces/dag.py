@@ -35,6 +35,8 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
         raise ValueError(f"kernel_size is {kernel_size}; accepted are 32-bit integers from 1")
     else:
         weight = Operator.CONV
+    if "|" in text:
+        raise ValueError(f"DAG string {_shown(text)} is written as a cell; cell_graph reads cells")
     operators = {"1": Operator.SKIP, "2": weight}
     groups = text.split("_")
     edges = []
@@ -42,7 +44,7 @@ def dag_graph(text: str, *, kernel_size: int | None = None) -> jraph.GraphsTuple
         if len(group) != receiver:
             raise ValueError(
                 f"group {receiver} of DAG string {_shown(text)} is {_shown(group)}; accepted is "
-                f"one character for each of the vertices 0 to {receiver - 1}"
+                f"one character for each of the vertices 0 to {receiver - 1}, and _ between groups"
             )
         for sender, character in enumerate(group):
             if character in operators:
@@ -105,10 +107,10 @@ def chain_string(depth: int) -> str:
     """Returns the DAG string of the plain chain of `depth` weight edges: `2`, `2_02`, ….
 
     Raises:
-      ValueError: `depth` is below 1.
+      ValueError: `depth` is no integer from 1.
     """
-    if depth < 1:
-        raise ValueError(f"a chain has at least 1 weight edge, asked for {depth}")
+    if not isinstance(depth, int | np.integer) or depth < 1:
+        raise ValueError(f"depth must be an integer from 1, the weight edges, found {depth!r}")
     return "_".join("0" * vertex + "2" for vertex in range(depth))
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from archscale_jax.architecture import PyTree
+from archscale_jax.refusals import unknown
+from archscale_jax.trees import PyTree
 
 
 def over_devices(
@@ -43,7 +44,7 @@ def over_devices(
         arrays differ in their number of trials, or have none.
     """
     if axis not in mesh.axis_names:
-        raise ValueError(f"the mesh has the axes {mesh.axis_names}, found {axis!r}")
+        raise ValueError(unknown("mesh axis", axis, mesh.axis_names))
     devices = mesh.shape[axis]
     # Under explicit axes the shares would have to be cut by hand.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from archscale_jax.extras import needed_by
 from archscale_jax.sweeps.study import WorkerLostError
 from archscale_jax.sweeps.versions import differing_versions, versions
 
@@ -44,9 +45,11 @@ class RayExecutor(concurrent.futures.Executor):
           **options: of `ray.remote`: `num_cpus`, `num_gpus`, `resources`, `memory`, …
 
         Raises:
+          ImportError: Ray is not installed.
           ValueError: attempts below 1.
         """
-        import ray
+        with needed_by("archscale_jax.sweeps.ray_executor.RayExecutor", "ray"):
+            import ray
 
         if attempts < 1:
             raise ValueError(f"attempts must be at least 1, found {attempts}")
@@ -140,10 +143,8 @@ def connected(address: str | None = None, **options: Any) -> Iterator[None]:
         Python version.
       ValueError: an address of another form.
     """
-    try:
+    with needed_by("a study on a Ray cluster", "ray"):
         import ray
-    except ImportError:
-        raise ImportError("Ray is an extra: pip install 'archscale_jax[ray]'") from None
     address = address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "auto", "local"):
         _check_reachable(address)

@@ -15,9 +15,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.progress
-
 from archscale_jax import files
+from archscale_jax.progress import Advance, progress_of
 
 Trial = Mapping[str, Any]
 Record = dict[str, Any]
@@ -112,8 +111,8 @@ def run_study(
         can send `run` and a trial where it works. It stays open. A trial for which it raises
         `WorkerLostError` has failed; any other error that is not the trial's ends the study.
       retry_failed: run trials again that failed; the new record replaces the old one.
-      description: the progress bar's name.
-      progress: show the bar.
+      description: what the trials are called where progress is shown.
+      progress: show it on standard error, see `archscale_jax.progress`.
 
     Returns:
       The records in the order of `trials`, as read from the journal.
@@ -133,8 +132,11 @@ def run_study(
         latest = _latest(files.read_records(path))
         missing = missing_trials(by_hash.values(), latest.values(), retry_failed=retry_failed)
         done = [latest[name] for name in by_hash.keys() - _by_hash(missing).keys()]
-        with _bar(description, len(by_hash), done, visible=progress) as count:
-            record = _recorder(path, count)
+        failed = sum("error" in record for record in done)
+        with progress_of(
+            description, len(by_hash), done=len(done), note=f"{failed} failed", visible=progress
+        ) as advance:
+            record = _recorder(path, advance, failed)
             if executor is not None:
                 _run_in(executor, missing, run, path, record)
             elif workers == 1:
@@ -151,10 +153,12 @@ def run_study(
     return ordered
 
 
-def _recorder(journal: pathlib.Path, count: Callable[[Record], None]) -> Callable[[Record], None]:
+def _recorder(journal: pathlib.Path, advance: Advance, failed: int) -> Callable[[Record], None]:
     def record(one: Record) -> None:
+        nonlocal failed
         files.append_record(journal, one)
-        count(one)
+        failed += "error" in one
+        advance(note=f"{failed} failed")
 
     return record
 
@@ -190,36 +194,6 @@ def _outcome(future: concurrent.futures.Future[Record], trial: Trial) -> Record:
         return future.result()
     except WorkerLostError as error:
         return _unfinished(trial) | {"error": f"{type(error).__name__}: {error}"}
-
-
-@contextlib.contextmanager
-def _bar(
-    description: str, total: int, done: Sequence[Record], *, visible: bool
-) -> Iterator[Callable[[Record], None]]:
-    """A progress bar that starts with the records of `done`; what it gives counts one more.
-
-    The estimate of the time left looks back without a limit, as a trial may take hours.
-    """
-    columns = (
-        "{task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        "{task.fields[failed]} failed",
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(
-        *columns, transient=True, disable=not visible, speed_estimate_period=math.inf
-    ) as progress:
-        failed = sum("error" in record for record in done)
-        task = progress.add_task(description, total=total, completed=len(done), failed=failed)
-
-        def count(record: Record) -> None:
-            nonlocal failed
-            failed += "error" in record
-            progress.update(task, advance=1, failed=failed)
-
-        yield count
 
 
 @contextlib.contextmanager

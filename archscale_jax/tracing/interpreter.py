@@ -211,7 +211,7 @@ class Interpreter(Operations):
     def _scan(self, equation: core.JaxprEqn, values: list[Value]) -> list[Value]:
         """Unrolls the loop: every slice of a scanned parameter is a layer of its own."""
         inner, length = equation.params["jaxpr"], equation.params["length"]
-        fixed, carried = equation.params["num_consts"], equation.params["num_carry"]
+        fixed, carried = _loop_operands(equation)
         carry, stacked = values[fixed : fixed + carried], values[fixed + carried :]
         found: list[list[Value]] = []
         steps = range(length)[::-1] if equation.params["reverse"] else range(length)
@@ -269,6 +269,14 @@ class Interpreter(Operations):
         if isinstance(value, Feature):
             self.features.setdefault(value.vertex, value.array)
         return value
+
+
+def _loop_operands(equation: core.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan every step reads, and how many follow that it hands on."""
+    if "ft_in" in equation.params:  # JAX 0.11 and newer
+        fixed, carried, _ = equation.params["ft_in"].unpack()
+        return len(fixed), len(carried)
+    return equation.params["num_consts"], equation.params["num_carry"]
 
 
 def _evaluate(equation: core.JaxprEqn, operands: Sequence[jax.Array]) -> Sequence[jax.Array]:

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from archscale_jax.architecture import Architecture, Arrangement, PyTree, Role, named_leaves
+from archscale_jax.architecture import Architecture, Arrangement, Role
 from archscale_jax.graph import live_edges, live_vertices
+from archscale_jax.refusals import unknown
 from archscale_jax.tracing.binding import record, uses_by_leaf
 from archscale_jax.tracing.flow import Kind, contract
 from archscale_jax.tracing.interpreter import Interpreter
 from archscale_jax.tracing.structure import Structure, graph_of
 from archscale_jax.tracing.values import Feature, Known, TraceError, Value, Weight
+from archscale_jax.trees import PyTree, named_leaves
 
 
 def trace(
@@ -41,14 +43,12 @@ def trace(
       arrangement: what vertices sum, where the function has sums of both kinds.
 
     Raises:
+      TypeError: no function, or params that are no arrays.
       TraceError: something that cannot be read; the message names the parameter, the operation, the
         line, and what to do.
     """
     names = list(named_leaves(params))
-    declared = {name: Role(role) for name, role in (roles or {}).items()}
-    for name in declared:
-        if name not in names:
-            raise TraceError(f"roles name {name!r}; params hold {', '.join(map(repr, names[:8]))}")
+    declared = _declared(roles or {}, names)
     interpreter, outputs, _ = read(function, params, inputs, declared)
     flow = interpreter.flow
     structure = Structure.of(flow, outputs, arrangement)
@@ -62,6 +62,18 @@ def trace(
         for name in names
     )
     return Architecture(graph, parameters, structure.arrangement)
+
+
+def _declared(roles: Mapping[str, Role | str], names: list[str]) -> dict[str, Role]:
+    declared = {}
+    for name, role in roles.items():
+        if name not in names:
+            raise TraceError(unknown("parameter in roles", name, names))
+        try:
+            declared[name] = Role(role)
+        except ValueError as error:
+            raise TraceError(f"roles of {name!r}: {error}") from None
+    return declared
 
 
 def vertex_features(
@@ -138,8 +150,19 @@ def read(
     Returns:
       The interpreter, its flow contracted; the output vertices; and the values of the results.
     """
-    closed = jax.make_jaxpr(function)(params, *inputs)
+    if not callable(function):
+        raise TypeError(
+            "trace takes (function, params, *inputs); expected a function first, found "
+            f"{type(function).__name__}"
+        )
     weights = named_leaves(params)
+    for name, leaf in weights.items():
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
+                "arrays and jax.ShapeDtypeStruct. Bind anything else to the function"
+            )
+    closed = jax.make_jaxpr(function)(params, *inputs)
     data = closed.jaxpr.invars[len(weights) :]
     random = [jnp.issubdtype(one.aval.dtype, jax.dtypes.prng_key) for one in data]
     sources = {number for number, known in enumerate(random) if not known}
