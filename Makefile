@@ -7,6 +7,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(nam
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READY_TO_TEST := $(VENV)/.ready-to-test
 
 FASHION := data/fashion_mnist
 FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte \
@@ -20,29 +21,30 @@ help:  ## list the targets
 run: $(READY)  ## the scaling study on the embedded data: a table and a figure
 	$(PY) -m experiments.scaling --workdir=runs/scaling
 
-test: $(READY) chromium  ## lint, types, the docs and the whole test suite
+test: $(READY_TO_TEST) chromium  ## lint, types, the docs and the whole test suite
 	$(MAKE) --jobs=2 --output-sync --no-print-directory lint docs
 	$(PY) -m pytest
 
-lint: $(READY)  ## ruff and pyright; warnings are errors
+lint: $(READY_TO_TEST)  ## ruff and pyright; warnings are errors
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --warnings
 
-docs: $(READY)  ## the documentation site, in build/site; warnings are errors
+docs: $(READY_TO_TEST)  ## the documentation site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "the site: build/site/index.html"
 
 # Any Chromium on the PATH serves. Where it cannot be installed, its test is skipped, or fails if CI is set.
 chromium:  ## the browser of the tests, by apt-get as root where there is none
-	@if command -v chromium chromium-browser >/dev/null; then exit 0; fi; \
+	@if command -v chromium || command -v chromium-browser; then exit 0; fi >/dev/null; \
 	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then \
 		echo "no chromium, and no root with apt-get to install it"; exit 0; fi; \
 	echo "Installing chromium by apt-get; this takes half a minute."; \
 	mkdir -p build; export DEBIAN_FRONTEND=noninteractive; get="apt-get -q -o DPkg::Lock::Timeout=120"; \
 	{ $$get update && $$get install -y --no-install-recommends chromium; } >build/chromium.log 2>&1 || \
-		echo "chromium was not installed; see build/chromium.log"
+		{ tail -n 3 build/chromium.log; echo "chromium was not installed"; }
 
-bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
+bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.paths
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.initialization
@@ -53,13 +55,18 @@ bench: $(READY)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.trace
 	$(PY) -m benchmarks.import_time
 
-# The stamp is written last: an interrupted installation is made anew.
+# The stamps are written last: an interrupted installation is made anew. Binaries need half of what tests do.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 or python3; use make PYTHON=…" >&2; exit 1; }
-	@echo "Installing into $(VENV); this takes a few minutes."
+	@echo "Installing into $(VENV), 0.9 GB; this takes a minute or two."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[experiments]'
 	touch $(READY)
+
+$(READY_TO_TEST): $(READY)
+	@echo "Installing what the tests need, 1 GB; this takes a minute or two."
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	touch $(READY_TO_TEST)
 
 # Other versions, and with PYTHON=python3.13 another Python, in an environment of their own below
 # build/; with TESTS='tests/test_rules.py …' a part of the tests.
@@ -85,7 +92,7 @@ build/newest.txt:
 	@mkdir -p build
 	touch $@
 
-dist: $(READY)  ## the wheel and the source distribution, into dist/
+dist: $(READY_TO_TEST)  ## the wheel and the source distribution, into dist/
 	rm -rf dist
 	$(PY) -m hatchling build -d dist
 

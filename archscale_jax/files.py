@@ -1,12 +1,14 @@
 """Files that are whole or not there: atomic writes, and a journal that survives a cut."""
 
+import contextlib
+import fcntl
 import io
 import json
 import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -26,6 +28,11 @@ def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], o
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+    """Writes text in UTF-8, whatever the locale, atomically."""
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
@@ -125,6 +132,26 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} is no JSON object, but {type(record).__name__}")
         records.append(record)
     return records
+
+
+@contextlib.contextmanager
+def locked(journal: str | pathlib.Path) -> Iterator[None]:
+    """Keeps other processes off a journal, whose folder is made.
+
+    The lock ends with the process, however that ends. Its file stays: if it were removed, one
+    process might lock the old file and another a new one.
+
+    Raises:
+      ValueError: another process holds the lock.
+    """
+    journal = pathlib.Path(journal)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.with_name(journal.name + ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to this journal, {journal}") from None
+        yield
 
 
 def claim_directory(

@@ -19,4 +19,5 @@ def unknown(what: str, found: object, accepted: Iterable[object]) -> str:
     shown = ", ".join(names[:_SHOWN]) + (f", … ({len(names)} in all)" * (len(names) > _SHOWN))
     near = difflib.get_close_matches(found, names, 1) if isinstance(found, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {found!r}; accepted are {shown or 'none'}{hint}"
+    accepted_are = f"accepted are {shown}" if names else "there are none"
+    return f"unknown {what} {found!r}; {accepted_are}{hint}"

@@ -34,7 +34,7 @@ from archscale_jax.rules.learning_rate import (
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import check_optimizer
 from archscale_jax.rules.width import WIDTH_RULES
-from archscale_jax.transform import explained_factors
+from archscale_jax.transform import chosen_rule, explained_factors
 from archscale_jax.trees import PyTree
 
 InDegree = int | tuple[int, ...] | None
@@ -81,7 +81,7 @@ class Report:
 def report(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None = None,
-    rule: str | LearningRateRule = "path_sum",
+    rule: str | LearningRateRule | None = None,
     *,
     initialization: str | InitializationRule | None = None,
     initialization_options: Mapping[str, Any] | None = None,
@@ -111,6 +111,7 @@ def report(
     check_architecture(architecture)
     if params is not None:
         check_parameters(architecture, params)
+    rule = chosen_rule(rule, options.get("depth_rule"))
     if options.get("depth_rule") is not None:
         check_optimizer(options["depth_rule"])
     drawn = DEFAULT_RULES[architecture.arrangement] if initialization is None else initialization

@@ -27,7 +27,7 @@ from archscale_jax.trees import PyTree, parameter_name
 def learning_rate_factors(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None = None,
-    rule: str | LearningRateRule = "path_sum",
+    rule: str | LearningRateRule | None = None,
     *,
     kernel_per_layer: bool = False,
     width_rule: str | WidthRule | None = None,
@@ -41,12 +41,13 @@ def learning_rate_factors(
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
       rule: see `archscale_jax.rules.learning_rate_scale`: one factor for all weights and biases.
+        None is `path_sum`, or `none` with a depth rule, which answers for depth itself.
       kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
         every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
       width_rule: None, `sgd`, `adam` or `muon`: multiply by the width factors [μP], see
         `archscale_jax.rules.width`.
       depth_rule: None, `sgd`, `adam` or `muon`: multiply by the depth factors of residual stacks,
-        see `archscale_jax.rules.residual`; take the rule `none` then, whose factor is 1.
+        see `archscale_jax.rules.residual`.
       depth_exponent: α of the depth rule.
       **options: passed to the rule.
 
@@ -71,7 +72,7 @@ def learning_rate_factors(
 def explained_factors(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None = None,
-    rule: str | LearningRateRule = "path_sum",
+    rule: str | LearningRateRule | None = None,
     *,
     kernel_per_layer: bool = False,
     width_rule: str | WidthRule | None = None,
@@ -85,6 +86,7 @@ def explained_factors(
       ValueError: see `learning_rate_factors`.
     """
     check_architecture(architecture)
+    rule = chosen_rule(rule, depth_rule)
     base_graph = base.graph if isinstance(base, Architecture) else base
     scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
     description = LEARNING_RATE_RULES.describe(rule)
@@ -116,6 +118,15 @@ def explained_factors(
     return {name: _product(name, parts[name]) for name in names}
 
 
+def chosen_rule(
+    rule: str | LearningRateRule | None, depth_rule: Optimizer | None
+) -> str | LearningRateRule:
+    """Returns a rule, or what None stands for, see `learning_rate_factors`."""
+    if rule is not None:
+        return rule
+    return "path_sum" if depth_rule is None else "none"
+
+
 def _product(name: str, parts: list[Explained]) -> Explained:
     factor = math.prod(part.value for part in parts)
     smallest, largest = (float(getattr(jnp.finfo(jnp.float32), end)) for end in ("tiny", "max"))
@@ -130,7 +141,7 @@ def _product(name: str, parts: list[Explained]) -> Explained:
 def scale_by_architecture(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None = None,
-    rule: str | LearningRateRule = "path_sum",
+    rule: str | LearningRateRule | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """Multiplies the update of every parameter by its learning-rate factor.
@@ -152,7 +163,7 @@ def scale_by_architecture(
     Args:
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
-      rule: learning-rate rule.
+      rule: learning-rate rule; None is `path_sum`, or `none` with a depth rule.
       **options: see `learning_rate_factors`.
 
     Returns:

@@ -1,1 +1,15 @@
 """Binaries: `python -m experiments.NAME --flag=value`."""
+
+import importlib.util
+import sys
+
+_NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")
+_missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+if _missing:
+    message = (
+        f"{sys.executable} lacks {', '.join(_missing)}; run `make run` once and take "
+        ".venv/bin/python, or pip install '.[experiments]'"
+    )
+    if sys.argv[:1] == ["-m"]:  # what Python makes of `python -m` while it imports this
+        sys.exit(f"error: {message}")
+    raise ModuleNotFoundError(message)

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax import files, training
-from archscale_jax.datasets import Dataset
+from archscale_jax.datasets import Dataset, load
 from archscale_jax.models import ACTIVATIONS, NORMALIZATIONS, create_network
 from archscale_jax.rules import INITIALIZATION_RULES
 from archscale_jax.trees import PyTree
@@ -94,6 +96,8 @@ def run_binary(run: Callable[[], None]) -> None:
         for flag in FLAGS.flags_by_module_dict().get(module, ()):
             FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
+    sys.unraisablehook = _interrupt_again
+
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
@@ -112,6 +116,16 @@ def run_binary(run: Callable[[], None]) -> None:
     app.run(main)
 
 
+def _interrupt_again(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
+    """Raises Ctrl-C anew where Python drops it: in garbage collection, where JAX has a callback."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        before(unraisable)
+        return
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
 def _kept() -> str:
     """What an interrupted binary leaves, and the command that goes on."""
     command = provenance.command()
@@ -119,7 +133,10 @@ def _kept() -> str:
     if command not in [one["command"] for one in provenance.read_commands(workdir)[-1:]]:
         return "nothing was written"
     resume = " --resume" if "resume" in FLAGS and not FLAGS.resume else ""
-    return f"what is finished is kept in {workdir}, go on with: {command}{resume}"
+    here = os.path.relpath(sys.executable)  # the environment may not be the shell's
+    python = here if not here.startswith("..") else sys.executable
+    again = provenance.command(python) + resume
+    return f"what is finished is kept in {workdir}, go on with: {again}"
 
 
 @contextlib.contextmanager
@@ -135,12 +152,21 @@ def interrupts_later() -> Iterator[None]:
             previous(*held[0])
 
 
+@functools.cache
+def _hold(workdir: str) -> contextlib.ExitStack:
+    """Keeps other processes off a folder until this one ends."""
+    holding = contextlib.ExitStack()
+    holding.enter_context(files.locked(pathlib.Path(workdir) / provenance.JOURNAL))
+    return holding
+
+
 def claim_directory(
     workdir: str | pathlib.Path, config: dict[str, Any], *, extensible: Sequence[str] = ()
 ) -> pathlib.Path:
     """`files.claim_directory`, with a line for this command in the folder's journal of them."""
     resumed = (pathlib.Path(workdir) / "config.json").exists()
     folder = files.claim_directory(workdir, config, extensible=extensible)
+    _hold(os.path.abspath(folder))
     computes_here = "runner" not in FLAGS or FLAGS.runner in ("local", "devices")
     provenance.record_command(
         folder, resumed=resumed, devices=jax.devices() if computes_here else ()
@@ -158,6 +184,13 @@ def settings(module: str) -> dict[str, Any]:
     names = (module, __name__)
     values = {flag.name: flag.value for name in names for flag in by_module.get(name, ())}
     return {name: values[name] for name in sorted(values) if name not in NOT_SETTINGS}
+
+
+def load_dataset() -> Dataset:
+    """Loads the data set of the flags, and tells what it is."""
+    dataset = load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    display.note(f"{dataset!r}")
+    return dataset
 
 
 def parse_graph(text: str) -> jraph.GraphsTuple:

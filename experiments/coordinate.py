@@ -68,7 +68,7 @@ def run() -> None:
     curves = coordinate_report.curves_of(trials, records)
     table = coordinate_report.table(curves)
     text = common.markdown_table(table)
-    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    files.write_text(workdir / "table.md", text)
     print(text)
     figures = {}
     for axis in FLAGS.axis:
@@ -80,7 +80,7 @@ def run() -> None:
         figures[path] = f"Change of features against {axis}; the line of the output is orange."
     report = page.write(
         workdir,
-        f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset}",
+        f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
         tables={"Largest over smallest change of a feature over all sizes; 1 is best.": table},
         figures=figures,

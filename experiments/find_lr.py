@@ -25,7 +25,7 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import datasets, files, search
 from archscale_jax.progress import Advance
-from experiments import common, display, page
+from experiments import common, display, page, runners
 from experiments.panels import save
 
 FLAGS = flags.FLAGS
@@ -59,7 +59,7 @@ def run() -> None:
         )
     rates = np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
     graph = common.parse_graph(FLAGS.architecture)
-    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    dataset = common.load_dataset()
     total_steps = common.count_steps(dataset, FLAGS.epochs)
     network = common.build_network(graph, dataset)
     start = FLAGS.start
@@ -80,7 +80,8 @@ def run() -> None:
         flip=FLAGS.flip,
         padding=FLAGS.padding,
     )
-    with display.progress("runs", None) as advance:  # how many it takes is found on the way
+    # How many runs it takes is found on the way.
+    with runners.interrupts_told(), display.progress("runs", None) as advance:
         found = archscale.find_learning_rate(
             _remembered(train, workdir / "results.jsonl", advance),
             rates,
@@ -94,29 +95,36 @@ def run() -> None:
     answer = (
         f"learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
-        f"standard error {100 * math.expm1(found.uncertainty):.0f} %, {len(found.runs)} runs"
+        + (
+            "one seed, no standard error"
+            if math.isnan(found.uncertainty)
+            else f"standard error {100 * math.expm1(found.uncertainty):.0f} %"
+        )
+        + f", {len(found.runs)} runs"
     )
     lines = _lines(found)
     markdown = f"{answer}\n\n{common.markdown_table(lines)}"
-    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    files.write_text(workdir / "table.md", markdown)
     figure = workdir / "find_lr.png"
-    _draw(found, figure)
+    _draw(found, figure, dataset.name)
     remarks = [f"{answer[0].upper()}{answer[1:]}."]
+    if FLAGS.start is None and FLAGS.base_rate is not None:
+        remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
     console = Console()
     console.print(_table(lines))
     if not all(found.basin.closed):
         remarks.append(
             "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
         )
-        console.print(remarks[-1])
     report = page.write(
         workdir,
-        f"Learning rate of {FLAGS.architecture} on {FLAGS.dataset}",
+        f"Learning rate of {FLAGS.architecture} on {dataset.name}",
         __doc__,
         remarks=remarks,
         tables={"Training loss (nats) by rate; * marks the rates in the basin.": lines},
         figures={figure: "Training loss of every run against its learning rate, with the basin."},
     )
+    console.print(*remarks[1:], sep="\n", end="\n" if remarks[1:] else "")
     console.print(f"{answer}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
 
 
@@ -191,7 +199,7 @@ def _table(rows: list[list[str]]) -> Table:
     return result
 
 
-def _draw(found: search.RateSearch, path: pathlib.Path) -> None:
+def _draw(found: search.RateSearch, path: pathlib.Path, name: str) -> None:
     """Draws the loss of every run against its rate, with the basin and the answer; atomically."""
     from matplotlib.figure import Figure
 
@@ -207,7 +215,7 @@ def _draw(found: search.RateSearch, path: pathlib.Path) -> None:
     top = axes.get_ylim()[1]
     axes.plot(lost, [top] * len(lost), "x", color="#D55E00", label="lost" if lost else None)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)")
-    axes.set_title(f"{FLAGS.architecture} on {FLAGS.dataset}")
+    axes.set_title(f"{FLAGS.architecture} on {name}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     save(figure, path, dpi=150)

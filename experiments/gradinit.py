@@ -89,7 +89,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         "What learning the scales changes, seed by seed.": gradinit_report.gains(every),
     }  # fmt: skip
     text = "\n".join(common.markdown_table(lines) for lines in tables.values())
-    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    files.write_text(workdir / "table.md", text)
     print(text)
     figures = gradinit_figures.FIGURES if gradinit_figures.has_networks(every) else {}
     for name, draw in figures.items():
@@ -97,7 +97,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         print(f"figure:  {workdir / f'{name}.png'}")
     report = page.write(
         workdir,
-        f"GradInit on {FLAGS.dataset}",
+        f"GradInit on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
         remarks=[f"failed: {one['trial']}: {one['error']}" for one in records if "error" in one],
         tables=tables,

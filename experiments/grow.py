@@ -79,7 +79,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         "Runs that failed, which are in no other table.": grow_report.failures(records),
     }
     text = "\n".join(common.markdown_table(rows) for rows in tables.values() if len(rows) > 1)
-    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    files.write_text(workdir / "table.md", text)
     print(text)
     figures = {}
     for name, draw in grow_figures.FIGURES.items():
@@ -87,7 +87,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         if draw(arms, path):
             print(f"figure:  {path}")
             figures[path] = grow_figures.CAPTIONS[name]
-    title = f"Growing networks on {FLAGS.dataset}"
+    title = f"Growing networks on {FLAGS.dataset.partition('#')[0]}"
     report = page.write(workdir, title, __doc__, tables=tables, figures=figures)
     print(f"report:  {report}")
     print(f"results: {workdir / 'results.jsonl'}")

@@ -80,7 +80,7 @@ def run() -> None:
     variants = {trial_hash(one["trial"]["network"]): one["result"] for one in done}
     lines = _lines(studies, records, variants)
     table = common.markdown_table(lines)
-    files.write_atomically(workdir / "table.md", lambda target: target.write_text(table))
+    files.write_text(workdir / "table.md", table)
     printed = Table(*lines[0])
     for line in lines[1:]:
         printed.add_row(*line)

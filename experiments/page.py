@@ -71,13 +71,13 @@ def write(
     ]
     path = workdir / NAME
     text = _document(title, "\n".join(part for part in parts if part))
-    files.write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+    files.write_text(path, text)
     return path
 
 
 def _document(title: str, body: str) -> str:
     """The page; its browser is told to load nothing, and to run no script but the page's own."""
-    style, script = ((_HERE / f"page.{kind}").read_text() for kind in ("css", "js"))
+    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -198,8 +198,8 @@ def _origin(commands: Sequence[provenance.Command]) -> list[str]:
     else:
         begun = "what began it was not recorded, " if commands[0]["resumed"] else ""
         story = (
-            f"This run was resumed: {begun}{number} worked on it, and what was finished was kept. "
-            "Tables and figures show the results of all."
+            f"This run was resumed: {begun}{number} went on with it, and what was finished was "
+            "kept. Tables and figures show the results of all."
         )
     story += f" This page was written on {_time(provenance.now())}."
     return [f"<p>{story}</p>", *map(_command, commands)]

@@ -39,9 +39,9 @@ def record_command(workdir: pathlib.Path, *, resumed: bool, devices: Sequence[An
     files.append_record(workdir / JOURNAL, record)
 
 
-def command() -> str:
+def command(python: str = "python") -> str:
     """Returns the command that started this process."""
-    return shlex.join(["python", "-m", _module(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join([python, "-m", _module(sys.argv[0]), *sys.argv[1:]])
 
 
 def read_commands(workdir: pathlib.Path) -> list[Command]:

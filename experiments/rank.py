@@ -95,7 +95,7 @@ def report(
     ranking = rank_report.ranking_of(accuracies, cells, published=published)
     table = rank_report.table(ranking)
     text = common.markdown_table(table)
-    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    files.write_text(workdir / "table.md", text)
     print(text)
     figures = {}
     for name, caption in rank_figures.CAPTIONS.items():

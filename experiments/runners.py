@@ -78,7 +78,7 @@ def runner() -> Iterator[dict[str, Any]]:
         yield options
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_interrupts_told())
+        stack.enter_context(interrupts_told())
         if FLAGS.runner == "local":
             yield options | {"workers": FLAGS.workers}
         else:
@@ -96,7 +96,7 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
     else:
         threads = max(1, round(FLAGS.cpus_per_trial))
         environment = {"env_vars": {"NPROC": str(threads)}}  # sizes XLA's thread pools
-        level = "warning" if FLAGS["verbosity"].present else "error"
+        level = "error" if FLAGS.quiet else "warning"
         resources = {"num_cpus": FLAGS.cpus_per_trial, "num_gpus": FLAGS.gpus_per_trial}
         with (
             connected(FLAGS.ray_address, runtime_env=environment, logging_level=level),
@@ -106,7 +106,7 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
 
 
 @contextlib.contextmanager
-def _interrupts_told() -> Iterator[None]:
+def interrupts_told() -> Iterator[None]:
     """Answers Ctrl-C at once: a study first waits for the trials that have begun."""
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:

@@ -23,7 +23,7 @@ from absl import flags
 from rich.console import Console
 
 import archscale_jax as archscale
-from archscale_jax import datasets, files
+from archscale_jax import files
 from archscale_jax.datasets import Dataset
 from experiments import common, display, page, scaling_report
 
@@ -68,7 +68,7 @@ def run() -> None:
         for text in networks.values():
             _scale(text, rule)
     rates = _rate_grid()
-    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    dataset = common.load_dataset()
     search_steps = common.count_steps(dataset, FLAGS.search_epochs)
     total_steps = common.count_steps(dataset, FLAGS.epochs)
     workdir = common.claim_directory(
@@ -94,23 +94,28 @@ def run() -> None:
     rows = scaling_report.summarise(
         networks, common.parse_graph, rules, transferred, math.log(dataset.num_classes)
     )
-    title = f"{FLAGS.dataset}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
     table = scaling_report.table(rows, rules, title)
     console = Console()
     unbounded = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-    console.print(table, scaling_report.overview_table(rows, rules))
+    answer = scaling_report.answer(rows, rules)
+    console.print(table, scaling_report.overview_table(rows, rules), *answer, "", sep="\n")
     markdown = scaling_report.markdown(rows, rules, title)
-    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    files.write_text(workdir / "table.md", markdown)
     figure = workdir / "scaling.png"
     scaling_report.draw(rows, rules, title, figure)
     report = page.write(
         workdir,
-        f"Gains of scaled learning rates on {FLAGS.dataset}",
+        f"Gains of scaled learning rates on {dataset.name}",
         __doc__,
-        remarks=[f"Base rate {base_rate:.3g}, of the network {FLAGS.base_architecture}."],
+        remarks=[
+            f"Base rate {base_rate:.3g}, tuned on the network {FLAGS.base_architecture}.",
+            *answer,
+        ],
         tables={
-            "What every rule gains over all networks.": scaling_report.overview(rows, rules),
+            f"What every rule gains {scaling_report.OVERVIEW}.":
+                scaling_report.overview(rows, rules),
             f"Training loss (nats) and test accuracy: {scaling_report.caption(rows, rules)}.":
                 scaling_report.by_network(rows, rules),
         },
@@ -188,18 +193,22 @@ def _train_missing(
 ) -> None:
     """Trains every trial and seed that the journal lacks, and appends a record for each."""
     done = {_identity(record) for record in files.read_records(journal)}
-    with display.progress(f"{phase} trials", len(trials) * FLAGS.num_seeds) as advance:
-        for text, rule, rates in _grouped(trials):
-            missing = [
-                (rate, seed)
-                for rate in rates
-                for seed in range(FLAGS.num_seeds)
-                if (phase, text, rule, rate, seed) not in done
-            ]
-            advance(len(rates) * FLAGS.num_seeds - len(missing))
+    missing_of = {
+        (text, rule): [
+            (rate, seed)
+            for rate in rates
+            for seed in range(FLAGS.num_seeds)
+            if (phase, text, rule, rate, seed) not in done
+        ]
+        for text, rule, rates in _grouped(trials)
+    }
+    total = len(trials) * FLAGS.num_seeds
+    recorded = total - sum(map(len, missing_of.values()))
+    with display.progress(f"{phase} trials", total, done=recorded) as advance:
+        for (text, rule), missing in missing_of.items():
             for record in _train(dataset, text, rule, missing, total_steps):
                 files.append_record(journal, {"phase": phase, **record})
-                advance(note=f"{text} by {rule}")
+                advance(note=f"{text} by {rule}" if rule != "none" else f"{text} unscaled")
 
 
 def _identity(record: dict[str, Any]) -> tuple:

@@ -60,13 +60,13 @@ def run() -> None:
     groups = size_transfer_study.grouped(trials, found)
     table = size_transfer_study.table(groups)
     text = common.markdown_table(table)
-    files.write_atomically(workdir / "table.md", lambda path: path.write_text(text))
+    files.write_text(workdir / "table.md", text)
     print(text)
     figure = workdir / "size_transfer.png"
     size_transfer_study.draw(groups, figure)
     report = page.write(
         workdir,
-        f"Learning rates of growing networks on {FLAGS.dataset}",
+        f"Learning rates of growing networks on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
         tables={"How far the rates of each rule miss (nats), and what that costs.": table},
         figures={figure: "Best rates against size, with the prediction of every rule (dashed)."},

@@ -13,11 +13,12 @@ import sys
 
 import optax
 from absl import flags
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import checkpoints, datasets, files, training
+from archscale_jax import checkpoints, files, training
 from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments import common, display, page
 from experiments.panels import create_panels, save
@@ -41,8 +42,7 @@ def run() -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     results = workdir / "results.jsonl"
     saves = workdir / "checkpoints"
-    if not FLAGS.resume and (results.exists() or saves.exists()):
-        raise ValueError(f"{workdir} holds a run; pass --resume, or choose another --workdir")
+    _check_fresh(workdir)
     training.check_learning_rate(FLAGS.base_rate)
     graph, base = (
         common.parse_graph(FLAGS.architecture),
@@ -51,7 +51,7 @@ def run() -> None:
     rule = FLAGS.rule if FLAGS.autoscale else "none"
     scale = archscale.learning_rate_scale(graph, base, rule)
 
-    dataset = datasets.load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    dataset = common.load_dataset()
     network = common.build_network(graph, dataset)
     total_steps = FLAGS.steps or common.count_steps(dataset, FLAGS.epochs)
     optimizer = optax.chain(
@@ -61,13 +61,14 @@ def run() -> None:
     state = common.initial_state(network, optimizer, FLAGS.seed)
 
     common.claim_directory(workdir, settings)
+    _check_fresh(workdir)  # another process may have begun meanwhile
     saved = checkpoints.restore_checkpoint(saves, state, settings)
     if saved:
         state = saved[1]
     _keep_records(results, int(state.epoch))
     console = Console()
     display.note(
-        f"{FLAGS.architecture} on {FLAGS.dataset}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
+        f"{FLAGS.architecture} on {dataset.name}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
         + (f", resumed after epoch {int(state.epoch)}" if saved else "")
     )
     epochs = math.ceil(total_steps / max(len(dataset.train_images) // FLAGS.batch_size, 1))
@@ -78,7 +79,7 @@ def run() -> None:
                 checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
             advance(note=_line(metrics))
     records = files.read_records(results)
-    title = f"{FLAGS.architecture} on {FLAGS.dataset}, seed {FLAGS.seed}"
+    title = f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}"
     lines = _lines(records)
     figure = workdir / "train.png"
     _draw(records, figure)
@@ -92,6 +93,12 @@ def run() -> None:
     )
     console.print(_table(title, lines))
     console.print(f"results: {results}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
+
+
+def _check_fresh(workdir: pathlib.Path) -> None:
+    held = any((workdir / name).exists() for name in ("results.jsonl", "checkpoints"))
+    if held and not FLAGS.resume:
+        raise ValueError(f"{workdir} holds a run; pass --resume, or choose another --workdir")
 
 
 def _keep_records(results: pathlib.Path, epochs: int) -> None:
@@ -108,7 +115,7 @@ def _keep_records(results: pathlib.Path, epochs: int) -> None:
 def _line(metrics: dict) -> str:
     return (
         f"train loss {metrics['train_loss']:.4f}, test accuracy {metrics['test_accuracy']:.4f}"
-        + ", diverged" * bool(metrics["diverged"])
+        + ", no better than guessing" * bool(metrics["diverged"])
     )
 
 
@@ -128,7 +135,7 @@ def _cell(value: float | None) -> str:
 
 
 def _table(title: str, lines: list[list[str]]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in lines[0]:
         table.add_column(column, justify="right")
     for line in lines[1:]:

@@ -96,10 +96,10 @@ def _report(studies, records, failed: list[str], workdir: pathlib.Path) -> None:
     )
     spread = transfer_summary.spread_of_answers(list(records["results"].values()))
     markdown = transfer_report.markdown(summaries, spread)
-    files.write_atomically(workdir / "table.md", lambda target: target.write_text(markdown))
+    files.write_text(workdir / "table.md", markdown)
     report = page.write(
         workdir,
-        f"Predicted learning rates on {FLAGS.dataset}: {', '.join(studies)}",
+        f"Predicted learning rates on {FLAGS.dataset.partition('#')[0]}: {', '.join(studies)}",
         __doc__,
         remarks=[f"{spread[0].upper()}{spread[1:]}.", *failed],
         tables={

@@ -42,7 +42,7 @@ def run_forked(
     arguments = (f"experiments.{name}", flags, files, root, interrupt_at)
     process = _FORKS.Process(target=_become, args=arguments)
     process.start()
-    process.join(300)
+    process.join(60 if interrupt_at is not None else 300)
     if process.exitcode is None:
         process.kill()
         process.join()

@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import itertools
+import re
 import shutil
 import struct
 import subprocess
@@ -607,13 +608,20 @@ def own_arrays() -> dict[str, Any]:
 def test_own_arrays_are_standardised_and_read_from_a_file(tmp_path):
     arrays, path = own_arrays(), str(tmp_path / "mine.npz")
     np.savez(path, **arrays)
-    for found in (datasets.from_arrays(**arrays, name=path), datasets.load(path)):
-        assert_well_formed(found, path, 4, (3, 5, 2))
+    for found in (datasets.from_arrays(**arrays, name="mine.npz"), datasets.load(path)):
+        assert_well_formed(found, "mine.npz", 4, (3, 5, 2))
         for split in ("train", "test"):
             images = getattr(found, f"{split}_images")
             pixels = recovered_pixels(images, arrays["train_images"])
             np.testing.assert_array_equal(pixels, arrays[f"{split}_images"])
-    gray = arrays | {name: arrays[name][..., 0] for name in ("train_images", "test_images")}
+    flat = [np.full((len(arrays[f"{split}_labels"]), 2, 2, 1), value)
+            for split, value in (("train", 0.1), ("test", 0.2))]  # fmt: skip
+    found = datasets.from_arrays(flat[0], arrays["train_labels"], flat[1], arrays["test_labels"])
+    np.testing.assert_array_equal(found.train_images, 0)
+    np.testing.assert_allclose(found.test_images, 0.1)
+    gray: dict[str, Any] = arrays | {
+        name: arrays[name][..., 0] for name in ("train_images", "test_images")
+    }
     assert datasets.from_arrays(**gray).train_images.shape == (12, 3, 5, 1)
 
 
@@ -622,33 +630,43 @@ def test_own_arrays_are_standardised_and_read_from_a_file(tmp_path):
     [
         ({"train_images": np.zeros((12, 4))}, r"train_images has the shape \(12, 4\)"),
         ({"train_images": np.full((12, 3, 5, 2), np.nan)}, "train_images: example 0 holds numbers"),
-        ({"test_images": np.zeros((6, 3, 4, 2))}, r"one of test_images \(3, 4, 2\)"),
+        ({"test_images": np.zeros((6, 3, 4, 2), int)}, r"one of test_images \(3, 4, 2\)"),
         ({"test_labels": np.zeros(5, int)}, "test_images holds 6 examples and test_labels 5"),
         ({"test_labels": np.zeros(6)}, r"test_labels has the shape \(6,\) and dtype float64"),
-        ({"train_labels": np.full(12, -1)}, "train_labels: label -1 of example 0"),
+        ({"train_labels": np.full(12, -1)}, "labels reach from -1 to 2"),
+        ({"train_labels": np.arange(12) % 4 + 1, "test_labels": np.ones(6, int)}, "class 0 has no"),
+        ({"train_labels": np.append(np.arange(11), 2**40)}, "labels reach from 0 to 1099511627776"),
+        ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)}, "at least 2, found"),
+        ({"test_images": np.zeros((6, 3, 5, 2))}, "uint8, test_images of float64; both must be on"),
         ({"num_classes": 3}, "train_labels: label 3 of example 3"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(changed, message):
     with pytest.raises(ValueError, match=message):
-        datasets.from_arrays(**own_arrays() | changed)
+        datasets.from_arrays(**{**own_arrays(), **changed})
 
 
 def test_a_file_that_changes_under_its_name_is_noticed(tmp_path):
     arrays, path = own_arrays(), tmp_path / "mine.npz"
     np.savez(path, **arrays)
     named = DatasetParser().parse(str(path))
-    assert datasets.load(named).num_classes == datasets.load(str(path)).num_classes
-    arrays["train_labels"] = np.zeros(12, int)
+    assert re.fullmatch("mine.npz#sha256=[0-9a-f]{16}", named)
+    assert datasets.load(named, data_dir=tmp_path).num_classes == 4
+    arrays["train_labels"] = arrays["train_labels"][::-1].copy()
     np.savez(path, **arrays)
     assert DatasetParser().parse(str(path)) != named
     with pytest.raises(ValueError, match="holds other arrays"):
-        datasets.load(named)
+        datasets.load(named, data_dir=tmp_path)
+    np.savez(path, **{**arrays, "test_images": np.array([1, None])})
+    with pytest.raises(ValueError, match="test_images holds Python objects"):
+        datasets.load(str(path))
     np.savez(path, images=arrays["train_images"])
     with pytest.raises(ValueError, match="it holds images, not train_images, train_labels"):
         datasets.load(str(path))
-    path.write_bytes(b"PK none")
-    with pytest.raises(ValueError, match="cannot be read"):
-        datasets.load(str(path))
+    np.save(tmp_path / "one.npy", arrays["train_images"])
+    for content in ((tmp_path / "one.npy").read_bytes(), b"text", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no .npz file, as numpy.savez writes them"):
+            datasets.load(str(path))
     with pytest.raises(ValueError, match="is no file; make it by numpy.savez"):
         DatasetParser().parse("absent.npz")

@@ -39,6 +39,7 @@ def registered_rules(monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     blocks = blocks_of(ROOT / page, "python")
     assert blocks
     namespace = {}

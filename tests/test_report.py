@@ -390,9 +390,12 @@ def test_kernel_sizes_that_are_mixed():
 
 def test_a_depth_rule_belongs_to_moment_and_none():
     deep, shallow = transformer(4), transformer(2)
-    found = report(deep, shallow, depth_rule="sgd")
+    found = report(deep, shallow, "path_sum", depth_rule="sgd")
     assert the_note(found, "depth_rule belongs to weights .*'moment'.*'depth_exponent': 0.5")
     assert the_note(found, "depth_rule and the rule path_sum both answer for depth")
+    assert the_note(found, r"residual addition \(8\) doubles the paths over which rule path_sum")
+    implied = report(deep, shallow, depth_rule="sgd")
+    assert implied.records == report(deep, shallow, "none", depth_rule="sgd").records
     found = report(
         deep, shallow, "none", initialization="moment", depth_rule="sgd", depth_exponent=1
     )

@@ -1,6 +1,6 @@
 """Image data sets as arrays on the device, and the functions that batch and augment them."""
 
-from archscale_jax.datasets.arrays import from_arrays, identified
+from archscale_jax.datasets.arrays import from_arrays
 from archscale_jax.datasets.augment import augment, epoch_indices, random_crop, random_flip
 from archscale_jax.datasets.dataset import Dataset, downscale
 from archscale_jax.datasets.idx import read_idx
@@ -13,7 +13,6 @@ __all__ = [
     "downscale",
     "epoch_indices",
     "from_arrays",
-    "identified",
     "load",
     "random_crop",
     "random_flip",

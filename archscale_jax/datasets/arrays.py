@@ -4,6 +4,8 @@ import hashlib
 import os
 import pathlib
 import zipfile
+import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -35,7 +37,8 @@ def from_arrays(
       train_labels: integers `[N]` in `[0, num_classes)`.
       test_images: `[M, H, W, C]`, or `[M, H, W]`.
       test_labels: integers `[M]`.
-      num_classes: the number of classes; the largest label plus one where None.
+      num_classes: the number of classes; where None the largest label plus one, and every class
+        must have an example.
       name: what figures and errors call it.
 
     Raises:
@@ -60,11 +63,32 @@ def from_arrays(
             f"{name}: an image of train_images has the shape {splits.train_images.shape[1:]}, one "
             f"of test_images {splits.test_images.shape[1:]}; they must be the same"
         )
+    kinds = ["float" if one.dtype.kind == "f" else "integer" for one in splits[::2]]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{name}: train_images are of dtype {splits.train_images.dtype}, test_images of "
+            f"{splits.test_images.dtype}; both must be on one scale, that of the training set"
+        )
     if num_classes is None:
-        num_classes = 1 + int(max(splits.train_labels.max(), splits.test_labels.max()))
+        num_classes = _count_classes(splits, name)
+    if num_classes < 2:
+        raise ValueError(f"{name}: num_classes must be at least 2, found {num_classes}")
     for split, _, labels in pairs:
         check_labels(labels, num_classes, f"{name}: {split}_labels")
     return standardised_dataset(name, num_classes, splits)
+
+
+def _count_classes(splits: RawSplits, name: str) -> int:
+    """The largest label plus one; every class below must have an example in either split."""
+    found = np.union1d(splits.train_labels, splits.test_labels)
+    missing = np.setdiff1d(np.arange(len(found) + 1), found)
+    if missing[0] < len(found):
+        raise ValueError(
+            f"{name}: labels reach from {found[0]} to {found[-1]}, and class {missing[0]} has no "
+            "example; accepted are labels from 0 without gaps. Where a class is meant to be "
+            "missing, pass num_classes"
+        )
+    return len(found)
 
 
 def _images(images: np.ndarray, where: str) -> np.ndarray:
@@ -87,23 +111,23 @@ def _labels(labels: np.ndarray, where: str) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise ValueError(
             f"{where} has the shape {labels.shape} and dtype {labels.dtype}; accepted are integers "
-            "[examples], one class each"
+            "[examples], one class each (of one-hot rows, argmax(axis=1))"
         )
     return labels
 
 
-def identified(path: str) -> str:
-    """Returns the path of a .npz file with the digest of what it holds, which `load` verifies.
+def with_digest(path: str | os.PathLike[str]) -> str:
+    """Returns the name of a .npz file, without its folder, and the digest of what it holds.
 
-        identified("mine.npz")  # mine.npz#sha256=9f86d081884c7d65
+        with_digest("data/mine.npz")  # mine.npz#sha256=9f86d081884c7d65
 
-    So that what goes by this name, a study's trials, is never of a file that changed.
+    What goes by this name, a study's trials, is never of a file that changed, wherever it lies.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: a digest is given already, and the file's is another.
     """
-    plain, mark, expected = path.partition(_MARK)
+    plain, mark, expected = os.path.expanduser(path).partition(_MARK)
     if not pathlib.Path(plain).is_file():
         raise FileNotFoundError(
             f"the data set {plain!r} is no file; make it by numpy.savez({plain!r}, train_images=…, "
@@ -116,22 +140,30 @@ def identified(path: str) -> str:
             f"{plain} holds other arrays (sha256 {found}…) than those that were named "
             f"({expected}…); bring back the file, or name it anew"
         )
-    return f"{plain}{_MARK}{found}"
+    return f"{pathlib.Path(plain).name}{_MARK}{found}"
 
 
 def is_file_name(name: str) -> bool:
     """Whether a data set's name is that of a .npz file, with or without its digest."""
-    return name.partition(_MARK)[0].endswith(SUFFIX)
+    return name.partition(_MARK)[0].lower().endswith(SUFFIX)
 
 
-def read_arrays(name: str | os.PathLike[str]) -> Dataset:
-    """Reads a .npz file with `train_images`, `train_labels`, `test_images` and `test_labels`.
+def read_arrays(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Reads a .npz file with the arrays of `from_arrays`, `num_classes` if it is there.
+
+    Args:
+      name: its path, in `data_dir` if that is given; with or without the digest of `with_digest`.
+      data_dir: its folder.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: see `identified` and `from_arrays`; it is no .npz file, or lacks an array.
+      ValueError: see `with_digest` and `from_arrays`; it is no .npz file, or lacks an array.
     """
-    path = identified(os.fspath(name)).partition(_MARK)[0]
+    path = os.path.join(data_dir or "", os.path.expanduser(name))
+    name = with_digest(path).partition(_MARK)[0]
+    path = path.partition(_MARK)[0]
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"the data set {path!r} is no .npz file, as numpy.savez writes them")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [field for field in RawSplits._fields if field not in file]
@@ -140,7 +172,19 @@ def read_arrays(name: str | os.PathLike[str]) -> Dataset:
                     f"it holds {', '.join(file) or 'no array'}, not {', '.join(missing)}; "
                     f"accepted are {', '.join(RawSplits._fields)}"
                 )
-            arrays = [file[field] for field in RawSplits._fields]
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            arrays = [_read(file, field) for field in RawSplits._fields]
+            num_classes = int(file["num_classes"]) if "num_classes" in file else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise ValueError(f"the data set {path!r} cannot be read: {error}") from None
-    return from_arrays(*arrays, name=path)
+    return from_arrays(*arrays, num_classes=num_classes, name=name)
+
+
+def _read(file: Mapping[str, np.ndarray], field: str) -> np.ndarray:
+    try:
+        return file[field]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise ValueError(
+            f"{field} holds Python objects (images of several sizes?); stack them into one array"
+        ) from None

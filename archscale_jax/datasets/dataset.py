@@ -1,6 +1,7 @@
 """The one data type of this package, and the standardisation every source goes through."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Examples converted to float64 at a time: bounds the host memory that standardising takes.
-_CHUNK = 4096
+_CHUNK = 2**26
+"""Bytes that are converted to float64 at a time: bounds the memory that standardising takes."""
 
 
 class RawSplits(NamedTuple):
     """What a source reads: both splits on the host, as stored.
 
-    Images are uint8 `[N, H, W, C]`, labels integers `[N]`.
+    Images are numbers `[N, H, W, C]`, labels integers `[N]`.
     """
 
     train_images: np.ndarray
@@ -25,7 +26,7 @@ class RawSplits(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A classification data set that lies on the device as a whole.
 
@@ -52,6 +53,11 @@ class Dataset:
     train_labels: Int[Array, " train"]
     test_images: Float[Array, "test height width channels"]
     test_labels: Int[Array, " test"]
+
+    def __repr__(self) -> str:
+        images = "×".join(map(str, self.train_images.shape[1:]))
+        examples = f"{len(self.train_labels)} + {len(self.test_labels)} images of {images}"
+        return f"Dataset({self.name!r}, {examples}, {self.num_classes} classes)"
 
 
 def check_labels(labels: np.ndarray, num_classes: int, source: str) -> None:
@@ -99,20 +105,24 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = sum(chunk.sum(axis=(0, 1, 2)) for chunk in _float64_chunks(images)) / pixels
     # A second pass over the centred values: sums of squares would cancel where the mean is large.
     squares = sum(((chunk - mean) ** 2).sum(axis=(0, 1, 2)) for chunk in _float64_chunks(images))
-    std = np.sqrt(squares / pixels)
-    return mean, np.where(std > 0, std, 1.0)
+    low, high = (images.min((0, 1, 2)).astype(float), images.max((0, 1, 2)).astype(float))
+    constant = low == high  # not std == 0, which rounding of the mean hides in fractions
+    return np.where(constant, low, mean), np.where(constant, 1.0, np.sqrt(squares / pixels))
 
 
 def _standardise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     result = np.empty(images.shape, np.float32)
-    for index, chunk in enumerate(_float64_chunks(images)):
-        result[index * _CHUNK : (index + 1) * _CHUNK] = (chunk - mean) / std
+    start = 0
+    for chunk in _float64_chunks(images):
+        result[start : start + len(chunk)] = (chunk - mean) / std
+        start += len(chunk)
     return result
 
 
 def _float64_chunks(images: np.ndarray):
-    for start in range(0, len(images), _CHUNK):
-        yield images[start : start + _CHUNK].astype(np.float64)
+    size = max(1, _CHUNK // (8 * math.prod(images.shape[1:])))
+    for start in range(0, len(images), size):
+        yield images[start : start + size].astype(np.float64)
 
 
 def downscale(dataset: Dataset, factor: int) -> Dataset:

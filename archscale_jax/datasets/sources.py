@@ -47,7 +47,7 @@ def load(name: str, *, data_dir: _DataDir = None) -> Dataset:
     * `imagenet16_120`: 16x16x3, the first 120 classes of the prepared TFDS data set
       `imagenet_resized/16x16`; its validation split is the test set.
     * a path that ends in `.npz`: arrays of your own, `train_images`, `train_labels`, `test_images`
-      and `test_labels`, see `from_arrays`; with or without the digest of `identified`.
+      and `test_labels`, see `from_arrays`; in `data_dir`, if that is given.
 
     Args:
       name: One of the names above (`DATASET_NAMES`), or a path.
@@ -63,6 +63,6 @@ def load(name: str, *, data_dir: _DataDir = None) -> Dataset:
     """
     check_name(name)
     if arrays.is_file_name(name):
-        return arrays.read_arrays(name)
+        return arrays.read_arrays(name, data_dir)
     num_classes, read = _SOURCES[name]
     return standardised_dataset(name, num_classes, read(data_dir))

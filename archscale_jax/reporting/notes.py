@@ -19,6 +19,8 @@ NO_BASE = (
     "with measure_update, which needs no graph"
 )
 
+_PATH_SUMS = ("path_sum", "path_sum_activations", "author_code")
+
 _BLIND_TO_SKIPS = ("target", "source", "none", "author_code")  # what others do is not known here
 
 
@@ -59,6 +61,11 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
             f"{name} is embedding table and readout in one: its standard deviation and factor "
             "follow the readout; for full μP multiply the logits by base width / width [μP]"
         )
+        if additions and initialization == "moment":
+            notes.append(
+                f"rule moment counts the features that {name} gives as of moment 1, and rows of a "
+                "readout have 1/n: branches outweigh the embedding, the more the wider the network"
+            )
     return notes
 
 
@@ -84,12 +91,26 @@ def rate_notes(
       options: those of `learning_rate_factors`.
     """
     notes = []
+    additions = len(residual_branches(architecture.graph))
+    if additions > 1 and rule in _PATH_SUMS:
+        notes.append(
+            f"every residual addition ({additions}) doubles the paths over which rule {rule} sums, "
+            "so that rates become far too small: take rule='none', with depth_rule='sgd', 'adam' "
+            "or 'muon' and initialization='moment' where no normalization follows the additions"
+        )
     sizes = _kernel_sizes(architecture)
     if len(sizes) > 1 and not options.get("kernel_per_layer"):
         notes.append(
             f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
             f"{network_kernel_size(architecture.graph)}, for the whole network, unless "
             "kernel_per_layer=True"
+        )
+    frozen = _inputs_wider(architecture, base) if isinstance(base, Architecture) else []
+    if frozen and options.get("width_rule") is not None:
+        notes.append(
+            "layers that read the inputs read other numbers of features in the base, as if inputs "
+            "grew with the width; frozen layers before them belong in params, with "
+            f"optax.multi_transform, not among the inputs: {_listed(frozen)}"
         )
     wider = isinstance(base, Architecture) and _widths_differ(architecture, base)
     if wider and options.get("width_rule") is None:
@@ -149,6 +170,16 @@ def _kernel_sizes(architecture: Architecture) -> list[int]:
         if one.role == Role.INPUT and one.edge is None and one.kernel_size > 1
     ]
     return sorted({*inner, *stems})
+
+
+def _inputs_wider(architecture: Architecture, base: Architecture) -> list[str]:
+    """Weights of the stem whose fan-in is not the base's."""
+    try:
+        ratios = width_ratios(architecture, base)
+    except ValueError:  # no parameter by parameter comparison
+        return []
+    stem = [one.name for one in architecture.parameters if one.role == Role.INPUT]
+    return [name for name in stem if ratios[name][0] != 1]
 
 
 def _widths_differ(architecture: Architecture, base: Architecture) -> bool:

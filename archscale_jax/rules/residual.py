@@ -115,8 +115,8 @@ def depth_factors(
         if parameter.layer != Role.HIDDEN or parameter.role == Role.EMBEDDING:
             return other
         edges = {parameter.edge, *parameter.further_edges} - {None}
-        if not edges:
-            return inner
+        if not edges:  # of a normalization
+            return inner._replace(reason=f"counted as {inner.reason}, wherever it stands")
         if edges & ends:
             return end
         return inner if edges <= inside else other

@@ -38,7 +38,10 @@ def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> floa
         return fan_out_ratio / fan_in_ratio
     if parameter.is_tied:
         return 1 / fan_out_ratio
-    return 1 / fan_in_ratio if parameter.role == Role.READOUT else fan_out_ratio
+    if parameter.role == Role.READOUT:
+        return 1 / fan_in_ratio
+    # The outputs of a network have no width, whatever their number.
+    return 1.0 if parameter.layer == Role.READOUT else fan_out_ratio
 
 
 @register_width_rule("adam")

@@ -6,13 +6,11 @@ trial, so a study that was cut ends with the bytes of an undisturbed one, wherev
 """
 
 import concurrent.futures
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from archscale_jax import files
@@ -128,7 +126,7 @@ def run_study(
     if executor is not None and workers != 1:
         raise ValueError(f"an executor has its own number of workers; found workers={workers} too")
     path, by_hash = pathlib.Path(journal), _by_hash(trials)
-    with _locked(path):
+    with files.locked(path):
         latest = _latest(files.read_records(path))
         missing = missing_trials(by_hash.values(), latest.values(), retry_failed=retry_failed)
         done = [latest[name] for name in by_hash.keys() - _by_hash(missing).keys()]
@@ -194,22 +192,6 @@ def _outcome(future: concurrent.futures.Future[Record], trial: Trial) -> Record:
         return future.result()
     except WorkerLostError as error:
         return _unfinished(trial) | {"error": f"{type(error).__name__}: {error}"}
-
-
-@contextlib.contextmanager
-def _locked(journal: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes off the journal; ValueError where one is on it already.
-
-    The lock ends with the process, however that ends. Its file stays: if it were removed, one
-    process might lock the old file and another a new one.
-    """
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.with_name(journal.name + ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process writes to this journal, {journal}") from None
-        yield
 
 
 def _latest(records: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:

@@ -150,11 +150,7 @@ def read(
     Returns:
       The interpreter, its flow contracted; the output vertices; and the values of the results.
     """
-    if not callable(function):
-        raise TypeError(
-            "trace takes (function, params, *inputs); expected a function first, found "
-            f"{type(function).__name__}"
-        )
+    _check_call(function, params, inputs)
     weights = named_leaves(params)
     for name, leaf in weights.items():
         if not hasattr(leaf, "shape"):
@@ -162,7 +158,12 @@ def read(
                 f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
                 "arrays and jax.ShapeDtypeStruct. Bind anything else to the function"
             )
-    closed = jax.make_jaxpr(function)(params, *inputs)
+    closed, results_shape = jax.make_jaxpr(function, return_shape=True)(params, *inputs)
+    if isinstance(results_shape, tuple) and any(_has_averages(part) for part in results_shape):
+        raise TraceError(
+            "the function returns running averages ('batch_stats') beside its result, which would "
+            "count as results; trace its first part alone: lambda params, x: apply(params, x)[0]"
+        )
     data = closed.jaxpr.invars[len(weights) :]
     random = [jnp.issubdtype(one.aval.dtype, jax.dtypes.prng_key) for one in data]
     sources = {number for number, known in enumerate(random) if not known}
@@ -197,3 +198,33 @@ def read(
         )
     contract(interpreter.flow, ends)
     return interpreter, ends, results
+
+
+def _has_averages(tree: PyTree) -> bool:
+    return isinstance(tree, Mapping) and "batch_stats" in tree
+
+
+def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> None:
+    """Refuses what is easily taken for a function, its params, or its inputs."""
+    bases = [base for base in type(function).__mro__ if base.__module__.startswith("flax.")]
+    hint = ""
+    if any(base.__module__.startswith("flax.linen") for base in bases):
+        hint = "; of a linen module pass apply"
+    elif any(base.__module__.startswith("flax.nnx") for base in bases):
+        hint = "; of an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
+    if not callable(function) or hint:
+        raise TypeError(
+            "trace takes (function, params, *inputs); expected a function first, found "
+            f"{type(function).__name__}{hint}"
+        )
+    if _has_averages(params):
+        raise TypeError(
+            "params hold 'batch_stats', running averages that are not trained: pass "
+            "variables['params'], and the averages among the inputs"
+        )
+    for one in inputs:
+        if isinstance(one, tuple) and one and all(type(size) is int for size in one):
+            raise TypeError(
+                f"found the input {one!r}; of an array of this shape pass "
+                f"jax.ShapeDtypeStruct({one!r}, jax.numpy.float32)"
+            )

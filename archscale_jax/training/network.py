@@ -1,6 +1,7 @@
 """A network as functions of its state: loss, vertex features, evaluation."""
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -27,9 +28,17 @@ def cross_entropy(
 ) -> tuple[Float[Scalar, ""], tuple[Array, PyTree]]:
     """Returns the mean cross entropy in nats, with the logits [b, classes] and the new state."""
     network = nnx.merge(graphdef, params, model_state, copy=True)  # this trace owns its state
-    logits = exact(network(images, train=train))
+    logits = exact(_call(network, images, train))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses), (logits, nnx.state(network, nnx.Not(nnx.Param)))
+
+
+def _call(network: nnx.Module, images: Array, train: bool) -> Array:
+    """Calls a network in training or evaluation mode, by its argument `train` or as NNX has it."""
+    if "train" in inspect.signature(network.__call__).parameters:
+        return network(images, train=train)
+    (network.train if train else network.eval)()
+    return network(images)
 
 
 def vertex_features(
