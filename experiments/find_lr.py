@@ -201,6 +201,7 @@ def _table(rows: list[list[str]]) -> Table:
 
 def _draw(found: search.RateSearch, path: pathlib.Path, name: str) -> None:
     """Draws the loss of every run against its rate, with the basin and the answer; atomically."""
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
@@ -215,9 +216,13 @@ def _draw(found: search.RateSearch, path: pathlib.Path, name: str) -> None:
     top = axes.get_ylim()[1]
     axes.plot(lost, [top] * len(lost), "x", color="#D55E00", label="lost" if lost else None)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few enough not to touch
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"{FLAGS.architecture} on {name}")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path, dpi=150)
 
 
