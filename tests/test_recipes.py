@@ -102,7 +102,7 @@ def test_a_loss_with_aux_has_the_architecture_of_its_logits():
     assert path_depths(loss) == path_depths(logits) == (1, 3, 3)
 
 
-def test_running_averages_count_as_outputs_where_they_are_returned():
+def test_what_is_returned_beside_the_logits_counts_as_an_output_but_averages_are_refused():
     model = Perceptron(normalized=True)
     variables = jax.eval_shape(model.init, jax.random.key(0), EXAMPLE)
 
@@ -113,8 +113,11 @@ def test_running_averages_count_as_outputs_where_they_are_returned():
     inputs = variables["params"], variables["batch_stats"], EXAMPLE
     alone = archscale.trace(lambda *inputs: apply(*inputs)[0], *inputs)
     assert path_depths(alone) == (1, 3, 3)
-    # Beside the logits, the averages of every hidden layer: as deep as the layer.
-    assert path_depths(archscale.trace(apply, *inputs)) == (3, 1, 3)
+    with pytest.raises(archscale.TraceError, match="running averages .* trace its first part"):
+        archscale.trace(apply, *inputs)
+    # Under another name, the averages of every hidden layer: as deep as the layer.
+    everything = archscale.trace(lambda *inputs: jax.tree.leaves(apply(*inputs)), *inputs)
+    assert path_depths(everything) == (3, 1, 3)
 
 
 class TwoHeads(nn.Module):

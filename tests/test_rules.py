@@ -123,7 +123,7 @@ def registries(monkeypatch):
 # Learning rates.
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(2))  # a third of the strings, all over the space
 @pytest.mark.parametrize(("column", "kernel_size"), [("lr_mlp", None), ("lr_cnn_k5", 5)])
 def test_author_code_gives_the_published_rates_of_dags(golden_dir, column, kernel_size, part):
     with np.load(golden_dir / "dag_n5_open.npz") as golden:

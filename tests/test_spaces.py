@@ -125,9 +125,10 @@ def in_parts(part, strategy, num_inputs=2500, at_once=10):
 
 
 @pytest.mark.parametrize("start", [*map("".join, itertools.product("012", repeat=3))])
-def test_every_five_vertex_string_is_read_and_printed_or_has_no_path(start):
+def test_a_fifth_of_all_five_vertex_strings_is_read_and_printed_or_has_no_path(start):
     operations = {"1": (Operator.SKIP, 1), "2": (Operator.LINEAR, 1)}
-    for rest in itertools.product("012", repeat=7):
+    every = itertools.product("012", repeat=7)
+    for rest in itertools.islice(every, int(start, 3) % 5, None, 5):
         groups = grouped(start + "".join(rest))
         text = "_".join(groups)
         if has_path(groups):

@@ -44,6 +44,8 @@ from archscale_jax.transform import scale_by_architecture
 
 BATCH, EXAMPLES, TESTS, CLASSES = 8, 43, 21, 3  # five whole batches, three examples left over
 
+pytestmark = pytest.mark.quick_compilation
+
 
 @functools.cache
 def dataset():
@@ -140,7 +142,6 @@ def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_st
     return params, rest, velocity, losses
 
 
-@pytest.mark.quick_compilation
 class TestTrainEpoch:
     def test_is_a_plain_loop(self):
         """Momentum, decay, a schedule, batch statistics, augmentation and scaled rates at once."""
