@@ -41,8 +41,10 @@ chromium:  ## the browser of the tests, by apt-get as root where there is none
 		echo "no chromium, and no root with apt-get to install it"; exit 0; fi; \
 	echo "Installing chromium by apt-get; this takes half a minute."; \
 	mkdir -p build; export DEBIAN_FRONTEND=noninteractive; get="apt-get -q -o DPkg::Lock::Timeout=120"; \
-	{ $$get update && $$get install -y --no-install-recommends chromium; } >build/chromium.log 2>&1 || \
-		{ tail -n 3 build/chromium.log; echo "chromium was not installed"; }
+	for attempt in 1 2 3; do \
+		if { $$get update && $$get install -y --no-install-recommends chromium; } >build/chromium.log 2>&1; \
+			then exit 0; fi; sleep 5; done; \
+	tail -n 3 build/chromium.log; echo "chromium was not installed"
 
 bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.paths
