@@ -16,6 +16,7 @@ from flax import linen, nnx
 import archscale_jax as archscale
 from archscale_jax import progress
 from archscale_jax.datasets import load
+from archscale_jax.files import locked
 from archscale_jax.models import DagMLP
 from archscale_jax.progress import progress_of
 from archscale_jax.refusals import unknown
@@ -280,6 +281,13 @@ class TestBinaries:
                 re.match(message, done.stderr.splitlines()[-1]) and "Traceback" not in done.stderr
             )
 
+    def test_a_folder_that_another_process_writes_to_is_refused(self, tmp_path, run_again):
+        with locked(tmp_path / "commands.jsonl"):
+            done = run_again("train", tmp_path, "--steps=1")
+        assert done.returncode == 1
+        assert "error: another process writes to this journal" in done.stderr
+        assert not (tmp_path / "results.jsonl").exists()
+
     def test_an_interrupt_tells_what_is_kept_and_how_to_go_on(self, tmp_path):
         flags = [f"--workdir={tmp_path / 'run'}", "--epochs=5000", "--width=4"]
         saved = tmp_path / "run" / "checkpoints" / "1"
@@ -290,3 +298,8 @@ class TestBinaries:
             f"interrupted; what is finished is kept in {tmp_path / 'run'}, go on with: "
             f"{os.path.relpath(sys.executable)} -m experiments.train {' '.join(flags)} --resume"
         )
+
+
+def test_a_transformed_function_is_no_module():
+    traced = archscale.trace(nnx.jit(apply), WEIGHTS, INPUTS)
+    assert traced.parameters == archscale.trace(apply, WEIGHTS, INPUTS).parameters

@@ -416,6 +416,43 @@ class TestVertexFeatures:
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
 
 
+class TestNetworks:
+    """With an argument `train`, with any arguments, and with the modes of NNX."""
+
+    class Normalized(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(16, rngs=rngs)
+            self.linear = nnx.Linear(16, CLASSES, rngs=rngs)
+
+        def logits(self, images, **options):
+            return self.linear(self.norm(images.reshape(len(images), -1), **options))
+
+    class ByMode(Normalized):
+        def __call__(self, images):
+            return self.logits(images)
+
+    class ByArgument(Normalized):
+        def __call__(self, images, train):
+            return self.logits(images, use_running_average=not train)
+
+    class ByAny(Normalized):
+        def __call__(self, images, **options):
+            return self.logits(images, use_running_average=not options["train"])
+
+    def test_train_and_evaluate_alike(self):
+        images, labels = dataset().train_images[:8], dataset().train_labels[:8]
+        found = []
+        for kind in (self.ByMode, self.ByArgument, self.ByAny):
+            graphdef, params, rest = nnx.split(kind(nnx.Rngs(0)), nnx.Param, ...)
+            losses = [
+                cross_entropy(graphdef, params, rest, images, labels, train=train)[0]
+                for train in (True, False)
+            ]
+            found.append([float(loss) for loss in losses])
+        assert found[0] == found[1] == found[2]
+        assert found[0][0] != found[0][1]
+
+
 class TestEvaluate:
     @pytest.mark.parametrize("size", [1, 8, 43, 1000])
     def test_is_the_mean_over_all_examples(self, size):

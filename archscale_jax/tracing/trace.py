@@ -206,11 +206,12 @@ def _has_averages(tree: PyTree) -> bool:
 
 def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> None:
     """Refuses what is easily taken for a function, its params, or its inputs."""
-    bases = [base for base in type(function).__mro__ if base.__module__.startswith("flax.")]
+    # By name, as Flax is not imported here. What its transformations return, nnx.jit say, is fine.
+    modules = [base.__module__ for base in type(function).__mro__ if base.__name__ == "Module"]
     hint = ""
-    if any(base.__module__.startswith("flax.linen") for base in bases):
+    if any(name.startswith("flax.linen") for name in modules):
         hint = "; of a linen module pass apply"
-    elif any(base.__module__.startswith("flax.nnx") for base in bases):
+    elif any(name.startswith("flax.nnx") for name in modules):
         hint = "; of an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
     if not callable(function) or hint:
         raise TypeError(

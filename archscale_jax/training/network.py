@@ -35,7 +35,8 @@ def cross_entropy(
 
 def _call(network: nnx.Module, images: Array, train: bool) -> Array:
     """Calls a network in training or evaluation mode, by its argument `train` or as NNX has it."""
-    if "train" in inspect.signature(network.__call__).parameters:
+    parameters = inspect.signature(network.__call__).parameters.values()
+    if any(one.name == "train" or one.kind == one.VAR_KEYWORD for one in parameters):
         return network(images, train=train)
     (network.train if train else network.eval)()
     return network(images)
