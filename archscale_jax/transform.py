@@ -21,7 +21,7 @@ from archscale_jax.rules.learning_rate import (
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import Optimizer, depth_factors
 from archscale_jax.rules.width import WidthRule, explained_width_factors
-from archscale_jax.trees import PyTree, parameter_name
+from archscale_jax.trees import PyTree, map_with_names
 
 
 def learning_rate_factors(
@@ -184,9 +184,9 @@ def scale_by_architecture(
     def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
         del params
         check_parameters(architecture, updates, masked=optax.MaskedNode)
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
+        return map_with_names(scaled, updates), state
 
-    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        return (exact(update) * factors[parameter_name(path)]).astype(update.dtype)
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+        return (exact(update) * factors[name]).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)
