@@ -160,6 +160,16 @@ def scale_by_architecture(
     scaled with it. Momentum is linear, so factors before and behind it do the same; Adam divides
     the size of the gradient out, so a factor before it does nothing.
 
+    Put it inside what keeps a copy of the params and takes those it is given for those it wrote:
+    `optax.contrib.schedule_free`, `sam`, `mechanize`, and `optax.lookahead`. Behind these the rate
+    is not f·η, and no message says so, since a transformation sees only the update that reaches it:
+
+        optax.contrib.schedule_free(
+            optax.chain(optax.sgd(0.1), scale_by_architecture(arch, base)), learning_rate=0.1)
+
+    `schedule_free_sgd`, `schedule_free_adamw`, `cocob` and `madgrad` have no inside: write the
+    first two as `schedule_free` of a chain, and do not use the last two with factors.
+
     Args:
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
