@@ -23,6 +23,8 @@ with needed_by("archscale_jax.checkpoints", "experiments"):
 
 Settings = Mapping[str, Any]
 
+_SCALARS = (np.generic, bool, int, float, complex)
+
 
 def save_checkpoint(
     directory: str | pathlib.Path, step: int, tree: PyTree, settings: Settings, *, keep: int = 2
@@ -32,14 +34,26 @@ def save_checkpoint(
     Args:
       directory: folder of the checkpoints of one run.
       step: number of the checkpoint; a later one wins.
-      tree: arrays and typed random keys.
+      tree: arrays of JAX or NumPy of any shape, empty ones too; typed random keys; and scalars of
+        NumPy and Python (bool, int, float, complex).
       settings: JSON values that say what the tree belongs to; `restore_checkpoint` compares them.
+        NaN equals NaN.
       keep: how many checkpoints stay.
+
+    Raises:
+      TypeError: a leaf or a setting of another kind, by name; nothing is saved.
+      ValueError: a tree without a number to save, or an int beyond 64 bits, by name.
     """
     stored = _stored(tree)
-    record = {"settings": dict(settings), "checksum": _checksum(stored)}
+    full, empty = _parted(stored)
+    if not full:
+        raise ValueError(
+            f"tree holds no numbers, found {len(empty)} leaves, all empty; accepted are trees with "
+            "one array at least that is not empty"
+        )
+    record = {"settings": _json(settings), "checksum": _checksum(full), "empty": empty}
     arguments = ocp.args.Composite(
-        tree=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(record)
+        tree=ocp.args.StandardSave(full), record=ocp.args.JsonSave(record)
     )
     with _manager(directory, keep) as manager:
         manager.save(step, args=arguments, force=True)
@@ -53,14 +67,15 @@ def restore_checkpoint(
 
     Args:
       directory: folder of the checkpoints of one run.
-      like: tree of the structure, shapes and dtypes to restore; random keys must be arrays, the
-        rest may be `jax.ShapeDtypeStruct`.
+      like: tree of the structure, shapes and dtypes to restore; random keys must be arrays,
+        scalars scalars of the type to restore, the rest may be `jax.ShapeDtypeStruct`.
       settings: must equal those saved.
 
     Returns:
       The step and the tree, bit for bit as saved; None where there is no finished checkpoint.
 
     Raises:
+      TypeError: `like` or `settings` hold what `save_checkpoint` does not take, by name.
       ValueError: the checkpoint was saved under other settings, holds other leaves, shapes or
         dtypes (by name), or is damaged.
     """
@@ -76,19 +91,21 @@ def restore_checkpoint(
             saved_settings, checksum = found["record"]["settings"], found["record"]["checksum"]
             saved = manager.item_metadata(step)["tree"]
             shapes = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in saved.items()}
+            for name, (shape, dtype) in found["record"].get("empty", {}).items():
+                shapes[name] = (tuple(shape), jnp.dtype(dtype))
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(_damaged(where, error)) from error
         _check_settings(where, saved_settings, settings)
         expected = _stored(like)
         _check_leaves(where, shapes, expected)
         try:
-            restore = ocp.args.StandardRestore(expected)
+            restore = ocp.args.StandardRestore(_parted(expected)[0])
             restored = manager.restore(step, args=ocp.args.Composite(tree=restore))["tree"]
             if _checksum(restored) != checksum:
                 raise ValueError("its leaves are not those that were saved")
         except Exception as error:
             raise ValueError(_damaged(where, error)) from error
-    return step, _rebuilt(restored, like)
+    return step, _rebuilt(expected | restored, like)
 
 
 def _damaged(where: str, error: Exception) -> str:
@@ -104,16 +121,60 @@ def _manager(directory: str | pathlib.Path, keep: int | None = None) -> ocp.Chec
     )
 
 
-def _stored(tree: PyTree) -> dict[str, jax.Array]:
-    """The leaves by key path; typed random keys as their integers."""
+def _stored(tree: PyTree) -> dict[str, Any]:
+    """The leaves by key path, as arrays; typed random keys as their integers."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for path, leaf in leaves
+    return {(name := jax.tree_util.keystr(path)): _array(name, leaf) for path, leaf in leaves}
+
+
+def _array(name: str, leaf: Any) -> Any:
+    """A leaf as an array. Scalars keep every bit: Python's have 64 bits, complex ones 128."""
+    if type(leaf) is int:
+        if not -(2**63) <= leaf < 2**63:
+            raise ValueError(
+                f"leaf {name!r} is the int {leaf}; accepted are ints of 64 bits: save it as a "
+                "string among the settings"
+            )
+        return np.asarray(leaf, np.int64)
+    if isinstance(leaf, _SCALARS):
+        leaf = np.asarray(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and hasattr(leaf, "shape"):
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return jax.random.key_data(leaf)
+        if any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.number)):
+            return leaf
+    raise TypeError(
+        f"leaf {name!r} is {leaf!r} of {type(leaf).__name__}; accepted are arrays, typed random "
+        "keys and numbers: put strings and other values among the settings"
+    )
+
+
+def _parted(stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves with elements, and of the others, which orbax does not save, shape and dtype."""
+    full = {name: leaf for name, leaf in stored.items() if 0 not in leaf.shape}
+    empty = {
+        name: [list(leaf.shape), jnp.dtype(leaf.dtype).name]
+        for name, leaf in stored.items()
+        if name not in full
     }
+    return full, empty
 
 
-def _checksum(stored: dict[str, jax.Array]) -> int:
+def _json(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    for name, value in settings.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"setting {name!r} is {value!r}; accepted are JSON values (None, bool, int, float, "
+                "str, and lists and dicts of them): convert it first"
+            ) from error
+    return json.loads(json.dumps(dict(settings)))
+
+
+def _checksum(stored: Mapping[str, Any]) -> int:
     """CRC-32 of all bytes; a byte that changed on disk is not noticed by orbax."""
     checksum = 0
     for name in sorted(stored):
@@ -121,26 +182,28 @@ def _checksum(stored: dict[str, jax.Array]) -> int:
     return checksum
 
 
-def _rebuilt(stored: dict[str, jax.Array], like: PyTree) -> PyTree:
+def _rebuilt(stored: Mapping[str, Any], like: PyTree) -> PyTree:
     def pick(path, leaf):
         value = stored[jax.tree_util.keystr(path)]
-        if _is_key(leaf):
+        if isinstance(leaf, np.generic):
+            return np.asarray(value)[()]
+        if isinstance(leaf, _SCALARS):
+            return type(leaf)(np.asarray(value).item())
+        if 0 in value.shape and not isinstance(leaf, np.ndarray):
+            value = jnp.zeros(value.shape, value.dtype)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
         return value
 
     return jax.tree_util.tree_map_with_path(pick, like)
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _check_settings(where: str, saved: Settings, settings: Settings) -> None:
-    if different := different_settings(saved, json.loads(json.dumps(dict(settings)))):
+    if different := different_settings(saved, _json(settings)):
         raise ValueError(f"{where} belongs to another run: it was saved with {different}")
 
 
-def _check_leaves(where: str, saved: dict[str, Any], expected: dict[str, jax.Array]) -> None:
+def _check_leaves(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, leaf in expected.items():
         if name not in saved:
             raise ValueError(f"{where} lacks the leaf {name!r}")

@@ -41,12 +41,23 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
 
 
 def different_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Lists the settings that differ, `name=found (now value)`; empty where none does."""
+    """Lists the settings that differ, `name=found (now value)`; empty where none does.
+
+    NaN does not differ from NaN, also inside lists and dictionaries.
+    """
     return ", ".join(
         f"{name}={found.get(name)!r} (now {now.get(name)!r})"
         for name in sorted({*found, *now})
-        if found.get(name) != now.get(name)
+        if not _same(found.get(name), now.get(name))
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other or (one != one and other != other)  # NaN is what differs from itself
 
 
 def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from archscale_jax.gradinit_step import (
     step,
 )
 from archscale_jax.refusals import unknown
-from archscale_jax.trees import PyTree, named_leaves, parameter_name
+from archscale_jax.trees import PyTree, map_with_names, named_leaves
 
 DEFAULTS: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
@@ -172,11 +172,10 @@ def scale_parameters(params: PyTree, multipliers: Mapping[str, Float[Array, ""] 
     """
     _check_names(multipliers, params, "multipliers")
 
-    def scaled(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = parameter_name(path)
+    def scaled(name: str, leaf: Any) -> Any:
         return product(multipliers[name], leaf) if name in multipliers else leaf
 
-    return jax.tree_util.tree_map_with_path(scaled, params)
+    return map_with_names(scaled, params)
 
 
 def vertex_groups(architecture: Architecture) -> dict[str, str]:

@@ -41,6 +41,8 @@ def measure_update(
     params: PyTree,
     batch: Any,
     optimizer: optax.GradientTransformation,
+    *,
+    updates: int = 1,
 ) -> UpdateSize:
     """Measures how one step at learning rate 1 changes every vertex (theory §6).
 
@@ -55,21 +57,28 @@ def measure_update(
       params: where the step starts.
       batch: what both functions read.
       optimizer: at learning rate 1, e.g. `optax.sgd(1.0)`; its first update is taken.
+      updates: how many updates the optimizer may take on the same params and gradient until one is
+        not 0; that one is measured. For optimizers whose first update is 0: `optax.MultiSteps` of k
+        steps takes k, a schedule that warms up from 0 takes 2 (its rate there multiplies the
+        change, so measure the base with the same schedule, or give a constant rate of 1).
 
     Returns:
       Squared sizes, [V] each. A vertex whose features are all 0 has a relative size of inf, or NaN
       where it does not change either; one whose features are the same for all examples, as in a
-      batch of one, has such a standardized size.
+      batch of one, has such a standardized size. All sizes are 0 where all updates are.
 
     Raises:
       TypeError: an optimizer that is none, or a loss that is no floating number.
+      ValueError: `updates` below 1.
     """
+    if updates < 1:
+        raise ValueError(f"updates must be at least 1, found {updates}")
     if not hasattr(optimizer, "update"):
         raise TypeError(
             f"optimizer must be an optax transformation, as optax.sgd(1.0), found {optimizer!r}"
         )
     gradients = jax.grad(loss)(params, batch)
-    update, _ = optimizer.update(gradients, optimizer.init(params), params)
+    update = _first_update(optimizer, gradients, params, updates)
     values, pull = jax.vjp(lambda params: jax.tree.leaves(features(params, batch)), params)
     # The pull-back is linear, so that its own pull-back pushes forward, wherever it is taken.
     # `jax.jvp` would do, but for functions with a `jax.custom_vjp`, which have no forward mode.
@@ -81,3 +90,23 @@ def measure_update(
         for both in (changes, values, [value - jnp.mean(value, axis=0) for value in values])
     )
     return UpdateSize(absolute, absolute / size, absolute / variance)
+
+
+def _first_update(
+    optimizer: optax.GradientTransformation, gradients: PyTree, params: PyTree, limit: int
+) -> PyTree:
+    """The first update that is not 0 of `limit` on one gradient; the last one if all are."""
+    first = optimizer.update(gradients, optimizer.init(params), params)
+    if limit == 1:
+        return first[0]
+
+    def is_zero(carry: tuple[Array, PyTree, PyTree]) -> Array:
+        count, update, _ = carry
+        zero = jnp.stack([jnp.all(leaf == 0) for leaf in jax.tree.leaves(update)])
+        return (count < limit) & jnp.all(zero)
+
+    def next_update(carry: tuple[Array, PyTree, PyTree]) -> tuple[Array, PyTree, PyTree]:
+        count, _, state = carry
+        return count + 1, *optimizer.update(gradients, state, params)
+
+    return jax.lax.while_loop(is_zero, next_update, (jnp.int32(1), *first))[1]

@@ -84,7 +84,8 @@ def predict_learning_rate(
 
     Raises:
       ValueError: an unknown rule, a base rate that is not positive and finite, or a size that is
-        not (a vertex with features that are all 0 has no relative size).
+        not (a vertex with features that are all 0 has no relative size; an update of 0, as the
+        first one of a warm-up from 0 or of `optax.MultiSteps`, has no size).
       TypeError: a target or base of another kind than the rule compares.
     """
     if not 0 < base_rate < math.inf:
@@ -93,6 +94,8 @@ def predict_learning_rate(
     _check_kinds(rule, pair)
     if all(isinstance(one, jraph.GraphsTuple) for one in pair):
         return base_rate * learning_rate_scale(pair[0], pair[1], rule, **options)
+    for name, one in zip(("target", "base"), pair, strict=True):
+        _check_update(name, one)
     function = MEASURED_RULES.resolve(rule)
     target_size, base_size = (_log_size(function(one, **options), rule) for one in pair)
     return base_rate * math.exp(base_size - target_size)
@@ -119,6 +122,18 @@ def _check_kinds(rule: Any, pair: list[Any]) -> None:
     if not all(isinstance(one, wanted) for one in pair):
         kinds = " and ".join(type(one).__name__ for one in pair)
         raise TypeError(f"rule {rule!r} compares {name}, found {kinds}")
+
+
+def _check_update(name: str, size: Any) -> None:
+    """Checks that the optimizer changed something, of every seed."""
+    if isinstance(size, UpdateSize) and not np.all(np.any(np.asarray(size.absolute) != 0, axis=-1)):
+        raise ValueError(
+            f"{name} was measured on an update of 0: no vertex changes. An optimizer whose first "
+            "update is 0 (a schedule that warms up from 0, optax.MultiSteps) takes measure_update("
+            "..., updates=k), which measures the first of k updates that is not 0, or a constant "
+            "learning rate of 1 without MultiSteps; if its first update is not 0, the gradient is: "
+            "check that the loss depends on the parameters of the vertices"
+        )
 
 
 def _log_size(size: Any, rule: Any) -> float:

@@ -1,10 +1,15 @@
 """Transfer check: does one learning rate serve networks of all sizes?"""
 
+import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from archscale_jax.search import RateSearch, excess_loss, find_learning_rate, mean_losses
+
+_ROUNDING = 1e-9
+"""Nats by which equal rates may differ."""
 
 
 class TransferCheck(NamedTuple):
@@ -12,12 +17,19 @@ class TransferCheck(NamedTuple):
 
     Attributes:
       searches: the search of every size.
-      drift: how far the best rates lie apart, in nats of log rate.
-      uncertainty: the standard error of that distance, from those of the two rates; nan for one
-        seed.
-      excess: by how much the loss exceeds the smallest one, as a fraction, at the rate that is best
-        for the first size; inf where runs at it are lost.
+      drift: how far the best rates lie apart, largest over smallest, in nats of log rate. It is the
+        range of as many noisy rates as there are sizes, and so is above 0 where nothing moves.
+      uncertainty: the standard error of the distance of two rates in nats, √2 times that of one
+        rate, pooled over sizes; nan for one seed.
+      excess: by how much the loss exceeds the smallest one, as a fraction of the latter's size, at
+        the rate that is best for the first size; never negative, inf where runs at it are lost. Of
+        a smallest loss that is 0 see `archscale_jax.search`.
       closed: whether every search saw rates that are too small and too large.
+      limit: the drift in nats that 95 of 100 checks stay below where nothing moves; nan for one
+        seed. The root of the sum of two squares: the `seed_error` of one rate, pooled over sizes,
+        times the 95 % quantile of the studentized range of as many rates as there are sizes with
+        the degrees of freedom of all seeds; and twice the root mean square of `grid_error`, which
+        is bounded and alike for curves of one shape.
     """
 
     searches: dict[Any, RateSearch]
@@ -25,11 +37,16 @@ class TransferCheck(NamedTuple):
     uncertainty: float
     excess: dict[Any, float]
     closed: bool
+    limit: float
 
     @property
     def stays(self) -> bool:
-        """Whether the rates lie within two standard errors of each other."""
-        return self.closed and self.drift <= 2 * self.uncertainty
+        """Whether every search is closed and the rates lie no further apart than noise explains.
+
+        True in about 95 of 100 checks where nothing moves, whatever the number of sizes. False for
+        one seed, which tells nothing of the noise.
+        """
+        return self.closed and self.drift <= self.limit + _ROUNDING
 
 
 def transfer_check(
@@ -64,13 +81,28 @@ def transfer_check(
 
 def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:
     """Returns what searches, in order of size, say about transfer."""
-    ordered = sorted(searches.values(), key=lambda search: search.rate)
-    lowest, highest = ordered[0], ordered[-1]
-    first = next(iter(searches.values()))
+    found = list(searches.values())
+    rates = [search.rate for search in found]
+    freedom = sum(len(search.seed_rates) - 1 for search in found)
+    seed_error = _root_mean_square(search.seed_error for search in found)
+    grid_error = _root_mean_square(search.grid_error for search in found)
     return TransferCheck(
         dict(searches),
-        math.log(highest.rate / lowest.rate),
-        math.hypot(lowest.uncertainty, highest.uncertainty),
-        {size: excess_loss(first.rate, mean_losses(one)) for size, one in searches.items()},
-        all(all(search.basin.closed) for search in searches.values()),
+        math.log(max(rates) / min(rates)),
+        math.sqrt(2) * _root_mean_square(search.uncertainty for search in found),
+        {size: excess_loss(rates[0], mean_losses(one)) for size, one in searches.items()},
+        all(all(search.basin.closed) for search in found),
+        math.hypot(_range_quantile(len(found), freedom) * seed_error, 2 * grid_error),
     )
+
+
+def _root_mean_square(values: Iterable[float]) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in values))
+
+
+@functools.cache
+def _range_quantile(count: int, freedom: int) -> float:
+    """The 95 % quantile of the studentized range; nan without a degree of freedom."""
+    from scipy.stats import studentized_range  # slow to import
+
+    return float(studentized_range.ppf(0.95, count, freedom)) if freedom else math.nan

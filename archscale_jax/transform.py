@@ -21,7 +21,7 @@ from archscale_jax.rules.learning_rate import (
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import Optimizer, depth_factors
 from archscale_jax.rules.width import WidthRule, explained_width_factors
-from archscale_jax.trees import PyTree, parameter_name
+from archscale_jax.trees import PyTree, map_with_names
 
 
 def learning_rate_factors(
@@ -160,6 +160,16 @@ def scale_by_architecture(
     scaled with it. Momentum is linear, so factors before and behind it do the same; Adam divides
     the size of the gradient out, so a factor before it does nothing.
 
+    Put it inside what keeps a copy of the params and takes those it is given for those it wrote:
+    `optax.contrib.schedule_free`, `sam`, `mechanize`, and `optax.lookahead`. Behind these the rate
+    is not f·η, and no message says so, since a transformation sees only the update that reaches it:
+
+        optax.contrib.schedule_free(
+            optax.chain(optax.sgd(0.1), scale_by_architecture(arch, base)), learning_rate=0.1)
+
+    `schedule_free_sgd`, `schedule_free_adamw`, `cocob` and `madgrad` have no inside: write the
+    first two as `schedule_free` of a chain, and do not use the last two with factors.
+
     Args:
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
@@ -184,9 +194,9 @@ def scale_by_architecture(
     def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
         del params
         check_parameters(architecture, updates, masked=optax.MaskedNode)
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
+        return map_with_names(scaled, updates), state
 
-    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        return (exact(update) * factors[parameter_name(path)]).astype(update.dtype)
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+        return (exact(update) * factors[name]).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -1,43 +1,78 @@
-"""Pytrees by the names of their leaves: the names that every table, message and report uses."""
+"""Pytrees by the names of their leaves: the names that every table, message and report uses.
 
-from collections.abc import Mapping
+The name of a leaf is its key path, without the attribute `value` of the box in which Flax keeps a
+variable: an `nnx.Variable`, or `Partitioned` and its kin of linen. A key path alone does not tell a
+box from a module, a NamedTuple or a dataclass that has a field of this name; the tree does.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 PyTree = Any
+KeyPath = tuple[Any, ...]
+
+_VALUE = jax.tree_util.GetAttrKey("value")
+_BOXES = ("Variable", "AxisMetadata")
+"""Classes of Flax whose attribute `value` is what they hold; subclasses too."""
 
 
-def parameter_name(key_path: tuple[Any, ...]) -> str:
-    """Returns the name of a leaf, such as `edges/0_1/kernel`, from its JAX key path.
+def parameter_name(key_path: KeyPath) -> str:
+    """Returns the name of a leaf, such as `edges/0_1/kernel`, from its JAX key path alone.
 
-    The attribute that Flax NNX adds for the value of a variable is left out, so that a state and
-    its pure dictionary give the same names.
+    A last attribute `value` is left out, so that a Flax state and its pure dictionary give the same
+    names. That is wrong for fields called `value` of other classes: where the tree is at hand, take
+    `named_leaves` or `map_with_names`.
     """
-    keys = list(key_path)
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys.pop()
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    return _joined(key_path[:-1] if key_path and key_path[-1] == _VALUE else key_path)
 
 
 def named_leaves(tree: PyTree, **flatten_options: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by `parameter_name`; options go to `jax.tree`'s flattening.
+    """Returns the leaves of a tree by name; options go to `jax.tree`'s flattening.
 
     Raises:
       ValueError: two leaves of one name, as under the keys `a/b` and `a`, then `b`.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, **flatten_options)
     named: dict[str, Any] = {}
-    for path, leaf in leaves:
-        name = parameter_name(path)
+    for name, leaf in _names_and_leaves(tree, **flatten_options):
         if name in named:
             raise ValueError(f"two leaves are named {name!r}; rename a key that holds a slash")
         named[name] = leaf
     return named
 
 
+def map_with_names(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """Returns the tree of `function(name, leaf)`, by the names that `named_leaves` gives."""
+    mapped = [function(name, leaf) for name, leaf in _names_and_leaves(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), mapped)
+
+
 def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """Returns a tree with some of its leaves replaced, by the names that `named_leaves` gives."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(parameter_name(path), leaf), tree
+    return map_with_names(lambda name, leaf: leaves.get(name, leaf), tree)
+
+
+def _names_and_leaves(tree: PyTree, **flatten_options: Any) -> list[tuple[str, Any]]:
+    """Every leaf with its name, in the order of flattening."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, **flatten_options)
+    boxes: set[KeyPath] = set()
+    if any(path and path[-1] == _VALUE for path, _ in found):
+        nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+        boxes = {path for path, node in nodes if _is_box(node)}
+    return [
+        (_joined(path[:-1] if path and path[-1] == _VALUE and path[:-1] in boxes else path), leaf)
+        for path, leaf in found
+    ]
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node is a box of Flax, without importing Flax."""
+    return any(
+        one.__name__ in _BOXES and one.__module__.partition(".")[0] == "flax"
+        for one in type(node).__mro__
     )
+
+
+def _joined(key_path: KeyPath) -> str:
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in key_path)

@@ -32,7 +32,7 @@ from archscale_jax.initializer import initialize
 from archscale_jax.models import DagMLP
 from archscale_jax.rules import INITIALIZATION_RULES, weight_standard_deviations
 from archscale_jax.spaces import dag_graph, random_dag_string
-from archscale_jax.trees import parameter_name
+from archscale_jax.trees import map_with_names
 from benchmarks import common
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -123,9 +123,7 @@ def second_moments(
     edges = np.column_stack([graph.senders, graph.receivers])[live_edges(graph) & is_weight(graph)]
 
     def measure(factors, drawn, inputs):
-        weights = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf * factors[parameter_name(path)], drawn
-        )
+        weights = map_with_names(lambda name, leaf: leaf * factors[name], drawn)
         network = nnx.merge(graphdef, weights)
         features = network.features(inputs)
         found = {"vertices": [_mean_square(features[vertex]) for vertex in vertices]}

@@ -120,7 +120,7 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
             _, ways[name] = search(fewer, start=predicted, **ADAPTIVE)
             ways[name]["seconds"] += measured["seconds"]  # its start
         ways["grid"] = full
-        networks[text] = {"uncertainty": grid.uncertainty, "ways": ways}
+        networks[text] = {"uncertainty": grid.seed_error, "ways": ways}
         for cost in ways.values():
             cost["error"] = math.log(cost["rate"] / grid.rate)
             cost["part_of_grid"] = cost["seconds"] / full["seconds"]

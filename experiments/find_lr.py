@@ -95,11 +95,7 @@ def run() -> None:
     answer = (
         f"learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
-        + (
-            "one seed, no standard error"
-            if math.isnan(found.uncertainty)
-            else f"standard error {100 * math.expm1(found.uncertainty):.0f} %"
-        )
+        + _standard_error(found)
         + f", {len(found.runs)} runs"
     )
     lines = _lines(found)
@@ -169,6 +165,14 @@ def _remembered(train: search.Train, journal: pathlib.Path, advance: Advance) ->
         yield loss
 
     return remembered
+
+
+def _standard_error(found: search.RateSearch) -> str:
+    if math.isnan(found.uncertainty):
+        return "one seed, no standard error"
+    if math.isinf(found.uncertainty):
+        return "no standard error, the loss falls until the rates end"
+    return f"standard error {100 * math.expm1(found.uncertainty):.0f} %"
 
 
 def _lines(found: search.RateSearch) -> list[list[str]]:

@@ -21,7 +21,7 @@ from archscale_jax.datasets import Dataset
 from archscale_jax.growth.extension import AMPLITUDES
 from archscale_jax.refusals import unknown
 from archscale_jax.sweeps import trial_hash
-from archscale_jax.trees import PyTree, named_leaves, parameter_name
+from archscale_jax.trees import PyTree, map_with_names, named_leaves
 from experiments import grow_cost, transfer_study
 from experiments.grow_networks import NETWORKS
 
@@ -149,9 +149,7 @@ def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> Prob
     def step(params: PyTree, state: Any, batch: Any, rates: dict[str, jax.Array]):
         value, gradients = jax.value_and_grad(loss)(params, batch)
         updates, state = optimizer.update(gradients, state, params)
-        updates = jax.tree_util.tree_map_with_path(
-            lambda path, update: rates[parameter_name(path)] * update, updates
-        )
+        updates = map_with_names(lambda name, update: rates[name] * update, updates)
         return optax.apply_updates(params, updates), state, value
 
     def features(params: PyTree, batch: Any) -> dict[int, jax.Array]:

@@ -167,7 +167,7 @@ def search_rate(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     """Searches the best rate of a base cell under an initialization.
 
     Returns:
-      JSON values: `rate`, `uncertainty`, and `runs` as [rate, seed, loss].
+      JSON values: `rate`, `uncertainty` (of the seeds), and `runs` as [rate, seed, loss].
     """
 
     def train(rate: float, seed: int) -> Iterator[float]:
@@ -179,7 +179,7 @@ def search_rate(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     )
     return {
         "rate": found.rate,
-        "uncertainty": found.uncertainty,
+        "uncertainty": found.seed_error,
         "runs": [list(run) for run in found.runs],
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import archscale_jax as archscale
 from archscale_jax.spaces import cell_graph
-from archscale_jax.trees import PyTree, named_leaves, parameter_name
+from archscale_jax.trees import PyTree, map_with_names, named_leaves
 
 Trial = Mapping[str, Any]
 
@@ -53,8 +53,7 @@ def pytorch_default(key: jax.Array, params: PyTree) -> PyTree:
     }
     index = itertools.count()
 
-    def drawn(path, leaf):
-        name = parameter_name(path)
+    def drawn(name, leaf):
         fan_in = fans.get(name.rpartition("/")[0])
         if fan_in is None:  # normalization
             return jnp.full(leaf.shape, float(name.endswith("scale")), leaf.dtype)
@@ -62,7 +61,7 @@ def pytorch_default(key: jax.Array, params: PyTree) -> PyTree:
         key_of_leaf = jax.random.fold_in(key, next(index))
         return jax.random.uniform(key_of_leaf, leaf.shape, leaf.dtype, -bound, bound)
 
-    return jax.tree_util.tree_map_with_path(drawn, params)
+    return map_with_names(drawn, params)
 
 
 def learning_rate(trial: Trial, measurements: Mapping[str, Any] | None = None) -> float:

@@ -197,7 +197,7 @@ def table(groups: Mapping[tuple[str, str], Group]) -> list[list[str]]:
     for (study, how), (searches, predicted) in groups.items():
         best = {size: search.rate for size, search in searches.items()}
         losses = {size: archscale.mean_losses(search) for size, search in searches.items()}
-        noise = np.mean([search.uncertainty for search in searches.values()])
+        noise = np.mean([search.seed_error for search in searches.values()])
         rates = " ".join(f"{rate:.3g}" for rate in best.values())
         for rule, found in predicted.items():
             errors = [math.log(found[size] / best[size]) for size in list(best)[1:]]

@@ -187,8 +187,8 @@ def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[s
     The start is the middle of the rates, the same for every network: no rule enters the truth.
 
     Returns:
-      JSON values: `rate`, `uncertainty`, `lower`, `upper`, and `runs` as [rate, seed, loss] with
-      null for a run that was lost.
+      JSON values: `rate`, `uncertainty` (of the seeds), `lower`, `upper`, and `runs` as
+      [rate, seed, loss] with null for a run that was lost.
     """
     train = trainer(trial, build(trial, data_dir))
     return search_result(train, trial["optimizer"], trial["seeds"], trial["refine"])
@@ -208,7 +208,7 @@ def search_result(train: search.Train, optimizer: str, seeds: int, refine: int) 
     )
     return {
         "rate": found.rate,
-        "uncertainty": found.uncertainty,
+        "uncertainty": found.seed_error,
         "lower": found.basin.lower,
         "upper": found.basin.upper,
         "runs": [list(run) for run in found.runs],

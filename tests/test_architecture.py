@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
+import archscale_jax as archscale
 from archscale_jax.architecture import (
     Architecture,
     Arrangement,
@@ -20,7 +22,7 @@ from archscale_jax.architecture import (
 )
 from archscale_jax.models import DagMLP
 from archscale_jax.spaces import dag_graph
-from archscale_jax.trees import named_leaves, parameter_name
+from archscale_jax.trees import map_with_names, named_leaves, parameter_name, with_leaves
 
 
 class Pair(NamedTuple):
@@ -89,6 +91,121 @@ class TestNames:
             lambda path, _: parameter_name(path), small_params()
         )
         assert jax.tree.leaves(names) == list(named_leaves(small_params()))
+        mapped = map_with_names(lambda name, _: name, small_params())
+        assert jax.tree.leaves(mapped) == list(named_leaves(small_params()))
+        assert jax.tree.structure(mapped) == jax.tree.structure(small_params())
+
+
+class Fields(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Record:
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+
+
+class Module(equinox.Module):
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+
+
+class OwnParam(nnx.Param):
+    """A kind of variable of a user."""
+
+
+class Attention(nnx.Module):
+    def __init__(self, kind=nnx.Param):
+        self.query, self.key, self.value, self.out = (kind(jnp.ones(n)) for n in range(1, 5))
+
+
+class Boxed(linen.Module):
+    """A linen module with parameters in boxes, and one called value."""
+
+    @linen.compact
+    def __call__(self, x):
+        for name, box in (
+            ("plain", lambda init, names: init),
+            ("query", linen.with_partitioning),
+            ("value", linen.with_logical_partitioning),
+        ):
+            x = x * self.param(name, box(linen.initializers.ones, ("a",)), (2,))
+        return x
+
+
+FOUR = ["query", "key", "value", "out"]
+
+
+class TestFieldsCalledValue:
+    @pytest.mark.parametrize("kind", [Fields, Record, Module])
+    def test_keep_their_names(self, kind):
+        tree = kind(*(jnp.ones(n) for n in range(1, 5)))
+        assert list(named_leaves(tree)) == FOUR
+        assert list(named_leaves([{"deep": tree}])) == [f"0/deep/{name}" for name in FOUR]
+        assert list(named_leaves(kind(tree, 0, tree, tree)))[-1] == "out/out"
+        assert "value/value" in named_leaves(kind(tree, 0, tree, tree))
+        assert "mu/value" in {name.partition("/")[2] for name in named_leaves(
+            optax.adam(1.0).init(tree))}  # fmt: skip
+
+    @pytest.mark.parametrize("kind", [nnx.Param, OwnParam])
+    @pytest.mark.parametrize("of", [nnx.state, lambda module: module])
+    def test_of_flax_modules_are_the_variable_and_not_its_box(self, kind, of):
+        assert sorted(named_leaves(of(Attention(kind)))) == sorted(FOUR)
+        assert sorted(named_leaves(of(nnx.eval_shape(lambda: Attention(kind))))) == sorted(FOUR)
+
+    def test_of_boxes_of_linen_are_left_out(self):
+        params = Boxed().init(jax.random.key(0), jnp.ones(2))
+        assert set(named_leaves(params)) == {"params/plain", "params/query", "params/value"}
+        assert set(named_leaves(linen.unbox(params))) == set(named_leaves(params))
+
+    def test_of_both_kinds_in_one_tree_are_told_apart(self):
+        tree = Fields(nnx.state(Attention()), jnp.ones(1), jnp.ones(2), Module(*"abcd"))
+        inner = sorted(f"query/{name}" for name in FOUR)
+        last = [f"out/{name}" for name in FOUR]
+        assert list(named_leaves(tree)) == [*inner, "key", "value", *last]
+        boxed = Fields(*(nnx.Param(jnp.ones(n)) for n in range(1, 5)))
+        assert list(named_leaves(boxed)) == FOUR
+
+    def test_are_replaced_by_name(self):
+        tree = Module(*(jnp.ones(2),) * 4)
+        new = with_leaves(tree, {"value": jnp.zeros(2)})
+        assert new.value.sum() == 0 and new.query.sum() == 2
+
+    def test_of_masked_trees_stay(self):
+        is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+        for tree in (Module(*(jnp.ones(2),) * 4), nnx.state(Attention())):
+            hidden = jax.tree.map(lambda _: optax.MaskedNode(), tree)
+            assert set(named_leaves(hidden, is_leaf=is_masked)) == set(FOUR)
+
+    def test_are_named_in_traces_and_scaled(self):
+        def apply(model, x):
+            x = x @ model.query
+            scores = jax.nn.softmax((x @ model.key) @ x.T)
+            return (x + scores @ (x @ model.value)) @ model.out
+
+        sizes = (4, 8), (8, 8), (8, 8), (8, 2)
+        model = Module(*(jnp.ones(size) for size in sizes))
+        x = jax.ShapeDtypeStruct((5, 4), jnp.float32)
+        arch = archscale.trace(apply, model, x, roles={"value": "hidden"})
+        assert [one.name for one in arch.parameters] == FOUR
+        base = archscale.with_widths(arch, {8: 4})
+        scale = archscale.scale_by_architecture(arch, base, "none", width_rule="adam")
+        updates, _ = scale.update(model, scale.init(model))
+        factors = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+        assert factors["value"] == 0.5
+        for name in FOUR:
+            assert float(getattr(updates, name)[0, 0]) == factors[name]
+        larger = archscale.scale_parameters(model, {"value": 3.0})
+        assert float(larger.value[0, 0]) == 3.0 and float(larger.key[0, 0]) == 1.0
 
 
 class TestArchitecture:

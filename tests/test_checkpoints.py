@@ -104,6 +104,93 @@ class TestRoundTrip:
         assert (tmp_path / "checkpoints").exists() == make
 
 
+NUMBERS = {
+    "np.float32": np.float32(0.1),
+    "np.float64": np.float64(0.1),
+    "np.int64": np.int64(2**62 + 1),
+    "np.uint8": np.uint8(200),
+    "np.bool": np.bool_(True),
+    "bfloat16": ml_dtypes.bfloat16(0.1),
+    "nan": np.float64(np.nan),
+    "int": 2**62 + 1,
+    "negative": -(2**63),
+    "float": 0.1,
+    "inf": float("-inf"),
+    "bool": True,
+    "complex": 1 + 0.1j,
+}
+
+
+class TestScalars:
+    def test_come_back_in_type_and_value(self, tmp_path):
+        save_checkpoint(tmp_path, 1, NUMBERS | {"weights": jnp.ones(2)}, SETTINGS)
+        like = {name: type(value)(0) for name, value in NUMBERS.items()}
+        found = restore_checkpoint(tmp_path, like | {"weights": jnp.ones(2)}, SETTINGS)
+        assert found is not None
+        for name, value in NUMBERS.items():
+            assert type(found[1][name]) is type(value), name
+            assert np.asarray(found[1][name]).tobytes() == np.asarray(value).tobytes(), name
+
+    def test_of_another_type_are_refused_by_name(self, tmp_path):
+        save_checkpoint(tmp_path, 1, {"step": 7}, SETTINGS)
+        with pytest.raises(ValueError, match=r"holds .*'step'.*int64.*float64"):
+            restore_checkpoint(tmp_path, {"step": 7.0}, SETTINGS)
+
+    @pytest.mark.parametrize(
+        "make", [np.zeros, jnp.zeros, lambda shape: jnp.zeros(shape, jnp.bfloat16)]
+    )
+    def test_empty_arrays_come_back(self, tmp_path, make):
+        tree = {"log": make((0, 2)), "weights": jnp.ones(2), "keys": jax.random.split(
+            jax.random.key(0), 0)}  # fmt: skip
+        save_checkpoint(tmp_path, 1, tree, SETTINGS)
+        found = restore_checkpoint(tmp_path, tree, SETTINGS)
+        assert found is not None
+        assert (found[1]["log"].shape, found[1]["log"].dtype) == ((0, 2), tree["log"].dtype)
+        assert isinstance(found[1]["log"], type(tree["log"]))
+        assert found[1]["keys"].shape == (0,) and found[1]["keys"].dtype == tree["keys"].dtype
+        for shape in ((0, 3), (2, 2)):
+            with pytest.raises(ValueError, match=r"holds .*'log'.*\(0, 2\)"):
+                restore_checkpoint(tmp_path, tree | {"log": make(shape)}, SETTINGS)
+
+    def test_shapes_restore_empty_arrays(self, tmp_path):
+        tree = {"log": jnp.zeros((0, 2)), "weights": jnp.ones(2)}
+        save_checkpoint(tmp_path, 1, tree, SETTINGS)
+        found = restore_checkpoint(tmp_path, jax.eval_shape(lambda: tree), SETTINGS)
+        assert found is not None
+        same(found[1], tree)
+
+    @pytest.mark.parametrize(
+        ("leaf", "message"),
+        [
+            ("text", r"'step'.*'text' of str; accepted are arrays"),
+            (np.str_("text"), r"'step'.*accepted are arrays"),
+            (np.array([None]), r"'step'.*accepted are arrays"),
+            (np.datetime64("2024-01-01"), r"'step'.*accepted are arrays"),
+            (object(), r"'step'.*of object; accepted are arrays"),
+            (2**63, r"'step'.*accepted are ints of 64 bits"),
+            (jnp.zeros(0), r"holds no numbers, found 1 leaves"),
+        ],
+    )
+    def test_what_cannot_come_back_is_not_saved(self, tmp_path, leaf, message):
+        with pytest.raises((TypeError, ValueError), match=message):
+            save_checkpoint(tmp_path, 1, {"step": leaf}, SETTINGS)
+        assert not steps(tmp_path)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("value", [float("nan"), [1.0, float("nan")], {"a": float("nan")}])
+    def test_nan_is_the_same_setting(self, tmp_path, value):
+        save_checkpoint(tmp_path, 1, {"x": jnp.ones(1)}, {"clip": value})
+        assert restore_checkpoint(tmp_path, {"x": jnp.ones(1)}, {"clip": value}) is not None
+        for other in (None, 1.0, [float("nan")], {"b": float("nan")}):
+            with pytest.raises(ValueError, match="another run: it was saved with clip="):
+                restore_checkpoint(tmp_path, {"x": jnp.ones(1)}, {"clip": other})
+
+    def test_no_json_value_is_named(self, tmp_path):
+        with pytest.raises(TypeError, match="setting 'rate' is .*; accepted are JSON values"):
+            save_checkpoint(tmp_path, 1, {"x": jnp.ones(1)}, {"rate": np.float32(0.1)})
+
+
 class TestMismatch:
     @pytest.fixture
     def directory(self, tmp_path):

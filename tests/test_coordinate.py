@@ -159,6 +159,91 @@ def test_rates_that_move_are_said_to_move_and_what_it_costs():
     assert found.excess[8] == pytest.approx(0.0, abs=0.02)
 
 
+def searched(logs, error):
+    """A search whose answers of three seeds are given, in nats; nothing else matters."""
+    found = archscale.find_learning_rate(parabola(0.1, 0.1), RATES)
+    return found._replace(
+        rate=math.exp(np.mean(logs)),
+        seed_rates=tuple(np.exp(logs)),
+        seed_error=float(np.std(logs, ddof=1) / math.sqrt(3)),
+        uncertainty=math.hypot(np.std(logs, ddof=1) / math.sqrt(3), error),
+        grid_error=error,
+    )
+
+
+@pytest.mark.parametrize("sizes", [2, 3, 6])
+def test_noise_alone_is_called_a_shift_in_one_of_twenty_checks(sizes):
+    """Answers of three seeds a size that scatter by 0.2 nats around one rate."""
+    random, stays, caught = np.random.default_rng(sizes), [], []
+    plain = searched(np.zeros(3), 0.0)
+    for _ in range(600):
+        logs = random.normal(0, 0.2, (sizes, 3))
+        error = np.std(logs, axis=1, ddof=1) / math.sqrt(3)
+        for moved, found in ((0.0, stays), (1.0, caught)):
+            places = logs.mean(axis=1) + np.linspace(0, moved, sizes)
+            searches = {
+                size: plain._replace(rate=math.exp(place), seed_error=one, uncertainty=one)
+                for size, (place, one) in enumerate(zip(places, error, strict=True))
+            }
+            found.append(archscale.summarise_transfer(searches).stays)
+    assert np.mean(stays) == pytest.approx(0.95, abs=0.03)
+    assert np.mean(caught) < 0.15
+
+
+def test_the_limit_is_the_published_quantile_and_counts_the_grid():
+    # The studentized range of 4 means with 8 degrees of freedom is 4.53 at 95 % (any table of it).
+    logs = np.array([-0.1, 0.0, 0.1])
+    plain = archscale.summarise_transfer({size: searched(logs, 0.0) for size in range(4)})
+    assert plain.limit == pytest.approx(4.53 * 0.1 / math.sqrt(3), rel=1e-3)
+    coarse = archscale.summarise_transfer({size: searched(logs, 0.3) for size in range(4)})
+    assert coarse.limit == pytest.approx(math.hypot(plain.limit, 0.6))
+
+
+@pytest.mark.parametrize("fall", [-0.1, -0.02])
+def test_cliffs_at_one_rate_stay_wherever_the_grid_meets_them(fall):
+    """The same cliff, seen from grids that answer up to one spacing below it."""
+
+    def train(rate, seed):
+        return [1 + fall * math.log(rate)] if rate < 0.2 else [math.inf]
+
+    spaced = [np.geomspace(1e-3 * shift, 10 * shift, 21) for shift in (1.0, 1.2, 1.5)]
+    searches = {
+        n: archscale.find_learning_rate(train, rates.tolist()) for n, rates in enumerate(spaced)
+    }
+    found = archscale.summarise_transfer(searches)
+    assert found.drift > 0.05
+    assert found.stays
+
+
+def test_one_seed_tells_nothing_of_noise():
+    train = dict.fromkeys((8, 16), parabola(0.1))
+    found = archscale.transfer_check(train, RATES, seeds=[0])
+    assert found.drift == 0 and math.isnan(found.limit)
+    assert not found.stays
+
+
+@pytest.mark.parametrize("bottom", [10.0, -10.0, 0.0])
+def test_the_excess_is_of_the_size_of_the_smallest_loss(bottom):
+    """At RATES[10] the other network's loss is 3 ln² above its smallest one."""
+
+    def bowl(best):
+        return lambda rate, seed: [bottom + 3 * math.log(rate / best) ** 2]
+
+    train = {"small": bowl(RATES[10]), "large": bowl(RATES[15])}
+    found = archscale.transfer_check(train, RATES, refine=0)
+    above = [3 * math.log(rate / RATES[15]) ** 2 for rate in RATES if rate != RATES[15]]
+    scale = abs(bottom) or np.median(above)
+    assert found.excess["small"] == pytest.approx(0.0, abs=1e-9)
+    assert found.excess["large"] == pytest.approx(
+        3 * math.log(RATES[15] / RATES[10]) ** 2 / scale, rel=1e-6
+    )
+
+
+def test_losses_that_are_all_0_have_no_excess():
+    train = dict.fromkeys((8, 16), lambda rate, seed: [0.0])
+    assert archscale.transfer_check(train, RATES).excess == {8: 0.0, 16: 0.0}
+
+
 def test_a_search_that_ends_at_the_edge_of_its_rates_says_nothing():
     found = archscale.transfer_check(dict.fromkeys((8, 16), parabola(100.0, 0.05)), RATES)
     assert found.drift <= 2 * found.uncertainty  # both end where the rates do

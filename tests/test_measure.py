@@ -127,6 +127,66 @@ def test_jitted_is_interpreted_and_grows_with_the_square_of_the_rate():
         np.testing.assert_allclose(4 * two, four, rtol=1e-4)
 
 
+WARM_UP = optax.linear_schedule(0.0, 1.0, 100)
+LATE = {  # an optimizer, how many updates it takes, and the plain one whose change it makes
+    "MultiSteps": (optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation(), 4, optax.sgd(1)),
+    "MultiSteps of Adam": (
+        optax.MultiSteps(optax.adam(1.0), 3).gradient_transformation(), 3, optax.adam(1.0)),
+    "warm-up": (optax.sgd(WARM_UP), 2, optax.sgd(0.01)),
+    "warm-up of Adam": (optax.adam(WARM_UP), 2, optax.adam(0.01)),
+    "injected": (optax.inject_hyperparams(optax.sgd)(learning_rate=WARM_UP), 2, optax.sgd(0.01)),
+    "both": (
+        optax.MultiSteps(optax.sgd(WARM_UP), 2).gradient_transformation(), 4, optax.sgd(0.01)),
+    "injected, not late": (optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), 1, optax.sgd(1)),
+    "piecewise": (
+        optax.sgd(optax.join_schedules([lambda _: 0.0, optax.constant_schedule(1.0)], [20])),
+        21, optax.sgd(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_an_optimizer_that_begins_with_0_is_its_first_change(name, compiled):
+    """On the way that the plain optimizer makes with the rate of that update."""
+    late, count, plain = LATE[name]
+    x, weight = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.ones((2, 3))
+    measure = functools.partial(
+        measure_update, lambda weight, x: [x @ weight], lambda weight, x: jnp.sum(x @ weight)
+    )
+
+    def sizes(optimizer, updates):
+        one = functools.partial(measure, optimizer=optimizer, updates=updates)
+        return (jax.jit(one) if compiled else one)(weight, x)
+
+    expected = measure(weight, x, plain)
+    for more in (0, 50):
+        for one, other in zip(sizes(late, count + more), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-3)
+    if count > 1:
+        early = sizes(late, count - 1)
+        assert not np.any(early.absolute)
+        for pair, which in (((early, expected), "target"), ((expected, early), "base")):
+            with pytest.raises(ValueError, match=rf"{which} was measured on an update of 0: .*"
+                               r"warms up from 0, optax.MultiSteps.*updates=k"):  # fmt: skip
+                predict_learning_rate(*pair, 0.1)
+    assert predict_learning_rate(sizes(late, count), sizes(late, count), 0.1) == pytest.approx(0.1)
+
+
+def test_of_an_optimizer_that_never_moves_is_0():
+    frozen = measure_update(
+        lambda weight, x: [x @ weight], lambda weight, x: jnp.sum(x @ weight),
+        jnp.ones((2, 3)), jnp.eye(2), optax.set_to_zero(), updates=5,
+    )  # fmt: skip
+    assert not np.any(frozen.absolute)
+    with pytest.raises(ValueError, match="target was measured on an update of 0"):
+        predict_learning_rate(frozen, frozen, 0.1, "absolute")
+
+
+def test_refuses_no_update():
+    with pytest.raises(ValueError, match="updates must be at least 1, found 0"):
+        measure_update(lambda *_: [], lambda *_: jnp.zeros(()), {}, None, optax.sgd(1.0), updates=0)
+
+
 def test_maps_over_seeds():
     features, loss, params, batch = mlp()
     seeds = jax.tree.map(lambda weight: jnp.stack([weight, 2 * weight]), params)

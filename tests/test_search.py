@@ -5,13 +5,14 @@ import math
 import statistics
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archscale_jax import Run, find_learning_rate, summarise_runs
-from archscale_jax.search import find_basin
+from archscale_jax.search import excess_loss, find_basin
 
 GRID = np.geomspace(1e-3, 4, 13).tolist()
 STEP = math.log(GRID[1] / GRID[0])
@@ -116,7 +117,8 @@ class TestFullGrid:
         assert 0 < found.uncertainty < 0.1
         assert len(found.seed_rates) == 5
         logs = np.log(found.seed_rates)
-        assert found.uncertainty == near(np.std(logs, ddof=1) / math.sqrt(5))
+        assert found.seed_error == near(np.std(logs, ddof=1) / math.sqrt(5))
+        assert found.uncertainty == near(math.hypot(found.seed_error, found.grid_error))
 
     def test_one_seed_has_no_uncertainty(self):
         found = find_learning_rate(parabola(0.05), GRID, seeds=[3])
@@ -184,6 +186,126 @@ class TestFullGrid:
         assert max(map(abs, answers)) < flat + math.sqrt(0.04)
         assert statistics.stdev(answers) < statistics.stdev(smallest) / 2
         assert abs(statistics.fmean(answers)) < 0.2
+
+
+# Losses by the distance to the best rate, in nats.
+SHAPES = {
+    "parabola": lambda t: 0.5 + 0.1 * t**2,
+    "falls until runs diverge": lambda t: 0.5 - 0.1 * t if t < 0 else math.inf,
+    "diverges above its minimum": lambda t: 0.5 + 0.05 * t**2 if t < 0.1 else math.inf,
+    "steep above": lambda t: 0.5 + (0.02 if t < 0 else 0.4) * t**2,
+    "steep below": lambda t: 0.5 + (0.4 if t < 0 else 0.02) * t**2,
+    "wedge": lambda t: 0.5 + (0.05 if t < 0 else 0.5) * abs(t),
+    "jumps where runs diverge": lambda t: 0.5 - 0.1 * t if t < 0 else 2.3,
+    "negative": lambda t: -0.5 + 0.1 * t**2,
+}
+
+
+class TestUncertainty:
+    @pytest.mark.parametrize("start", [None, 0.05])
+    @pytest.mark.parametrize("deviation", [0.0, 0.003])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_is_the_error_of_the_answer(self, shape, deviation, start):
+        """Against the errors of 60 searches whose best rate is known."""
+        random = np.random.default_rng(1)
+        errors, stated = [], []
+        for number in range(60):
+            best = random.uniform(-4.5, -0.5)
+
+            def train(rate, seed, best=best, number=number):
+                value = SHAPES[shape](math.log(rate) - best)
+                return [value + deviation * noise(rate, 100 * number + seed)]
+
+            found = find_learning_rate(train, GRID, start=start)
+            errors.append(math.log(found.rate) - best)
+            stated.append(found.uncertainty)
+        error = math.sqrt(statistics.fmean(one**2 for one in errors))
+        assert statistics.median(stated) > 0.8 * error - 1e-9
+        within = [abs(one) <= 2 * two + 1e-9 for one, two in zip(errors, stated, strict=True)]
+        assert statistics.fmean(within) > 0.75  # t of two degrees of freedom: 0.82
+        if shape in ("parabola", "negative"):
+            assert statistics.median(stated) < 1.6 * error + 1e-6
+
+    def test_below_a_cliff_is_that_of_a_uniform_distribution(self):
+        cliff = GRID[8] * 1.4
+        found = find_learning_rate(parabola(100.0, cliffs=(cliff,)), GRID)
+        rates = sorted({run.rate for run in found.runs})
+        below = max(rate for rate in rates if rate < cliff)
+        above = min(rate for rate in rates if rate > cliff)
+        assert found.rate == near(below)
+        assert found.seed_error == 0
+        assert found.uncertainty == near(math.log(above / below) / math.sqrt(3))
+
+    @pytest.mark.parametrize("minimum", [1e-6, 1e3])
+    def test_is_infinite_where_the_loss_falls_until_the_rates_end(self, minimum):
+        found = find_learning_rate(parabola(minimum), GRID)
+        assert found.rate == near(GRID[0] if minimum < 1 else GRID[-1])
+        assert math.isinf(found.uncertainty)
+
+    def test_of_three_rates_is_anywhere_between_them(self):
+        found = find_learning_rate(parabola(0.1), [0.01, 0.1, 1.0], refine=0)
+        assert found.rate == near(0.1)
+        assert found.uncertainty == near(math.log(100) / math.sqrt(12))
+
+    def test_of_one_seed_is_unknown_but_for_the_grid(self):
+        found = find_learning_rate(
+            lambda rate, seed: [SHAPES["wedge"](rate - 0.1)], GRID, seeds=[0]
+        )
+        assert math.isnan(found.uncertainty) and math.isnan(found.seed_error)
+        assert found.grid_error > 0
+
+
+class TestSigns:
+    @pytest.mark.parametrize("start", [None, 0.002, 2.0])
+    @pytest.mark.parametrize("bottom", [1.0, 10.0])
+    def test_negative_losses_are_searched_like_positive_ones(self, start, bottom):
+        """Of one curve above a smallest loss of one size: tolerance and margin are the same."""
+
+        def raised(by):
+            def train(rate, seed):
+                return [by + abs(math.log(rate / GRID[6])) ** 1.5]
+
+            return find_learning_rate(train, GRID, start=start, refine=2)
+
+        positive, negative = raised(bottom), raised(-bottom)
+        assert negative.rate == near(positive.rate)
+        assert negative.basin.upper == near(positive.basin.upper)
+        assert len(negative.runs) == len(positive.runs)
+
+    @given(
+        st.lists(st.floats(-3, 3) | st.just(math.inf) | st.just(0.0), min_size=1, max_size=9),
+        st.integers(0, 8),
+    )
+    def test_the_excess_is_never_negative_and_zero_at_the_best(self, values, place):
+        losses = dict(zip(GRID, values, strict=False))
+        smallest = min(values)
+        if math.isinf(smallest):
+            return
+        place %= len(values)
+        excess = excess_loss(GRID[place], losses)
+        assert excess >= 0
+        assert (excess == 0) == (values[place] == smallest)
+        if smallest:
+            assert excess == near((values[place] - smallest) / abs(smallest))
+
+    def test_the_excess_over_zero_is_of_the_median_of_the_others(self):
+        losses = {1.0: 1.0, 2.0: 0.0, 4.0: 3.0, 8.0: 1e30, 16.0: math.inf}
+        assert excess_loss(1.0, losses) == near(1 / 3)
+        assert excess_loss(8.0, losses) == near(1e30 / 3)
+        assert math.isinf(excess_loss(16.0, losses))
+        assert excess_loss(2.0, {2.0: 0.0, 4.0: 0.0}) == 0.0
+
+    @pytest.mark.parametrize("start", [None, 0.001, 0.1])
+    def test_a_perfect_fit_is_found(self, start):
+        """Loss 0 from 0.05 to 0.5: the answer fits perfectly."""
+
+        def train(rate, seed):
+            return [max(abs(math.log(rate / math.sqrt(0.025))) - math.log(10) / 2, 0.0)]
+
+        found = find_learning_rate(train, GRID, start=start)
+        assert found.basin.loss == 0.0
+        assert 0.04 < found.rate < 0.6
+        assert found.basin.closed == (True, True)
 
 
 class TestWalk:
@@ -293,7 +415,7 @@ class TestRuns:
 
     def test_a_run_above_the_largest_loss_is_lost(self):
         def train(rate, seed):
-            return {1.0: [2.0, 1.0], 2.0: [2.1, 0.5], 4.0: []}[rate]
+            return {1.0: [2.0, 1.0], 2.0: [2.1, 0.5], 4.0: [2.0, 2.1]}[rate]
 
         found = find_learning_rate(train, [1.0, 2.0, 4.0], seeds=[0], refine=0, max_loss=2.0)
         assert [run.loss for run in found.runs] == [1.0, math.inf, math.inf]
@@ -307,6 +429,27 @@ class TestRuns:
     def test_none_at_all_say_so(self):
         with pytest.raises(ValueError, match="no rate"):
             summarise_runs([])
+
+    @pytest.mark.parametrize("start", [None, 0.1])
+    def test_a_training_that_yields_no_loss_is_named(self, start):
+        with pytest.raises(ValueError, match=r"train\(0\.1, 0\) yielded no loss; .* one at least"):
+            find_learning_rate(lambda rate, seed: iter(()), [0.1, 4], start=start)
+
+    @pytest.mark.parametrize(
+        "loss", [1.0, 1, np.float32(1.0), np.ones(()), jnp.float32(1.0), None], ids=type
+    )
+    def test_a_number_of_any_kind_is_no_row_of_losses(self, loss):
+        with pytest.raises(TypeError, match=r"train\(0\.1, 0\) returned .*, or return \[loss\]"):
+            find_learning_rate(lambda rate, seed: loss, [0.1, 4])
+
+    @pytest.mark.parametrize("row", [[1.0], np.ones(2), jnp.ones(2), [jnp.float32(1.0)], (1, 1)])
+    def test_rows_of_numbers_of_any_kind_are_losses(self, row):
+        found = find_learning_rate(lambda rate, seed: row, [0.1], seeds=[0])
+        assert found.runs == (Run(0.1, 0, 1.0),)
+
+    def test_what_is_no_number_is_named(self):
+        with pytest.raises(TypeError, match=r"yielded \('state', 1\.0\); accepted are numbers"):
+            find_learning_rate(lambda rate, seed: [("state", 1.0)], [0.1, 4])  # pyright: ignore[reportArgumentType]
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_an_error_of_the_training_is_raised(self, workers):

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,30 @@ def trajectory(optimizer, steps=5, seed=0):
         params = optax.apply_updates(params, updates)
         path.append(params)
     return path
+
+
+WRAPPERS = {
+    "schedule_free": lambda inner: optax.contrib.schedule_free(inner, RATE),
+    "sam": lambda inner: optax.contrib.sam(
+        inner, optax.chain(optax.contrib.normalize(), optax.sgd(RATE)), sync_period=2
+    ),
+    "lookahead": lambda inner: optax.lookahead(inner, 2, 0.5),
+}
+
+
+def way(optimizer, steps=10, pairs=False):
+    """How far params, or the pairs of lookahead, have moved from 0 with the gradient 1."""
+    params, ones = tree(jnp.zeros), tree(jnp.ones)
+    given: Any = optax.LookaheadParams.init_synced(params) if pairs else params
+    state = optimizer.init(given)
+    for _ in range(steps):
+        updates, state = optimizer.update(ones, state, given)
+        given = optax.apply_updates(given, updates)
+    return given.slow if pairs else given
+
+
+def scaled(params, factor):
+    return jax.tree.map(lambda leaf: factor * leaf, params)
 
 
 def close(one, other, rtol=1e-6):
@@ -251,6 +276,61 @@ class TestComposition:
         path = trajectory(optimizer)
         close(path, trajectory(accumulated(self.sgd)))
         np.testing.assert_array_equal(path[1]["readout"], path[2]["readout"])
+
+    @pytest.mark.parametrize("wrapper", WRAPPERS)
+    def test_inside_what_keeps_the_params_is_the_rate(self, wrapper):
+        """A constant gradient: the way of a parameter is the rate times the steps."""
+        wrap, pairs = WRAPPERS[wrapper], wrapper == "lookahead"
+        for inner in (optax.sgd(RATE), optax.adam(RATE, b1=0.0)):
+            plain = way(wrap(inner), pairs=pairs)
+            inside = way(wrap(optax.chain(inner, scale())), pairs=pairs)
+            close(inside, scaled(plain, FACTOR), rtol=1e-4)
+            if not pairs:
+                behind = way(optax.chain(wrap(inner), scale()))
+                ratio = float(jnp.mean(behind["readout"]) / jnp.mean(plain["readout"]))
+                assert abs(ratio / FACTOR - 1) > 0.1
+
+    def test_behind_lookahead_is_refused_by_name(self):
+        params = optax.LookaheadParams.init_synced(tree(jnp.zeros))
+        with pytest.raises(ValueError, match="fast/"):
+            optax.chain(optax.lookahead(optax.sgd(RATE), 2, 0.5), scale()).init(params)
+
+    def test_inside_schedule_free_adamw_as_it_is_spelled_out(self):
+        """Without factors the spelling of docs/transform.md is `schedule_free_adamw`."""
+
+        def spelled(*more):
+            inner = optax.chain(
+                optax.scale_by_rms(decay=0.999, eps=1e-8, bias_correction=True),
+                optax.add_decayed_weights(0.1),
+                optax.scale_by_learning_rate(RATE),
+                *more,
+            )
+            return optax.contrib.schedule_free(inner, learning_rate=RATE)
+
+        whole = optax.contrib.schedule_free_adamw(RATE, weight_decay=0.1)
+        for one, other in zip(trajectory(spelled()), trajectory(whole), strict=True):
+            close(one, other)
+        # From 0, where the decay is none, one step is the rate times the sign of the gradient.
+        first = way(spelled(scale()), steps=1)
+        close(first, tree(lambda shape: jnp.full(shape, -RATE * FACTOR)), rtol=1e-4)
+
+    @pytest.mark.parametrize("name", ["cocob", "madgrad"])
+    def test_behind_what_has_no_inside_is_not_the_rate(self, name):
+        optimizer = getattr(optax.contrib, name)
+        make = optimizer if name == "cocob" else functools.partial(optimizer, 1e-3)
+        plain, behind = way(make()), way(optax.chain(make(), scale()))
+        ratio = float(jnp.mean(behind["readout"]) / jnp.mean(plain["readout"]))
+        assert abs(ratio / FACTOR - 1) > 0.1
+
+    @pytest.mark.parametrize("name", ["dog", "dowg", "prodigy", "dadapt_adamw"])
+    def test_behind_what_measures_distances_parameters_differ_by_the_factors(self, name):
+        """Half of the parameters are scaled, the others are not, by the same optimizer."""
+        optimizer = getattr(optax.contrib, name)
+        make = functools.partial(optimizer, 1.0) if name == "dog" else optimizer
+        masked = optax.masked(scale(), {"hidden": False, "readout": True})
+        moved = way(optax.chain(make(), masked), steps=40)
+        ratio = float(jnp.mean(moved["readout"]) / jnp.mean(moved["hidden"]["kernel"]))
+        assert ratio == pytest.approx(FACTOR, rel=0.05)
 
     def test_with_clipped_gradients(self):
         clip = optax.clip_by_global_norm(0.5)

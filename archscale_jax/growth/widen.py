@@ -14,7 +14,7 @@ from jaxtyping import Bool
 
 from archscale_jax.growth.units import Units
 from archscale_jax.refusals import unknown
-from archscale_jax.trees import PyTree, named_leaves, parameter_name, with_leaves
+from archscale_jax.trees import PyTree, map_with_names, named_leaves, with_leaves
 
 Pad = Callable[[Any, str], Any]  # of an array, new entries `like` the others, or `zero`
 
@@ -96,9 +96,8 @@ def _joined(pads: list[tuple[str, Pad]]) -> Iterator[tuple[str, list[Pad]]]:
 def _widened_state(state: Any, leaves: Mapping[str, Any], pads: Mapping[str, list[Pad]]) -> Any:
     """Pads what an optimizer keeps of a leaf: its path in the state ends with the leaf's name."""
 
-    def padded(path: tuple[Any, ...], value: Any) -> Any:
-        full = f"/{parameter_name(path)}"
-        names = [name for name in leaves if full.endswith(f"/{name}")]
+    def padded(path: str, value: Any) -> Any:
+        names = [name for name in leaves if f"/{path}".endswith(f"/{name}")]
         name = max(names, key=len, default="")
         if name not in pads:
             return value
@@ -114,7 +113,7 @@ def _widened_state(state: Any, leaves: Mapping[str, Any], pads: Mapping[str, lis
             value = pad(value, "zero")
         return jnp.asarray(value)
 
-    return jax.tree_util.tree_map_with_path(padded, state)
+    return map_with_names(padded, state)
 
 
 def _pads(units: Units, count: int, extra: int) -> list[tuple[str, Pad]]:
