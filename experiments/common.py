@@ -4,10 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
-import signal
 import sys
-import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +21,7 @@ from archscale_jax.datasets import Dataset, load
 from archscale_jax.models import ACTIVATIONS, NORMALIZATIONS, create_network
 from archscale_jax.rules import INITIALIZATION_RULES
 from archscale_jax.trees import PyTree
-from experiments import display, provenance, runners
+from experiments import display, interrupts, provenance, runners
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
@@ -96,34 +93,20 @@ def run_binary(run: Callable[[], None]) -> None:
         for flag in FLAGS.flags_by_module_dict().get(module, ()):
             FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
-    sys.unraisablehook = _interrupt_again
-
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
         if len(arguments) > 1:
             sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
         try:
-            run()
+            with interrupts.answered(_kept):
+                run()
         except (ValueError, OSError, ImportError, runners.FailedTrialsError) as error:
             if logging.level_debug():
                 raise
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            print(f"interrupted; {_kept()}", file=sys.stderr)
-            sys.exit(130)
 
     app.run(main)
-
-
-def _interrupt_again(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
-    """Raises Ctrl-C anew where Python drops it: in garbage collection, where JAX has a callback."""
-    if unraisable.exc_type is not KeyboardInterrupt:
-        before(unraisable)
-        return
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()
 
 
 def _kept() -> str:
@@ -137,19 +120,6 @@ def _kept() -> str:
     python = here if not here.startswith("..") else sys.executable
     again = provenance.command(python) + resume
     return f"what is finished is kept in {workdir}, go on with: {again}"
-
-
-@contextlib.contextmanager
-def interrupts_later() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done: orbax's threads do not bear a save that is cut."""
-    held: list[tuple[int, types.FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[0])
 
 
 @functools.cache

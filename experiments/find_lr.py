@@ -25,7 +25,7 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import datasets, files, search
 from archscale_jax.progress import Advance
-from experiments import common, display, page, runners
+from experiments import common, display, interrupts, page, runners
 from experiments.panels import save
 
 FLAGS = flags.FLAGS
@@ -81,7 +81,7 @@ def run() -> None:
         padding=FLAGS.padding,
     )
     # How many runs it takes is found on the way.
-    with runners.interrupts_told(), display.progress("runs", None) as advance:
+    with interrupts.announced(runners.WAITING), display.progress("runs", None) as advance:
         found = archscale.find_learning_rate(
             _remembered(train, workdir / "results.jsonl", advance),
             rates,

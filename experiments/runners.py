@@ -4,8 +4,6 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
-import signal
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +12,12 @@ from absl import flags
 from archscale_jax.sweeps import ProcessExecutor
 from archscale_jax.sweeps.devices import DeviceExecutor
 from archscale_jax.sweeps.ray_executor import RayExecutor, connected
-from experiments import display
+from experiments import display, interrupts
 
 FLAGS = flags.FLAGS
+
+WAITING = "interrupted: waiting for the trials that have begun; again ends at once"
+"""The answer to Ctrl-C where trials run beside the main thread."""
 
 
 def define_flags(*, workers: int = 1) -> None:
@@ -78,7 +79,7 @@ def runner() -> Iterator[dict[str, Any]]:
         yield options
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interrupts_told())
+        stack.enter_context(interrupts.announced(WAITING))
         if FLAGS.runner == "local":
             yield options | {"workers": FLAGS.workers}
         else:
@@ -91,6 +92,9 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
         with DeviceExecutor() as executor:
             yield executor
     elif FLAGS.runner == "processes":
+        # A second Ctrl-C ends all at once; what is left, multiprocessing cleans up with a warning.
+        quiet = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"))
+        os.environ["PYTHONWARNINGS"] = ",".join(quiet)
         with ProcessExecutor(FLAGS.workers, attempts=FLAGS.attempts) as executor:
             yield executor
     else:
@@ -103,22 +107,3 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
             RayExecutor(attempts=FLAGS.attempts, **resources) as executor,
         ):
             yield executor
-
-
-@contextlib.contextmanager
-def interrupts_told() -> Iterator[None]:
-    """Answers Ctrl-C at once: a study first waits for the trials that have begun."""
-
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
-        os.write(2, b"\ninterrupted: waiting for the trials that have begun\n")  # prints may be cut
-        signal.default_int_handler(number, frame)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler:  # ignored, as in the background of a script
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -20,7 +20,7 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import checkpoints, files, training
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common, display, page
+from experiments import common, display, interrupts, page
 from experiments.panels import create_panels, save
 
 FLAGS = flags.FLAGS
@@ -74,7 +74,7 @@ def run() -> None:
     epochs = math.ceil(total_steps / max(len(dataset.train_images) // FLAGS.batch_size, 1))
     with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
         for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
-            with common.interrupts_later():
+            with interrupts.later():
                 files.append_record(results, metrics)
                 checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
             advance(note=_line(metrics))
