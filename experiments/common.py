@@ -106,7 +106,17 @@ def run_binary(run: Callable[[], None]) -> None:
                 raise
             sys.exit(f"error: {error}")
 
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(f"error: {error}; see --help")
+    except SystemExit:  # absl has printed the help, and would end with 1
+        sys.stdout.flush()
+        sys.exit(0)
 
 
 def _kept() -> str:

@@ -264,7 +264,21 @@ class TestProgressInALog:
         assert capsys.readouterr() == ("", "")
 
 
+BINARIES = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if "common.run_binary(run)" in path.read_text()
+)
+
+
 class TestBinaries:
+    @pytest.mark.parametrize("name", BINARIES)
+    def test_help_goes_to_standard_output_and_is_no_error(self, name, tmp_path):
+        for flag in ["--help", "--helpshort", "--helpfull"][: 3 if name == "train" else 1]:
+            done = run_forked(name, [flag], tmp_path, ROOT)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert "--workdir: " in done.stdout and "--quiet" in done.stdout.replace("[no]", "")
+
     def test_bad_arguments_and_folders_end_with_one_line(self, tmp_path, run_again):
         (tmp_path / "file").touch()
         for workdir, flags, message in (
