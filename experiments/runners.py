@@ -12,7 +12,7 @@ from absl import flags
 from archscale_jax.sweeps import ProcessExecutor
 from archscale_jax.sweeps.devices import DeviceExecutor
 from archscale_jax.sweeps.ray_executor import RayExecutor, connected
-from experiments import display, interrupts
+from experiments import display, interrupts, ranges
 
 FLAGS = flags.FLAGS
 
@@ -29,19 +29,15 @@ def define_flags(*, workers: int = 1) -> None:
         "Where trials run: in threads of this process, in a thread for each of its devices, in "
         "processes pinned to cores of their own, or on a Ray cluster.",
     )
-    flags.DEFINE_integer(
-        "workers", workers, "Trials at a time, of local and processes.", lower_bound=1
-    )
+    ranges.define("workers", workers, "Trials at a time, of local and processes.")
     flags.DEFINE_string(
         "ray_address",
         None,
         "host:port of a Ray cluster's head, or auto; by default RAY_ADDRESS, or this machine.",
     )
-    flags.DEFINE_float("cpus_per_trial", 1.0, "Cores that Ray keeps for a trial.", lower_bound=0.0)
-    flags.DEFINE_float("gpus_per_trial", 0.0, "GPUs that Ray keeps for a trial.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "attempts", 10, "Workers that a trial may lose before it has failed.", lower_bound=1
-    )
+    ranges.define("cpus_per_trial", 1.0, "Cores that Ray keeps for a trial.", "resources")
+    ranges.define("gpus_per_trial", 0.0, "GPUs that Ray keeps for a trial.", "resources")
+    ranges.define("attempts", 10, "Workers that a trial may lose before it has failed.")
     flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 
 
