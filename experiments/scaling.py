@@ -146,10 +146,12 @@ def _networks() -> dict[str, str]:
     for text in FLAGS.architecture or []:
         names.setdefault(text, text)
     wanted = len(names) + FLAGS.num_random
+    last = FLAGS.random_seed  # seed of the newest one; a thousand others without one are enough
     for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
-        if len(names) == wanted:
+        if len(names) == wanted or seed > last + 1000:
             break
         text = archscale.random_dag_string(seed, FLAGS.random_vertices)
+        last = last if text in names else seed
         names.setdefault(text, text)
     if len(names) < wanted:
         raise ValueError(

@@ -136,6 +136,8 @@ UNFIT = {
         "train", "--padding=9", "--padding=9 exceeds the images, 8 x 8 pixels"),
     "momentum that is missing": ("scaling", "--nesterov", "nesterov=True needs a momentum above 0"),
     "a warm-up without an end": ("scaling", "--warmup_steps=100", "found 100 of 44"),
+    "more networks than there are": (
+        "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),
     "a size that is no depth": (
         "size_transfer", "--study=transformer_depth --size=1,999", "--size, found the depth 999"),
     "a study that is not there": ("measure_when", "--truth=absent", "--truth=absent holds no st"),
