@@ -30,7 +30,7 @@ flags.DEFINE_float("latest", 25.0, "Seconds after which the last one comes.", lo
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS_OF = {"train": ["--epochs=400"]}
 """Of binaries that are over too soon else."""
-SIGNALLED = "interrupted; "
+SIGNALLED, GOES_ON = "interrupted; ", "go on with: "
 
 
 def main(arguments: list[str]) -> None:
@@ -63,8 +63,9 @@ def _study(binary: str, folder: pathlib.Path) -> dict[str, Any]:
             raise RuntimeError(f"{binary} ends within {seconds:.0f} s; lower --latest")
         events.append(event)
         print(f"{binary}: {event}", file=sys.stderr)
-        before, _, going_on = errors.rpartition("go on with: ")
-        command = shlex.split(going_on) if before else command
+        for line in errors.splitlines():
+            if GOES_ON in line:
+                command = shlex.split(line.partition(GOES_ON)[2])
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     subprocess.run([*start, f"--workdir={folder / 'undisturbed'}"], cwd=ROOT, check=True,
                    capture_output=True)  # fmt: skip
@@ -74,7 +75,7 @@ def _study(binary: str, folder: pathlib.Path) -> dict[str, Any]:
     summary = {
         "interrupts": len(events),
         "statuses": dict(statuses),
-        "crashes": sum(one["status"] < 0 for one in events),
+        "crashes": sum(one["status"] not in (130, -signal.SIGINT) for one in events),
         "clean": sum(one["clean"] for one in events),
         "longest_seconds": max(one["seconds"] for one in events),
         "finished_runs": len(runs),
