@@ -37,8 +37,9 @@ def end(sentence: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # gone, or being written to
             stream.flush()
+    cursor = "\x1b[?25h" if os.isatty(2) else ""  # shown again: a progress bar hides it
     with contextlib.suppress(OSError):
-        os.write(2, f"{sentence}\n".encode())
+        os.write(2, f"{cursor}{sentence}\n".encode())
     os._exit(STATUS)
 
 

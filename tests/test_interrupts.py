@@ -3,6 +3,7 @@
 `python -m benchmarks.interrupt` interrupts whole binaries; here are the parts.
 """
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -103,6 +104,19 @@ interrupts.answer_while_importing()
 os.kill(os.getpid(), signal.SIGINT)
 """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "torn down\n", "")
+
+
+def test_the_cursor_of_a_terminal_is_shown_again():
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", START + "interrupts.end('interrupted; all is kept')"],
+        cwd=ROOT,
+        stderr=theirs,
+    ) as process:
+        assert process.wait(60) == 130
+    os.close(theirs)
+    assert os.read(ours, 1000) == b"\x1b[?25hinterrupted; all is kept\r\n"
+    os.close(ours)
 
 
 def test_an_interrupt_waits_for_a_save():
