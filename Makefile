@@ -54,6 +54,7 @@ bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.cell_cost
 	$(PY) -m benchmarks.gradinit_cost
 	$(PY) -m benchmarks.kill_study
+	$(PY) -m benchmarks.interrupt
 	$(PY) -m benchmarks.trace
 	$(PY) -m benchmarks.import_time
 

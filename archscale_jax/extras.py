@@ -19,7 +19,7 @@ def needed_by(user: str, extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{user} needs {error.name}, which is not installed: "
-            f"pip install 'archscale_jax[{extra}]'",
+            f"{user} needs {error.name}, which is not installed: run, in a checkout of "
+            f"archscale_jax, pip install '.[{extra}]'",
             name=error.name,
         ) from error

@@ -3,6 +3,12 @@
 import importlib.util
 import sys
 
+from experiments import interrupts
+
+_STARTS = sys.argv[:1] == ["-m"]  # what Python makes of `python -m` while it imports this
+if _STARTS:
+    interrupts.answer_while_importing()
+
 _NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _missing:
@@ -10,6 +16,6 @@ if _missing:
         f"{sys.executable} lacks {', '.join(_missing)}; run `make run` once and take "
         ".venv/bin/python, or pip install '.[experiments]'"
     )
-    if sys.argv[:1] == ["-m"]:  # what Python makes of `python -m` while it imports this
+    if _STARTS:
         sys.exit(f"error: {message}")
     raise ModuleNotFoundError(message)

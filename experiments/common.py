@@ -4,16 +4,14 @@ import contextlib
 import functools
 import os
 import pathlib
-import signal
 import sys
-import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jraph
+import numpy as np
 import optax
 from absl import app, flags, logging
 from flax import nnx
@@ -24,7 +22,7 @@ from archscale_jax.datasets import Dataset, load
 from archscale_jax.models import ACTIVATIONS, NORMALIZATIONS, create_network
 from archscale_jax.rules import INITIALIZATION_RULES
 from archscale_jax.trees import PyTree
-from experiments import display, provenance, runners
+from experiments import display, interrupts, provenance, ranges, runners
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
@@ -42,8 +40,8 @@ PRECISIONS = {
 def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
     """Defines the flags that say what is trained, on what, and how."""
     define_data_flags("digits")
-    flags.DEFINE_integer("width", 128, "Features of every vertex.", lower_bound=1)
-    flags.DEFINE_integer(
+    ranges.define("width", 128, "Features of every vertex.")
+    ranges.define(
         "kernel_size", None, "Kernel size of a convolutional network; leave out for an MLP."
     )
     flags.DEFINE_enum("activation", "relu", list(ACTIVATIONS), "Activation.")
@@ -66,23 +64,23 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
         list(PRECISIONS),
         "mixed: compute in bfloat16, train float32 weights; bfloat16: both. Leave out for float32.",
     )
-    flags.DEFINE_string("base_architecture", "2", "DAG string of the network the rate is tuned on.")
-    flags.DEFINE_integer("batch_size", batch_size, "Examples an update.", lower_bound=1)
-    flags.DEFINE_float("epochs", epochs, "Epochs; a fraction trains part of the last.")
-    flags.DEFINE_bool("flip", False, "Augmentation: mirror half of the images.")
-    flags.DEFINE_integer(
-        "padding", 0, "Augmentation: shift by up to so many pixels.", lower_bound=0
+    ranges.define(
+        "base_architecture", "2", "DAG string of the network the rate is tuned on.", "architecture"
     )
-    flags.DEFINE_float("momentum", 0.0, "Momentum, in [0, 1).")
+    ranges.define("batch_size", batch_size, "Examples an update.")
+    ranges.define("epochs", epochs, "Epochs; a fraction trains part of the last.")
+    flags.DEFINE_bool("flip", False, "Augmentation: mirror half of the images.")
+    ranges.define("padding", 0, "Augmentation: shift by up to so many pixels.")
+    ranges.define("momentum", 0.0, "Momentum.")
     flags.DEFINE_bool("nesterov", False, "Nesterov's momentum.")
-    flags.DEFINE_float("weight_decay", 0.0, "Coupled weight decay.")
+    ranges.define("weight_decay", 0.0, "Coupled weight decay.")
     flags.DEFINE_enum(
         "schedule",
         "constant",
         ["constant", "cosine"],
         "Learning rate over time; cosine falls to 0.",
     )
-    flags.DEFINE_integer("warmup_steps", 0, "Updates of linear warm-up.", lower_bound=0)
+    ranges.define("warmup_steps", 0, "Updates of linear warm-up.", "steps_or_0")
     flags.DEFINE_string("workdir", workdir, "Folder for config, results and figures.")
 
 
@@ -96,34 +94,30 @@ def run_binary(run: Callable[[], None]) -> None:
         for flag in FLAGS.flags_by_module_dict().get(module, ()):
             FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
-    sys.unraisablehook = _interrupt_again
-
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
         if len(arguments) > 1:
             sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
         try:
-            run()
+            with interrupts.answered(_kept):
+                run()
         except (ValueError, OSError, ImportError, runners.FailedTrialsError) as error:
             if logging.level_debug():
                 raise
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            print(f"interrupted; {_kept()}", file=sys.stderr)
-            sys.exit(130)
 
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
 
 
-def _interrupt_again(unraisable: Any, before: Callable = sys.unraisablehook) -> None:
-    """Raises Ctrl-C anew where Python drops it: in garbage collection, where JAX has a callback."""
-    if unraisable.exc_type is not KeyboardInterrupt:
-        before(unraisable)
-        return
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(f"error: {error}; see --help")
+    except SystemExit:  # absl has printed the help, and would end with 1
+        sys.stdout.flush()
+        sys.exit(0)
 
 
 def _kept() -> str:
@@ -137,19 +131,6 @@ def _kept() -> str:
     python = here if not here.startswith("..") else sys.executable
     again = provenance.command(python) + resume
     return f"what is finished is kept in {workdir}, go on with: {again}"
-
-
-@contextlib.contextmanager
-def interrupts_later() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done: orbax's threads do not bear a save that is cut."""
-    held: list[tuple[int, types.FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[0])
 
 
 @functools.cache
@@ -187,10 +168,40 @@ def settings(module: str) -> dict[str, Any]:
 
 
 def load_dataset() -> Dataset:
-    """Loads the data set of the flags, and tells what it is."""
+    """Loads the data set of the flags, and tells what it is.
+
+    Raises:
+      ValueError: a --padding or a --batch_size that it is too small for.
+    """
     dataset = load(FLAGS.dataset, data_dir=FLAGS.data_dir)
+    check_padding(dataset, FLAGS.padding)
+    examples = len(dataset.train_images)
+    if FLAGS.batch_size > examples:
+        raise ValueError(
+            f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples; lower it"
+        )
     display.note(f"{dataset!r}")
     return dataset
+
+
+def check_padding(dataset: Dataset, padding: int) -> None:
+    """Raises ValueError where images would be shifted out of sight."""
+    height, width = dataset.train_images.shape[1:3]
+    if padding > min(height, width):
+        raise ValueError(
+            f"--padding={padding} exceeds the images, {height} x {width} pixels; lower it"
+        )
+
+
+def check_training(network: "Network", total_steps: int) -> None:
+    """Checks that the flags make an optimizer and draw weights, before anything is written.
+
+    Raises:
+      ValueError: --nesterov without --momentum, a warm-up as long as the training, or an
+        --initialization that does not fit the network.
+    """
+    optimizer = build_optimizer(1.0, total_steps)
+    jax.eval_shape(lambda seed: initial_state(network, optimizer, seed).params, 0)
 
 
 def parse_graph(text: str) -> jraph.GraphsTuple:
@@ -236,6 +247,19 @@ def build_optimizer(learning_rate: Any, total_steps: int) -> optax.GradientTrans
         nesterov=FLAGS.nesterov,
         weight_decay=FLAGS.weight_decay,
     )
+
+
+def rate_grid() -> list[float]:
+    """Returns the log grid of --min_rate, --max_rate and --num_rates.
+
+    Raises:
+      ValueError: rates in another order.
+    """
+    if FLAGS.min_rate >= FLAGS.max_rate:
+        raise ValueError(
+            f"--min_rate={FLAGS.min_rate:g} must be below --max_rate={FLAGS.max_rate:g}"
+        )
+    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
 
 
 def first_batch(dataset: Dataset, batch_size: int, seed: int) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ cores.
 import functools
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
@@ -23,19 +23,28 @@ import archscale_jax as archscale
 from archscale_jax import coordinate, datasets, files
 from archscale_jax.refusals import unknown
 from archscale_jax.sweeps import run_study
-from experiments import common, coordinate_report, families, page, runners, transfer_study
+from experiments import common, coordinate_report, families, page, ranges, runners, transfer_study
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("family", list(families.FAMILIES), "Families of networks.")
-flags.DEFINE_list("axis", ["width", "depth"], "What grows: width, depth.")
-flags.DEFINE_list("width", [str(2**k) for k in range(6, 12)], "Widths; tuned at the first.")
-flags.DEFINE_list("depth", ["2", "4", "8", "16", "32"], "Depths; tuned at the first.")
+AXES = ("width", "depth")
+
+ranges.define_list(
+    "family",
+    list(families.FAMILIES),
+    "Families of networks.",
+    ranges.name_of("family", families.FAMILIES),
+)
+ranges.define_list("axis", list(AXES), "What grows.", ranges.name_of("axis", AXES))
+ranges.define_list(
+    "width", [str(2**k) for k in range(6, 12)], "Widths; tuned at the first.", "width"
+)
+ranges.define_list("depth", ["2", "4", "8", "16", "32"], "Depths; tuned at the first.", "depth")
 define_data_flags("fashion_mnist")
-flags.DEFINE_integer("batch_size", 16, "Examples an update.", lower_bound=2)
-flags.DEFINE_integer("steps", 5, "Updates.", lower_bound=1)
-flags.DEFINE_integer("num_seeds", 3, "Seeds of the weights.", lower_bound=1)
+ranges.define("batch_size", 16, "Examples an update.", "batch_size_of_two")
+ranges.define("steps", 5, "Updates.")
+ranges.define("num_seeds", 3, "Seeds of the weights.")
 flags.DEFINE_string("workdir", "runs/coordinate", "Folder for results, figures and the table.")
 runners.define_flags(workers=1)
 
@@ -55,8 +64,9 @@ Trial = dict[str, Any]
 def run() -> None:
     """Measures what is missing, prints and draws."""
     trials = all_trials(common.settings(sys.argv[0]))
-    workdir = common.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
+    check_trials(trials, FLAGS.data_dir)
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, common.settings(sys.argv[0]))
         records = run_study(
             trials,
             functools.partial(check, data_dir=FLAGS.data_dir),
@@ -96,11 +106,11 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
     """
     sizes = {}
     for axis in settings["axis"]:
-        if axis not in ("width", "depth"):
-            raise ValueError(unknown("axis", axis, ("width", "depth")))
+        if axis not in AXES:
+            raise ValueError(unknown("axis", axis, AXES))
         sizes[axis] = [int(size) for size in settings[axis]]
         if sizes[axis] != sorted(set(sizes[axis])) or sizes[axis][0] < 1:
-            raise ValueError(f"{axis} must be increasing numbers from 1, found {sizes[axis]}")
+            raise ValueError(f"--{axis} must be increasing numbers from 1, found {sizes[axis]}")
     trials = []
     for family, axis, how in itertools.product(settings["family"], sizes, PARAMETRIZATIONS):
         if family not in families.FAMILIES:
@@ -116,6 +126,16 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
             names = {"batch_size": "batch_size", "steps": "steps", "seeds": "num_seeds"}
             trials.append(trial | {key: settings[flag] for key, flag in names.items()})
     return trials
+
+
+def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
+    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
+    transfer_study.check_trials(trials, data_dir)
+    for trial in trials:
+        if trial["family"] == "transformer":
+            width = trial["size"] if trial["axis"] == "width" else trial["width"]
+            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            families.check_transformer(images, width, "--width")
 
 
 def check(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:

@@ -94,6 +94,26 @@ def patches(images: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
+def check_transformer(dataset: Dataset, width: int, flag: str) -> None:
+    """Checks that a transformer of a width can be built on the images of a data set.
+
+    Raises:
+      ValueError: heads do not divide the width, which is of `flag`, or a patch exceeds an image.
+    """
+    heads = max(width // HEAD_FEATURES, 1)
+    if width % heads:
+        raise ValueError(
+            f"{flag}={width} is no multiple of the {heads} heads that a transformer of this width "
+            f"has; accepted are multiples of {HEAD_FEATURES}, and what is below {2 * HEAD_FEATURES}"
+        )
+    height, side = dataset.train_images.shape[1:3]
+    if min(height, side) < PATCH:
+        raise ValueError(
+            f"images of {height} x {side} pixels hold no patch of a transformer, {PATCH} x "
+            f"{PATCH}; choose another --dataset"
+        )
+
+
 class Model(NamedTuple):
     """A network taken apart.
 

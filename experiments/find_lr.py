@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 from absl import flags
 from rich import box
 from rich.console import Console
@@ -25,25 +24,29 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import datasets, files, search
 from archscale_jax.progress import Advance
-from experiments import common, display, page, runners
+from experiments import common, display, interrupts, page, ranges, runners
 from experiments.panels import save
 
 FLAGS = flags.FLAGS
 
 common.define_flags(batch_size=32, epochs=1, workdir="runs/find_lr")
 flags.adopt_module_key_flags(common)
-flags.DEFINE_string("architecture", "2_02_002", "DAG string of the network.")
-flags.DEFINE_float("min_rate", 1e-3, "Smallest rate of the grid.")
-flags.DEFINE_float("max_rate", 4.0, "Largest rate of the grid.")
-flags.DEFINE_integer("num_rates", 13, "Rates of the log grid.", lower_bound=2)
-flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
+ranges.define("architecture", "2_02_002", "DAG string of the network.")
+ranges.define("min_rate", 1e-3, "Smallest rate of the grid.", "rate")
+ranges.define("max_rate", 4.0, "Largest rate of the grid.", "rate")
+ranges.define("num_rates", 13, "Rates of the log grid.")
+ranges.define("num_seeds", 3, "Seeds.")
 flags.DEFINE_bool("adaptive", False, "Train only the rates that can win.")
-flags.DEFINE_float("start", None, "Rate at which to start; makes the search adaptive.")
-flags.DEFINE_float("base_rate", None, "Best rate of the base architecture; predicts the start.")
-flags.DEFINE_float("tolerance", 0.02, "Depth of the basin, as a fraction of the smallest loss.")
-flags.DEFINE_float("margin", 0.25, "An adaptive search trains losses this close to the smallest.")
-flags.DEFINE_integer("refine", 1, "How often the grid is halved in the basin.", lower_bound=0)
-flags.DEFINE_integer("workers", 1, "Runs at a time, in threads.", lower_bound=1)
+ranges.define("start", None, "Rate at which to start; makes the search adaptive.", "rate")
+ranges.define("base_rate", None, "Best rate of the base architecture; predicts the start.", "rate")
+ranges.define(
+    "tolerance", 0.02, "Depth of the basin, as a fraction of the smallest loss.", "fraction"
+)
+ranges.define(
+    "margin", 0.25, "An adaptive search trains losses this close to the smallest.", "fraction"
+)
+ranges.define("refine", 1, "How often the grid is halved in the basin.")
+ranges.define("workers", 1, "Runs at a time, in threads.")
 
 EXTENSIBLE = ("adaptive", "base_rate", "margin", "max_rate", "min_rate", "num_rates", "num_seeds",
               "refine", "start", "tolerance")  # fmt: skip
@@ -52,16 +55,12 @@ EXTENSIBLE = ("adaptive", "base_rate", "margin", "max_rate", "min_rate", "num_ra
 
 def run() -> None:
     """Searches, prints and draws."""
-    if not 0 < FLAGS.min_rate < FLAGS.max_rate < math.inf:
-        raise ValueError(
-            f"rates must satisfy 0 < min_rate < max_rate, found {FLAGS.min_rate} and "
-            f"{FLAGS.max_rate}"
-        )
-    rates = np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
+    rates = common.rate_grid()
     graph = common.parse_graph(FLAGS.architecture)
     dataset = common.load_dataset()
     total_steps = common.count_steps(dataset, FLAGS.epochs)
     network = common.build_network(graph, dataset)
+    common.check_training(network, total_steps)
     start = FLAGS.start
     if start is None and FLAGS.base_rate is not None:
         start = _predicted(network, dataset)
@@ -81,7 +80,7 @@ def run() -> None:
         padding=FLAGS.padding,
     )
     # How many runs it takes is found on the way.
-    with runners.interrupts_told(), display.progress("runs", None) as advance:
+    with interrupts.announced(runners.WAITING), display.progress("runs", None) as advance:
         found = archscale.find_learning_rate(
             _remembered(train, workdir / "results.jsonl", advance),
             rates,

@@ -19,12 +19,20 @@ from absl import flags
 
 from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, gradinit_figures, gradinit_report, gradinit_study, page, runners
+from experiments import (
+    common,
+    gradinit_figures,
+    gradinit_report,
+    gradinit_study,
+    page,
+    ranges,
+    runners,
+)
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list(
+ranges.define_list(
     "network",
     [
         *("plain_6", "plain_12", "plain_24", "plain_12_norm"),
@@ -33,23 +41,24 @@ flags.DEFINE_list(
         *("transformer_2", "transformer_6", "transformer_12"),
     ],
     f"FAMILY_DEPTH, or FAMILY_DEPTH_norm, of {', '.join(gradinit_study.NETWORKS)}.",
+    ranges.Checked(gradinit_study.parse_name, "FAMILY_DEPTH"),
 )
 define_data_flags("fashion_mnist")
-flags.DEFINE_integer("images_width", 8, "Channels of a convolution's first stage.", lower_bound=1)
-flags.DEFINE_integer("images_downscale", 2, "Side of the squares averaged first.", lower_bound=1)
-flags.DEFINE_integer("patches_width", 32, "Features of a transformer.", lower_bound=1)
-flags.DEFINE_integer("patches_downscale", 1, "The same for a transformer.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 32, "Examples an update, even.", lower_bound=2)
-flags.DEFINE_integer("steps", 250, "Updates of a training run.", lower_bound=1)
-flags.DEFINE_integer("test_examples", 4000, "Test examples of the accuracy.", lower_bound=1)
-flags.DEFINE_integer("gradinit_steps", 120, "Iterations of GradInit.", lower_bound=1)
-flags.DEFINE_float("scale_rate", 0.03, "Learning rate of the multipliers.")
-flags.DEFINE_float("sgd_rate", 0.1, "GradInit's step for SGD.")
-flags.DEFINE_float("sgd_norm", 1.0, "GradInit's largest gradient norm for SGD, L2.")
-flags.DEFINE_float("adam_rate", 1e-3, "GradInit's step for Adam.")
-flags.DEFINE_float("adam_norm", 1000.0, "GradInit's largest gradient norm for Adam, L1.")
-flags.DEFINE_float("penalty", 10.0, "Weight of the variant with a penalty.")
-flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
+ranges.define("images_width", 8, "Channels of a convolution's first stage.", "width")
+ranges.define("images_downscale", 2, "Side of the squares averaged first.", "downscale")
+ranges.define("patches_width", 32, "Features of a transformer.", "width")
+ranges.define("patches_downscale", 1, "The same for a transformer.", "downscale")
+ranges.define("batch_size", 32, "Examples an update, even.", "batch_size_of_two")
+ranges.define("steps", 250, "Updates of a training run.")
+ranges.define("test_examples", 4000, "Test examples of the accuracy.")
+ranges.define("gradinit_steps", 120, "Iterations of GradInit.", "steps")
+ranges.define("scale_rate", 0.03, "Learning rate of the multipliers.", "rate")
+ranges.define("sgd_rate", 0.1, "GradInit's step for SGD.", "rate")
+ranges.define("sgd_norm", 1.0, "GradInit's largest gradient norm for SGD, L2.", "norm")
+ranges.define("adam_rate", 1e-3, "GradInit's step for Adam.", "rate")
+ranges.define("adam_norm", 1000.0, "GradInit's largest gradient norm for Adam, L1.", "norm")
+ranges.define("penalty", 10.0, "Weight of the variant with a penalty.")
+ranges.define("num_seeds", 3, "Seeds.")
 flags.DEFINE_string("workdir", "runs/gradinit", "Folder for config, results and figures.")
 runners.define_flags(workers=1)
 
@@ -61,10 +70,11 @@ def run() -> None:
     values = FLAGS.flags_by_module_dict()[sys.argv[0]]
     every = {flag.name: flag.value for flag in values}
     trials = gradinit_study.all_trials(FLAGS.network, every)
+    gradinit_study.check_trials(trials, FLAGS.data_dir)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
-    workdir = common.claim_directory(FLAGS.workdir, settings)
     run_trial = functools.partial(gradinit_study.run, data_dir=FLAGS.data_dir)
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
         records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
     for record in records:
         if "error" in record:

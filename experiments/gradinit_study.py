@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from archscale_jax import training
 from archscale_jax.datasets import Dataset
 from archscale_jax.gradinit_step import Update
 from archscale_jax.trees import PyTree, named_leaves
-from experiments import common, families, transfer_study
+from experiments import common, families, ranges, transfer_study
 from experiments.gradinit_networks import NETWORKS
 
 Trial = Mapping[str, Any]
@@ -96,19 +96,16 @@ def parse_name(text: str) -> Name:
       ValueError: another form, or an unknown family.
     """
     family, *rest = text.split("_")
-    if (
-        family not in NETWORKS
-        or not rest
-        or not rest[0].isdecimal()
-        or int(rest[0]) < 1
-        or rest[1:] not in ([], ["norm"])
-    ):
+    depth = int(rest[0]) if rest and rest[0].isdecimal() and len(rest[0]) < 9 else 0
+    known = family in NETWORKS and rest[1:] in ([], ["norm"])
+    if not known or not 1 <= depth <= ranges.MOST_LAYERS:
         raise ValueError(
             f"network {text!r}; accepted are FAMILY_DEPTH and FAMILY_DEPTH_norm with batch "
-            f"normalization, of the families {', '.join(NETWORKS)}"
+            f"normalization, of DEPTH 1 to {ranges.MOST_LAYERS} and the families "
+            f"{', '.join(NETWORKS)}"
         )
     normalized = rest[1:] == ["norm"] or family == "transformer"
-    return Name(family, int(rest[0]), normalized)
+    return Name(family, depth, normalized)
 
 
 def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
@@ -118,10 +115,10 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
       ValueError: see `parse_name`; an odd batch, or a rate or norm that is not positive.
     """
     if settings["batch_size"] % 2:
-        raise ValueError(f"batch_size must be even, found {settings['batch_size']}")
+        raise ValueError(f"--batch_size must be even, found {settings['batch_size']}")
     for key in ("scale_rate", "sgd_rate", "sgd_norm", "adam_rate", "adam_norm", "penalty"):
         if not 0 < settings[key] < math.inf:
-            raise ValueError(f"{key} must be positive and finite, found {settings[key]}")
+            raise ValueError(f"--{key} must be positive and finite, found {settings[key]}")
     trials: list[Trial] = []
     for text in dict.fromkeys(names):
         name = parse_name(text)
@@ -142,6 +139,20 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
                 arm = {"network": text, "start": start, "learned": learned, "seed": seed}
                 trials.append(shared | arm | {"rates": list(RATES[name.optimizer])})
     return trials
+
+
+def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
+    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
+    for sizes in ("images", "patches"):
+        mine = [
+            trial
+            for trial in trials
+            if (parse_name(trial["network"]).family == "transformer") == (sizes == "patches")
+        ]
+        transfer_study.check_trials(mine, data_dir, f"--{sizes}_downscale")
+        for trial in mine if sizes == "patches" else ():
+            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            families.check_transformer(images, trial["width"], "--patches_width")
 
 
 class Network(NamedTuple):

@@ -21,28 +21,45 @@ from absl import flags
 
 from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, grow_figures, grow_report, grow_study, page, runners
+from experiments import (
+    common,
+    grow_figures,
+    grow_report,
+    grow_study,
+    page,
+    ranges,
+    runners,
+    transfer_study,
+)
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list(
+ranges.define_list(
     "network",
     ["mlp", "mlp_largest", "dag_cnn", "resnet18_sixteenth", "resnet18_quarter"],
-    f"Of {', '.join(grow_study.SPECS)}.",
+    "Networks that grow.",
+    ranges.name_of("network", grow_study.SPECS),
 )
-flags.DEFINE_list("arm", list(grow_study.ARMS), f"Of {', '.join(grow_study.ARMS)}.")
+ranges.define_list(
+    "arm",
+    list(grow_study.ARMS),
+    "Ways to grow, and what they are compared with.",
+    ranges.name_of("arm", grow_study.ARMS),
+)
 define_data_flags("fashion_mnist")
-flags.DEFINE_integer("batch_size", 64, "Examples an update.", lower_bound=1)
+ranges.define("batch_size", 64, "Examples an update.")
 flags.DEFINE_bool("normalize", True, "Bring new neurons to the size of the others first.")
-flags.DEFINE_integer("num_seeds", 3, "Seeds.", lower_bound=1)
-flags.DEFINE_integer("images_downscale", None, "Side of the squares averaged first; None: preset.")
-flags.DEFINE_integer("start_width", None, "Channels or neurons at the start; None: preset.")
-flags.DEFINE_integer("large_width", None, "The same of the large network; None: preset.")
-flags.DEFINE_integer("growths", None, "How many growths; None: preset.")
-flags.DEFINE_integer("every", None, "Updates before each growth; None: preset.")
-flags.DEFINE_integer("steps", None, "Updates in all; None: preset.")
-flags.DEFINE_list("rate", None, "Learning rates; None: preset.")
+ranges.define("num_seeds", 3, "Seeds.")
+ranges.define(
+    "images_downscale", None, "Side of the squares averaged first; None: preset.", "downscale"
+)
+ranges.define("start_width", None, "Channels or neurons at the start; None: preset.", "width")
+ranges.define("large_width", None, "The same of the large network; None: preset.", "width")
+ranges.define("growths", None, "How many growths; None: preset.")
+ranges.define("every", None, "Updates before each growth; None: preset.", "steps")
+ranges.define("steps", None, "Updates in all; None: preset.")
+ranges.define_list("rate", None, "Learning rates; None: preset.", "rate")
 flags.DEFINE_string("workdir", "runs/grow", "Folder for config, results and figures.")
 runners.define_flags(workers=1)
 
@@ -55,11 +72,16 @@ def run() -> None:
     every = {flag.name: flag.value for flag in values}
     specs = grow_study.chosen_specs(FLAGS.network, FLAGS.arm, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
-    workdir = common.claim_directory(FLAGS.workdir, settings)
-    partial = workdir.absolute() / "partial"  # a worker may be in another folder
-    run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=partial)
     trials = grow_study.all_trials(specs, FLAGS.arm, every)
+    if not trials:
+        raise ValueError(f"--arm={','.join(FLAGS.arm)} trains none of --network; add tiny")
+    transfer_study.check_trials(
+        trials, FLAGS.data_dir, "--images_downscale", held_out=grow_study.HELD_OUT
+    )
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
+        partial = workdir.absolute() / "partial"  # a worker may be in another folder
+        run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=partial)
         records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
         if "scratch" in FLAGS.arm:
             trials += grow_study.scratch_trials(records)

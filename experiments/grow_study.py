@@ -179,7 +179,8 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
     """Returns the specs of networks, with what the settings change in them.
 
     Raises:
-      ValueError: an unknown network or arm.
+      ValueError: an unknown network or arm, growths after the last update, or a start that is
+        wider than the large network.
     """
     for what, names, known in (("network", networks, SPECS), ("arm", arms, ARMS)):
         for name in names:
@@ -197,8 +198,22 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
                 spec["schedule"][key] = settings[key]
         if settings["rate"] is not None:
             spec["rates"] = tuple(float(rate) for rate in settings["rate"])
+        _check_spec(spec)
         found[name] = spec
     return found
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    growths, every = spec["schedule"]["growths"], spec["schedule"]["every"]
+    if growths * every >= spec["steps"]:
+        raise ValueError(
+            f"--growths={growths} growths, one --every={every} updates, need --steps above "
+            f"{growths * every}, found {spec['steps']}"
+        )
+    if spec["start_width"] > spec["large_width"]:
+        raise ValueError(
+            f"--start_width={spec['start_width']} exceeds --large_width={spec['large_width']}"
+        )
 
 
 def all_trials(specs: Mapping[str, Mapping[str, Any]], arms, settings: Trial) -> list[dict]:

@@ -25,14 +25,19 @@ from rich.table import Table
 import archscale_jax as archscale
 from archscale_jax import files, training
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, page, runners, transfer_study, transfer_summary
+from experiments import common, page, ranges, runners, transfer_study, transfer_summary
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("truth", "runs/transfer", "Folder of a finished `experiments.transfer`.")
-flags.DEFINE_list("study", ["chains", "dags"], "Studies that it holds.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
-flags.DEFINE_integer("max_networks", None, "Networks a study, its base included.", lower_bound=4)
+ranges.define_list(
+    "study",
+    ["chains", "dags"],
+    "Studies that it holds.",
+    ranges.name_of("study", transfer_study.STUDIES),
+)
+flags.DEFINE_string("data_dir", None, "Folder of the data set; see `make data`.")
+ranges.define("max_networks", None, "Networks a study, its base included.", "max_networks_of_four")
 flags.DEFINE_string("workdir", "runs/measure_when", "Folder for measurements and the table.")
 runners.define_flags(workers=2)
 
@@ -47,6 +52,8 @@ RULES = ("measured", "relative")
 def run() -> None:
     """Measures what is missing, predicts and prints."""
     truth = pathlib.Path(FLAGS.truth)
+    if not (truth / "config.json").is_file():
+        raise ValueError(f"--truth={truth} holds no study; run experiments.transfer first")
     settings = json.loads((truth / "config.json").read_text())
     records = {
         name: {
@@ -67,8 +74,8 @@ def run() -> None:
         rates += [row["measured"] for row in rows]
         for trial, rate in zip(studies[name], rates, strict=True):
             trials[trial_hash(trial)] = {"network": trial, "rate": rate}
-    workdir = common.claim_directory(FLAGS.workdir, settings)
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
         done = run_study(
             list(trials.values()),
             functools.partial(measure, data_dir=FLAGS.data_dir),

@@ -26,17 +26,15 @@ from rich.table import Table
 
 from archscale_jax import files
 from archscale_jax.sweeps import missing_trials, trial_hash
-from experiments import common, display, plan_estimate, plan_probe, transfer, transfer_study
+from experiments import common, display, plan_estimate, plan_probe, ranges, transfer, transfer_study
 from experiments.plan_estimate import Cost, Estimate
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(transfer)
-flags.DEFINE_integer(
-    "devices", None, "Cores, or accelerators; left out, those of this machine.", lower_bound=1
-)
-flags.DEFINE_float("price_per_hour", None, "Of one device.", lower_bound=0.0)
-flags.DEFINE_integer("samples", 5, "Networks of a kind to compile and time.", lower_bound=1)
-flags.DEFINE_float("seconds", 3.0, "A training that takes longer is timed in part.", lower_bound=0)
+ranges.define("devices", None, "Cores, or accelerators; left out, those of this machine.")
+ranges.define("price_per_hour", None, "Of one device.", "price")
+ranges.define("samples", 5, "Networks of a kind to compile and time.")
+ranges.define("seconds", 3.0, "A training that takes longer is timed in part.")
 flags.DEFINE_string("json", None, "File for the numbers.")
 
 Trial = dict[str, Any]

@@ -19,11 +19,22 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import benchmark_tables, files
+from archscale_jax import benchmark_tables, files, gains
 from archscale_jax.refusals import unknown
+from archscale_jax.spaces import cell_graph
 from archscale_jax.spaces.cell import cell_digits, code_of_digits
 from archscale_jax.sweeps import run_study
-from experiments import common, page, rank_figures, rank_networks, rank_report, rank_study, runners
+from experiments import (
+    common,
+    page,
+    ranges,
+    rank_figures,
+    rank_networks,
+    rank_report,
+    rank_study,
+    runners,
+    transfer_study,
+)
 from experiments.data_flags import define_data_flags
 from experiments.rank_recipes import RECIPES
 from experiments.rank_study import PRESETS
@@ -32,19 +43,31 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("preset", "small", list(PRESETS), "What is not said by a flag of its own.")
 define_data_flags(None)
-flags.DEFINE_integer("downscale", None, "Make images so many times smaller.", lower_bound=1)
-flags.DEFINE_integer("channels", None, "C, channels of the first stage.", lower_bound=1)
-flags.DEFINE_integer("cells_per_stage", None, "N, cells in every stage.", lower_bound=1)
-flags.DEFINE_integer("batch_size", None, "Examples an update.", lower_bound=2)
-flags.DEFINE_float("epochs", None, "Epochs; a fraction trains part of the last.")
+ranges.define("downscale", None, "Make images so many times smaller.")
+ranges.define("channels", None, "C, channels of the first stage.", "width")
+ranges.define("cells_per_stage", None, "N, cells in every stage.")
+ranges.define("batch_size", None, "Examples an update.", "batch_size_of_two")
+ranges.define("epochs", None, "Epochs; a fraction trains part of the last.")
 flags.DEFINE_bool("flip", None, "Augmentation: mirror half of the images.")
-flags.DEFINE_integer("padding", None, "Augmentation: shift by so many pixels.", lower_bound=0)
-flags.DEFINE_float("weight_decay", None, "Coupled weight decay.")
-flags.DEFINE_float("fixed_rate", None, "Learning rate of the recipe `fixed`.")
-flags.DEFINE_integer("num_cells", None, "How many random cells, without isomorphic ones.")
-flags.DEFINE_list("cell", [], "These cells (codes such as 3_34_131) instead of random ones.")
-flags.DEFINE_list("recipe", list(RECIPES), f"Of {', '.join(RECIPES)}; `fixed` is needed.")
-flags.DEFINE_integer("num_seeds", None, "Seeds of every cell and recipe.", lower_bound=1)
+ranges.define("padding", None, "Augmentation: shift by so many pixels.")
+ranges.define("weight_decay", None, "Coupled weight decay.")
+ranges.define("fixed_rate", None, "Learning rate of the recipe `fixed`.", "rate")
+ranges.define("num_cells", None, "How many random cells, without isomorphic ones.")
+ranges.define_list(
+    "cell",
+    [],
+    "These cells, three at least, instead of random ones.",
+    ranges.Checked(cell_graph, "a code such as 3_34_131"),
+    least=0,
+)
+ranges.define_list(
+    "recipe",
+    list(RECIPES),
+    "`fixed`, and those to compare with it.",
+    ranges.name_of("recipe", RECIPES),
+    least=2,
+)
+ranges.define("num_seeds", None, "Seeds of every cell and recipe.")
 flags.DEFINE_string("table", None, "CSV of published accuracies to compare with; see docs/rank.md.")
 flags.DEFINE_string("table_column", "cifar10_test", "Its column.")
 flags.DEFINE_string("workdir", "runs/rank", "Folder for config, results and figures.")
@@ -62,6 +85,29 @@ def settings() -> dict[str, Any]:
         if value is not None and name not in (*NOT_SETTINGS, "preset"):
             found[name] = value
     return found
+
+
+def check(chosen: dict[str, Any]) -> None:
+    """Checks what is chosen against the data set and what a ranking needs.
+
+    Raises:
+      FileNotFoundError: the data set is missing.
+      ValueError: cells that are too few to have an order, no recipe `fixed`, or a size that the
+        images or the examples are too small for.
+    """
+    if "fixed" not in chosen["recipe"]:
+        raise ValueError(
+            f"--recipe must name fixed, which others are compared with, found "
+            f"{','.join(chosen['recipe'])}"
+        )
+    if 0 < len(chosen["cell"]) < gains.MIN_ARCHITECTURES:
+        raise ValueError(
+            f"--cell must name {gains.MIN_ARCHITECTURES} cells at least, as a ranking needs, found "
+            f"{', '.join(chosen['cell'])}"
+        )
+    transfer_study.check_trials([chosen], FLAGS.data_dir, "--downscale")
+    images = transfer_study.load(chosen["dataset"], FLAGS.data_dir, chosen["downscale"])
+    common.check_padding(images, chosen["padding"])
 
 
 def read_published() -> dict[str, float]:
@@ -118,15 +164,16 @@ def report(
 def run() -> None:
     """Searches, measures and trains what is missing, prints and draws."""
     chosen = settings()
+    check(chosen)
     published = read_published() if FLAGS.table is not None else None
     plan = rank_study.plan_of(chosen, FLAGS.data_dir)
-    workdir = common.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
 
     def study(trials, function, name: str):
         run_trial = functools.partial(function, data_dir=FLAGS.data_dir)
         return run_study(trials, run_trial, workdir / f"{name}.jsonl", description=name, **options)
 
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
         bases = study(plan.searches, rank_networks.search_rate, "bases")
         found = study(plan.measurements, rank_networks.measure, "measurements")
         trials = rank_study.trials_of(plan, bases)

@@ -66,7 +66,9 @@ def sample_cells(count: int, seed: int = 0) -> list[str]:
         if cell_function(codes[index]) != "0":  # of a cell without a path
             found.setdefault(canonical_cell(codes[index]), codes[index])
     if len(found) < count:
-        raise ValueError(f"there are {len(found)} different cells, asked for {count}")
+        raise ValueError(
+            f"there are {len(found)} different cells, asked for {count}; lower --num_cells"
+        )
     return list(found.values())
 
 

@@ -4,8 +4,6 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
-import signal
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +12,12 @@ from absl import flags
 from archscale_jax.sweeps import ProcessExecutor
 from archscale_jax.sweeps.devices import DeviceExecutor
 from archscale_jax.sweeps.ray_executor import RayExecutor, connected
-from experiments import display
+from experiments import display, interrupts, ranges
 
 FLAGS = flags.FLAGS
+
+WAITING = "interrupted: waiting for the trials that have begun; again ends at once"
+"""The answer to Ctrl-C where trials run beside the main thread."""
 
 
 def define_flags(*, workers: int = 1) -> None:
@@ -28,19 +29,15 @@ def define_flags(*, workers: int = 1) -> None:
         "Where trials run: in threads of this process, in a thread for each of its devices, in "
         "processes pinned to cores of their own, or on a Ray cluster.",
     )
-    flags.DEFINE_integer(
-        "workers", workers, "Trials at a time, of local and processes.", lower_bound=1
-    )
+    ranges.define("workers", workers, "Trials at a time, of local and processes.")
     flags.DEFINE_string(
         "ray_address",
         None,
         "host:port of a Ray cluster's head, or auto; by default RAY_ADDRESS, or this machine.",
     )
-    flags.DEFINE_float("cpus_per_trial", 1.0, "Cores that Ray keeps for a trial.", lower_bound=0.0)
-    flags.DEFINE_float("gpus_per_trial", 0.0, "GPUs that Ray keeps for a trial.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "attempts", 10, "Workers that a trial may lose before it has failed.", lower_bound=1
-    )
+    ranges.define("cpus_per_trial", 1.0, "Cores that Ray keeps for a trial.", "resources")
+    ranges.define("gpus_per_trial", 0.0, "GPUs that Ray keeps for a trial.", "resources")
+    ranges.define("attempts", 10, "Workers that a trial may lose before it has failed.")
     flags.DEFINE_bool("retry_failed", False, "Run again what failed before.")
 
 
@@ -78,7 +75,7 @@ def runner() -> Iterator[dict[str, Any]]:
         yield options
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interrupts_told())
+        stack.enter_context(interrupts.announced(WAITING))
         if FLAGS.runner == "local":
             yield options | {"workers": FLAGS.workers}
         else:
@@ -91,6 +88,9 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
         with DeviceExecutor() as executor:
             yield executor
     elif FLAGS.runner == "processes":
+        # A second Ctrl-C ends all at once; what is left, multiprocessing cleans up with a warning.
+        quiet = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"))
+        os.environ["PYTHONWARNINGS"] = ",".join(quiet)
         with ProcessExecutor(FLAGS.workers, attempts=FLAGS.attempts) as executor:
             yield executor
     else:
@@ -103,22 +103,3 @@ def _executor() -> Iterator[concurrent.futures.Executor]:
             RayExecutor(attempts=FLAGS.attempts, **resources) as executor,
         ):
             yield executor
-
-
-@contextlib.contextmanager
-def interrupts_told() -> Iterator[None]:
-    """Answers Ctrl-C at once: a study first waits for the trials that have begun."""
-
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
-        os.write(2, b"\ninterrupted: waiting for the trials that have begun\n")  # prints may be cut
-        signal.default_int_handler(number, frame)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler:  # ignored, as in the background of a script
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import optax
 from absl import flags
 from rich.console import Console
@@ -25,26 +24,36 @@ from rich.console import Console
 import archscale_jax as archscale
 from archscale_jax import files
 from archscale_jax.datasets import Dataset
-from experiments import common, display, page, scaling_report
+from archscale_jax.rules import LEARNING_RATE_RULES
+from experiments import common, display, page, ranges, scaling_report
 
 FLAGS = flags.FLAGS
 
 common.define_flags(batch_size=32, epochs=5, workdir="runs/scaling")
 flags.adopt_module_key_flags(common)
-flags.DEFINE_multi_string(
-    "architecture", None, "DAG string of a network; repeat the flag for several, beside the others."
+ranges.define_multi(
+    "architecture",
+    None,
+    "DAG string of a network; repeat the flag for several, beside the others.",
 )
-flags.DEFINE_list("chain_depths", ["2", "4", "6", "8"], "Depths of plain chains.")
-flags.DEFINE_integer("num_random", 4, "Number of random DAGs.", lower_bound=0)
-flags.DEFINE_integer("random_vertices", 7, "Vertices of a random DAG.", lower_bound=2)
-flags.DEFINE_integer("random_seed", 0, "Seed of the random DAGs.")
-flags.DEFINE_list("rules", ["none", "path_sum"], "Learning-rate rules to compare.")
-flags.DEFINE_float("min_rate", 0.01, "Smallest rate of the search on the base network.")
-flags.DEFINE_float("max_rate", 3.0, "Largest rate of the search.")
-flags.DEFINE_integer("num_rates", 12, "Rates of the search, a log grid.", lower_bound=1)
-flags.DEFINE_float("search_epochs", 1.0, "Epochs of a trial of the search.")
-flags.DEFINE_float("base_rate", None, "Rate of the base network; leave out to search it.")
-flags.DEFINE_integer("num_seeds", 3, "Seeds of every trial.", lower_bound=1)
+ranges.define_list(
+    "chain_depths", ["2", "4", "6", "8"], "Depths of plain chains.", "depth", least=0
+)
+ranges.define("num_random", 4, "Number of random DAGs.")
+ranges.define("random_vertices", 7, "Vertices of a random DAG.")
+ranges.define("random_seed", 0, "Seed of the random DAGs.", "seed")
+ranges.define_list(
+    "rules",
+    ["none", "path_sum"],
+    "Learning-rate rules to compare.",
+    ranges.name_of("learning-rate rule", LEARNING_RATE_RULES),
+)
+ranges.define("min_rate", 0.01, "Smallest rate of the search on the base network.", "rate")
+ranges.define("max_rate", 3.0, "Largest rate of the search.", "rate")
+ranges.define("num_rates", 12, "Rates of the search, a log grid.")
+ranges.define("search_epochs", 1.0, "Epochs of a trial of the search.", "epochs")
+ranges.define("base_rate", None, "Rate of the base network; leave out to search it.", "rate")
+ranges.define("num_seeds", 3, "Seeds of every trial.")
 
 EXTENSIBLE = (
     "architecture",
@@ -61,16 +70,21 @@ EXTENSIBLE = (
 def run() -> None:
     """Searches, trains what is missing, prints and draws."""
     networks = _networks()
-    rules = list(dict.fromkeys(FLAGS.rules))
-    if not rules or not networks:
-        raise ValueError("nothing to train: --rules, and the networks, must not be empty")
+    rules = FLAGS.rules
+    if not networks:
+        raise ValueError(
+            "nothing to train: give a network by --architecture, --chain_depths or --num_random"
+        )
     for rule in rules:  # every factor is known to exist before the first step is trained
         for text in networks.values():
             _scale(text, rule)
-    rates = _rate_grid()
+    rates = [] if FLAGS.base_rate is not None else common.rate_grid()
     dataset = common.load_dataset()
     search_steps = common.count_steps(dataset, FLAGS.search_epochs)
     total_steps = common.count_steps(dataset, FLAGS.epochs)
+    base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
+    for steps in (search_steps, total_steps):
+        common.check_training(base, steps)
     workdir = common.claim_directory(
         FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
     )
@@ -128,21 +142,21 @@ def _networks() -> dict[str, str]:
     """Returns the DAG strings to train by their names, each string once."""
     names: dict[str, str] = {}
     for depth in FLAGS.chain_depths:
-        if not depth.isdecimal():
-            raise ValueError(f"chain_depths must be integers from 1, found {depth!r}")
         names.setdefault(archscale.chain_string(int(depth)), f"chain {depth}")
     for text in FLAGS.architecture or []:
         names.setdefault(text, text)
     wanted = len(names) + FLAGS.num_random
+    last = FLAGS.random_seed  # seed of the newest one; a thousand others without one are enough
     for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
-        if len(names) == wanted:
+        if len(names) == wanted or seed > last + 1000:
             break
         text = archscale.random_dag_string(seed, FLAGS.random_vertices)
+        last = last if text in names else seed
         names.setdefault(text, text)
     if len(names) < wanted:
         raise ValueError(
-            f"found too few different DAGs of random_vertices={FLAGS.random_vertices} for "
-            f"num_random={FLAGS.num_random}; ask for more vertices or fewer DAGs"
+            f"found too few different DAGs of --random_vertices={FLAGS.random_vertices} for "
+            f"--num_random={FLAGS.num_random}; ask for more vertices or fewer DAGs"
         )
     return {name: text for text, name in names.items()}
 
@@ -150,19 +164,6 @@ def _networks() -> dict[str, str]:
 def _scale(text: str, rule: str) -> float:
     base = common.parse_graph(FLAGS.base_architecture)
     return archscale.learning_rate_scale(common.parse_graph(text), base, rule)
-
-
-def _rate_grid() -> list[float]:
-    if FLAGS.base_rate is not None:
-        if not 0 < FLAGS.base_rate < float("inf"):
-            raise ValueError(f"base_rate must be positive and finite, found {FLAGS.base_rate}")
-        return []
-    if not 0 < FLAGS.min_rate <= FLAGS.max_rate < float("inf"):
-        raise ValueError(
-            "rates must satisfy 0 < min_rate <= max_rate, found "
-            f"{FLAGS.min_rate} and {FLAGS.max_rate}"
-        )
-    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
 
 
 def best_rate(records: list[dict[str, Any]]) -> float:

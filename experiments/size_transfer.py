@@ -17,18 +17,24 @@ from absl import flags
 
 from archscale_jax import files
 from archscale_jax.sweeps import run_study
-from experiments import common, page, runners, size_transfer_study
+from experiments import common, page, ranges, runners, size_transfer_study
 from experiments.data_flags import define_data_flags
 from experiments.size_transfer_study import STUDIES
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("study", list(STUDIES), f"Of {', '.join(STUDIES)}.")
+ranges.define_list("study", list(STUDIES), "Which networks grow.", ranges.name_of("study", STUDIES))
 define_data_flags("fashion_mnist")
-flags.DEFINE_list("size", [], "Other sizes than those of the study; the first is the base.")
-flags.DEFINE_integer("batch_size", 64, "Examples an update.", lower_bound=2)
-flags.DEFINE_integer("steps", 100, "Updates of a run.", lower_bound=1)
-flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
+ranges.define_list(
+    "size",
+    [],
+    "Other widths or depths than those of the study; the first is the base.",
+    "width",
+    least=0,
+)
+ranges.define("batch_size", 64, "Examples an update.", "batch_size_of_two")
+ranges.define("steps", 100, "Updates of a run.")
+ranges.define("num_seeds", 3, "Seeds of every search.")
 flags.DEFINE_string("workdir", "runs/size_transfer", "Folder for config, results and figure.")
 runners.define_flags(workers=2)
 
@@ -40,13 +46,14 @@ def run() -> None:
     values = FLAGS.flags_by_module_dict()[sys.argv[0]]
     settings = {flag.name: flag.value for flag in values if flag.name not in NOT_SETTINGS}
     trials = size_transfer_study.all_trials(FLAGS.study, settings)
-    workdir = common.claim_directory(FLAGS.workdir, settings)
+    size_transfer_study.check_trials(trials, FLAGS.data_dir)
     found: dict[str, size_transfer_study.Records] = {}
     functions = {
         "results": size_transfer_study.search_rate,
         "measurements": size_transfer_study.measure,
     }
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
         for name, function in functions.items():
             records = run_study(
                 trials,

@@ -3,7 +3,7 @@
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from archscale_jax import datasets, training
 from archscale_jax.refusals import unknown
 from archscale_jax.search import excess_loss
 from archscale_jax.sweeps import trial_hash
-from experiments import common, families, transfer_study
+from experiments import common, families, ranges, transfer_study
 from experiments.panels import save
 
 Trial = Mapping[str, Any]
@@ -51,7 +51,7 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     """Returns one trial for every network, the base of each parametrization first.
 
     Raises:
-      ValueError: an unknown study, or a single size.
+      ValueError: an unknown study, a single size, or one that no network has.
     """
     trials: list[Trial] = []
     for name in names:
@@ -60,7 +60,12 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
         family, axis, sizes, options, parametrizations = STUDIES[name]
         sizes = tuple(map(int, settings["size"])) or sizes
         if len(set(sizes)) < 2:
-            raise ValueError(f"size must hold two different sizes at least, found {sizes}")
+            raise ValueError(f"--size must hold two different sizes at least, found {sizes}")
+        for size in sizes:
+            try:
+                ranges.KINDS[axis].parse(str(size))
+            except ValueError as error:
+                raise ValueError(f"--size, found the {axis} {size} of {name}: {error}") from None
         shared = {key: settings[key] for key in ("dataset", "batch_size", "steps")}
         shared |= {"seeds": settings["num_seeds"], "study": name, "family": family, "axis": axis}
         for how in parametrizations:
@@ -68,6 +73,15 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
                 trial = shared | {"parametrization": how, "base": sizes[0]}
                 trials.append(trial | dict(options) | {axis: size})
     return trials
+
+
+def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
+    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
+    transfer_study.check_trials(trials, data_dir)
+    for trial in trials:
+        if trial["family"] == "transformer":
+            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            families.check_transformer(images, trial["width"], "--size")
 
 
 class Network(NamedTuple):

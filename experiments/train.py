@@ -18,21 +18,21 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import checkpoints, files, training
+from archscale_jax import checkpoints, files
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common, display, page
+from experiments import common, display, interrupts, page, ranges
 from experiments.panels import create_panels, save
 
 FLAGS = flags.FLAGS
 
 common.define_flags(batch_size=64, epochs=10, workdir="runs/train")
 flags.adopt_module_key_flags(common)
-flags.DEFINE_string("architecture", "2_02_002", "DAG string of the network.")
-flags.DEFINE_float("base_rate", 0.1, "Learning rate tuned on the base network.")
+ranges.define("architecture", "2_02_002", "DAG string of the network.")
+ranges.define("base_rate", 0.1, "Learning rate tuned on the base network.", "rate")
 flags.DEFINE_bool("autoscale", True, "Scale the rate from the base network by --rule.")
 flags.DEFINE_enum("rule", "path_sum", list(LEARNING_RATE_RULES), "Learning-rate rule.")
-flags.DEFINE_integer("steps", None, "Updates in all, instead of --epochs.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of weights, batches and augmentation.")
+ranges.define("steps", None, "Updates in all, instead of --epochs.")
+ranges.define("seed", 0, "Seed of weights, batches and augmentation.")
 flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in --workdir.")
 
 
@@ -43,7 +43,6 @@ def run() -> None:
     results = workdir / "results.jsonl"
     saves = workdir / "checkpoints"
     _check_fresh(workdir)
-    training.check_learning_rate(FLAGS.base_rate)
     graph, base = (
         common.parse_graph(FLAGS.architecture),
         common.parse_graph(FLAGS.base_architecture),
@@ -74,7 +73,7 @@ def run() -> None:
     epochs = math.ceil(total_steps / max(len(dataset.train_images) // FLAGS.batch_size, 1))
     with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
         for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
-            with common.interrupts_later():
+            with interrupts.later():
                 files.append_record(results, metrics)
                 checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
             advance(note=_line(metrics))

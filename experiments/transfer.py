@@ -20,24 +20,37 @@ from rich.console import Console
 
 from archscale_jax import files
 from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, page, runners, transfer_report, transfer_study, transfer_summary
+from experiments import (
+    common,
+    page,
+    ranges,
+    runners,
+    transfer_report,
+    transfer_study,
+    transfer_summary,
+)
 from experiments.data_flags import define_data_flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("study", ["chains"], f"Of {', '.join(transfer_study.STUDIES)}; or all.")
-define_data_flags("digits")
-flags.DEFINE_integer("width", 128, "Features of every vertex of an MLP.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 256, "Examples an update of an MLP.", lower_bound=1)
-flags.DEFINE_integer("steps", 0, "Updates of a run of an MLP; 0 is one epoch.", lower_bound=0)
-flags.DEFINE_integer("cnn_width", 8, "Channels of every vertex of a CNN.", lower_bound=1)
-flags.DEFINE_integer("cnn_batch_size", 64, "Examples an update of a CNN.", lower_bound=1)
-flags.DEFINE_integer("cnn_steps", 100, "Updates of a run of a CNN; 0 is one epoch.", lower_bound=0)
-flags.DEFINE_integer(
-    "cnn_downscale", 2, "A CNN sees images averaged over squares of so many pixels.", lower_bound=1
+ranges.define_list(
+    "study",
+    ["chains"],
+    "Which networks; all takes every study.",
+    ranges.name_of("study", ("all", *transfer_study.STUDIES)),
 )
-flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
-flags.DEFINE_integer("max_networks", None, "Networks a study, its base included.", lower_bound=2)
+define_data_flags("digits")
+ranges.define("width", 128, "Features of every vertex of an MLP.")
+ranges.define("batch_size", 256, "Examples an update of an MLP.")
+ranges.define("steps", 0, "Updates of a run of an MLP; 0 is one epoch.", "steps_or_0")
+ranges.define("cnn_width", 8, "Channels of every vertex of a CNN.", "width")
+ranges.define("cnn_batch_size", 64, "Examples an update of a CNN.", "batch_size")
+ranges.define("cnn_steps", 100, "Updates of a run of a CNN; 0 is one epoch.", "steps_or_0")
+ranges.define(
+    "cnn_downscale", 2, "A CNN sees images averaged over squares of so many pixels.", "downscale"
+)
+ranges.define("num_seeds", 3, "Seeds of every search.")
+ranges.define("max_networks", None, "Networks a study, its base included.")
 flags.DEFINE_bool("sharpness", False, "Measure the sharpness too, which costs the most.")
 flags.DEFINE_string("workdir", "runs/transfer", "Folder for config, results and figures.")
 runners.define_flags(workers=2)
@@ -55,8 +68,6 @@ def run() -> None:
         name: transfer_study.trials_of(name, settings, FLAGS.data_dir)[: FLAGS.max_networks]
         for name in names
     }
-    workdir = common.claim_directory(FLAGS.workdir, settings)
-
     unique = {trial_hash(trial): trial for trials in studies.values() for trial in trials}
     functions = {
         "results": transfer_study.search_rate,
@@ -68,6 +79,7 @@ def run() -> None:
     records: dict[str, dict[str, Any]] = {"sharpness": {}}
     failed = []
     with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
         for name, function in functions.items():
             found = run_study(
                 list(unique.values()),

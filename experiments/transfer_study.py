@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,13 +131,12 @@ def trials_of(name: str, settings: Mapping[str, Any], data_dir: str | None = Non
     mlp |= {"downscale": 1, "seeds": settings["num_seeds"]}
     cnn = {key: settings[f"cnn_{key}"] for key in ("downscale", "width", "batch_size", "steps")}
     examples = len(load(settings["dataset"], data_dir, 1).train_images)
-    for sizes in (mlp, cnn):
-        if sizes["batch_size"] > examples:
-            raise ValueError(
-                f"batch size {sizes['batch_size']} exceeds the {examples} training examples"
-            )
+    for flag, sizes in {"--batch_size": mlp, "--cnn_batch_size": cnn}.items():
+        check_batch(flag, sizes["batch_size"], examples)
         sizes["steps"] = sizes["steps"] or examples // sizes["batch_size"]  # 0: one epoch
-    return study_trials(STUDIES[name], mlp, cnn)
+    trials = study_trials(STUDIES[name], mlp, cnn)
+    check_trials(trials, data_dir, "--cnn_downscale")
+    return trials
 
 
 class Network(NamedTuple):
@@ -154,6 +153,46 @@ class Network(NamedTuple):
 def load(name: str, data_dir: str | None, downscale: int) -> Dataset:
     """Loads a data set once, with images made smaller by averaging."""
     return datasets.downscale(datasets.load(name, data_dir=data_dir), downscale)
+
+
+def check_trials(
+    trials: Sequence[Mapping[str, Any]],
+    data_dir: str | None,
+    downscale_flag: str = "the study's own factor",
+    *,
+    held_out: int = 0,
+) -> None:
+    """Checks, before the first of some trials runs, that their data are there and fit them.
+
+    Args:
+      trials: with `dataset`, `downscale` and `batch_size`.
+      data_dir: folder of the data set.
+      downscale_flag: what sets the `downscale`, for the message.
+      held_out: examples of the training split that are not trained on.
+
+    Raises:
+      FileNotFoundError: the data set is missing; the message says how to get it.
+      ValueError: a damaged data set, a factor that does not divide its images, or a batch that
+        exceeds its training examples.
+    """
+    for name, factor, batch_size in dict.fromkeys(
+        (trial["dataset"], trial["downscale"], trial["batch_size"]) for trial in trials
+    ):
+        examples = len(load(name, data_dir, 1).train_images)
+        try:
+            load(name, data_dir, factor)
+        except ValueError as error:
+            raise ValueError(f"{downscale_flag}, found {factor}: {error}") from None
+        check_batch("--batch_size", batch_size, examples - held_out)
+
+
+def check_batch(flag: str, batch_size: int, examples: int) -> None:
+    """Raises ValueError where a batch, of a flag, exceeds the training examples."""
+    if batch_size > examples:
+        raise ValueError(
+            f"{flag}={batch_size} exceeds the {max(examples, 0)} training examples; lower it, or "
+            "choose another --dataset"
+        )
 
 
 def build(trial: Mapping[str, Any], data_dir: str | None = None) -> Network:

@@ -21,8 +21,8 @@ import jax
 for _name in ("archscale_jax", "matplotlib.figure", "orbax.checkpoint", "sklearn.datasets"):
     importlib.import_module(_name)
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([__name__])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
 
 
 def run_forked(
@@ -40,7 +40,7 @@ def run_forked(
     for file in files:
         file.touch()
     arguments = (f"experiments.{name}", flags, files, root, interrupt_at)
-    process = _FORKS.Process(target=_become, args=arguments)
+    process = FORKS.Process(target=_become, args=arguments)
     process.start()
     process.join(60 if interrupt_at is not None else 300)
     if process.exitcode is None:

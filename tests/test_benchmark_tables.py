@@ -291,7 +291,7 @@ def test_paths_are_opened_by_the_package(tmp_path, monkeypatch, is_folder):
 
 def test_without_the_package_or_the_files(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nats_bench", None)
-    with pytest.raises(ImportError, match=r"pip install 'archscale_jax\[nats\]'"):
+    with pytest.raises(ImportError, match=r"pip install '.\[nats\]'"):
         read_nats_bench(tmp_path, dataset="cifar10", split="test")
     with pytest.raises(FileNotFoundError, match="missing: there is no such file or folder"):
         read_nats_bench(tmp_path / "missing", dataset="cifar10", split="test")
@@ -300,7 +300,7 @@ def test_without_the_package_or_the_files(tmp_path, monkeypatch):
 @pytest.fixture
 def nats_bench():
     return pytest.importorskip(
-        "nats_bench", reason="nats_bench is not installed: pip install archscale_jax[nats]"
+        "nats_bench", reason="nats_bench is not installed: pip install '.[nats]'"
     )
 
 

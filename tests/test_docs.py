@@ -90,9 +90,9 @@ def flags(source):
     )
     names = {name for pair in imported for name in re.findall(r"\w+", " ".join(pair))}
     below = [path for name in names if (path := ROOT / "experiments" / f"{name}.py").exists()]
-    return set(re.findall(r"(?:DEFINE\w*|Flag)\((?:[\w.]+\(\), )*\s*\"(\w+)\"", text)).union(
-        *map(flags, below)
-    )
+    return set(
+        re.findall(r"(?:DEFINE\w*|Flag|ranges\.define\w*)\((?:[\w.]+\(\), )*\s*\"(\w+)\"", text)
+    ).union(*map(flags, below))
 
 
 def test_commands_name_binaries_and_flags_that_exist():

@@ -35,7 +35,9 @@ def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_again):
 def test_wrong_flags_end_with_one_line(tmp_path, run_again):
     done = run_again("coordinate", tmp_path, "--dataset=digits", "--family=rnn")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("error: unknown family 'rnn'; accepted are mlp")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: flag --family=rnn: unknown family 'rnn'; accepted are mlp"
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -57,9 +57,9 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
     ("flags", "match"),
     [
         (("--network=plain_x",), "network 'plain_x'; accepted are FAMILY_DEPTH"),
-        (("--network=rnn_3",), "of the families plain, residual, dag, transformer"),
+        (("--network=rnn_3",), "the families plain, residual, dag, transformer"),
         (("--batch_size=7",), "batch_size must be even, found 7"),
-        (("--scale_rate=0",), "scale_rate must be positive and finite"),
+        (("--scale_rate=0",), "--scale_rate=0: accepted is a number above 0"),
     ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, run_again, flags, match):

@@ -63,7 +63,7 @@ def test_both_notations_are_spelled_alike(spell):
 
 
 def test_strings_are_those_of_the_benchmarks_package():
-    reason = "nats_bench is not installed: pip install archscale_jax[nats]"
+    reason = "nats_bench is not installed: pip install '.[nats]'"
     genotypes = pytest.importorskip("nats_bench.genotype_utils", reason=reason)
     for code in CODES:
         structure = genotypes.topology_str2structure(benchmark_string(code))

@@ -264,7 +264,21 @@ class TestProgressInALog:
         assert capsys.readouterr() == ("", "")
 
 
+BINARIES = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if "common.run_binary(run)" in path.read_text()
+)
+
+
 class TestBinaries:
+    @pytest.mark.parametrize("name", BINARIES)
+    def test_help_goes_to_standard_output_and_is_no_error(self, name, tmp_path):
+        for flag in ["--help", "--helpshort", "--helpfull"][: 3 if name == "train" else 1]:
+            done = run_forked(name, [flag], tmp_path, ROOT)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert "--workdir: " in done.stdout and "--quiet" in done.stdout.replace("[no]", "")
+
     def test_bad_arguments_and_folders_end_with_one_line(self, tmp_path, run_again):
         (tmp_path / "file").touch()
         for workdir, flags, message in (
@@ -294,10 +308,11 @@ class TestBinaries:
         done = run_forked("train", flags, tmp_path, ROOT, interrupt_at=saved)
         assert (done.returncode, done.stdout) == (130, "")
         assert "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1] == (
-            f"interrupted; what is finished is kept in {tmp_path / 'run'}, go on with: "
-            f"{os.path.relpath(sys.executable)} -m experiments.train {' '.join(flags)} --resume"
-        )
+        said, _, command = done.stderr.splitlines()[-1].partition(", go on with: ")
+        assert said == f"interrupted; what is finished is kept in {tmp_path / 'run'}"
+        python, *arguments = command.split()
+        assert os.path.abspath(python) == sys.executable
+        assert arguments == ["-m", "experiments.train", *flags, "--resume"]
 
 
 def test_a_transformed_function_is_no_module():

@@ -162,6 +162,6 @@ def test_core_is_quick_to_import_works_alone_and_names_the_extras(installed, bin
     assert found["deviation"] == pytest.approx((2 / 8) ** 0.5, rel=0.25)  # of 64 draws
     assert len(found["errors"]) == len(EXTRAS)
     for (name, message), (package, user, extra) in zip(found["errors"], EXTRAS, strict=True):
-        how = f"pip install 'archscale_jax[{extra}]'"
+        how = f"run, in a checkout of archscale_jax, pip install '.[{extra}]'"
         assert name == package
         assert message.endswith(f"{user}needs {package}, which is not installed: {how}")

@@ -207,7 +207,10 @@ def test_a_killed_study_goes_on_and_can_be_extended(tmp_path, binary_environment
     ("flags", "message"),
     [
         (["--dataset=cifar10", "--data_dir=nowhere"], "error: "),
-        (["--dataset=digits", "--downscale=1", "--cell=3_33"], "error: cell code '3_33'"),
+        (
+            ["--dataset=digits", "--downscale=1", "--cell=3_33"],
+            "error: flag --cell=3_33: cell code '3_33'",
+        ),
         (["--dataset=digits", "--table=nowhere.csv"], "nowhere.csv"),
     ],
 )

@@ -205,4 +205,4 @@ class TestAddresses:
 
     def test_without_ray(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
-        assert "archscale_jax[ray]" in self.refused(None, ImportError)
+        assert "pip install '.[ray]'" in self.refused(None, ImportError)

@@ -53,7 +53,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--base_rate=nan", "base_rate must be positive and finite, found nan"),
+        ("--base_rate=nan", "--base_rate=nan: accepted is a number above 0"),
         ("--rules=none,cubic", "unknown learning-rate rule 'cubic'"),
         ("--architecture=2_00", "no path joins the input"),
         ("--batch_size=100000", "exceeds the 1438 training examples"),

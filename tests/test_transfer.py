@@ -39,7 +39,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
     ("flag", "message"),
     [
         ("--study=chain", "unknown study 'chain'; accepted are all, chains, dags"),
-        ("--batch_size=100000", "batch size 100000 exceeds the 1438 training examples"),
+        ("--batch_size=100000", "--batch_size=100000 exceeds the 1438 training examples"),
         ("--dataset=fashion_mnist --data_dir=absent", "absent"),
     ],
 )
@@ -87,8 +87,8 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--min_rate=5", "rates must satisfy 0 < min_rate < max_rate"),
-        ("--start=-1", "start must be positive and finite"),
+        ("--min_rate=5", "--min_rate=5 must be below --max_rate="),
+        ("--start=-1", "--start=-1: accepted is a number above 0"),
         ("--architecture=2_00", "no path joins the input"),
     ],
 )

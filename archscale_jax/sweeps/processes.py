@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from archscale_jax.sweeps.study import WorkerLostError
@@ -49,7 +50,7 @@ class ProcessExecutor(concurrent.futures.Executor):
         self._mine = threading.local()
         self._processes: list[concurrent.futures.ProcessPoolExecutor] = []
         self._threads = concurrent.futures.ThreadPoolExecutor(
-            workers, initializer=lambda: setattr(self._mine, "cores", next(shares))
+            workers, initializer=lambda: self._begin(next(shares))
         )
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any):
@@ -72,6 +73,13 @@ class ProcessExecutor(concurrent.futures.Executor):
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
         for process in self._processes:
             process.shutdown(wait)
+
+    def _begin(self, cores: list[int]) -> None:
+        """Begins a thread; its processes inherit that they do not hear a terminal's Ctrl-C."""
+        self._mine.cores = cores
+        if hasattr(signal, "pthread_sigmask"):
+            resource_tracker.ensure_running()  # its start would lift the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def _call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         for _ in range(self._attempts):
