@@ -49,9 +49,11 @@ from archscale_jax.report import Report, report
 from archscale_jax.rules import (
     WeightVariances,
     learning_rate_scale,
+    muon_dimension_numbers,
     register_initialization_rule,
     register_learning_rate_rule,
     register_width_rule,
+    second_moments,
     weight_standard_deviations,
     with_widths,
 )
@@ -139,6 +141,7 @@ __all__ = [
     "loss_at",
     "mean_losses",
     "measure_update",
+    "muon_dimension_numbers",
     "path_statistics",
     "predict_learning_rate",
     "random_dag_string",
@@ -150,6 +153,7 @@ __all__ = [
     "report",
     "scale_by_architecture",
     "scale_parameters",
+    "second_moments",
     "sharpness",
     "summarise_runs",
     "summarise_transfer",

@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import enum
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jraph
 
+from archscale_jax.expressions import Expression, Variable
 from archscale_jax.graph import is_weight
 from archscale_jax.refusals import unknown
 from archscale_jax.trees import PyTree, named_leaves
@@ -44,11 +45,51 @@ class Arrangement(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
+class ParameterUse:
+    """What a parameter leaf does at one place. Axes are those of the leaf.
+
+    Attributes:
+      kind: `weight`, `embedding` (rows chosen by an index), `bias` (added), `offset` (added to what
+        a scale multiplies), `scale` (multiplied), `token` (joined to features along an axis),
+        `features` (features that no input reaches, such as learned queries), `value` (any other
+        function) or `result` (returned as it is).
+      contracted: axes that are summed over, positions of a kernel included.
+      output: axes along which the result varies and the features did not.
+      batch: axes that run along an axis of the features: of a scale, a bias, a layer for each head.
+      positions: axes that hold positions: of a kernel, of tokens; rows of a table.
+      fan_in: of a weight, inputs that reach one unit.
+      slices: (axis, entry) for every axis of which it is one entry: a layer of a stack.
+      edge: index of the layer among the edges of the graph; None outside of it.
+      edges: indices of the edges that read, or give, what it scales or adds to.
+      ends: indices of those between whose operator and target it stands.
+      vertex: number of the vertex whose features it touches; None outside of the graph.
+      layer: see `Parameter`.
+      expression: of a weight, what is made of the leaf before it is applied; None if nothing is.
+      source: file, line and function.
+    """
+
+    kind: str
+    contracted: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    fan_in: int = 1
+    slices: frozenset[tuple[int, int]] = frozenset()
+    edge: int | None = None
+    edges: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    vertex: int | None = None
+    layer: Role = Role.HIDDEN
+    expression: Expression | None = None
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Parameter:
     """One parameter leaf.
 
     Attributes:
-      name: path of the leaf in the params tree, `parameter_name` of its key path.
+      name: path of the leaf in the params tree, as `named_leaves` gives it.
       role: what it does.
       layer: role of the layer it belongs to: INPUT (the stem), HIDDEN or READOUT; READOUT for an
         embedding that is the readout's weight too.
@@ -60,8 +101,14 @@ class Parameter:
       edge: index of its layer among the edges of the graph; None for the stem, the readout and
         normalization.
       further_edges: those of a leaf that is the weight of several layers, shared or stacked.
-      activated: whether its layer reads activations, half of whose second moment ReLU takes; a
-        hidden weight that reads features as they are gets half the variance.
+      activated: whether its layer reads activations. Where the edges of the architecture have no
+        functions of their own, it stands for ReLU, which takes half of the second moment.
+      uses: what it does, place by place; empty where that was not read off a function.
+      start: its value before training where it is not drawn: of biases 0, of scales 1, or what
+        makes 1 of the product, as 0 in 1 + w.
+      start_known: whether that value is plain from what it does. Of a slope, a temperature or a
+        decay it is not: `initialize` keeps the value that the model gave.
+      filled: its shape without the empty rooms of a network that grows; None without such.
 
     Raises:
       ValueError: an unknown role or layer, or a fan or size below 1.
@@ -78,6 +125,22 @@ class Parameter:
     edge: int | None = None
     further_edges: tuple[int, ...] = ()
     activated: bool = True
+    uses: tuple[ParameterUse, ...] = ()
+    start: float | None = None
+    start_known: bool = True
+    filled: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Its shape, empty rooms left out."""
+        return self.shape if self.filled is None else self.filled
+
+    @property
+    def initial_value(self) -> float:
+        """Its value before training where it is not drawn and no array tells another."""
+        if self.start is not None:
+            return self.start
+        return 1.0 if self.role == Role.SCALE else 0.0
 
     @property
     def is_tied(self) -> bool:
@@ -101,6 +164,38 @@ class Parameter:
                 )
 
 
+OUTPUT = Variable("output", "")
+"""What the operator of an edge gives, in `EdgeFunction.after`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EdgeFunction:
+    """What stands on an edge beside its operator (theory §9).
+
+    Attributes:
+      before: what it makes of an entry of its source, `Variable("vertex", number)`, before the
+        operator: activations, normalization, constants.
+      after: what is made of an entry of the result, `OUTPUT`, before the target takes it.
+      reach: of a layer, inputs that reach one unit on average, a fraction of its fan-in where a
+        transposed convolution meets zeros; None is the fan-in.
+      covered: the part of these inputs that does not lie beyond the borders of an image, on
+        average. Variances suppose all of them, as the published rules do; promised second moments
+        do not.
+      count: of a concatenation, entries along its axis.
+      weights: names of the leaves that a layer applies.
+      share: the part of what a rule wants of the layer's outputs that they shall bring: of queries
+        whose products with d keys are summed without 1/√d, 1/d.
+    """
+
+    before: Expression
+    after: Expression = OUTPUT
+    reach: float | None = None
+    covered: float = 1.0
+    count: int = 1
+    weights: tuple[str, ...] = ()
+    share: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
     """The graph of a network with its parameters bound to it.
@@ -109,6 +204,12 @@ class Architecture:
       graph: see `archscale_jax.graph`.
       parameters: one entry per leaf of the params tree.
       arrangement: what the vertices sum.
+      functions: what stands on every edge of the graph. None: ReLU before every layer, or behind it
+        where vertices sum activations.
+      stems: what stands on the layers that feed vertex 0 from the inputs.
+      expressions: by number, what an entry of a vertex is that is a product, or that no input
+        reaches.
+      notes: what could not be read off the function, and what was supposed instead.
 
     Raises:
       ValueError: two parameters of one name, an edge that the graph does not have, a hidden weight
@@ -118,6 +219,10 @@ class Architecture:
     graph: jraph.GraphsTuple
     parameters: tuple[Parameter, ...]
     arrangement: Arrangement = Arrangement.PRE_ACTIVATION
+    functions: tuple[EdgeFunction, ...] | None = None
+    stems: tuple[EdgeFunction, ...] = ()
+    expressions: Mapping[int, Expression] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "arrangement", Arrangement(self.arrangement))

@@ -11,8 +11,10 @@ operators (`zero`, `none`) are absent edges. With V vertices and E edges a graph
 * `senders`    int32 [E]   source vertex of each edge
 * `receivers`  int32 [E]   target vertex of each edge; sorted by (receiver, sender, operator)
 * `edges`      {"operator": int32 [E], "kernel_size": int32 [E]}, operator a member of `Operator`
-* `globals`    {"space": int32 [1], "kernel_size": int32 [1]}: a member of `Space`, and the spatial
-               size q of the network's convolutions, the stem included, 0 for a dense network
+* `globals`    {"space", "kernel_size", "kernel_positions", "layers_outside"}, int32 [1]: a member
+               of `Space`; the spatial size q of the network's convolutions, the stem included, 0
+               for a dense network; the number of positions of their kernels, q² for images; and the
+               number of layers before vertex 0 and behind the last: 2, the stem and the readout
 * `n_node`, `n_edge`  int32 [1]
 
 as NumPy arrays on the host. Batch with `jraph.batch_np` and pad with `jraph.pad_with_graphs`:
@@ -21,6 +23,7 @@ padding edges get operator `ZERO`, which no function of a batch counts.
 
 import enum
 import graphlib
+import math
 from collections.abc import Sequence
 
 import jraph
@@ -73,6 +76,8 @@ def build_graph(
     kernel_sizes: ArrayLike | None = None,
     *,
     network_kernel: int | None = None,
+    network_positions: int | None = None,
+    layers_outside: int = 2,
     space: Space = Space.DAG,
 ) -> jraph.GraphsTuple:
     """Builds and validates one architecture graph from its edge list, in any order.
@@ -85,6 +90,8 @@ def build_graph(
       kernel_sizes: integers [E], spatial size of each operator; None means 1 everywhere.
       network_kernel: spatial size q of the network's convolutions, the stem included, 0 for a
         dense network; None takes the largest kernel among the convolutions of the graph.
+      network_positions: number of positions of the largest kernel, q² for images; None is q².
+      layers_outside: number of layers before vertex 0 and behind the last: stem and readout.
       space: where the graph comes from.
 
     Returns:
@@ -120,6 +127,10 @@ def build_graph(
         convolutions = operators == Operator.CONV
         network_kernel = int(columns["kernel_sizes"][convolutions].max(initial=0))
     _check_number("network_kernel", network_kernel)
+    if network_positions is None:
+        network_positions = min(network_kernel**2, np.iinfo(np.int32).max)
+    _check_number("network_positions", network_positions)
+    _check_number("layers_outside", layers_outside)
     order = np.lexsort((columns["kernel_sizes"], operators, senders, receivers))
     graph = jraph.GraphsTuple(
         nodes=np.arange(num_vertices, dtype=np.int32),
@@ -134,6 +145,8 @@ def build_graph(
         globals={
             "space": np.array([Space(space)], np.int32),
             "kernel_size": np.array([network_kernel], np.int32),
+            "kernel_positions": np.array([network_positions], np.int32),
+            "layers_outside": np.array([layers_outside], np.int32),
         },
     )
     validate_graph(graph)
@@ -350,13 +363,15 @@ def in_degrees(graph: jraph.GraphsTuple, *, live: bool = True) -> np.ndarray:
     return degrees
 
 
-def network_kernel_size(graph: jraph.GraphsTuple) -> int:
-    """Returns q of [AAS Eq. 9], 1 for a dense network.
+def network_kernel_size(graph: jraph.GraphsTuple) -> float:
+    """Returns q of [AAS Eq. 9], 1 for a dense network: the root of a kernel's number of positions.
 
-    The paper's networks use one kernel size throughout. Where sizes differ this is the largest,
-    which bounds the change of every vertex, so that the rate derived from it is safe.
+    The equation is derived for q × q kernels, whose q² positions change together; of others, 1 × 7
+    or three-dimensional, the root of their positions takes its place. The paper's networks use one
+    kernel size throughout. Where sizes differ this is the largest, which bounds the change of every
+    vertex, so that the rate derived from it is safe.
     """
-    return max(int(graph.globals["kernel_size"][0]), 1)
+    return max(math.sqrt(int(graph.globals["kernel_positions"][0])), 1.0)
 
 
 def _edge_pairs(graph: jraph.GraphsTuple, order: np.ndarray):

@@ -11,10 +11,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from archscale_jax.architecture import Architecture, Role, check_parameters
+from archscale_jax.architecture import Architecture, check_parameters
 from archscale_jax.placement import check_divides, constrained, explicit_part, sharding_of
-from archscale_jax.rules.initialization import InitializationRule, weight_standard_deviations
-from archscale_jax.trees import PyTree, named_leaves, parameter_name
+from archscale_jax.rules.initialization import (
+    Deviation,
+    InitializationRule,
+    start_values,
+    weight_standard_deviations,
+)
+from archscale_jax.trees import PyTree, map_with_names, named_leaves
 
 
 def initialize(
@@ -24,11 +29,14 @@ def initialize(
     rule: str | InitializationRule | None = None,
     **options: Any,
 ) -> PyTree:
-    """Draws new parameters of the same structure, shapes and dtypes.
+    """Draws new weights for a tree of parameters, and keeps what is not drawn.
 
-    Weights are normal with the standard deviation of the rule, biases 0, scales 1. The draw of a
-    leaf depends on the key and the leaf's name alone: other layers may come and go, and any
-    sharding gives the same numbers.
+    Weights are normal with the standard deviation of the rule. Biases, scales and whatever else the
+    rule does not draw keep the values that arrays have: a slope of 0.25, a temperature, the zeros
+    of a residual gate. Where only shapes are given, biases become 0 and scales 1 (of 1 + w, w
+    becomes 0); `report` lists the leaves of which that is not plain. The draw of a leaf depends on
+    the key and the leaf's name alone: other layers may come and go, and any sharding gives the same
+    numbers.
 
     Pure; works under `jax.jit` and `jax.eval_shape`. A new leaf goes where the old one was put, or
     where its `jax.ShapeDtypeStruct` says; every device draws its own shard. Under `jax.jit`,
@@ -37,7 +45,8 @@ def initialize(
 
     Args:
       key: a JAX random key.
-      params: tree of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and shardings are read.
+      params: tree of arrays or `jax.ShapeDtypeStruct`. Of leaves that are drawn only shapes, dtypes
+        and shardings are read.
       architecture: the architecture of these params.
       rule: see `archscale_jax.rules.weight_standard_deviations`; None fits the arrangement.
       **options: passed to the rule.
@@ -59,15 +68,18 @@ def initialize(
                 "what is not trained to the function, not to params"
             )
     deviations = weight_standard_deviations(architecture, rule, **options)
-    roles = {parameter.name: parameter.role for parameter in architecture.parameters}
+    starts = start_values(architecture, rule, **options)
+    plain = {parameter.name: parameter.initial_value for parameter in architecture.parameters}
     traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
 
-    def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        name = parameter_name(path)
+    def draw(name: str, leaf: Any) -> jax.Array:
         sharding = sharding_of(leaf, traced)
         check_divides(name, leaf.shape, sharding)
+        kept = name not in deviations and name not in starts
+        if kept and not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
         make: Callable[..., jax.Array] = _full
-        arguments: tuple[Any, ...] = (float(roles[name] == Role.SCALE),)
+        arguments: tuple[Any, ...] = (starts.get(name, plain[name]),)
         if name in deviations:
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))
             make, arguments = _normal, (own, deviations[name])
@@ -75,7 +87,7 @@ def initialize(
             return make(*arguments, shape=leaf.shape, dtype=leaf.dtype, sharding=sharding)
         return _placed(make, arguments, leaf, sharding)
 
-    return jax.tree_util.tree_map_with_path(draw, params)
+    return map_with_names(draw, params)
 
 
 def _check_key(key: Any) -> None:
@@ -96,7 +108,7 @@ def _check_key(key: Any) -> None:
 
 def _normal(
     key: jax.Array,
-    deviation: float,
+    deviation: Deviation,
     *,
     shape: tuple[int, ...],
     dtype: Any,
@@ -107,12 +119,14 @@ def _normal(
     normal = jax.random.normal(key, shape, exact, out_sharding=explicit_part(sharding))
     # The barrier keeps XLA from merging the factor into those of `normal`: same bits under jit.
     normal = jax.lax.optimization_barrier(constrained(normal, sharding))
-    return (deviation * normal).astype(dtype)
+    return (jnp.asarray(deviation, exact) * normal).astype(dtype)
 
 
 def _full(
-    value: float, *, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None
+    value: Deviation, *, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None
 ) -> jax.Array:
+    if np.ndim(value):
+        return constrained(jnp.broadcast_to(jnp.asarray(value, dtype), shape), sharding)
     full = jax.lax.broadcast(jnp.asarray(value, dtype), shape, out_sharding=explicit_part(sharding))
     return constrained(full, sharding)
 

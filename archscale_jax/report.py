@@ -18,7 +18,13 @@ from archscale_jax.architecture import (
 from archscale_jax.graph import in_degrees
 from archscale_jax.paths import PathStatistics, path_statistics
 from archscale_jax.reporting.header import graph_lines, rate_lines, rule_line
-from archscale_jax.reporting.notes import NO_BASE, graph_notes, params_notes, rate_notes
+from archscale_jax.reporting.notes import (
+    NO_BASE,
+    first_notes,
+    graph_notes,
+    params_notes,
+    rate_notes,
+)
 from archscale_jax.rules.initialization import (
     DEFAULT_RULES,
     DRAWN_ROLES,
@@ -111,7 +117,7 @@ def report(
     check_architecture(architecture)
     if params is not None:
         check_parameters(architecture, params)
-    rule = chosen_rule(rule, options.get("depth_rule"))
+    rule = chosen_rule(rule, options.get("depth_rule"), options.get("width_rule"))
     if options.get("depth_rule") is not None:
         check_optimizer(options["depth_rule"])
     drawn = DEFAULT_RULES[architecture.arrangement] if initialization is None else initialization
@@ -134,6 +140,7 @@ def report(
             for parameter in architecture.parameters
         ],
         notes=[
+            *first_notes(architecture, base, rating.name, params, options),
             *missing,
             *undrawn,
             *rate_notes(architecture, base, rating.name, drawing.name, drawn_options, options),
@@ -160,7 +167,7 @@ def _deviations(
     }
     function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)
     try:
-        variances = function(architecture.graph, architecture.arrangement, **options)
+        variances = function(architecture, **options)
     except ValueError as error:
         return deviations, [f"standard deviations left out: {error}"]
     notes = []
@@ -210,11 +217,16 @@ def _record(
         "kernel_size": parameter.kernel_size,
         "in_degree": degrees[0],
         "source_in_degree": degrees[1],
-        "standard_deviation": None if deviation is _REFUSED else deviation.value,
+        "standard_deviation": None if deviation is _REFUSED else _plain(deviation.value),
         "initialization_reason": deviation.reason,
         "learning_rate_factor": None if factor is _REFUSED else factor.value,
         "learning_rate_reason": factor.reason,
     }
+
+
+def _plain(value: Any) -> float | tuple[float, ...]:
+    """A number, or the numbers of the slices of a stack."""
+    return value if np.ndim(value) == 0 else tuple(np.ravel(value).tolist())
 
 
 def _degrees(architecture: Architecture, *, sources: bool) -> dict[str, tuple[InDegree, InDegree]]:

@@ -1,5 +1,6 @@
 """The optax transformation: one factor on the update of every parameter [AAS Eq. 9]."""
 
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ from archscale_jax.rules.learning_rate import (
 )
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import Optimizer, depth_factors
-from archscale_jax.rules.width import WidthRule, explained_width_factors
+from archscale_jax.rules.width import WidthRule, explained_width_factors, muon
 from archscale_jax.trees import PyTree, map_with_names
 
 
@@ -33,6 +34,8 @@ def learning_rate_factors(
     width_rule: str | WidthRule | None = None,
     depth_rule: Optimizer | None = None,
     depth_exponent: float = 0.5,
+    consistent_rms: float | None = None,
+    dimension_numbers: bool = False,
     **options: Any,
 ) -> dict[str, float]:
     """Returns the learning-rate factor of every parameter by name.
@@ -41,7 +44,8 @@ def learning_rate_factors(
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
       rule: see `archscale_jax.rules.learning_rate_scale`: one factor for all weights and biases.
-        None is `path_sum`, or `none` with a depth rule, which answers for depth itself.
+        None is `path_sum`, or `none` with a width rule or a depth rule, which are asked for what
+        they say alone.
       kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
         every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
       width_rule: None, `sgd`, `adam` or `muon`: multiply by the width factors [μP], see
@@ -49,6 +53,9 @@ def learning_rate_factors(
       depth_rule: None, `sgd`, `adam` or `muon`: multiply by the depth factors of residual stacks,
         see `archscale_jax.rules.residual`.
       depth_exponent: α of the depth rule.
+      consistent_rms: of the width rule `muon`, as given to `optax.contrib.muon`.
+      dimension_numbers: of the width rule `muon`, whether optax is given
+        `muon_dimension_numbers(architecture, params)`.
       **options: passed to the rule.
 
     Raises:
@@ -64,6 +71,8 @@ def learning_rate_factors(
         width_rule=width_rule,
         depth_rule=depth_rule,
         depth_exponent=depth_exponent,
+        consistent_rms=consistent_rms,
+        dimension_numbers=dimension_numbers,
         **options,
     )
     return {name: factor.value for name, factor in found.items()}
@@ -78,6 +87,8 @@ def explained_factors(
     width_rule: str | WidthRule | None = None,
     depth_rule: Optimizer | None = None,
     depth_exponent: float = 0.5,
+    consistent_rms: float | None = None,
+    dimension_numbers: bool = False,
     **options: Any,
 ) -> dict[str, Explained]:
     """Returns what `learning_rate_factors` does, with the parts whose product each factor is.
@@ -86,7 +97,7 @@ def explained_factors(
       ValueError: see `learning_rate_factors`.
     """
     check_architecture(architecture)
-    rule = chosen_rule(rule, depth_rule)
+    rule = chosen_rule(rule, depth_rule, width_rule)
     base_graph = base.graph if isinstance(base, Architecture) else base
     scale = learning_rate_scale(architecture.graph, base_graph, rule, **options)
     description = LEARNING_RATE_RULES.describe(rule)
@@ -96,14 +107,19 @@ def explained_factors(
     if kernel_per_layer:
         network = network_kernel_size(architecture.graph)
         for one in architecture.parameters:
-            factor = kernel_size_factor(one.kernel_size, network)
-            parts[one.name].append(Explained(factor, f"kernel {network}/{one.kernel_size}"))
+            own = math.sqrt(one.kernel_positions)
+            factor = kernel_size_factor(own, network)
+            parts[one.name].append(Explained(factor, f"kernel {network:g}/{own:g}"))
     if width_rule is not None:
         if not isinstance(base, Architecture):
             error = MissingBaseError if base is None else ValueError
             raise error(
                 "width_rule compares fans: pass the base network's Architecture, or with_widths("
                 f"architecture, {{width: base width}}); found {type(base).__name__}"
+            )
+        if width_rule == "muon":
+            width_rule = functools.partial(
+                muon, consistent_rms=consistent_rms, dimension_numbers=dimension_numbers
             )
         for name, part in explained_width_factors(architecture, base, width_rule).items():
             parts[name].append(part)
@@ -119,12 +135,14 @@ def explained_factors(
 
 
 def chosen_rule(
-    rule: str | LearningRateRule | None, depth_rule: Optimizer | None
+    rule: str | LearningRateRule | None,
+    depth_rule: Optimizer | None,
+    width_rule: str | WidthRule | None = None,
 ) -> str | LearningRateRule:
     """Returns a rule, or what None stands for, see `learning_rate_factors`."""
     if rule is not None:
         return rule
-    return "path_sum" if depth_rule is None else "none"
+    return "path_sum" if depth_rule is None and width_rule is None else "none"
 
 
 def _product(name: str, parts: list[Explained]) -> Explained:
@@ -150,6 +168,9 @@ def scale_by_architecture(
 
         optax.chain(optax.sgd(0.1, momentum=0.9), scale_by_architecture(arch, base))
 
+    With a width or depth rule the factors suppose weights drawn by `initialize`: a framework draws
+    a readout √n times larger than [μP] has it.
+
     Everything before it in the chain is scaled: with `optax.adamw` the decoupled weight decay is f
     times weaker too, as it is for a smaller rate. Keep the decay as it is by adding it behind:
 
@@ -173,7 +194,7 @@ def scale_by_architecture(
     Args:
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
-      rule: learning-rate rule; None is `path_sum`, or `none` with a depth rule.
+      rule: learning-rate rule; None is `path_sum`, or `none` with a width or depth rule.
       **options: see `learning_rate_factors`.
 
     Returns:

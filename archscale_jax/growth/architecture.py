@@ -50,7 +50,24 @@ def grown_architecture(
         for field in ("fan_in", "fan_out"):
             used, every = parts.get((parameter.name, field), (1, 1))
             found[field] = max(getattr(parameter, field) * used // every, 1)
-        return dataclasses.replace(parameter, **found)
+        sides = [parts.get((parameter.name, field), (1, 1)) for field in ("fan_in", "fan_out")]
+        return dataclasses.replace(parameter, **found, filled=_filled(parameter, *sides))
 
     parameters = tuple(counted(one) for one in architecture.parameters)
     return dataclasses.replace(architecture, parameters=parameters)
+
+
+def _filled(
+    parameter: Parameter, inputs: tuple[int, int], outputs: tuple[int, int]
+) -> tuple[int, ...]:
+    """The shape of a leaf without empty rooms, of parts of what it reads and writes."""
+    sizes = list(parameter.shape)
+    done: set[int] = set()
+    for use in parameter.uses:
+        for axes, (used, every) in ((use.contracted, inputs), ((*use.output, *use.batch), outputs)):
+            for axis in axes:
+                if axis not in use.positions and axis not in done and sizes[axis] % every == 0:
+                    sizes[axis] = max(sizes[axis] * used // every, 1)
+                    done.add(axis)
+                    break
+    return tuple(sizes)

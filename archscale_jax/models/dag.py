@@ -30,7 +30,6 @@ from archscale_jax.graph import (
     Operator,
     Space,
     build_graph,
-    network_kernel_size,
     number_of_vertices,
     validate_graph,
 )
@@ -114,7 +113,7 @@ class DagNetwork(nnx.Module):
             options = {"use_bias": use_bias, "rngs": rngs, **dtypes}
             return self._layer(features, width, kernel_size, options)
 
-        self.stem = layer(in_features, network_kernel_size(graph))
+        self.stem = layer(in_features, max(self.network_kernel, 1))
         self.layers = nnx.Dict(
             {
                 _edge_name(sender, receiver): layer(width, kernel_size)

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jraph
 import numpy as np
 
 from archscale_jax.architecture import Architecture, Role
 from archscale_jax.graph import Operator, live_edges, network_kernel_size
+from archscale_jax.paths import path_statistics
 from archscale_jax.reporting.names import merged_names
 from archscale_jax.rules.residual import residual_branches
 from archscale_jax.rules.width import features, width_ratios
@@ -22,6 +24,78 @@ NO_BASE = (
 _PATH_SUMS = ("path_sum", "path_sum_activations", "author_code")
 
 _BLIND_TO_SKIPS = ("target", "source", "none", "author_code")  # what others do is not known here
+
+
+def first_notes(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None,
+    rule: str,
+    params: PyTree | None,
+    options: Mapping[str, Any],
+) -> list[str]:
+    """Returns what makes the numbers of a report wrong unless it is seen to, first.
+
+    Args:
+      architecture: the network.
+      base: the network to compare with.
+      rule: name of the learning-rate rule.
+      params: the params, if they were given: arrays bring their own values.
+      options: those of `learning_rate_factors`.
+    """
+    notes = []
+    leaves = {} if params is None else named_leaves(params)
+    unknown = [
+        one.name
+        for one in architecture.parameters
+        if not one.start_known
+        and (one.name not in leaves or isinstance(leaves[one.name], jax.ShapeDtypeStruct))
+    ]
+    if unknown:
+        notes.append(
+            "the value before training is not plain from what these leaves do (slopes, "
+            "temperatures, decays, gates): initialize keeps that of arrays, and of shapes alone "
+            f"makes biases 0 and scales 1: {_listed(unknown, limit=40)}"
+        )
+    if isinstance(base, Architecture):
+        notes += _comparison_notes(architecture, base, rule, options)
+    if options.get("width_rule") is not None:
+        notes.append(
+            "width_rule supposes weights drawn by initialize(...), readouts of size 1/n; on "
+            "weights as frameworks draw them, 1/√n, these factors are not μP [μP]"
+        )
+    return [*notes, *architecture.notes]
+
+
+def _comparison_notes(
+    architecture: Architecture, base: Architecture, rule: str, options: Mapping[str, Any]
+) -> list[str]:
+    """Bases that were swapped, and depths that no rule answers for."""
+    notes = []
+    try:
+        ratios = [max(pair) for pair in width_ratios(architecture, base).values()]
+    except ValueError:  # no parameter by parameter comparison
+        ratios = []
+    counts = [len(residual_branches(one.graph)) for one in (architecture, base)]
+    depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
+    narrower = bool(ratios) and min(ratios) < 1 and max(ratios) <= 1
+    shallower = depths[0] < depths[1] and (not ratios or max(ratios) <= 1)
+    if narrower or shallower:
+        what = "wider" if narrower else "deeper"
+        notes.append(
+            f"the base is {what} than the network: base is the small network on which the rate was "
+            "tuned, and may have been swapped with the network"
+        )
+    if rule == "none" and options.get("depth_rule") is None and depths[0] != depths[1]:
+        way = (
+            "depth_rule='sgd', 'adam' or 'muon' does"
+            if all(counts)
+            else "rule='path_sum' or another learning-rate rule does"
+        )
+        notes.append(
+            f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no factor answers "
+            f"for it: {way}"
+        )
+    return notes
 
 
 def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
@@ -40,32 +114,27 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
     if additions and initialization in _BLIND_TO_SKIPS:
         notes.append(
             f"residual additions ({additions}) grow the second moment, as initialization rule "
-            f"{initialization} cannot scale a skip: rule moment bounds the growth where branches "
-            "end in a layer of their own"
+            f"{initialization} cannot scale a skip: rule second_moment bounds it"
         )
     hidden = [one for one in parameters if one.role == Role.HIDDEN]
     linear = [one for one in hidden if not one.activated]
     if linear:
         notes.append(
             f"{len(linear)} of {len(hidden)} hidden weights read features without an activation "
-            "before, so that their variance is halved"
+            "before: ReLU would take half of the second moment, so that they get half the variance"
         )
     shared = [one.name for one in parameters if one.role in _WEIGHTS and one.further_edges]
     if shared:
         notes.append(
-            "weights of several layers, shared or stacked, have one standard deviation and one "
-            f"factor for all of them: {_listed(shared)}"
+            "weights of several layers have one factor for all of them, and one standard "
+            "deviation, the smallest that one of them wants, or one for every slice of a stack: "
+            f"{_listed(shared)}"
         )
     for name in [one.name for one in parameters if one.is_tied]:
         notes.append(
             f"{name} is embedding table and readout in one: its standard deviation and factor "
             "follow the readout; for full μP multiply the logits by base width / width [μP]"
         )
-        if additions and initialization == "moment":
-            notes.append(
-                f"rule moment counts the features that {name} gives as of moment 1, and rows of a "
-                "readout have 1/n: branches outweigh the embedding, the more the wider the network"
-            )
     return notes
 
 
@@ -96,13 +165,13 @@ def rate_notes(
         notes.append(
             f"every residual addition ({additions}) doubles the paths over which rule {rule} sums, "
             "so that rates become far too small: take rule='none', with depth_rule='sgd', 'adam' "
-            "or 'muon' and initialization='moment' where no normalization follows the additions"
+            "or 'muon' and initialization='second_moment'"
         )
     sizes = _kernel_sizes(architecture)
     if len(sizes) > 1 and not options.get("kernel_per_layer"):
         notes.append(
             f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
-            f"{network_kernel_size(architecture.graph)}, for the whole network, unless "
+            f"{network_kernel_size(architecture.graph):g}, for the whole network, unless "
             "kernel_per_layer=True"
         )
     frozen = _inputs_wider(architecture, base) if isinstance(base, Architecture) else []
@@ -127,9 +196,9 @@ def rate_notes(
     if options.get("depth_rule") is not None:
         exponent = options.get("depth_exponent", 0.5)
         drawn = initialization_options.get("depth_exponent", 0.5)
-        if initialization != "moment" or drawn != exponent:
+        if initialization != "second_moment" or drawn != exponent:
             notes.append(
-                "depth_rule belongs to weights drawn with initialization='moment' and "
+                "depth_rule belongs to weights drawn with initialization='second_moment' and "
                 f"initialization_options={{'depth_exponent': {exponent}}}"
             )
         if rule != "none":

@@ -4,6 +4,7 @@ from archscale_jax.rules.initialization import (
     INITIALIZATION_RULES,
     WeightVariances,
     register_initialization_rule,
+    second_moments,
     weight_standard_deviations,
 )
 from archscale_jax.rules.learning_rate import (
@@ -13,7 +14,13 @@ from archscale_jax.rules.learning_rate import (
     register_learning_rate_rule,
     shortest_path_length,
 )
-from archscale_jax.rules.width import WIDTH_RULES, register_width_rule, width_factors, with_widths
+from archscale_jax.rules.width import (
+    WIDTH_RULES,
+    muon_dimension_numbers,
+    register_width_rule,
+    width_factors,
+    with_widths,
+)
 
 __all__ = [
     "INITIALIZATION_RULES",
@@ -22,9 +29,11 @@ __all__ = [
     "WeightVariances",
     "kernel_size_factor",
     "learning_rate_scale",
+    "muon_dimension_numbers",
     "register_initialization_rule",
     "register_learning_rate_rule",
     "register_width_rule",
+    "second_moments",
     "shortest_path_length",
     "weight_standard_deviations",
     "width_factors",

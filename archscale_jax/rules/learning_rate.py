@@ -141,12 +141,19 @@ def depth(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None) -> float:
 
 @register_learning_rate_rule("effective_depth")
 def effective_depth(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None) -> float:
-    """η ∝ D^(-3/2) with D the shortest path, counting layers and residual additions [ED]."""
+    """η ∝ D^(-3/2), D the shortest way from input to output in layers and residual additions [ED].
+
+    The stem and the readout, which stand outside of the graph, are layers of it.
+    """
     base = _required(base, "effective_depth")
-    depths = [shortest_path_length(one) for one in (graph, base)]
+    depths = [shortest_path_length(one) + _layers_outside(one) for one in (graph, base)]
     if not all(depths):
         raise ValueError("rule effective_depth: a path without layers and additions has length 0")
     return (depths[1] / depths[0]) ** 1.5
+
+
+def _layers_outside(graph: Any) -> int:
+    return int(graph.globals["layers_outside"][0])
 
 
 @register_learning_rate_rule("none")
@@ -156,7 +163,7 @@ def none(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None) -> flo
     return 1.0
 
 
-def kernel_size_factor(kernel_size: int, base_kernel_size: int = 1) -> float:
+def kernel_size_factor(kernel_size: float, base_kernel_size: float = 1) -> float:
     """Returns q_base / q, the factor of one layer for its kernel size [AAS Eq. 9].
 
     Raises:

@@ -39,6 +39,7 @@ class Registry(Generic[Rule]):
     def __init__(self, kind: str):
         self._kind = kind
         self._rules: dict[str, Rule] = {}
+        self._aliases: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[Function], Function]:
         """Returns a decorator that gives a rule a name.
@@ -55,6 +56,10 @@ class Registry(Generic[Rule]):
 
         return decorate
 
+    def alias(self, name: str, rule: str) -> None:
+        """Lets a rule be called by another name too."""
+        self._aliases[name] = rule
+
     def resolve(self, rule: str | Rule) -> Rule:
         """Returns the rule of a name; a function is its own rule.
 
@@ -66,6 +71,7 @@ class Registry(Generic[Rule]):
             return rule
         if not isinstance(rule, str):
             raise TypeError(f"a {self._kind} is a name or a function, found {rule!r}")
+        rule = self._aliases.get(rule, rule)
         if rule not in self._rules:
             raise ValueError(unknown(self._kind, rule, self))
         return self._rules[rule]

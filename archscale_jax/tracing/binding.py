@@ -2,100 +2,206 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from archscale_jax.architecture import Parameter, Role
-from archscale_jax.tracing.flow import Edge
-from archscale_jax.tracing.structure import Structure, axes_of
-from archscale_jax.tracing.values import TraceError, Use
+from archscale_jax.architecture import Arrangement, Parameter, ParameterUse, Role
+from archscale_jax.graph import Operator
+from archscale_jax.tracing.flow import Edge, Flow, Kind
+from archscale_jax.tracing.state import State
+from archscale_jax.tracing.structure import Built, Structure
+from archscale_jax.tracing.values import Use
 
 
-def uses_by_leaf(
-    names: list[str], uses: list[Use], declared: Mapping[str, Role]
-) -> dict[str, list[Use]]:
-    """Returns what every leaf does.
+class Binding(NamedTuple):
+    """What tells the place of a use.
 
-    Raises:
-      TraceError: leaves that make one value together, or one that does nothing, and no role is
-        declared.
+    Attributes:
+      state: what has been read.
+      structure: what its layers are.
+      built: its graph.
+      live: indices of the edges on paths.
+      moved: where the contents of vertices that are no vertices any more have gone.
+      declared: roles that the user gave.
     """
-    found: dict[str, list[Use]] = {name: [] for name in names}
-    for use in uses:
-        if len(use.leaves) > 1 and not all(leaf in declared for leaf in use.leaves):
-            raise TraceError(
-                f"parameters {', '.join(map(repr, use.leaves))} make one {use.kind} at "
-                f"{use.source}; declare the role of each with roles={{name: role}}, and trace the "
-                "network without penalties on its weights"
+
+    state: State
+    structure: Structure
+    built: Built
+    live: set[int]
+    moved: Mapping[int, int]
+    declared: Mapping[str, Role]
+
+
+def records(binding: Binding) -> tuple[tuple[Parameter, ...], list[str]]:
+    """Returns the record of every leaf, and messages on those that do nothing."""
+    numbers = {edge: place for place, edge in enumerate(binding.built.edges)}
+    by_leaf: dict[str, list[tuple[int, Use]]] = {name: [] for name in binding.state.shapes}
+    for number, use in enumerate(binding.state.uses):
+        by_leaf[use.leaf].append((number, use))
+    edges_behind = _edges_by_use(binding.built.edges)
+    found, idle = [], []
+    for name, uses in by_leaf.items():
+        held = _held(binding, uses, numbers)
+        if held:
+            places = [_place(binding, n, use, numbers, edges_behind) for n, use in held]
+            found.append(_record(binding, name, [use for _, use in held], places))
+        elif name in binding.declared:
+            shape = binding.state.shapes[name]
+            width = shape[-1] if shape else 1
+            found.append(Parameter(name, binding.declared[name], Role.HIDDEN, shape, width, width))
+        else:
+            idle.append(
+                f"parameter {name!r} does nothing to the result; leave it out of params, or "
+                f"declare its role with roles={{{name!r}: role}}"
             )
-        for leaf in use.leaves:
-            found[leaf].append(use)
-    for name, where in found.items():
-        if not where and name not in declared:
-            raise TraceError(_does_nothing(name))
-    return found
+    return tuple(found), idle
 
 
-def _does_nothing(name: str) -> str:
-    return (
-        f"parameter {name!r} does nothing to the result; leave it out of params, or declare its "
-        f"role with roles={{{name!r}: role}}"
+def _edges_by_use(edges: list[Edge]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Which edges read what a use scales, and behind which operators it stands."""
+    reading: dict[int, list[int]] = {}
+    behind: dict[int, list[int]] = {}
+    for place, edge in enumerate(edges):
+        for number in edge.passed:
+            reading.setdefault(number, []).append(place)
+        for number in edge.passed_after:
+            behind.setdefault(number, []).append(place)
+    return reading, behind
+
+
+def _held(
+    binding: Binding, uses: list[tuple[int, Use]], numbers: Mapping[Edge, int]
+) -> list[tuple[int, Use]]:
+    """The uses at live layers; at layers of the graph if there are none; or nothing."""
+    ends = {*binding.structure.stems, *binding.structure.readouts}
+
+    def on(use: Use, live: bool) -> bool:
+        if use.edge is None or use.edge in ends:
+            return True
+        return use.edge in numbers and (not live or numbers[use.edge] in binding.live)
+
+    alive = [(number, use) for number, use in uses if on(use, True)]
+    return alive or [(number, use) for number, use in uses if on(use, False)]
+
+
+def _place(
+    binding: Binding,
+    number: int,
+    use: Use,
+    numbers: Mapping[Edge, int],
+    edges_behind: tuple[dict[int, list[int]], dict[int, list[int]]],
+) -> ParameterUse:
+    vertex = binding.moved.get(use.vertex, use.vertex)
+    expression = use.expression
+    return ParameterUse(
+        use.kind,
+        contracted=use.contracted,
+        output=use.output,
+        batch=use.batch,
+        positions=use.positions,
+        fan_in=use.fan_in,
+        slices=use.slices,
+        edge=numbers.get(use.edge) if use.edge is not None else None,
+        edges=tuple(edges_behind[0].get(number, ())),
+        ends=tuple(edges_behind[1].get(number, ())),
+        vertex=binding.built.numbers.get(vertex),
+        layer=_layer(binding, use, vertex),
+        expression=expression,
+        source=use.source,
     )
 
 
-def record(
-    name: str,
-    shape: tuple[int, ...],
-    uses: list[Use],
-    structure: "Structure",
-    numbers: tuple[Mapping[Edge, int], ...],
-    declared: Mapping[str, Role],
-) -> Parameter:
-    """Makes the record of a leaf.
+def _layer(binding: Binding, use: Use, vertex: int) -> Role:
+    """The layer that a use belongs to: its own, or the one that makes the vertex it touches."""
+    structure = binding.structure
+    if use.edge is not None:
+        return structure.layer(use.edge)
+    if use.kind in ("bias", "token", "result"):
+        if vertex in structure.tail or use.kind == "result":
+            return Role.READOUT
+        makers = [edge for edge in structure.reading if edge.target == vertex]
+        if makers and all(edge in structure.stems for edge in makers):
+            return Role.INPUT
+        if binding.state.flow.kinds[vertex] == Kind.DATA:
+            return Role.INPUT
+    return Role.HIDDEN
 
-    Args:
-      name: of the leaf.
-      shape: its shape.
-      uses: what it does.
-      structure: what its layers are.
-      numbers: of the live edges, and of all; a leaf is what its live uses say, if it has any.
-      declared: roles that the user gave.
-    """
-    width = shape[-1] if shape else 1
-    if not uses:
-        return Parameter(name, declared[name], Role.HIDDEN, shape, width, width)
-    held = ([use for use in uses if structure.holds(use, some)] for some in numbers)
-    uses = next(filter(None, held), [])
-    if not uses:
-        raise TraceError(_does_nothing(name))
-    places = numbers[-1]
-    edges = [places[one.edge] for one in uses if one.edge is not None and one.edge in places]
-    # A leaf that is tied is what it is first and foremost: a table, then a layer's weight.
-    use = min(uses, key=lambda use: _RANK.index(use.kind))
-    fans = {"fan_in": use.fan_in, "fan_out": use.fan_out}
-    if use.edge is None:
-        fans = {"fan_in": width, "fan_out": width}
-    role, layer = declared.get(name) or structure.role(use, shape), structure.layer(use)
-    if role == Role.EMBEDDING and any(use.edge in structure.readouts for use in uses):
+
+_RANK = ("embedding", "weight", "features", "bias", "offset", "scale", "value", "token", "result")
+_LAYERS = (Role.HIDDEN, Role.READOUT, Role.INPUT)
+"""A leaf of several layers is what its strictest use says: a sum over the width anywhere counts."""
+
+
+def _record(binding: Binding, name: str, uses: list[Use], places: list[ParameterUse]) -> Parameter:
+    shape = binding.state.shapes[name]
+    order = range(len(uses))
+    layers = {places[i].layer for i in order if uses[i].kind == "weight"}
+    first = min(order, key=lambda i: (_RANK.index(uses[i].kind), _LAYERS.index(places[i].layer)))
+    use, place = uses[first], places[first]
+    role = binding.declared.get(name) or _role(binding, use, place)
+    layer = place.layer
+    if role == Role.EMBEDDING and Role.READOUT in layers:
         layer = Role.READOUT
-    elif role == Role.EMBEDDING and use.vertex in {edge.target for edge in structure.stems}:
-        layer = Role.INPUT
-    if use.kind == "scale" and name not in declared and axes_of(use, shape) > 1:
-        raise TraceError(
-            f"parameter {name!r} of shape {shape} multiplies features at {use.source}, as a layer "
-            f"written without a matrix product would; if it is a scale, say roles={{{name!r}: "
-            "'scale'}"
-        )
+    edges = list(dict.fromkeys(one.edge for one in places if one.edge is not None))
+    fans = use.fan_in, use.fan_out
+    if use.edge is None and use.kind != "features":
+        width = _width(shape, use)
+        fans = width, width
+    scales = [one for one in uses if one.kind in ("scale", "value")]
+    start = next((one.neutral for one in scales if one.neutral is not None), None)
     return Parameter(
         name,
         role,
         layer,
         shape,
-        **fans,
+        *fans,
         kernel_size=max(use.spatial, default=1),
         kernel_positions=math.prod(use.spatial),
         edge=edges[0] if edges else None,
         further_edges=tuple(edges[1:]),
-        activated=role != Role.HIDDEN or structure.activated(uses),
+        activated=role != Role.HIDDEN or _activated(binding, uses),
+        uses=tuple(places),
+        start=start if role == Role.SCALE else None,
+        start_known=role not in (Role.BIAS, Role.SCALE) or all(one.known for one in uses),
     )
 
 
-_RANK = ("embedding", "weight", "scale", "offset", "bias", "token")
+def _width(shape: tuple[int, ...], use: Use) -> int:
+    """Entries of a vector along features."""
+    held = [axis for axis in (*use.batch, *use.output) if axis not in use.positions]
+    return math.prod(shape[axis] for axis in dict.fromkeys(held)) if held else 1
+
+
+def _role(binding: Binding, use: Use, place: ParameterUse) -> Role:
+    if use.kind == "weight":
+        return place.layer
+    if use.kind in ("embedding", "features", "token"):
+        return Role.EMBEDDING
+    if use.kind in ("scale", "value"):
+        return Role.SCALE
+    if use.kind in ("bias", "offset"):
+        vertex = binding.moved.get(use.vertex, use.vertex)
+        summed = binding.state.flow.kinds[vertex] not in (Kind.PRODUCT, Kind.CONSTANT)
+        sizes = binding.state.shapes[use.leaf]
+        long = [axis for axis in use.positions if sizes[axis] > 1 and axis not in use.batch]
+        # With an entry for every position it is a table; one of attention scores starts at 0.
+        return Role.EMBEDDING if long and summed and use.kind == "bias" else Role.BIAS
+    return Role.BIAS
+
+
+def _activated(binding: Binding, uses: list[Use]) -> bool:
+    """Whether a hidden weight reads activations, or its own output is one, as vertices sum."""
+    activations = binding.structure.arrangement == Arrangement.ACTIVATION
+    edges = [use.edge for use in uses if use.edge is not None]
+    return activations or any(_reads_activations(binding.state.flow, edge) for edge in edges)
+
+
+def _reads_activations(flow: Flow, edge: Edge) -> bool:
+    """Whether an activation stands before a layer, or before all that a pool or join takes."""
+    if edge.activated:
+        return True
+    arriving = [one for one in flow.edges if one.target == edge.source]
+    joins = (Operator.AVG_POOL, Operator.CONCATENATION)
+    return bool(arriving) and all(
+        one.operator in joins and _reads_activations(flow, one) for one in arriving
+    )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from archscale_jax.tracing.interpreter import Interpreter, Layer
-from archscale_jax.tracing.trace import read
+from archscale_jax.tracing.interpreter import Layer
+from archscale_jax.tracing.trace import Reading, read
 from archscale_jax.tracing.values import TraceError
 from archscale_jax.trees import PyTree, named_leaves
 
@@ -69,10 +69,10 @@ def layer_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[LayerKind, .
     found: list[tuple[LayerKind, ...]] = []
 
     def read_kinds(params: PyTree, batch: Any) -> Array:
-        interpreter, _, results = read(loss_fn, params, (batch,), (), evaluate=True)
+        reading = read(loss_fn, params, (batch,), (), evaluate=True)
         leaves = named_leaves(params)
-        found.append(tuple(_kind(layer, interpreter, leaves) for layer in interpreter.layers))
-        return results[0].array
+        found.append(tuple(_kind(layer, reading, leaves) for layer in _layers(reading)))
+        return reading.results[0].array
 
     jax.eval_shape(read_kinds, params, batch)
     kinds = found[-1]
@@ -93,11 +93,9 @@ def layer_gradients(
     """
 
     def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, tuple]]:
-        interpreter, _, results = read(
-            loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations
-        )
-        arrays = {one.use.leaves[0]: (one.inputs, one.output) for one in interpreter.layers}
-        return results[0].array, arrays
+        reading = read(loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations)
+        arrays = {one.use.leaf: (one.inputs, one.output) for one in _layers(reading)}
+        return reading.results[0].array, arrays
 
     shapes = jax.eval_shape(functools.partial(evaluate, {}))[1]
     zeros = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
@@ -134,9 +132,9 @@ def between_layers(
     Raises:
       TraceError: see `layer_kinds`.
     """
-    interpreter, _, results = read(loss_fn, params, (batch,), (), evaluate=True, outputs=outputs)
-    inputs = {layer.use.leaves[0]: layer.inputs for layer in interpreter.layers}
-    return BetweenLayers(results[0].array, inputs)
+    reading = read(loss_fn, params, (batch,), (), evaluate=True, outputs=outputs)
+    inputs = {layer.use.leaf: layer.inputs for layer in _layers(reading)}
+    return BetweenLayers(reading.results[0].array, inputs)
 
 
 def layer_outputs(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -147,8 +145,8 @@ def layer_outputs(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, jax.Sh
     """
 
     def outputs(params: PyTree, batch: Any) -> dict[str, Array]:
-        interpreter, _, _ = read(loss_fn, params, (batch,), (), evaluate=True)
-        return {layer.use.leaves[0]: layer.output for layer in interpreter.layers}
+        reading = read(loss_fn, params, (batch,), (), evaluate=True)
+        return {layer.use.leaf: layer.output for layer in _layers(reading)}
 
     return jax.eval_shape(outputs, params, batch)
 
@@ -159,22 +157,25 @@ def parameter_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, set[
     Raises:
       TraceError: see `layer_kinds`.
     """
-    interpreter, _, _ = read(loss_fn, params, (batch,), ())
     found: dict[str, set[str]] = {}
-    for use in interpreter.uses:
-        for name in use.leaves:
-            found.setdefault(name, set()).add(use.kind)
+    for use in read(loss_fn, params, (batch,), ()).state.uses:
+        found.setdefault(use.leaf, set()).add(use.kind)
     return found
 
 
-def _kind(layer: Layer, interpreter: Interpreter, leaves: Mapping[str, Array]) -> LayerKind:
+def _layers(reading: Reading) -> list[Layer]:
+    assert reading.evaluation is not None
+    return reading.evaluation.layers
+
+
+def _kind(layer: Layer, reading: Reading, leaves: Mapping[str, Array]) -> LayerKind:
     use, equation = layer.use, layer.equation
-    biases = [
-        one.leaves[0] for one in interpreter.uses if one.kind == "bias" and one.edge is use.edge
-    ]
-    if len(use.leaves) != 1 or use.index is not None or len(biases) > 1:
-        raise TraceError(f"the layer of {use.leaves} at {use.source} is made of several leaves")
-    name, parameters = use.leaves[0], equation.params
+    own = [one for one in reading.state.uses if one.edge is use.edge]
+    biases = [one.leaf for one in own if one.kind == "bias"]
+    kernels = [one.leaf for one in own if one.kind == "weight"]
+    if len(kernels) != 1 or use.slices or len(biases) > 1:
+        raise TraceError(f"the layer of {kernels} at {use.source} is made of several leaves")
+    name, parameters = use.leaf, equation.params
     if layer.weight is not leaves[name]:
         raise TraceError(f"the weight {name!r} at {use.source} is transposed or changed first")
     bias = biases[0] if biases else None

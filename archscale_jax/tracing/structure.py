@@ -1,74 +1,83 @@
 """Which layers are stem and readout, what is summed, and the graph between the two."""
 
-from collections.abc import Mapping
+import dataclasses
 from typing import NamedTuple
 
 import jraph
+import numpy as np
 
 from archscale_jax.architecture import Arrangement, Role
+from archscale_jax.expressions import Constant, Expression, Variable, substituted, variables
 from archscale_jax.graph import WEIGHT_OPERATORS, Operator, build_graph
 from archscale_jax.tracing.flow import Edge, Flow, Kind
-from archscale_jax.tracing.values import TraceError, Use
+from archscale_jax.tracing.values import TraceError
 
 
 class Structure(NamedTuple):
-    """Which edges of a flow read the inputs, are the stem and the readout, and what is summed."""
+    """Which edges of a flow read the inputs, are the stem and the readout, and what is summed.
+
+    Attributes:
+      reading: edges that read the inputs.
+      stems: those of them that alone feed vertex 0; none if vertex 0 stands for the inputs.
+      readouts: the layers that features enter last on every way to the result.
+      tail: the vertices behind the readouts.
+      arrangement: what vertices sum.
+      bound: vertices of values other than 0 that are bound to the function, inputs of a kind.
+    """
 
     reading: list[Edge]
     stems: list[Edge]
     readouts: list[Edge]
+    tail: set[int]
     arrangement: Arrangement
+    bound: set[int]
 
     @classmethod
     def of(
-        cls, flow: Flow, outputs: set[int], arrangement: Arrangement | str | None = None
+        cls,
+        flow: Flow,
+        outputs: set[int],
+        contracted: set[int],
+        arrangement: Arrangement | str | None = None,
     ) -> "Structure":
         """Reads a contracted flow; None takes the arrangement that its sums show."""
         arrangement = Arrangement(arrangement) if arrangement else _arrangement(flow)
-        return cls(_reading(flow), _stems(flow), _readouts(flow, outputs), arrangement)
+        readouts = _readouts(flow, outputs, contracted)
+        targets = {edge.target for edge in readouts}
+        tail = targets | reached(flow.edges, targets)
+        reading = [
+            edge
+            for edge in flow.edges
+            if flow.kinds[edge.source] == Kind.DATA and edge.target not in tail
+        ]
+        if not reading:
+            raise TraceError(
+                "no parameter is applied to the inputs; pass what the layers read after params, "
+                "and what they train in params"
+            )
+        bound = {
+            vertex
+            for vertex, kind in enumerate(flow.kinds)
+            if kind == Kind.CONSTANT and not _is_zero_or_learned(flow.expressions[vertex])
+        }
+        return cls(reading, _stems(flow, reading), readouts, tail, arrangement, bound)
 
-    def holds(self, use: Use, numbers: Mapping[Edge, int]) -> bool:
-        """Whether the layer of a use is stem, readout or an edge of the graph."""
-        if use.edge is None or use.edge in numbers:
-            return True
-        return use.edge in self.stems or use.edge in self.readouts
-
-    def layer(self, use: Use) -> Role:
-        """The role of the layer at which a parameter is used."""
-        if use.edge in self.readouts:
+    def layer(self, edge: Edge | None) -> Role:
+        """The role of a layer."""
+        if edge in self.readouts:
             return Role.READOUT
-        return Role.INPUT if use.edge in self.reading else Role.HIDDEN
-
-    def activated(self, uses: list[Use]) -> bool:
-        """Whether a hidden weight reads activations, or its own output is one, as vertices sum."""
-        activations = self.arrangement == Arrangement.ACTIVATION
-        return activations or any(use.edge is not None and use.edge.before for use in uses)
-
-    def role(self, use: Use, shape: tuple[int, ...]) -> Role:
-        """The role of a parameter."""
-        if use.kind == "weight":
-            return self.layer(use)
-        if use.kind == "offset":
-            return Role.BIAS
-        if use.kind == "bias":
-            table = use.edge is None and axes_of(use, shape) > 1
-            return Role.EMBEDDING if table else Role.BIAS
-        return Role.SCALE if use.kind == "scale" else Role.EMBEDDING
+        reads_inputs = edge in self.reading or (edge is not None and edge.source in self.bound)
+        return Role.INPUT if reads_inputs else Role.HIDDEN
 
 
-def axes_of(use: Use, shape: tuple[int, ...]) -> int:
-    """The number of axes of a parameter, or of one of its slices, that are longer than 1."""
-    return sum(size > 1 for size in (shape if use.index is None else shape[1:]))
+def _is_zero_or_learned(expression: Expression) -> bool:
+    if isinstance(expression, Constant):
+        return bool(np.all(expression.value == 0))
+    return any(one.kind == "leaf" for one in variables(expression))
 
 
-def _stems(flow: Flow) -> list[Edge]:
+def _stems(flow: Flow, reading: list[Edge]) -> list[Edge]:
     """The layers that read the inputs, if they all feed one vertex that nothing else feeds."""
-    reading = _reading(flow)
-    if not reading:
-        raise TraceError(
-            "no parameter is applied to the inputs; pass what the layers read after params, and "
-            "what they train in params"
-        )
     targets = {edge.target for edge in reading}
     alone = all(
         flow.kinds[edge.source] == Kind.DATA for edge in flow.edges if edge.target in targets
@@ -77,41 +86,86 @@ def _stems(flow: Flow) -> list[Edge]:
     return reading if one else []
 
 
-def _reading(flow: Flow) -> list[Edge]:
-    return [edge for edge in flow.edges if flow.kinds[edge.source] == Kind.DATA]
+def _readouts(flow: Flow, outputs: set[int], contracted: set[int]) -> list[Edge]:
+    """The layers that features enter for the last time on every way to the result (theory §10).
 
-
-def _readouts(flow: Flow, outputs: set[int]) -> list[Edge]:
-    """The layers that only the result of the function reads."""
-    read = {edge.source for edge in flow.edges}
+    Their outputs may be added, joined, pooled or compared with targets afterwards. Where features
+    reach the result beside them, as the stream of a network that returns its features, or where
+    their outputs are summed over in a product, as queries are, they are layers like others.
+    """
+    leading = outputs | reached(flow.edges, outputs, backwards=True)
+    edges = [edge for edge in flow.edges if edge.target in leading]
+    outgoing: dict[int, list[Edge]] = {}
+    for edge in edges:
+        outgoing.setdefault(edge.source, []).append(edge)
+    layers_follow: dict[int, bool] = {}
+    summed: dict[int, bool] = {}
+    for vertex in range(len(flow.kinds) - 1, -1, -1):
+        leaving = outgoing.get(vertex, ())
+        layers_follow[vertex] = any(
+            edge.operator in WEIGHT_OPERATORS or layers_follow[edge.target] for edge in leaving
+        )
+        summed[vertex] = vertex in contracted or any(
+            edge.operator == Operator.SKIP and summed[edge.target] for edge in leaving
+        )
+    last = {
+        edge
+        for edge in edges
+        if edge.operator in WEIGHT_OPERATORS and not layers_follow[edge.target]
+    }
+    mixed: set[int] = set()  # vertices behind the last layers to which features come beside them
+    for edge in sorted(edges, key=lambda one: one.target):
+        if layers_follow[edge.target] or edge in last or flow.kinds[edge.source] == Kind.DATA:
+            continue
+        if layers_follow[edge.source] or edge.source in mixed:
+            mixed.add(edge.target)
     return [
         edge
         for edge in flow.edges
-        if edge.target in outputs
-        and edge.operator in WEIGHT_OPERATORS
-        and flow.kinds[edge.target] == Kind.LAYER
-        and edge.target not in read
+        if edge in last
         and flow.kinds[edge.source] != Kind.DATA
+        and not summed[edge.target]
+        and not ({edge.target} | reached(edges, {edge.target})) & mixed
     ]
 
 
 def _arrangement(flow: Flow) -> Arrangement:
-    """What the sums of layers sum."""
+    """What the sums of layers sum: activations if all do, as in the authors' code."""
     after = {
-        edge.after
+        edge.activates
         for edge in flow.edges
         if flow.kinds[edge.target] == Kind.SUM and edge.operator in WEIGHT_OPERATORS
     }
-    if len(after) > 1:
-        raise TraceError(
-            "some vertices sum activations and others pre-activations; say which with arrangement="
-        )
     return Arrangement.ACTIVATION if after == {True} else Arrangement.PRE_ACTIVATION
 
 
-def graph_of(
-    flow: Flow, outputs: set[int], structure: "Structure"
-) -> tuple[jraph.GraphsTuple, dict[Edge, int], dict[int, int]]:
+class Built(NamedTuple):
+    """The graph of a flow.
+
+    Attributes:
+      graph: between stem and readout.
+      edges: the edges of the flow in the order of the graph.
+      numbers: of the vertices of the flow in the graph.
+    """
+
+    graph: jraph.GraphsTuple
+    edges: list[Edge]
+    numbers: dict[int, int]
+
+    def renamed(self, expression: Expression) -> Expression:
+        """Returns an expression with vertices as the graph numbers them."""
+
+        def found(one: Variable) -> Variable | None:
+            if one.kind != "vertex":
+                return None
+            if one.source in self.numbers:
+                return dataclasses.replace(one, source=self.numbers[one.source])  # pyright: ignore
+            return dataclasses.replace(one, kind="data")
+
+        return substituted(expression, found)
+
+
+def graph_of(flow: Flow, outputs: set[int], structure: Structure) -> Built:
     """Builds the graph between stem and readout, and numbers its edges and vertices.
 
     Vertices that lead nowhere are kept, as in the spaces of DAG strings, unless they lie behind the
@@ -120,18 +174,20 @@ def graph_of(
     inputs = structure.reading[0].source
     first = structure.stems[0].target if structure.stems else inputs
     last = {edge.source for edge in structure.readouts}
-    last |= outputs - {edge.target for edge in structure.readouts}
+    last |= outputs - structure.tail
     final, joins = max(last), []
     if len(last) > 1 or final == first:
         final = len(flow.kinds)
         operator = Operator.CONCATENATION if len(last) > 1 else Operator.SKIP
-        joins = [Edge(vertex, final, operator) for vertex in sorted(last)]
+        joins = [
+            Edge(vertex, final, operator, Variable("vertex", vertex)) for vertex in sorted(last)
+        ]
     edges = [*flow.edges, *joins]
     outside = {*structure.stems, *structure.readouts}
     outside |= {edge for edge in edges if edge.source == inputs != first}
-    behind = _reached(edges, {final}) | {edge.target for edge in structure.readouts}
-    reached, leading = _reached(edges, {inputs}), _reached(edges, {final}, backwards=True)
-    inside = (reached | leading | {inputs}) - behind
+    behind = (reached(edges, {final}) | structure.tail) - {final}
+    forward, backward = reached(edges, {inputs}), reached(edges, {final}, backwards=True)
+    inside = (forward | backward | {inputs}) - behind
     edges = [edge for edge in edges if edge not in outside and {edge.source, edge.target} <= inside]
     vertices = {end for edge in edges for end in (edge.source, edge.target)}
     order = [first, *sorted(vertices - {first, final}), final]
@@ -142,6 +198,7 @@ def graph_of(
         )
     )  # fmt: skip
     convolutions = [edge.kernel_size for edge in flow.edges if edge.operator == Operator.CONV]
+    positions = [edge.positions for edge in flow.edges if edge.operator == Operator.CONV]
     graph = build_graph(
         len(number),
         [number[edge.source] for edge in edges],
@@ -149,12 +206,14 @@ def graph_of(
         [edge.operator for edge in edges],
         [edge.kernel_size for edge in edges],
         network_kernel=max(convolutions, default=0),
+        network_positions=max(positions, default=None),
+        layers_outside=bool(structure.stems) + bool(structure.readouts),
     )
-    return graph, {edge: place for place, edge in enumerate(edges)}, number
+    return Built(graph, edges, number)
 
 
-def _reached(edges: list[Edge], start: set[int], *, backwards: bool = False) -> set[int]:
-    """The vertices that edges lead to from others, or back to, without these."""
+def reached(edges: list[Edge], start: set[int], *, backwards: bool = False) -> set[int]:
+    """Returns the vertices that edges lead to from others, or back to, without these."""
     steps: dict[int, list[int]] = {}
     for edge in edges:
         source, target = (edge.target, edge.source) if backwards else (edge.source, edge.target)

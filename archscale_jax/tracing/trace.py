@@ -1,20 +1,30 @@
 """From a JAX function to its architecture: `trace`."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from archscale_jax.architecture import Architecture, Arrangement, Role
+from archscale_jax.architecture import (
+    Architecture,
+    Arrangement,
+    EdgeFunction,
+    Parameter,
+    Role,
+)
+from archscale_jax.expressions import Apply, Constant, Expression, Statistic, Variable
 from archscale_jax.graph import live_edges, live_vertices
-from archscale_jax.refusals import unknown
-from archscale_jax.tracing.binding import record, uses_by_leaf
-from archscale_jax.tracing.flow import Kind, contract
-from archscale_jax.tracing.interpreter import Interpreter
-from archscale_jax.tracing.structure import Structure, graph_of
-from archscale_jax.tracing.values import Feature, Known, TraceError, Value, Weight
+from archscale_jax.refusals import unknown as unknown_name
+from archscale_jax.tracing.binding import Binding, records
+from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
+from archscale_jax.tracing.interpreter import Evaluation, Interpreter
+from archscale_jax.tracing.state import State
+from archscale_jax.tracing.structure import Built, Structure, graph_of
+from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight
 from archscale_jax.trees import PyTree, named_leaves
 
 
@@ -24,15 +34,19 @@ def trace(
     *inputs: PyTree,
     roles: Mapping[str, Role | str] | None = None,
     arrangement: Arrangement | str | None = None,
+    unknown: Literal["error", "warn"] = "error",
 ) -> Architecture:
     """Reads the architecture of a JAX function: its graph, and what every parameter does in it.
 
     Vertices are where contributions are summed (and where features are multiplied or joined along
-    an axis), edges are layers, skips and average pools [AAS §3.1]. Layers that read the inputs are
-    the stem, layers whose outputs nothing reads but the function's result are the readout; if stems
-    feed different vertices, vertex 0 stands for the inputs and stems are edges.
+    an axis), edges are layers, skips and average pools [AAS §3.1]; what else stands on an edge, an
+    activation or a constant, is kept as an expression (theory §9). Layers that read the inputs are
+    the stem; layers that features enter last on every way to the result are the readout, also where
+    their outputs are added, joined, pooled or compared with targets. If stems feed different
+    vertices, vertex 0 stands for the inputs and stems are edges.
 
-    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`.
+    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`. Of a loop over time its
+    first 16 steps are read, of a loop over a stack of layers all.
 
     Args:
       function: `(params, *inputs)` to features, logits or a loss, in any framework.
@@ -40,35 +54,109 @@ def trace(
         (running averages, random keys) to the function or pass it among the inputs.
       *inputs: trees of arrays or shapes.
       roles: roles of parameters that the function does not tell, by name.
-      arrangement: what vertices sum, where the function has sums of both kinds.
+      arrangement: what vertices sum, if the initialization shall not go by what each sums.
+      unknown: what to do at a primitive of JAX that nobody registered, see
+        `archscale_jax.tracing.register_primitive`: raise, or warn and take it for the identity.
+
+    Returns:
+      The architecture; its `notes` say what was supposed.
 
     Raises:
       TypeError: no function, or params that are no arrays.
-      TraceError: something that cannot be read; the message names the parameter, the operation, the
-        line, and what to do.
+      ValueError: another value of `unknown`.
+      TraceError: something that cannot be read; the message names all parameters, operations and
+        lines, and what to do.
     """
-    names = list(named_leaves(params))
-    declared = _declared(roles or {}, names)
-    interpreter, outputs, _ = read(function, params, inputs, declared)
-    flow = interpreter.flow
-    structure = Structure.of(flow, outputs, arrangement)
-    graph, numbers, _ = graph_of(flow, outputs, structure)
-    alive = live_edges(graph)
-    live = {edge: place for edge, place in numbers.items() if alive[place]}
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
-    uses = uses_by_leaf(names, interpreter.uses, declared)
-    parameters = tuple(
-        record(name, shapes[name], uses[name], structure, (live, numbers), declared)
-        for name in names
+    if unknown not in ("error", "warn"):
+        raise ValueError(f"unknown is {unknown!r}; accepted are 'error' and 'warn'")
+    declared = _declared(roles or {}, list(named_leaves(params)))
+    reading = read(function, params, inputs, declared, unknown=unknown)
+    state = reading.state
+    structure = Structure.of(state.flow, reading.outputs, state.contracted, arrangement)
+    built = graph_of(state.flow, reading.outputs, structure)
+    live = set(live_edges(built.graph).nonzero()[0].tolist())
+    parameters, idle = records(Binding(state, structure, built, live, reading.moved, declared))
+    problems = [*state.unsupported, *idle]
+    if problems:
+        raise TraceError("; ".join(problems))
+    return _architecture(state, structure, built, parameters)
+
+
+def _architecture(
+    state: State, structure: Structure, built: Built, parameters: tuple[Parameter, ...]
+) -> Architecture:
+    leaves: dict[Edge, list[str]] = {}
+    for use in state.uses:
+        if use.edge is not None and use.kind in ("weight", "embedding"):
+            leaves.setdefault(use.edge, []).append(use.leaf)
+
+    shares = _query_shares(state)
+
+    def function(edge: Edge) -> EdgeFunction:
+        weights = tuple(dict.fromkeys(leaves.get(edge, ())))
+        return EdgeFunction(
+            built.renamed(edge.before),
+            built.renamed(edge.after),
+            reach=edge.reach if weights else None,
+            covered=edge.covered,
+            count=edge.count,
+            weights=weights,
+            share=shares.get(edge.target, 1.0),
+        )
+
+    expressions = {
+        built.numbers[vertex]: built.renamed(expression)
+        for vertex, expression in state.flow.expressions.items()
+        if vertex in built.numbers
+    }
+    return Architecture(
+        built.graph,
+        parameters,
+        structure.arrangement,
+        functions=tuple(function(edge) for edge in built.edges),
+        stems=tuple(function(edge) for edge in structure.stems),
+        expressions=expressions,
+        notes=tuple(state.notes),
     )
-    return Architecture(graph, parameters, structure.arrangement)
+
+
+def _query_shares(state: State) -> dict[int, float]:
+    """By how much queries are smaller, by vertex, where their products with keys are summed.
+
+    A sum of d products has d times their second moment, which 1/√d in front of queries or behind
+    the sum takes back. A model without it, such as T5, draws its queries smaller.
+    """
+    found: dict[int, float] = {}
+    for vertex, (query, count) in state.queries.items():
+        behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
+        within = [state.flow.expressions[vertex]]
+        factor = count * min((_constants(one, vertex) for one in behind), default=1.0) ** 2
+        factor *= min((_constants(one, query) for one in within), default=1.0) ** 2
+        if factor > 1 and vertex not in found:
+            found[query] = min(found.get(query, 1.0), 1 / factor)
+    return found
+
+
+def _constants(expression: Expression, vertex: int) -> float:
+    """The constant that multiplies a vertex first in an expression; 1 without one."""
+    if isinstance(expression, Statistic):
+        return _constants(expression.operand, vertex)
+    if not isinstance(expression, Apply):
+        return 1.0
+    operands = expression.operands
+    if expression.name == "mul" and len(operands) == 2:
+        for constant, rest in (operands, operands[::-1]):
+            own = isinstance(rest, Variable) and (rest.kind, rest.source) == ("vertex", vertex)
+            if own and isinstance(constant, Constant):
+                return abs(float(constant))
+    return min((_constants(one, vertex) for one in operands), default=1.0)
 
 
 def _declared(roles: Mapping[str, Role | str], names: list[str]) -> dict[str, Role]:
     declared = {}
     for name, role in roles.items():
         if name not in names:
-            raise TraceError(unknown("parameter in roles", name, names))
+            raise TraceError(unknown_name("parameter in roles", name, names))
         try:
             declared[name] = Role(role)
         except ValueError as error:
@@ -106,24 +194,43 @@ def vertex_features(
     Raises:
       TraceError: see `trace`; a vertex inside `jax.shard_map`, where each device has its own part.
     """
-    interpreter, outputs, _ = read(function, params, inputs, roles or (), evaluate=True)
-    flow = interpreter.flow
-    structure = Structure.of(flow, outputs, Arrangement.PRE_ACTIVATION)
-    graph, _, numbers = graph_of(flow, outputs, structure)
-    live = live_vertices(graph)
-    features = interpreter.features
+    reading = read(function, params, inputs, roles or (), evaluate=True)
+    flow, evaluation = reading.state.flow, reading.evaluation
+    assert evaluation is not None
+    structure = Structure.of(flow, reading.outputs, reading.state.contracted)
+    built = graph_of(flow, reading.outputs, structure)
+    live = live_vertices(built.graph)
+    features = evaluation.features
     wanted = {
         number: vertex
-        for vertex, number in sorted(numbers.items(), key=lambda item: item[1])
-        if live[number] and vertex != interpreter.data
+        for vertex, number in sorted(built.numbers.items(), key=lambda item: item[1])
+        if live[number] and vertex != reading.state.data
     }
     for number, vertex in wanted.items():
-        if vertex in interpreter.in_shards and vertex not in features:
+        if vertex in evaluation.in_shards and vertex not in features:
             raise TraceError(
                 f"the features of vertex {number} do not leave the jax.shard_map at "
-                f"{interpreter.in_shards[vertex]}; evaluate the function without it"
+                f"{evaluation.in_shards[vertex]}; evaluate the function without it"
             )
     return {number: features[vertex] for number, vertex in wanted.items() if vertex in features}
+
+
+class Reading(NamedTuple):
+    """A function that has been read.
+
+    Attributes:
+      state: what was found, its flow contracted.
+      evaluation: what was computed, or None.
+      outputs: the vertices of the results.
+      results: the values of the results.
+      moved: where the contents of vertices that are no vertices any more have gone.
+    """
+
+    state: State
+    evaluation: Evaluation | None
+    outputs: set[int]
+    results: list[Value]
+    moved: dict[int, int]
 
 
 def read(
@@ -135,7 +242,8 @@ def read(
     evaluate: bool = False,
     perturbations: Mapping[str, jax.Array] | None = None,
     outputs: Mapping[str, jax.Array] | None = None,
-) -> tuple[Interpreter, set[int], list[Value]]:
+    unknown: str = "error",
+) -> Reading:
     """Reads a function.
 
     Args:
@@ -146,9 +254,7 @@ def read(
       evaluate: compute the values too.
       perturbations: added to the outputs of layers, by the names of their weights.
       outputs: taken instead of the outputs of layers, by the names of their weights.
-
-    Returns:
-      The interpreter, its flow contracted; the output vertices; and the values of the results.
+      unknown: see `trace`.
     """
     _check_call(function, params, inputs)
     weights = named_leaves(params)
@@ -167,37 +273,70 @@ def read(
     data = closed.jaxpr.invars[len(weights) :]
     random = [jnp.issubdtype(one.aval.dtype, jax.dtypes.prng_key) for one in data]
     sources = {number for number, known in enumerate(random) if not known}
+    leaves = jax.tree.leaves((params, inputs))
+    shapes = {name: tuple(leaf.shape) for name, leaf in weights.items()}
 
     def interpret(sources: set[int], evaluate: bool) -> tuple[Interpreter, list[Value]]:
-        interpreter = Interpreter(
-            declared=declared, evaluate=evaluate, perturbations=perturbations, outputs=outputs
-        )
-        count = len(closed.jaxpr.invars)
-        leaves = jax.tree.leaves((params, inputs)) if evaluate else [None] * count
+        state = State(shapes, declared, unknown)
+        evaluation = Evaluation(perturbations=perturbations or {}, outputs=outputs or {})
+        interpreter = Interpreter(state, evaluation if evaluate else None)
+        arrays = leaves if evaluate else [None] * len(leaves)
         arguments: list[Value] = [
-            Weight((name,), math.prod(leaf.shape), array=array)
-            for (name, leaf), array in zip(weights.items(), leaves, strict=False)
+            Weight(
+                (name,),
+                Variable("leaf", name),
+                tuple(frozenset([(name, axis)]) for axis in range(len(shape))),
+                array=array,
+            )
+            for (name, shape), array in zip(shapes.items(), arrays, strict=False)
         ]
-        for number, array in enumerate(leaves[len(weights) :]):
-            known = number not in sources
-            arguments.append(Known(array) if known else interpreter.input(number, array))
-        constants = [Known(constant) for constant in closed.consts]
+        for number, variable in enumerate(data):
+            array = arrays[len(weights) + number]
+            if number in sources:
+                arguments.append(interpreter.input(number, variable, array))
+            else:
+                known = _concrete(leaves[len(weights) + number])
+                value = interpreter.known(known) if known is not None else Known()
+                axes = tuple(frozenset([state.fresh()]) for _ in variable.aval.shape)
+                arguments.append(Known(value.expression, axes, array))
+        constants = [interpreter.known(constant) for constant in closed.consts]
         return interpreter, interpreter.read(closed.jaxpr, constants, arguments)
 
     # An input that no layer reads, as targets and running averages are, is no source of features.
     interpreter, results = interpret(sources, evaluate=False)
-    if evaluate or interpreter.inputs_read < sources:
-        interpreter, results = interpret(sources & interpreter.inputs_read, evaluate)
-    kinds = interpreter.flow.kinds
+    read_by_layers = interpreter.state.inputs_read
+    if evaluate or read_by_layers < sources:
+        interpreter, results = interpret(sources & read_by_layers, evaluate)
+    state = interpreter.state
+    _note_results(state, results)
     found = {value.vertex for value in results if isinstance(value, Feature)}
-    ends = {vertex for vertex in found if kinds[vertex] != Kind.DATA}
+    ends = {vertex for vertex in found if state.flow.kinds[vertex] != Kind.DATA}
     if not ends:
         raise TraceError(
             "the result of the function does not depend on inputs and params; trace a function "
             "(params, *inputs) to features, logits or a loss"
         )
-    contract(interpreter.flow, ends)
-    return interpreter, ends, results
+    for layer, copies in split_fused(state.flow, ends).items():
+        own = [use for use in state.uses if use.edge is layer]
+        state.uses += [dataclasses.replace(use, edge=copy) for copy in copies for use in own]
+    return Reading(state, interpreter.evaluation, ends, results, contract(state.flow, ends))
+
+
+def _concrete(array: Any) -> Any:
+    """An array whose entries can be looked at, or None: a shape, a tracer, or a large one."""
+    concrete = hasattr(array, "dtype") and hasattr(array, "__array__")
+    if not concrete or isinstance(array, Tracer) or math.prod(array.shape) > 2**16:
+        return None
+    return None if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+
+
+def _note_results(state: State, results: list[Value]) -> None:
+    """Params that are returned as they are, as the log standard deviation of a policy."""
+    for value in results:
+        if isinstance(value, Weight):
+            for leaf in value.leaves:
+                axes = tuple(range(len(state.shapes[leaf])))
+                state.uses.append(Use(leaf, "result", -1, "the result", batch=axes, known=False))
 
 
 def _has_averages(tree: PyTree) -> bool:

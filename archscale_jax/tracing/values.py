@@ -6,13 +6,21 @@ Every value is one of
 * `Weight`: it is made of params alone,
 * `Feature`: it depends on inputs (or on features that no input reaches), and belongs to a vertex of
   the `Flow`.
+
+All hold what one of their entries is, an `Expression`, and for every axis of the array its labels:
+which axes of features, inputs or leaves run along it. An axis without labels holds copies.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from archscale_jax.expressions import UNKNOWN, Expression, Variable
 from archscale_jax.tracing.flow import Edge
+
+Labels = frozenset[Any]
+Axes = tuple[Labels, ...]
+NO_LABELS: Labels = frozenset()
 
 
 class TraceError(ValueError):
@@ -24,29 +32,39 @@ class Known:
     """A value that depends on neither inputs nor params.
 
     Attributes:
+      expression: here and below, what an entry is.
+      axes: here and below, the labels of every axis.
       array: here and below, the value itself, where it is computed.
+      one_hot: here and below, labels of an axis along which it is 1 at one entry.
     """
 
+    expression: Expression = UNKNOWN
+    axes: Axes = ()
     array: Any = None
+    one_hot: Labels = NO_LABELS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A value made of params.
+    """A value made of params; the labels of its axes are pairs (leaf, axis of the leaf).
 
     Attributes:
       leaves: their names.
-      size: number of their entries that it holds, before they are repeated.
-      index: of a leaf whose first axis is scanned, the number of the slice.
+      slices: of which axis of a leaf it holds one entry, and which: (leaf, axis, entry).
       split: inside `jax.shard_map`, into how many shards every axis is divided; () where none is,
         None where that is not known.
+      exact: the array before it was cast to another dtype.
+      rows: whether it holds rows of a table, chosen by something bound to the function.
     """
 
     leaves: tuple[str, ...]
-    size: int
-    index: int | None = None
+    expression: Expression
+    axes: Axes
+    slices: frozenset[tuple[str, int, int]] = frozenset()
     array: Any = None
     split: tuple[int, ...] | None = ()
+    exact: Any = None
+    rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,21 +73,29 @@ class Feature:
 
     Attributes:
       vertex: its number.
-      active: whether an activation came between.
-      statistic: whether it is a mean, maximum or the like of the vertex, or a mask made of inputs;
-        joined with the features it normalizes or masks them, which is no activation.
-      bare: whether nothing came between: what is added now is the layer's bias.
-      scaled: whether a parameter has just multiplied it: what is added now is its offset.
+      expression: a function of `Variable("vertex", vertex)`.
+      passed: numbers of the uses of parameters that have scaled it since.
+      bare: whether it is what a layer or pool gave, with its bias; a slice is not.
+      mask: whether it is a comparison of inputs, which masks what it multiplies.
+      filled: how many entries have been written into an array of zeros; 0 where all hold features.
       inputs: numbers of the inputs that it is made of, before any layer.
     """
 
     vertex: int
-    active: bool = False
-    statistic: bool = False
+    expression: Expression
+    axes: Axes
+    passed: frozenset[int] = frozenset()
     bare: bool = False
-    scaled: bool = False
+    mask: bool = False
+    filled: int = 0
+    one_hot: Labels = NO_LABELS
     inputs: frozenset[int] = frozenset()
     array: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the vertex's features as they are."""
+        return self.expression == Variable("vertex", self.vertex)
 
 
 Value = Known | Weight | Feature
@@ -80,29 +106,50 @@ class Use:
     """What a parameter leaf does at one place.
 
     Attributes:
-      leaves: names of the leaves that the value is made of.
-      index: see `Weight`.
+      leaf: its name.
       kind: `weight`, `embedding` (rows chosen by an index), `bias` (added), `offset` (added to what
-        a scale multiplies), `scale` (multiplied) or `token` (joined to features along an axis).
+        a scale multiplies), `scale` (multiplied), `token` (joined to features along an axis),
+        `features` (a value that no input reaches, such as learned queries), `value` (any other
+        function) or `result` (returned as it is).
       vertex: the vertex whose features it touches; of a weight, the one that it makes.
+      source: file and line.
       edge: of a weight, its edge.
+      slices: of which axes it is one entry, (axis, entry).
+      contracted: axes that are summed over, kernel positions included.
+      output: axes along which the result varies and the features did not.
+      batch: axes that run along an axis of the features.
+      positions: axes that run along positions: of a kernel, of tokens.
       fan_in: of a weight, inputs that reach one unit.
       fan_out: of a weight, units that one input reaches.
       spatial: of a convolution, the sizes of its kernel.
-      source: file and line.
+      neutral: of a scale, the value that makes it 1: 1, 0 as in 1 + w, or None where none does.
+      known: whether its value before training is plain from what it does.
+      expression: of a weight, what it makes of the leaf before it is applied.
     """
 
-    leaves: tuple[str, ...]
-    index: int | None
+    leaf: str
     kind: str
     vertex: int
     source: str
     edge: Edge | None = None
+    slices: frozenset[tuple[int, int]] = frozenset()
+    contracted: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     fan_in: int = 1
     fan_out: int = 1
     spatial: tuple[int, ...] = ()
+    neutral: float | None = None
+    known: bool = True
+    expression: Expression | None = None
 
 
 def features_of(values: Sequence[Value]) -> list[Feature]:
     """Returns those of the values that are features."""
     return [value for value in values if isinstance(value, Feature)]
+
+
+def weights_of(values: Sequence[Value]) -> list[Weight]:
+    """Returns those of the values that are made of params alone."""
+    return [value for value in values if isinstance(value, Weight)]

@@ -1,0 +1,570 @@
+"""What one entry of an array is, as a function of independent random variables (theory §9).
+
+In a wide network at initialization the features of a vertex are draws of one distribution. What
+stands between two vertices is therefore read as an `Expression` of one entry: constants,
+elementwise functions of `Variable`s, and `Statistic`s, averages over an axis. Its moments follow by
+quadrature of the traced functions themselves, however they were spelled:
+
+    moments(relu(z)) = (0.399, 0.5) for z ~ N(0, 1)
+
+An average over the features of a layer converges to its expectation, by which a normalization is
+one whatever its spelling. An average over positions (pixels, tokens, examples) is the expectation
+where it is compared with the features that it was taken of, and where it stands alone, as a pool,
+it is taken as if all positions held the same.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Expression:
+    """One entry of an array; see the module."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant(Expression):
+    """A number that is known when the function is read."""
+
+    value: Any
+
+    def __float__(self) -> float:
+        return float(np.real(self.value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable(Expression):
+    """A random variable.
+
+    Attributes:
+      kind: `vertex` (features of a vertex), `leaf` (entries of a parameter), `output` (what the
+        operator of an edge gives), `random` (random bits), `index` (0 … size - 1), `array` (entries
+        of a constant array), `choice` (which part of a concatenation) or `data`.
+      source: number of the vertex, name of the leaf, or what else tells variables apart.
+      part: which slice of it; two slices of one vertex are two variables.
+      nodes: of `random`, `index`, `array` and `choice`, its values; None of the others.
+      weights: of `choice`, their probabilities; equal where None.
+    """
+
+    kind: str
+    source: Any
+    part: tuple[Any, ...] = ()
+    nodes: Any = dataclasses.field(default=None, compare=False)
+    weights: Any = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Apply(Expression):
+    """An elementwise function of expressions, which its name tells from all others."""
+
+    name: str
+    function: Callable[..., Any]
+    operands: tuple[Expression, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistic(Expression):
+    """The mean of an expression over an axis, or its largest or smallest value there.
+
+    Attributes:
+      operand: the expression.
+      axes: labels of the axis.
+      count: how many entries it has.
+      units: whether they are features of a layer, which are independent; else positions.
+      name: `mean`, `max` or `min`.
+    """
+
+    operand: Expression
+    axes: frozenset[Any]
+    count: int
+    units: bool
+    name: str = "mean"
+
+
+class Unknown(Expression):
+    """A value of which nothing is known; it is left out of what it is combined with."""
+
+
+UNKNOWN = Unknown()
+ZERO, ONE = Constant(0.0), Constant(1.0)
+
+
+class Moments(NamedTuple):
+    """First and second moment of an entry."""
+
+    mean: float
+    second: float
+
+    @property
+    def variance(self) -> float:
+        """The variance; not below 0."""
+        return max(self.second - self.mean**2, 0.0)
+
+
+Distribution = Callable[[Variable], Moments | float]
+"""Moments of a normal variable, or the value of a constant one, by variable."""
+
+
+def apply(name: str, function: Callable[..., Any], *operands: Expression) -> Expression:
+    """Returns an elementwise function of expressions; of constants its value."""
+    if any(isinstance(one, Unknown) for one in operands):
+        known = [one for one in operands if not isinstance(one, Unknown)]
+        varying = [one for one in known if not isinstance(one, Constant)]
+        return varying[0] if len(varying) == 1 else UNKNOWN
+    if all(isinstance(one, Constant) for one in operands):
+        with np.errstate(all="ignore"):
+            return Constant(np.asarray(function(*(one.value for one in operands)))[()])  # pyright: ignore[reportAttributeAccessIssue]
+    return Apply(name, function, operands)
+
+
+def multiplied(one: Expression, other: Expression) -> Expression:
+    """Returns the product of two expressions."""
+    for constant, rest in ((one, other), (other, one)):
+        if isinstance(constant, Constant) and np.all(constant.value == 1):
+            return rest
+    return apply("mul", np.multiply, one, other)
+
+
+def times(expression: Expression, factor: float) -> Expression:
+    """Returns an expression times a number."""
+    return multiplied(expression, Constant(float(factor)))
+
+
+def substituted(
+    expression: Expression, found: Callable[[Variable], Expression | None]
+) -> Expression:
+    """Returns an expression with its variables replaced where `found` gives something."""
+    done: dict[Expression, Expression] = {}
+
+    def visit(one: Expression) -> Expression:
+        if one not in done:
+            if isinstance(one, Variable):
+                done[one] = found(one) or one
+            elif isinstance(one, Apply):
+                operands = tuple(visit(operand) for operand in one.operands)
+                done[one] = apply(one.name, one.function, *operands)
+            elif isinstance(one, Statistic):
+                done[one] = dataclasses.replace(one, operand=visit(one.operand))
+            else:
+                done[one] = one
+        return done[one]
+
+    return visit(expression)
+
+
+def variables(expression: Expression, *, raw: bool = False) -> frozenset[Variable]:
+    """Returns the variables of an expression; with `raw`, those outside of all statistics."""
+    found: set[Variable] = set()
+    seen: set[Expression] = set()
+
+    def visit(one: Expression) -> None:
+        if one in seen:
+            return
+        seen.add(one)
+        if isinstance(one, Variable):
+            found.add(one)
+        elif isinstance(one, Apply):
+            for operand in one.operands:
+                visit(operand)
+        elif isinstance(one, Statistic) and not raw:
+            visit(one.operand)
+
+    visit(expression)
+    return frozenset(found)
+
+
+def statistics(expression: Expression) -> list[Statistic]:
+    """Returns the outermost statistics of an expression, each once."""
+    found: dict[Statistic, None] = {}
+    seen: set[Expression] = set()
+
+    def visit(one: Expression) -> None:
+        if one in seen:
+            return
+        seen.add(one)
+        if isinstance(one, Statistic):
+            found[one] = None
+        elif isinstance(one, Apply):
+            for operand in one.operands:
+                visit(operand)
+
+    visit(expression)
+    return list(found)
+
+
+# The same function of other variables has the same moments, and need not be integrated again.
+
+
+class Keyed(NamedTuple):
+    """An expression with what it depends on; equal where the functions and distributions are.
+
+    Attributes:
+      program: its operations, with variables and axes numbered as they come.
+      values: what is known of its variables, in that order.
+      expression: the expression itself.
+      variables: its variables, in that order.
+    """
+
+    program: tuple[Hashable, ...]
+    values: tuple[Moments | float, ...]
+    expression: Expression
+    variables: tuple[Variable, ...]
+
+    def __hash__(self) -> int:
+        return hash((self.program, self.values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keyed) and self[:2] == other[:2]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def distribution(self, variable: Variable) -> Moments | float:
+        """What is known of a variable."""
+        return self.values[self.variables.index(variable)]
+
+
+def keyed(expression: Expression, distribution: Distribution) -> Keyed:
+    """Returns an expression with what it depends on."""
+    program, found = _program(expression)
+    values = tuple(distribution_of(one, distribution) for one in found)
+    return Keyed(program, values, expression, found)
+
+
+def _program(expression: Expression) -> tuple[tuple[Hashable, ...], tuple[Variable, ...]]:
+    kept = expression.__dict__.get("_program")
+    if kept is not None:
+        return kept
+    places: dict[Expression, int] = {}
+    found: dict[Variable, int] = {}
+    axes: dict[Hashable, int] = {}
+    steps: list[Hashable] = []
+
+    def visit(one: Expression) -> int:
+        if one in places:
+            return places[one]
+        step: Hashable
+        if isinstance(one, Variable):
+            number = found.setdefault(one, len(found))
+            nodes = None if one.nodes is None else _fingerprint(one)
+            step = ("variable", number, one.kind if nodes or one.kind == "output" else "", nodes)
+        elif isinstance(one, Constant):
+            step = ("constant", repr(one.value))
+        elif isinstance(one, Apply):
+            step = (one.name, *(visit(operand) for operand in one.operands))
+        elif isinstance(one, Statistic):
+            inner = visit(one.operand)
+            labels = sorted(axes.setdefault(label, len(axes)) for label in one.axes)
+            step = ("statistic", one.name, inner, tuple(labels), one.count, one.units)
+        else:
+            step = ("unknown",)
+        steps.append(step)
+        places[one] = len(steps) - 1
+        return places[one]
+
+    visit(expression)
+    program = tuple(steps), tuple(found)
+    object.__setattr__(expression, "_program", program)
+    return program
+
+
+def same_function(one: Expression, other: Expression) -> bool:
+    """Whether two expressions are the same function of the same variables."""
+    return one is other or _program(one) == _program(other)
+
+
+def _fingerprint(variable: Variable) -> Hashable:
+    weights = None if variable.weights is None else np.asarray(variable.weights).tobytes()
+    if variable.kind == "normal":
+        return variable.nodes
+    return hash((np.asarray(variable.nodes).tobytes(), weights))
+
+
+# Moments.
+
+
+def moments(expression: Expression, distribution: Distribution) -> Moments:
+    """Returns the moments of an expression by quadrature.
+
+    Args:
+      expression: what to integrate.
+      distribution: of its variables that have no nodes.
+
+    Returns:
+      Mean and second moment; NaN where a function is undefined on what it gets.
+    """
+    if isinstance(expression, Unknown):
+        return Moments(0.0, 1.0)
+    if isinstance(expression, Variable) and expression.nodes is None:
+        found = distribution(expression)
+        return found if isinstance(found, Moments) else Moments(found, found**2)
+    return _moments(keyed(expression, distribution))
+
+
+@functools.lru_cache(maxsize=8192)
+def _moments(one: Keyed) -> Moments:
+    split = _split(one.expression, one.distribution)
+    if split is not None:
+        return split
+    return _integrated(_settled(one.expression, one.distribution), one.distribution)
+
+
+def _split(expression: Expression, distribution: Distribution) -> Moments | None:
+    """Products and sums of independent expressions, which need no joint quadrature."""
+    if not isinstance(expression, Apply) or expression.name not in _SPLIT:
+        return None
+    if len(expression.operands) == 1:
+        mean, second = moments(expression.operands[0], distribution)
+        return Moments(-mean, second)
+    one, other = expression.operands
+    shared = variables(one) & variables(other)
+    if any(isinstance(distribution_of(v, distribution), Moments) for v in shared):
+        return None
+    alone = [part for part in (one, other) if not (variables(part, raw=True) or _is_constant(part))]
+    if alone and variables(expression, raw=True):
+        return None  # a statistic in the company of features is an expectation
+    (m1, s1), (m2, s2) = moments(one, distribution), moments(other, distribution)
+    if expression.name == "mul":
+        return Moments(m1 * m2, s1 * s2)
+    sign = -1 if expression.name == "sub" else 1
+    return Moments(m1 + sign * m2, s1 + s2 + sign * 2 * m1 * m2)
+
+
+_SPLIT = ("mul", "add", "sub", "neg", "add_any")
+
+
+def _is_constant(expression: Expression) -> bool:
+    return not variables(expression)
+
+
+def distribution_of(variable: Variable, distribution: Distribution) -> Moments | float:
+    """Returns the moments of a variable, or its value if it has only one."""
+    if variable.nodes is not None:
+        return Moments(0.0, 1.0)
+    return distribution(variable)
+
+
+def _settled(expression: Expression, distribution: Distribution) -> Expression:
+    """Replaces statistics: by expectations beside features, by what they are taken of alone."""
+    found = statistics(expression)
+    if not found:
+        return expression
+    values: dict[Statistic, Expression] = {}
+    varying = any(
+        isinstance(distribution_of(one, distribution), Moments)
+        for one in variables(expression, raw=True)
+    )
+    alone = [] if varying else [one for one in found if _is_pool(one, units=True)]
+    if not varying and not alone:
+        alone = [one for one in found if _is_pool(one, units=False)]
+    for one in found:
+        if one not in alone:
+            values[one] = Constant(_expectation(one, distribution))
+        elif not one.units:
+            values[one] = one.operand
+        else:
+            mean, second = moments(one.operand, distribution)
+            variance = max(second - mean**2, 0.0) / one.count
+            values[one] = Variable("normal", one, nodes=(mean, math.sqrt(variance)))
+    settled = replaced(expression, values)
+    # Pools of expressions that hold statistics themselves are settled in turn.
+    return _settled(settled, distribution) if statistics(settled) else settled
+
+
+def _is_pool(statistic: Statistic, *, units: bool) -> bool:
+    """Whether a statistic that stands alone is features; what sums to one over its axis is not."""
+    inner = statistics(statistic.operand)
+    normalized = any(one.axes <= statistic.axes for one in inner if not one.units)
+    return statistic.units == units and not (normalized and not statistic.units)
+
+
+def _expectation(statistic: Statistic, distribution: Distribution) -> float:
+    if statistic.name == "mean":
+        return moments(statistic.operand, distribution).mean
+    mean, second = moments(statistic.operand, distribution)
+    deviation = math.sqrt(max(second - mean**2, 0.0))
+    # Of that many normal draws; softmax and its kind divide it out again.
+    extreme = deviation * math.sqrt(2 * math.log(max(statistic.count, 1)))
+    return mean + extreme if statistic.name == "max" else mean - extreme
+
+
+def replaced(expression: Expression, values: Mapping[Statistic, Expression]) -> Expression:
+    """Returns an expression with its outermost statistics replaced where values are given."""
+    done: dict[Expression, Expression] = {}
+
+    def visit(one: Expression) -> Expression:
+        if one not in done:
+            if isinstance(one, Statistic):
+                done[one] = values.get(one, one)
+            elif isinstance(one, Apply):
+                operands = tuple(visit(operand) for operand in one.operands)
+                done[one] = apply(one.name, one.function, *operands)
+            else:
+                done[one] = one
+        return done[one]
+
+    return visit(expression)
+
+
+def _integrated(expression: Expression, distribution: Distribution) -> Moments:
+    found = sorted(variables(expression), key=repr)
+    known = {one: distribution_of(one, distribution) for one in found}
+    values: dict[Variable, Any] = {
+        one: value for one, value in known.items() if not isinstance(value, Moments)
+    }
+    random = {one: value for one, value in known.items() if isinstance(value, Moments)}
+    if not random:
+        with np.errstate(all="ignore"):
+            result = float(np.real(complex(evaluated(expression, values))))
+        return Moments(result, result**2)
+    weight: Any = np.ones(())
+    for (variable, moment), (nodes, weights) in zip(random.items(), _nodes(random), strict=True):
+        values[variable] = _drawn(variable, moment, nodes)
+        weight = weight * weights
+    with np.errstate(all="ignore"):
+        result = np.real(evaluated(expression, values).astype(complex))
+    weight, result = np.broadcast_arrays(weight, result)
+    total = np.sum(weight)
+    return Moments(
+        float(np.sum(weight * result) / total), float(np.sum(weight * result**2) / total)
+    )
+
+
+def evaluated(expression: Expression, values: Mapping[Variable, Any]) -> np.ndarray:
+    """Returns an expression at given values of its variables."""
+    done: dict[Expression, Any] = {}
+
+    def visit(one: Expression) -> Any:
+        if one not in done:
+            if isinstance(one, Constant):
+                done[one] = one.value
+            elif isinstance(one, Variable):
+                done[one] = values[one]
+            elif isinstance(one, Apply):
+                done[one] = one.function(*(visit(operand) for operand in one.operands))
+            else:
+                raise TypeError(f"no value of {one}")
+        return done[one]
+
+    return np.asarray(visit(expression))
+
+
+def _nodes(random: Mapping[Variable, Moments]) -> list[tuple[Any, Any]]:
+    """Nodes and weights of every variable: a grid of one or two, a sequence of more.
+
+    Nodes are standard normal, or of a variable with nodes of its own their indices. For smooth
+    functions the trapezoidal rule converges faster than any power of its spacing, and with a node
+    at 0 it is exact for the squares of ReLU; weights in turn larger and smaller, those of Simpson's
+    rule, make it so for ReLU too.
+    """
+    count = len(random)
+    if count > 2:
+        return [(points, 1.0) for points in _sequence(count)]
+    found = []
+    for place, variable in enumerate(random):
+        if _is_discrete(variable):
+            values = np.asarray(variable.nodes)
+            step = max(len(values) // 512, 1)
+            nodes = np.arange(len(values))[step // 2 :: step]
+            weights = np.ones(len(nodes)) if variable.weights is None else variable.weights[nodes]
+        else:
+            nodes, weights = _trapezoid(count)
+        shape = tuple(-1 if axis == place else 1 for axis in range(count))
+        found.append((nodes.reshape(shape), np.asarray(weights).reshape(shape)))
+    return found
+
+
+def _is_discrete(variable: Variable) -> bool:
+    return variable.nodes is not None and variable.kind != "normal"
+
+
+@functools.cache
+def _trapezoid(count: int) -> tuple[np.ndarray, np.ndarray]:
+    half, spacing = ((6000, 0.002), (100, 0.08))[count - 1]
+    indices = np.arange(-half, half + 1)
+    points = indices * spacing
+    return points, np.where(indices % 2, 4 / 3, 2 / 3) * np.exp(-(points**2) / 2)
+
+
+@functools.cache
+def _sequence(count: int) -> list[np.ndarray]:
+    """Sobol's points in the unit cube, kept from its faces."""
+    from scipy.stats import qmc
+
+    return list(np.clip(qmc.Sobol(count, seed=0).random_base2(14), 1e-9, 1 - 1e-9).T)
+
+
+def _drawn(variable: Variable, moment: Moments, nodes: np.ndarray) -> np.ndarray:
+    from scipy.special import ndtri
+
+    cube = nodes.ndim == 1 and nodes.dtype != int and len(nodes) == 2**14
+    if _is_discrete(variable):
+        values = np.asarray(variable.nodes)
+        if cube:
+            weights = np.ones(len(values)) if variable.weights is None else variable.weights
+            nodes = np.searchsorted(np.cumsum(weights) / np.sum(weights), nodes)
+        return values[np.clip(nodes, 0, len(values) - 1)]
+    normal = ndtri(nodes) if cube else nodes
+    if variable.kind == "normal":
+        mean, deviation = variable.nodes
+        return mean + deviation * normal
+    return moment.mean + math.sqrt(moment.variance) * normal
+
+
+# What kind of function an expression is.
+
+
+def is_affine(expression: Expression, distribution: Distribution) -> bool:
+    """Whether an expression is no activation: affine in its variables, statistics held fixed."""
+    raw = [
+        one
+        for one in variables(expression, raw=True)
+        if one.kind in ("vertex", "output", "data") and isinstance(distribution(one), Moments)
+    ]
+    if not raw:
+        return True
+    return len(raw) == 1 and slope(expression, raw[0], distribution) is not None
+
+
+def slope(expression: Expression, variable: Variable, distribution: Distribution) -> float | None:
+    """Returns the factor of a variable that an expression is affine in; None if it is not.
+
+    Other variables are held at values that are not special.
+    """
+    if expression == variable:
+        return 1.0
+    if variable not in variables(expression):
+        return 0.0
+    return _slope(keyed(expression, distribution), _program(expression)[1].index(variable))
+
+
+@functools.lru_cache(maxsize=8192)
+def _slope(one: Keyed, place: int) -> float | None:
+    expression, variable, distribution = one.expression, one.variables[place], one.distribution
+    held = {each: Constant(_expectation(each, distribution)) for each in statistics(expression)}
+    held = {each: value if math.isfinite(value.value) else ONE for each, value in held.items()}
+    fixed = replaced(expression, held)
+    others = sorted(variables(fixed) - {variable}, key=repr)
+    values: dict[Variable, Any] = {}
+    for number, other in enumerate(others):
+        value = distribution_of(other, distribution)
+        special = 0.37 + 0.21 * number
+        values[other] = value if isinstance(value, float) else special
+        if _is_discrete(other):
+            values[other] = np.asarray(other.nodes)[len(other.nodes) // 3]
+    points = np.array([-2.3, -1.1, -0.4, 0.3, 0.9, 2.1])
+    with np.errstate(all="ignore"):
+        try:
+            result = np.broadcast_to(evaluated(fixed, values | {variable: points}), points.shape)
+        except (TypeError, KeyError):
+            return None
+        result = np.real(result.astype(complex))
+    factor = (result[-1] - result[0]) / (points[-1] - points[0])
+    line = result[0] + factor * (points - points[0])
+    size = max(np.abs(result).max(), abs(factor))
+    close = np.isfinite(result).all() and np.allclose(result, line, atol=1e-5 * size, rtol=0)
+    return float(factor) if close else None

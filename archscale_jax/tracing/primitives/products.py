@@ -1,0 +1,634 @@
+"""Matrix products, convolutions and lookups: layers where one side is a weight, else products."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from archscale_jax.expressions import (
+    UNKNOWN,
+    ZERO,
+    Apply,
+    Constant,
+    Expression,
+    Moments,
+    Variable,
+    apply,
+    moments,
+    multiplied,
+    times,
+    variables,
+)
+from archscale_jax.graph import Operator
+from archscale_jax.tracing.axes import dot_axes, free_axes, gathered
+from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.primitives.elementwise import made_of_params, neutral_value
+from archscale_jax.tracing.primitives.reductions import mean_over
+from archscale_jax.tracing.primitives.registry import register_primitive
+from archscale_jax.tracing.primitives.reshuffles import like, part_of
+from archscale_jax.tracing.sharding import whole_shape
+from archscale_jax.tracing.state import Call, State
+from archscale_jax.tracing.values import (
+    NO_LABELS,
+    Axes,
+    Feature,
+    Known,
+    Labels,
+    Value,
+    Weight,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """How a weight meets what it is applied to; axes of the weight's array.
+
+    Attributes:
+      contracted: axes that are summed over.
+      batch: axes shared by both and the result.
+      free: axes that only the result has.
+      spatial: sizes of a kernel.
+      positions: axes of the kernel's positions.
+      groups: into how many groups features are divided.
+      reach: inputs that reach one unit on average; None if it is all that are contracted.
+      covered: the part of them that does not lie beyond the borders of the image, on average.
+    """
+
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+    spatial: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    groups: int = 1
+    reach: float | None = None
+    covered: float = 1.0
+
+
+# Matrix products.
+
+
+@register_primitive("dot_general")
+def dot(state: State, call: Call) -> Value | list[Value]:
+    """A layer where one side is a weight; else a product or mixture of features."""
+    left, right = call.values
+    sides = [side for side, value in enumerate(call.values) if isinstance(value, Weight)]
+    axes = dot_axes(call.equation, left.axes, right.axes)
+    if len(sides) == 2:
+        return _weights(state, call, axes)
+    if len(sides) == 1:
+        return _weighted(state, call, sides[0], axes)
+    if isinstance(left, Feature) and isinstance(right, Feature):
+        return _of_features(state, call, axes)
+    if isinstance(left, Known) and isinstance(right, Known):
+        return Known(_constant_product(call), axes)
+    return _mixed_by_constants(state, call, axes)
+
+
+def _weighted(state: State, call: Call, side: int, axes: Axes) -> Value:
+    weight, source = call.values[side], call.values[1 - side]
+    assert isinstance(weight, Weight)
+    contracted, batch = (pair[side] for pair in call.parameters["dimension_numbers"])
+    free = free_axes(len(weight.axes), contracted, batch)
+    alone = not contracted and all(call.shapes[side][axis] == 1 for axis in free)
+    if alone and isinstance(source, Feature):  # every entry has a weight of its own: a scale
+        return _scaled(state, call, weight, source, tuple(batch), axes)
+    other_contracted = call.parameters["dimension_numbers"][0][1 - side]
+    chosen = len(other_contracted) == 1 and source.axes[other_contracted[0]] & _hot(source)
+    if chosen and isinstance(source, Feature):
+        rows, features = tuple(contracted), tuple(free)
+        return _looked_up(state, call, weight, source, rows, features, axes, side)
+    if chosen:
+        return _chosen_rows(call, weight, side, axes)
+    how = Contraction(tuple(contracted), tuple(batch), tuple(free))
+    labels = frozenset().union(*(source.axes[axis] for axis in other_contracted))
+    return layer(
+        state, call, weight, source, Operator.LINEAR, how, _places(call, side, axes), labels, side
+    )
+
+
+def _hot(value: Value) -> Labels:
+    return NO_LABELS if isinstance(value, Weight) else value.one_hot
+
+
+def _chosen_rows(call: Call, weight: Weight, side: int, axes: Axes) -> Value:
+    """Rows of a parameter at places that no input decides, chosen by a product."""
+    (row,) = call.parameters["dimension_numbers"][0][side]
+    own = _places(call, side, axes)[1]
+    found = tuple(
+        frozenset(one for one in labels if isinstance(one, tuple))
+        if place in own
+        else weight.axes[row]
+        if call.shape[place] > 1
+        else NO_LABELS
+        for place, labels in enumerate(axes)
+    )
+    return dataclasses.replace(
+        like(call._replace(values=[weight]), weight, found), slices=weight.slices
+    )
+
+
+def _places(call: Call, side: int, axes: Axes) -> tuple[Axes, list[int]]:
+    """The labels of a product, and which of its axes are the weight's own."""
+    (contracted, batch) = call.parameters["dimension_numbers"]
+    ranks = [len(shape) for shape in call.shapes]
+    own = ranks[side] - len(contracted[side]) - len(batch[side])
+    start = len(batch[0]) + (0 if side == 0 else ranks[0] - len(contracted[0]) - len(batch[0]))
+    return axes, list(range(start, start + own))
+
+
+def _scaled(
+    state: State, call: Call, weight: Weight, source: Feature, batch: tuple[int, ...], axes: Axes
+) -> Value:
+    numbers = state.use(
+        call, weight, "scale", source.vertex, {"batch": batch},
+        neutral=neutral_value(weight.expression, weight.leaves[0]), known=False,
+    )  # fmt: skip
+    return dataclasses.replace(
+        source,
+        expression=multiplied(source.expression, weight.expression),
+        axes=axes,
+        passed=source.passed | frozenset(numbers),
+        bare=False,
+        array=None,
+    )
+
+
+def _looked_up(state, call, weight, source, contracted, free, axes, side) -> Value:
+    """A product with one-hot rows chooses rows."""
+    result = _table(state, call, weight, source, contracted, free, axes)
+    return dataclasses.replace(
+        result, axes=_labelled(state, axes, _places(call, side, axes)[1], result)
+    )
+
+
+def _labelled(state: State, axes: Axes, own: Sequence[int], result: Feature) -> Axes:
+    del result
+    found = list(axes)
+    for place in own:
+        found[place] = frozenset([state.unit_label()])
+    return tuple(found)
+
+
+def _table(
+    state: State,
+    call: Call,
+    weight: Weight,
+    index: Feature,
+    rows: Sequence[int],
+    features: Sequence[int],
+    axes: Axes,
+) -> Feature:
+    check_split(state, call, weight)
+    result = state.new_vertex(Kind.LAYER, axes)
+    edge = state.flow.add_edge(
+        index.vertex, result.vertex, Operator.LINEAR, before=index.expression, passed=index.passed
+    )
+    if not state.is_data(index):
+        edge.before = _unit(index)
+    state.inputs_read |= index.inputs
+    shape = whole_shape(weight, call.shapes[call.values.index(weight)])
+    fan_out = math.prod(shape[axis] for axis in features)
+    roles = {"positions": list(rows), "output": list(features)}
+    numbers = state.use(
+        call, weight, "embedding", result.vertex, roles,
+        edge=edge, fan_out=fan_out, expression=weight.expression,
+    )  # fmt: skip
+    state.layers[result.vertex] = numbers
+    return dataclasses.replace(result, bare=True)
+
+
+def _unit(index: Feature) -> Expression:
+    """An index computed from features chooses one row: of second moment 1, as an input does."""
+    return Variable("vertex", index.vertex)
+
+
+def _weights(state: State, call: Call, axes: Axes) -> Value | list[Value]:
+    """Two values made of params: a kernel of low rank, or learned features that a layer reads."""
+    contracted = call.parameters["dimension_numbers"][0]
+    inner = math.prod(call.shapes[0][axis] for axis in contracted[0])
+    outer = [math.prod(shape) // max(inner, 1) for shape in call.shapes]
+    shared = set(call.weights[0].leaves) & set(call.weights[1].leaves)
+    if not contracted[0] or inner < min(outer) or shared:
+        left, right = call.weights
+        expression = _product_of(state, call, left.expression, right.expression)
+        return made_of_params(call, expression, axes)
+    # A kernel maps features to about as many; learned features are few or many, and come first in
+    # x @ W where that does not tell.
+    apart = [abs(math.log(max(size, 1) / max(inner, 1))) for size in outer]
+    side = 0 if apart[0] < apart[1] else 1
+    features = call.values[1 - side]
+    assert isinstance(features, Weight)
+    learned = learned_features(state, call, features)
+    values = list(call.values)
+    values[1 - side] = learned
+    call = call._replace(values=values)
+    return dot(state, call)
+
+
+def learned_features(state: State, call: Call, value: Weight) -> Feature:
+    """Returns features that are parameters themselves: learned queries, latents, first states."""
+    contracted = call.parameters["dimension_numbers"][0]
+    return state.learned(call, value, contracted[call.values.index(value)])
+
+
+def _product_of(state: State, call: Call, left: Expression, right: Expression) -> Expression:
+    contracted = call.parameters["dimension_numbers"][0]
+    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+    labels = frozenset([("", 0)]) if count > 1 else NO_LABELS
+    product = multiplied(left, right)
+    return times(mean_over(state, product, labels, count), count)
+
+
+def _constant_product(call: Call) -> Expression:
+    left, right = (value.expression for value in call.values)
+    if isinstance(left, Constant) and isinstance(right, Constant):
+        contracted = call.parameters["dimension_numbers"][0]
+        count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+        return Constant(left.value * right.value * count)
+    return UNKNOWN
+
+
+def _mixed_by_constants(state: State, call: Call, axes: Axes) -> Value:
+    """Features multiplied with a constant matrix: a sum, an interpolation, a fixed transform."""
+    side = 0 if isinstance(call.values[0], Feature) else 1
+    feature, constant = call.values[side], call.values[1 - side]
+    assert isinstance(feature, Feature)
+    contracted = call.parameters["dimension_numbers"][0]
+    count = math.prod(call.shapes[side][axis] for axis in contracted[side])
+    labels = frozenset().union(*(feature.axes[axis] for axis in contracted[side]))
+    expression = constant.expression
+    if isinstance(expression, Constant):
+        if np.all(expression.value == 0):
+            return Known(ZERO, axes)
+        mixed = mean_over(state, feature.expression, labels, count)
+        mixed = times(mixed, count * float(expression))
+    else:
+        gain = _gain_of(expression, count, state.has_units(labels))
+        if gain is None:
+            state.note(
+                f"{call.name} at {call.line}: features meet a constant matrix of unknown entries; "
+                "their second moment is taken as unchanged"
+            )
+        mixed = times(feature.expression, 1.0 if gain is None else gain)
+    return dataclasses.replace(feature, expression=mixed, axes=axes, array=None, bare=False)
+
+
+def _gain_of(expression: Expression, count: int, units: bool) -> float | None:
+    """How much larger features become that a constant matrix mixes."""
+    found = variables(expression)
+    if isinstance(expression, type(UNKNOWN)) or any(one.kind == "random" for one in found):
+        return None
+    mean, second = moments(expression, lambda variable: Moments(0.0, 1.0))
+    independent = math.sqrt(count * second)
+    return independent if units else max(abs(mean) * count, min(independent, 1.0))
+
+
+# Products of features.
+
+
+def _of_features(state: State, call: Call, axes: Axes) -> Value:
+    left, right = call.features
+    contracted, batch = call.parameters["dimension_numbers"]
+    sides = [
+        frozenset().union(*(value.axes[axis] for axis in taken))
+        for value, taken in zip(call.features, contracted, strict=True)
+    ]
+    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+    deep = [one for one in (left, right) if not state.is_data(one)]
+    if len(deep) == 1:  # inputs choose or add up features: neighbours in a graph, pooled tokens
+        if contracted[0] and not _normalizes(state, deep[0], sides):
+            state.note(
+                f"{call.name} at {call.line}: inputs choose what is added up; the second moment is "
+                "taken as unchanged"
+            )
+        return dataclasses.replace(deep[0], axes=axes, array=None, bare=False)
+    labels = sides[0] | sides[1]
+    free = [
+        free_axes(len(v.axes), c, b)
+        for v, c, b in zip(call.features, contracted, batch, strict=True)
+    ]
+    if not contracted[0]:
+        expression = multiplied(left.expression, right.expression)
+    elif state.has_units(labels) or (not any(free) and left.vertex == right.vertex):
+        expression = _over_units(state, left, right, labels, count)
+        if left.expression is not right.expression:
+            state.contracted |= {left.vertex, right.vertex}
+    else:  # positions: each side by its mean, of which a softmax has 1 / count
+        one, other = (
+            mean_over(state, value.expression, side, count)
+            for value, side in zip(call.features, sides, strict=True)
+        )
+        expression = times(multiplied(one, other), count)
+    if left.vertex == right.vertex:
+        return dataclasses.replace(
+            left, expression=expression, axes=axes, passed=left.passed | right.passed,
+            inputs=left.inputs | right.inputs, bare=False, array=None,
+        )  # fmt: skip
+    result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
+    if left.vertex in state.contracted and contracted[0]:
+        state.queries[result.vertex] = left.vertex, count
+    return result
+
+
+def _normalizes(state: State, feature: Feature, sides: Sequence[Labels]) -> bool:
+    del state, feature
+    return not any(sides)
+
+
+def _over_units(
+    state: State, left: Feature, right: Feature, labels: Labels, count: int
+) -> Expression:
+    product = multiplied(left.expression, right.expression)
+    return times(mean_over(state, product, labels or frozenset([state.unit_label()]), count), count)
+
+
+# Layers.
+
+
+def layer(
+    state: State,
+    call: Call,
+    weight: Weight,
+    source: Value,
+    operator: Operator,
+    how: Contraction,
+    places: tuple[Axes, list[int]],
+    contracted_labels: Labels,
+    side: int,
+) -> Value:
+    """Reads the application of a weight to features: an edge to a new vertex."""
+    check_split(state, call, weight)
+    axes, own = places
+    if isinstance(source, Weight):
+        source = learned_features(state, call, source)
+    if isinstance(source, Known):
+        source = state.constant(source)
+    shape = whole_shape(weight, call.shapes[side])
+    fan_in = math.prod(shape[axis] for axis in how.contracted)
+    reach = fan_in if how.reach is None else how.reach
+    result = state.new_vertex(Kind.LAYER, axes, bare=True)
+    edge = state.flow.add_edge(
+        source.vertex,
+        result.vertex,
+        operator,
+        before=source.expression,
+        kernel_size=max(how.spatial, default=1),
+        positions=math.prod(how.spatial),
+        reach=float(reach),
+        covered=how.covered,
+        passed=source.passed,
+    )
+    mixes = _mixes_positions(state, source, contracted_labels, side, call)
+    found = list(axes)
+    for place in own:
+        if call.shape[place] > 1 or not mixes:
+            found[place] = frozenset([state.fresh() if mixes else state.unit_label()])
+            state.own[result.vertex] = state.own.get(result.vertex, frozenset()) | found[place]
+    roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
+    positions = how.positions if not mixes else (*how.contracted, *how.free)
+    numbers = []
+    for leaf in weight.leaves:
+        own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
+        mine = dataclasses.replace(weight, leaves=(leaf,), axes=tuple(own_axes))
+        summed = _axes_of(state, mine, how.contracted)
+        # An axis of which no trace is left was summed over when the kernel was made of factors.
+        inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
+        if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
+            # It multiplies the kernel of another leaf, as the gain of a weight normalization.
+            neutral = neutral_value(weight.expression, leaf)
+            given: dict[str, Any] = {"edge": edge, "neutral": neutral}
+            numbers += state.use(call, mine, "scale", result.vertex, {"batch": how.free}, **given)
+            continue
+        options: dict[str, Any] = {
+            "edge": edge,
+            "fan_in": max(1, round(reach)),
+            "fan_out": _fan_out(state, weight, mine, shape, how),
+            "spatial": how.spatial,
+            "expression": own_part(weight.expression, leaf),
+        }
+        if inner:
+            options |= {"output" if summed else "contracted": tuple(sorted(inner))}
+        numbers += state.use(
+            call, mine, "weight", result.vertex, {**roles, "positions": positions}, **options
+        )
+    state.layers[result.vertex] = tuple(numbers)
+    state.inputs_read |= source.inputs
+    if state.reaches_no_input([source]):
+        state.without_inputs.add(result.vertex)
+    return dataclasses.replace(result, axes=tuple(found))
+
+
+def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None = None) -> set[int]:
+    """Axes of a leaf that are longer than 1: all, or those that run along some of a value's."""
+    (leaf,) = weight.leaves
+    sizes = state.shapes[leaf]
+    held = (
+        set(range(len(sizes)))
+        if places is None
+        else {axis for place in places for _, axis in weight.axes[place]}
+    )
+    sliced = {axis for name, axis, _ in weight.slices if name == leaf}
+    return {axis for axis in held if sizes[axis] > 1} - sliced
+
+
+def own_part(expression: Expression, leaf: str) -> Expression:
+    """Returns what an entry of a joined kernel is where it is made of one of its leaves."""
+    variable = Variable("leaf", leaf)
+
+    def visit(one: Expression) -> Expression:
+        if not isinstance(one, Apply):
+            return one
+        if one.name == "choose":
+            parts = [part for part in one.operands[1:] if variable in variables(part)]
+            return visit(parts[0]) if len(parts) == 1 else one
+        return apply(one.name, one.function, *map(visit, one.operands))
+
+    return visit(expression)
+
+
+def _fan_out(
+    state: State, weight: Weight, mine: Weight, shape: tuple[int, ...], how: Contraction
+) -> int:
+    if len(weight.leaves) == 1:
+        free = math.prod(shape[axis] for axis in how.free)
+    else:  # leaves side by side: of each its own part
+        own = {axis for place in how.free for _, axis in mine.axes[place]}
+        free = math.prod(state.shapes[mine.leaves[0]][axis] for axis in own)
+    return max(1, free // how.groups * math.prod(how.spatial))
+
+
+def _mixes_positions(state: State, source: Feature, labels: Labels, side: int, call: Call) -> bool:
+    """Whether a layer sums over positions of features, as token mixing does."""
+    if state.is_data(source) or state.has_units(labels):
+        return False
+    return bool(labels) and any(state.has_units(one) for one in source.axes)
+
+
+def check_split(state: State, call: Call, weight: Weight) -> None:
+    """Raises for a layer whose fans are unknown: shapes inside `shard_map` are those of shards."""
+    if weight.split is None:
+        raise state.fail(
+            call,
+            "inside jax.shard_map the devices hold parts of it that do not make up one layer, "
+            "or it cannot be told which parts; trace the function without shard_map",
+            [weight],
+        )
+
+
+@register_primitive("ragged_dot", "ragged_dot_general")
+def ragged_dot(state: State, call: Call) -> Value:
+    """Rows of features, each times the matrix of its group: experts."""
+    source, weight = call.values[:2]
+    axes = (source.axes[0], NO_LABELS)
+    if not isinstance(weight, Weight):
+        if isinstance(source, Feature) and isinstance(weight, Feature):
+            product = multiplied(source.expression, weight.expression)
+            return state.join(Kind.PRODUCT, [source, weight], axes, expression=product)
+        raise state.fail(call, "its groups are no parameters; write it as an einsum")
+    how = Contraction((1,), (0,), (2,))
+    return layer(state, call, weight, source, Operator.LINEAR, how, (axes, [1]), source.axes[1], 1)
+
+
+@register_primitive("conv_general_dilated")
+def convolution(state: State, call: Call) -> Value:
+    """A convolution with a learned kernel, with features as the kernel, or with a fixed filter."""
+    data, kernel = call.values
+    numbers = call.parameters["dimension_numbers"]
+    axes: list[Labels] = [NO_LABELS] * len(call.shape)
+    for ours, theirs in zip(numbers.out_spec, numbers.lhs_spec, strict=True):
+        axes[ours] = data.axes[theirs]
+    if isinstance(kernel, Weight) and not isinstance(data, Weight):
+        return _convolved(state, call, kernel, data, axes)
+    if isinstance(data, Weight) and isinstance(kernel, Known | Weight):
+        return made_of_params(call, data.expression, tuple(axes))
+    if isinstance(data, Feature) and isinstance(kernel, Feature):
+        expression = multiplied(data.expression, kernel.expression)
+        if data.vertex == kernel.vertex:
+            return dataclasses.replace(data, expression=expression, axes=tuple(axes), array=None)
+        return state.join(Kind.PRODUCT, [data, kernel], tuple(axes), expression=expression)
+    if isinstance(data, Weight):
+        raise state.fail(call, "features convolve a parameter; bind it to the function, or write "
+                         "the features first", [data])  # fmt: skip
+    if isinstance(data, Feature):
+        state.note(f"{call.name} at {call.line}: a fixed filter is taken to keep second moments")
+        return dataclasses.replace(data, axes=tuple(axes), array=None, bare=False)
+    return Known(UNKNOWN, tuple(axes))
+
+
+def _convolved(
+    state: State, call: Call, kernel: Weight, data: Feature | Known, axes: list[Labels]
+) -> Value:
+    numbers, parameters = call.parameters["dimension_numbers"], call.parameters
+    shape = whole_shape(kernel, call.shapes[1])
+    out_axis, in_axis, *spatial_axes = numbers.rhs_spec
+    spatial = tuple(shape[axis] for axis in spatial_axes)
+    groups = parameters["feature_group_count"]
+    fan_in = shape[in_axis] * math.prod(spatial)
+    how = Contraction(
+        contracted=(in_axis, *spatial_axes),
+        batch=(),
+        free=(out_axis,),
+        spatial=spatial,
+        positions=tuple(spatial_axes),
+        groups=groups,
+        reach=fan_in / math.prod(parameters["lhs_dilation"]),
+        covered=_covered(call, spatial),
+    )
+    place = numbers.out_spec[1]
+    labels = data.axes[numbers.lhs_spec[1]]
+    return layer(state, call, kernel, data, Operator.CONV, how, (tuple(axes), [place]), labels, 1)
+
+
+def _covered(call: Call, spatial: tuple[int, ...]) -> float:
+    """The part of a kernel's positions that meets the image, averaged over the outputs."""
+    numbers, parameters = call.parameters["dimension_numbers"], call.parameters
+    covered = 1.0
+    for place, size in enumerate(spatial):
+        image = call.shapes[0][numbers.lhs_spec[2 + place]]
+        outputs = call.shape[numbers.out_spec[2 + place]]
+        spread = parameters["lhs_dilation"][place]
+        starts = np.arange(outputs) * parameters["window_strides"][place]
+        starts = starts - parameters["padding"][place][0]
+        places = starts[:, None] + np.arange(size) * parameters["rhs_dilation"][place]
+        met = (places >= 0) & (places <= (image - 1) * spread) & (places % spread == 0)
+        covered *= min(float(met.mean()) * spread, 1.0) if met.size else 1.0
+    return covered
+
+
+# Lookups.
+
+
+@register_primitive("gather")
+def gather(state: State, call: Call) -> Value:
+    """Rows of a table by ids; or some entries of an array."""
+    table, index = call.values[:2]
+    axes = gathered(call.equation, table.axes, index.axes)
+    numbers = call.parameters["dimension_numbers"]
+    if isinstance(table, Weight) and isinstance(index, Feature):
+        rows = _taken_one_by_one(call)
+        features = [axis for axis in range(len(table.axes)) if axis not in rows]
+        result = _table(state, call, table, index, rows, features, axes)
+        own = [
+            place for place in numbers.offset_dims if call.shape[place] > 1 or len(features) == 1
+        ]
+        return dataclasses.replace(result, axes=_labelled(state, axes, own, result))
+    if isinstance(table, Known):
+        if isinstance(index, Feature):
+            return dataclasses.replace(index, expression=UNKNOWN, axes=axes, array=None, mask=False)
+        constant = isinstance(table.expression, Constant)
+        return Known(table.expression if constant else _picked(table, index), axes)
+    if isinstance(table, Weight):
+        return _rows(state, call, table, index, axes)
+    cuts: list[tuple] = []
+    for axis, labels in enumerate(table.axes):
+        taken = call.parameters["slice_sizes"][axis]
+        if taken != call.shapes[0][axis] and state.has_units(labels):
+            cuts.append((tuple(sorted(labels, key=repr)), state.fresh()))
+    expression = part_of(state, table, cuts)
+    return dataclasses.replace(table, expression=expression, axes=axes, array=None, bare=False)
+
+
+def _taken_one_by_one(call: Call) -> list[int]:
+    """Axes of the table of which every index chooses one entry."""
+    sizes = call.parameters["slice_sizes"]
+    collapsed = call.parameters["dimension_numbers"].collapsed_slice_dims
+    return [
+        axis
+        for axis, (size, whole) in enumerate(zip(sizes, call.shapes[0], strict=True))
+        if axis in collapsed or size == 1 != whole
+    ]
+
+
+def _picked(table: Known, index: Value) -> Expression:
+    expression = table.expression
+    if isinstance(expression, Variable) and expression.kind == "index":
+        return index.expression if isinstance(index, Known) else UNKNOWN
+    return expression
+
+
+def _rows(state: State, call: Call, table: Weight, index: Value, axes: Axes) -> Value:
+    """Entries of a parameter at places that no input decides: a slice, or a relative position."""
+    numbers = call.parameters["dimension_numbers"]
+    collapsed = [axis for axis in _taken_one_by_one(call) if call.shapes[0][axis] > 1]
+    found = list(axes)
+    positions = [
+        place
+        for place in range(len(axes))
+        if place not in numbers.offset_dims and call.shape[place] > 1
+    ]
+    slices = table.slices
+    for axis in collapsed:
+        if positions:
+            for place in positions:
+                found[place] = table.axes[axis]
+        elif len(collapsed) == 1 and isinstance(index.expression, Constant):
+            entry = int(np.ravel(index.expression.value)[0])
+            slices |= {
+                (leaf, own, entry % state.shapes[leaf][own]) for leaf, own in table.axes[axis]
+            }
+    found = [frozenset(one for one in labels if isinstance(one, tuple)) for labels in found]
+    result = like(call, table, tuple(found))
+    assert isinstance(result, Weight)
+    return dataclasses.replace(result, slices=slices, rows=bool(positions))
