@@ -1,0 +1,225 @@
+"""Do spellings agree, and moments hold? Random networks: `python -m benchmarks.random_programs`.
+
+Of every network of `tests/programs.py`: the standard deviations, roles and width factors of five
+spellings, which must agree; and at width 1,024 the second moment of every vertex, by two rules of
+initialization, in one of the spellings, against what the rule promises (`tests/program_checks.py`
+says with which noise). One to two hours on a core. What is done is kept in `build/random_programs`,
+for as long as the code of the library stays the same, and a second call goes on from there.
+
+    python -m benchmarks.random_programs --seed=17
+
+prints one network: its text, which choices of spelling change what, and the table of its vertices.
+"""
+
+import collections
+import hashlib
+import pathlib
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+import archscale_jax
+from archscale_jax.files import append_record, read_records
+from benchmarks import common
+from tests.program_checks import (
+    RULES,
+    TOLERANCE,
+    Moments,
+    architecture,
+    at_fault,
+    differences,
+    library_promise,
+    second_moments,
+)
+from tests.programs import generate
+from tests.spellings import Spelled, Spelling, spelled, spellings
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("programs", 1000, "Number of programs.", lower_bound=1)
+flags.DEFINE_integer("width", 1024, "Width at which moments are measured.", lower_bound=16)
+flags.DEFINE_bool("moments", True, "Whether to measure moments at all.")
+flags.DEFINE_integer("seed", None, "Show the program of this seed, and nothing else.")
+
+JOURNALS = pathlib.Path(__file__).parents[1] / "build" / "random_programs"
+
+
+def measured_spelling(seed: int) -> Spelled:
+    """Returns the spelling in which moments are measured; seeds take them in turn."""
+    chosen = spellings(seed)
+    return spelled(generate(seed), chosen[seed % len(chosen)])
+
+
+def measured(written: Spelled, rule: str, width: int) -> list[Moments] | str | None:
+    """Measures moments: of every vertex, or why not, or None without promises."""
+    promise = library_promise()
+    if promise is None:
+        return None
+    try:
+        return second_moments(written, rule, promise, width=width)
+    except Exception as error:  # of any kind: a program is a network like any other
+        return f"{type(error).__name__}: {error}"
+
+
+def check(seed: int, width: int, moments: bool) -> dict[str, Any]:
+    """Checks one program: what the journal keeps of it."""
+    program = generate(seed)
+    found = differences(program)
+    record: dict[str, Any] = {
+        "seed": seed,
+        "kinds": sorted(program.kinds),
+        "differences": sorted({f"{one.quantity}" for one in found}),
+        "moments": {},
+    }
+    for rule in RULES if moments else ():
+        vertices = measured(measured_spelling(seed), rule, width)
+        if isinstance(vertices, str):
+            record["moments"][rule] = {"error": vertices}
+        elif vertices:
+            worst = max(vertices, key=lambda one: abs(one.ratio - 1))
+            record["moments"][rule] = {
+                "vertices": len(vertices),
+                "wrong": sum(not one.holds for one in vertices),
+                "open": sum(one.is_open for one in vertices),
+                "worst_ratio": worst.ratio,
+                "draws": worst.draws,
+            }
+    return record
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts what holds, in all and by what is in the programs."""
+    kinds = {kind for record in records for kind in record["kinds"]}
+    by_kind = {
+        kind: counts([record for record in records if kind in record["kinds"]])
+        for kind in sorted(kinds)
+    }
+    quantities = collections.Counter(name for record in records for name in record["differences"])
+    return counts(records) | {
+        "by_kind": by_kind,
+        "differences": dict(quantities.most_common()),
+        "seeds_with_differences": [one["seed"] for one in records if one["differences"]],
+        "seeds_with_wrong_moments": {
+            rule: [one["seed"] for one in records if is_wrong(one["moments"].get(rule))]
+            for rule in RULES
+        },
+    }
+
+
+def is_wrong(moments: dict[str, Any] | None) -> bool:
+    return moments is not None and ("error" in moments or moments["wrong"] > 0)
+
+
+def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts programs, those whose spellings agree and those whose moments hold."""
+    found: dict[str, Any] = {
+        "programs": len(records),
+        "spellings_agree": sum(not record["differences"] for record in records),
+    }
+    for rule in RULES:
+        told = [one["moments"][rule] for one in records if rule in one["moments"]]
+        ratios = [one["worst_ratio"] for one in told if one.get("worst_ratio") is not None]
+        found[rule] = {
+            "measured": len(told),
+            "hold": sum(not is_wrong(one) for one in told),
+            "refused": sum("error" in one for one in told),
+            "smallest_ratio": min(ratios, default=None),
+            "largest_ratio": max(ratios, default=None),
+        }
+    return found
+
+
+def show(seed: int, width: int) -> None:
+    """Prints a program, what its spellings change, and its vertices."""
+    console = Console()
+    program = generate(seed)
+    console.print(f"program {seed}: {', '.join(sorted(program.kinds))}\n", markup=False)
+    console.print(spelled(program, Spelling()).source, markup=False, highlight=False)
+    found = differences(program)
+    for one in found:
+        console.print(str(one), markup=False, highlight=False, soft_wrap=True)
+    for choice, changed in (at_fault(program) if found else {}).items():
+        console.print(f"\n{choice} alone changes:", markup=False)
+        for one in changed:
+            console.print(f"  {one.leaf} {one.quantity}: {one.plain} became {one.other}",
+                          markup=False, soft_wrap=True)  # fmt: skip
+    console.print("\nspellings agree\n" if not found else "")
+    written = measured_spelling(seed)
+    if written.spelling != Spelling():
+        console.print(f"measured: {written.spelling}\n", markup=False)
+        console.print(written.source, markup=False, highlight=False)
+    for rule in RULES:
+        console.print(vertex_table(written, rule, width))
+
+
+def vertex_table(written: Spelled, rule: str, width: int) -> Table | str:
+    """Lays out what a rule promises of the vertices of a program and what they have."""
+    vertices = measured(written, rule, width)
+    if vertices is None:
+        return "the library promises no moments"
+    if isinstance(vertices, str):
+        return vertices
+    graph = architecture(written, width).graph
+    table = Table("vertex", "edges from", "promised", "measured", "± error", "ratio", "holds",
+                  title=f"rule {rule}, {vertices[0].draws} draws")  # fmt: skip
+    for one in vertices:
+        sources = graph.senders[graph.receivers == one.vertex]
+        numbers = (one.promised, one.measured, one.error, one.ratio)
+        table.add_row(
+            str(one.vertex),
+            ", ".join(map(str, sources)),
+            *(f"{number:.4g}" for number in numbers),
+            "yes" if one.holds else "no",
+        )
+    return table
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Lays out how many programs hold, by what is in them."""
+    table = Table("programs with", "programs", "spellings agree",
+                  *(f"{rule}: moments within {TOLERANCE:.0%}" for rule in RULES))  # fmt: skip
+    for name, one in {"anything": results, **results["by_kind"]}.items():
+        cells = [str(one["programs"]), str(one["spellings_agree"])]
+        for rule in RULES:
+            told = one[rule]
+            cells.append(f"{told['hold']} of {told['measured']}")
+        table.add_row(name, *cells)
+    return table
+
+
+def code_hash() -> str:
+    """Hashes the code of the library and of the programs."""
+    library = pathlib.Path(archscale_jax.__file__).parent
+    tests = [pathlib.Path(__file__).parents[1] / "tests" / name
+             for name in ("programs.py", "spellings.py", "program_checks.py")]  # fmt: skip
+    digest = hashlib.sha256()
+    for path in [*sorted(library.rglob("*.py")), *tests]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def main(arguments: list[str]) -> None:
+    """Checks all programs, or shows one."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+    if FLAGS.seed is not None:
+        show(FLAGS.seed, FLAGS.width)
+        return
+    name = f"{code_hash()}-{FLAGS.width}{'' if FLAGS.moments else '-spellings'}.jsonl"
+    journal = JOURNALS / name
+    records = {one["seed"]: one for one in read_records(journal)}
+    for seed in range(FLAGS.programs):
+        if seed not in records:
+            records[seed] = check(seed, FLAGS.width, FLAGS.moments)
+            append_record(journal, records[seed])
+        if seed % 50 == 49:
+            print(f"{seed + 1} of {FLAGS.programs}", flush=True)
+    results = summary([records[seed] for seed in range(FLAGS.programs)])
+    Console().print(results_table(results))
+    settings = {"width": FLAGS.width, "tolerance": TOLERANCE, "promises": bool(library_promise())}
+    print(common.write_results("random_programs", settings | results))
+
+
+if __name__ == "__main__":
+    app.run(main)
