@@ -26,7 +26,7 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from archscale_jax.architecture import Arrangement
+from archscale_jax.architecture import Architecture, Arrangement
 from archscale_jax.graph import is_weight, live_edges, live_vertices
 from archscale_jax.initializer import initialize
 from archscale_jax.models import DagMLP
@@ -232,7 +232,7 @@ def compare_shares() -> dict:
 
 
 def _smallest_over_he(graph: jraph.GraphsTuple, arrangement: Arrangement, rule) -> float:
-    edges = INITIALIZATION_RULES.resolve(rule)(graph, arrangement).edges
+    edges = INITIALIZATION_RULES.resolve(rule)(Architecture(graph, (), arrangement)).edges
     return float(np.sqrt(edges[is_weight(graph)].min() / 2))
 
 

@@ -133,7 +133,10 @@ def test_predictions_and_errors_of_known_searches(studies):
     assert {size: one.rate for size, one in group.searches.items()} == pytest.approx(best, rel=1e-3)
     assert group.predicted["measured"][4] == pytest.approx(0.05, rel=1e-3)
     assert group.predicted["none"][4] == pytest.approx(0.1, rel=1e-3)
-    assert group.predicted["effective_depth"][4] == pytest.approx(0.1 / 8, rel=1e-3)
+    assert group.predicted["effective_depth"][4] == pytest.approx(
+        0.1 * (3 / 6) ** 1.5,
+        rel=1e-3,  # additions, stem and readout
+    )
     assert list(groups["resnet_depth", "factors"].predicted) == ["none"]
     rows = {(row[1], row[4]): row for row in study.table(groups)[1:]}
     assert rows["initialized", "measured"][5] == "0.00"

@@ -329,7 +329,10 @@ def test_the_architecture_counts_neurons_not_rooms():
     found = archscale.grown_architecture(network.loss, wide, batch, units)
     plain = archscale.trace(network.loss, network.params, batch)
     for one, other in zip(found.parameters, plain.parameters, strict=True):
-        assert dataclasses.replace(one, shape=other.shape) == other
+        assert dataclasses.replace(one, shape=other.shape, uses=other.uses, filled=None) == other
+        own, theirs = ([(use.kind, use.edge, use.contracted, use.output) for use in each.uses]
+                       for each in (one, other))  # fmt: skip
+        assert own == theirs
     growth = archscale.grow(network.loss, wide, [batch], batch, units, number=1, normalize=True)
     factors = archscale.learning_rate_factors(growth.architecture, plain, width_rule="sgd")
     assert factors["readout/kernel"] == pytest.approx(3 / 4)

@@ -15,7 +15,7 @@ from archscale_jax.initializer import initialize
 from archscale_jax.models import DagCNN, DagMLP
 from archscale_jax.rules import WeightVariances, weight_standard_deviations
 from archscale_jax.spaces import dag_graph
-from archscale_jax.trees import named_leaves
+from archscale_jax.trees import map_with_names, named_leaves
 
 KEY = jax.random.key(7)
 
@@ -102,15 +102,15 @@ class TestDistribution:
         }
         self.check(nnx.state(network, nnx.Param), network.architecture(), expected)
 
-    @pytest.mark.parametrize("rule", ["none", "author_code", "moment"])
+    @pytest.mark.parametrize("rule", ["none", "author_code", "second_moment"])
     def test_takes_any_rule_by_name(self, rule):
         params, architecture = mlp("2_02_212")
         self.check(params, architecture, weight_standard_deviations(architecture, rule), rule)
 
     def test_takes_a_function_as_rule(self):
-        def constant(graph, arrangement):
-            del arrangement
-            return WeightVariances(np.full(len(graph.senders), 7.0), readout_gain=3.0)
+        def constant(architecture):
+            edges = np.full(len(architecture.graph.senders), 7.0)
+            return WeightVariances(edges, readout_gain=3.0)
 
         params, architecture = mlp("2")
         expected = {
@@ -150,8 +150,25 @@ class TestDraws:
     def test_do_not_depend_on_the_old_values_or_the_order_of_leaves(self):
         params, architecture = mlp()
         shuffled = Architecture(architecture.graph, architecture.parameters[::-1])
-        old = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), params)
+        drawn = weight_standard_deviations(architecture)
+        old = map_with_names(
+            lambda name, leaf: np.full(leaf.shape, np.nan if name in drawn else 0, leaf.dtype),
+            params,
+        )
         equal(initialize(KEY, params, architecture), initialize(KEY, old, shuffled))
+
+    def test_leave_what_is_not_drawn_as_it_is(self):
+        params, architecture = mlp("2_02", normalization="batch")
+        drawn = weight_standard_deviations(architecture)
+        old = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.3, leaf.dtype), params)
+        found = named_leaves(initialize(KEY, old, architecture))
+        shapes = jax.eval_shape(lambda: old)
+        fresh = named_leaves(initialize(KEY, shapes, architecture))
+        assert {name for name, leaf in found.items() if jnp.all(leaf == 0.3)} == (
+            set(found) - set(drawn)
+        )
+        for name in set(found) - set(drawn):
+            assert jnp.all(fresh[name] == (1 if name.endswith("scale") else 0)), name
 
     def test_are_the_same_under_jit(self):
         params, architecture = layer()

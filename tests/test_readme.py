@@ -13,6 +13,7 @@ PAGES = {
     "README.md": "depth sgd; m: residual additions over the base's",
     "docs/transfer.md": "",
     "docs/own_model.md": "",
+    "docs/initialization.md": "",
     "docs/coordinate.md": "{0: 1.",
     "docs/gradinit.md": "True",
     "docs/growing.md": "edge",

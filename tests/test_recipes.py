@@ -127,28 +127,34 @@ class TwoHeads(nn.Module):
         return nn.Dense(3, name="left")(x), nn.Dense(5, name="right")(x)
 
 
-def test_heads_are_readouts_in_their_tuple_and_hidden_in_the_sum_of_their_losses():
+def test_heads_are_readouts_in_their_tuple_and_in_the_sum_of_their_losses():
     model = TwoHeads()
     shapes = jax.eval_shape(model.init, jax.random.key(0), EXAMPLE)
 
     def total(params, x):
         return sum(jnp.mean(jnp.square(head)) for head in jax.tree.leaves(model.apply(params, x)))
 
-    for function, role in ((model.apply, "readout"), (total, "hidden")):
+    for function in (model.apply, total):
         parameters = archscale.trace(function, shapes, EXAMPLE).parameters
         roles = {parameter.name: parameter.role for parameter in parameters}
-        assert roles["params/left/kernel"] == roles["params/right/kernel"] == role
+        assert roles["params/left/kernel"] == roles["params/right/kernel"] == "readout"
 
 
-def test_a_penalty_on_the_weights_is_refused():
-    model, shapes, _ = perceptron()
+def test_a_penalty_on_the_weights_is_passed_over():
+    model, shapes, logits = perceptron()
 
     def loss(params, x, labels):
         value, _ = loss_and_aux(model)(params, x, labels)
         return value + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    with pytest.raises(archscale.TraceError, match="Dense_0/kernel"):
-        archscale.trace(loss, shapes, EXAMPLE, LABELS)
+    with_penalty = archscale.trace(loss, shapes, EXAMPLE, LABELS)
+    assert with_penalty.shapes == logits.shapes
+    assert path_depths(with_penalty) == path_depths(logits)
+    roles = [
+        {parameter.name: parameter.role for parameter in one.parameters}
+        for one in (with_penalty, logits)
+    ]
+    assert roles[0] == roles[1]
 
 
 class TestFrozen:

@@ -83,8 +83,9 @@ def test_a_transformer_block_counts_two_additions_and_length_two():
         assert shortest_path_length(arch.graph) == 2 * depth
         branches = residual_branches(arch.graph)
         assert len(branches) == 2 * depth
+    # 6 additions and 2, between a stem and a readout.
     assert archscale.learning_rate_scale(graphs[1], graphs[0], "effective_depth") == pytest.approx(
-        3**-1.5
+        (8 / 4) ** -1.5
     )
 
 
@@ -151,7 +152,7 @@ def test_moment_draws_branches_smaller_by_the_exponent(depth_exponent):
     assert ratio == pytest.approx(4**depth_exponent)
 
 
-def test_products_end_no_branch_that_a_weight_could_scale():
+def test_of_a_product_the_layer_that_enters_linearly_ends_the_branch():
     def apply(params, x):
         z = x @ params["stem"]
         z = z + (z @ params["a"]) * jax.nn.sigmoid(z @ params["b"])
@@ -160,7 +161,21 @@ def test_products_end_no_branch_that_a_weight_could_scale():
     names = {"stem": (8, 4), "a": (4, 4), "b": (4, 4), "out": (4, 3)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in names.items()}
     arch = archscale.trace(apply, params, jnp.ones((2, 8)))
-    with pytest.raises(ValueError, match="without a layer of its own"):
+    reasons = {name: one.reason for name, one in depth_factors(arch, arch, "adam").items()}
+    assert reasons["a"].startswith("ends a branch")
+    assert reasons["b"].startswith("in a branch")
+
+
+def test_a_branch_that_ends_in_no_layer_is_refused():
+    def apply(params, x):
+        z = x @ params["stem"]
+        z = z + jax.nn.relu(z @ params["a"]) * jax.nn.sigmoid(z @ params["b"])
+        return z @ params["out"]
+
+    names = {"stem": (8, 4), "a": (4, 4), "b": (4, 4), "out": (4, 3)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in names.items()}
+    arch = archscale.trace(apply, params, jnp.ones((2, 8)))
+    with pytest.raises(ValueError, match="no layer that it enters linearly"):
         depth_factors(arch, arch, "adam")
 
 

@@ -36,6 +36,7 @@ from archscale_jax.rules import (
     weight_standard_deviations,
     width_factors,
 )
+from archscale_jax.rules.residual import residual_branches
 from archscale_jax.spaces import cell_graph, chain_string, dag_graph, random_dag_string
 
 PRE_ACTIVATION, ACTIVATION = Arrangement.PRE_ACTIVATION, Arrangement.ACTIVATION
@@ -193,8 +194,11 @@ def test_the_base_keeps_its_own_rate(text, kernel_size):
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 30])
 def test_rules_of_depth_agree_on_chains(num_layers):
     chain, base = dag_graph(chain_string(num_layers)), dag_graph("2")
-    for rule in ("path_sum", "depth", "effective_depth"):
+    for rule in ("path_sum", "depth"):
         assert learning_rate_scale(chain, base, rule) == pytest.approx(num_layers**-1.5, rel=1e-12)
+    # Of a chain all layers count, stem and readout among them.
+    found = learning_rate_scale(chain, base, "effective_depth")
+    assert found == pytest.approx(((num_layers + 2) / 3) ** -1.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("make", [residual_blocks, merging_blocks])
@@ -230,8 +234,12 @@ def test_effective_depth_counts_layers_and_additions():
     assert shortest_path_length(dag_graph("1")) == 0
     assert shortest_path_length(dag_graph("2_02_102")) == 1
     assert shortest_path_length(dag_graph("0_12_002")) == 1  # nothing arrives from vertex 1
+    # 6 and 2 additions between stem and readout.
     scale = learning_rate_scale(residual_blocks(6), residual_blocks(2), "effective_depth")
-    assert scale == pytest.approx(3**-1.5)
+    assert scale == pytest.approx((8 / 4) ** -1.5)
+    assert learning_rate_scale(dag_graph("1"), dag_graph("2"), "effective_depth") == (
+        pytest.approx((2 / 3) ** -1.5)
+    )
 
 
 def test_the_rule_none_needs_no_base():
@@ -258,7 +266,7 @@ def test_a_rule_that_compares_needs_a_base(rule):
         learning_rate_scale(dag_graph("2"), rule=rule)
 
 
-@pytest.mark.parametrize("rule", ["path_sum", "depth", "effective_depth"])
+@pytest.mark.parametrize("rule", ["path_sum", "depth"])
 def test_graphs_without_weights_are_refused(rule):
     for pair in (("1", "2"), ("2", "1"), ("1_01", "1")):
         with pytest.raises(ValueError, match=rule):
@@ -299,8 +307,8 @@ def test_rules_can_be_added_by_name_once():
         return 0.5
 
     @register_initialization_rule("unit")
-    def unit(graph, arrangement):
-        return WeightVariances(np.ones(len(graph.senders)), readout_gain=1.0)
+    def unit(architecture):
+        return WeightVariances(np.ones(len(architecture.graph.senders)), readout_gain=1.0)
 
     @register_width_rule("unit")
     def no_width(parameter, fan_in_ratio, fan_out_ratio):
@@ -325,7 +333,7 @@ def test_rules_can_be_added_by_name_once():
 
 def test_the_rules_that_others_name_are_there():
     assert {"path_sum", "author_code", "depth", "effective_depth", "none"} <= {*LEARNING_RATE_RULES}
-    assert {"target", "source", "none", "author_code", "moment"} <= {*INITIALIZATION_RULES}
+    assert {"target", "source", "none", "author_code", "second_moment"} <= {*INITIALIZATION_RULES}
     assert {"sgd", "adam"} <= {*WIDTH_RULES}
 
 
@@ -457,16 +465,22 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
             degrees = np.array([2, 1, 2])
             assert weight_standard_deviations(
                 architecture,
-                lambda graph, arrangement, degrees=degrees: WeightVariances(2 / degrees),
+                lambda architecture, degrees=degrees: WeightVariances(2 / degrees),
             ) == pytest.approx({layer["layer"]: layer["std"] for layer in block}, rel=1e-6)
 
 
 # Initialization: in-degrees by hand.
 
 
+def behind_a_stem(graph, arrangement):
+    """An architecture of which no more is known than its graph and that it has a stem."""
+    stem = Parameter("stem", Role.INPUT, Role.INPUT, (8, 8), 8, 8)
+    return Architecture(graph, (stem,), arrangement)
+
+
 def numerators(graph, rule, arrangement=PRE_ACTIVATION):
     """C of every weight edge by its ends."""
-    variances = INITIALIZATION_RULES.resolve(rule)(graph, arrangement)
+    variances = INITIALIZATION_RULES.resolve(rule)(behind_a_stem(graph, arrangement))
     return {
         (source, target): float(numerator)
         for (source, target, weight), numerator in zip(
@@ -493,7 +507,7 @@ def test_rules_take_the_in_degree_of_their_vertex():
 
 def test_stem_and_readout_stand_outside_the_graph():
     architecture = network(dag_graph("2_22", kernel_size=3), in_features=4).architecture()
-    for rule in ("target", "source", "none", "moment"):
+    for rule in ("target", "source", "none", "second_moment"):
         deviations = weight_standard_deviations(architecture, rule)
         assert deviations["stem/kernel"] == pytest.approx(math.sqrt(2 / (4 * 9)))
         assert deviations["layers/0_1/kernel"] == pytest.approx(math.sqrt(2 / (8 * 9)))
@@ -505,13 +519,13 @@ def test_stem_and_readout_stand_outside_the_graph():
 
 
 def test_what_a_layer_reads_decides_its_deviation():
-    hidden = {"role": Role.HIDDEN, "layer": Role.HIDDEN, "shape": (8, 16), "edge": 0}
+    hidden = {"role": Role.HIDDEN, "layer": Role.HIDDEN, "shape": (8, 16)}
     parameters = (
-        Parameter("of_activations", fan_in=8, fan_out=16, **hidden),
-        Parameter("of_features", fan_in=8, fan_out=16, activated=False, **hidden),
+        Parameter("of_activations", fan_in=8, fan_out=16, edge=0, **hidden),
+        Parameter("of_features", fan_in=8, fan_out=16, edge=1, activated=False, **hidden),
         Parameter("table", Role.EMBEDDING, Role.INPUT, (50, 16), fan_in=1, fan_out=16),
     )
-    deviations = weight_standard_deviations(Architecture(dag_graph("2"), parameters), "none")
+    deviations = weight_standard_deviations(Architecture(dag_graph("2_02"), parameters), "none")
     # ReLU takes half of a second moment; a row of a table is one feature, read as it is.
     expected = {"of_activations": math.sqrt(2 / 8), "of_features": math.sqrt(1 / 8), "table": 1.0}
     assert deviations == pytest.approx(expected)
@@ -530,12 +544,12 @@ def test_the_default_rule_goes_with_what_vertices_sum():
 
 def test_variances_that_are_none_are_refused():
     architecture = network(dag_graph("2_12")).architecture()
-    with pytest.raises(ValueError, match=r"'he'.*target, source, none, author_code, moment"):
+    with pytest.raises(ValueError, match=r"'he'.*target, source, none, author_code, second_moment"):
         weight_standard_deviations(architecture, "he")
     for bad in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="layers/0_1/kernel"):
             weight_standard_deviations(
-                architecture, lambda graph, arrangement, bad=bad: WeightVariances(np.full(3, bad))
+                architecture, lambda architecture, bad=bad: WeightVariances(np.full(3, bad))
             )
 
 
@@ -543,7 +557,8 @@ def test_variances_that_are_none_are_refused():
 
 
 def edge_variances(graph, rule, arrangement, **options):
-    return INITIALIZATION_RULES.resolve(rule)(graph, arrangement, **options).edges
+    architecture = behind_a_stem(graph, arrangement)
+    return INITIALIZATION_RULES.resolve(rule)(architecture, **options).edges
 
 
 def second_moments(graph, variances, arrangement):
@@ -587,8 +602,17 @@ def second_moments(graph, variances, arrangement):
     return total, skipped
 
 
+def branches_end_in_layers(graph):
+    """Whether a layer feeds every vertex that a skip feeds beside a way with layers."""
+    reached = reached_from_input(graph)
+    weighted = {
+        target for source, target, weight in edge_lists(graph) if weight and source in reached
+    }
+    return set(residual_branches(graph)) <= weighted
+
+
 @pytest.mark.parametrize("arrangement", Arrangement)
-@pytest.mark.parametrize("rule", ["target", "source", "none", "moment"])
+@pytest.mark.parametrize("rule", ["target", "source", "none", "second_moment"])
 def test_moments_are_those_of_wide_networks(rule, arrangement):
     # Skips, dead ends (4), vertices that the input cannot reach (1), and plain weights.
     for text in ("0_20_002_0220_10212", "2_12_112_0212", "2_22_222"):
@@ -617,9 +641,10 @@ def test_moments_are_those_of_wide_networks(rule, arrangement):
 )
 def test_moment_makes_second_moments_equal_where_skips_leave_room(text, arrangement, share):
     graph = dag_graph(text)
+    hypothesis.assume(branches_end_in_layers(graph))
     reached = reached_from_input(graph)
     edges = edge_lists(graph)
-    variances = edge_variances(graph, "moment", arrangement, branch_share=share)
+    variances = edge_variances(graph, "second_moment", arrangement, branch_share=share)
     assert np.all(np.isfinite(variances) & (variances >= 0))
     assert all(
         variance > 0
@@ -653,6 +678,7 @@ def test_moment_makes_second_moments_equal_where_skips_leave_room(text, arrangem
 )
 def test_no_variances_beat_moment_by_more_than_its_share(text, seed, share):
     graph = dag_graph(text)
+    hypothesis.assume(branches_end_in_layers(graph))
     live = sorted(
         {vertex for path in end_to_end_paths(graph) for edge in path for vertex in edge[:2]}
     )
@@ -663,7 +689,7 @@ def test_no_variances_beat_moment_by_more_than_its_share(text, seed, share):
         return max(moments) / min(moments)
 
     drawn = np.exp(2 * np.random.default_rng(seed).normal(size=len(edge_lists(graph))))
-    found = ratio(edge_variances(graph, "moment", PRE_ACTIVATION, branch_share=share))
+    found = ratio(edge_variances(graph, "second_moment", PRE_ACTIVATION, branch_share=share))
     assert found <= math.exp(share) * ratio(drawn) * (1 + 1e-9)
 
 
@@ -671,7 +697,7 @@ def test_no_variances_beat_moment_by_more_than_its_share(text, seed, share):
 @hypothesis.given(dag_strings(max_vertices=7, operators="02"))
 def test_without_skips_moment_is_target(text):
     graph = dag_graph(text)
-    found, expected = numerators(graph, "moment"), numerators(graph, "target")
+    found, expected = numerators(graph, "second_moment"), numerators(graph, "target")
     reached = reached_from_input(graph)
     for (source, target), numerator in found.items():
         if source in reached:
@@ -683,17 +709,30 @@ def test_without_skips_moment_is_target(text):
 @pytest.mark.parametrize("share", [0.05, 0.25, 1.0])
 def test_moment_bounds_the_growth_of_residual_blocks(arrangement, num_blocks, share):
     graph = residual_blocks(num_blocks)
-    variances = edge_variances(graph, "moment", arrangement, branch_share=share)
+    variances = edge_variances(graph, "second_moment", arrangement, branch_share=share)
     total, _ = second_moments(graph, variances, arrangement)
     assert max(total) == pytest.approx((1 + share / num_blocks) ** num_blocks, rel=1e-9)
     assert max(total) <= math.exp(share)
     assert min(total) == 1
 
 
+@pytest.mark.parametrize("num_blocks", [1, 3, 18])
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_a_branch_that_a_skip_carries_on_brings_its_share_too(num_blocks, share):
+    graph = merging_blocks(num_blocks)
+    variances = edge_variances(graph, "second_moment", PRE_ACTIVATION, branch_share=share)
+    total, _ = second_moments(graph, variances, PRE_ACTIVATION)
+    growth = 1 + share / num_blocks
+    assert total[::2] == pytest.approx([growth**block for block in range(num_blocks + 1)])
+    assert total[1::2] == pytest.approx(
+        [share / num_blocks * growth**block for block in range(num_blocks)]
+    )
+
+
 @pytest.mark.parametrize("arrangement", Arrangement)
 def test_moment_leaves_a_saturated_vertex_alone_when_told_so(arrangement):
     graph = residual_blocks(4)
-    variances = edge_variances(graph, "moment", arrangement, branch_share=0)
+    variances = edge_variances(graph, "second_moment", arrangement, branch_share=0)
     total, _ = second_moments(graph, variances, arrangement)
     assert total == pytest.approx([1.0] * len(total))
 
@@ -781,7 +820,7 @@ def test_moment_is_not_misled_by_the_order_of_edges():
         build_graph(6, senders[order], receivers[order], operators[order])
         for order in (slice(None), shuffled)
     ]
-    assert numerators(graphs[0], "moment") == numerators(graphs[1], "moment")
+    assert numerators(graphs[0], "second_moment") == numerators(graphs[1], "second_moment")
 
 
 def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
@@ -801,7 +840,9 @@ def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
 def test_options_reach_an_initialization_rule():
     architecture = network(dag_graph("2_12")).architecture()
     small, large = (
-        weight_standard_deviations(architecture, "moment", branch_share=share)["layers/1_2/kernel"]
+        weight_standard_deviations(architecture, "second_moment", branch_share=share)[
+            "layers/1_2/kernel"
+        ]
         for share in (0.25, 1.0)
     )
     assert large == pytest.approx(2 * small)
@@ -811,7 +852,7 @@ def test_options_reach_an_initialization_rule():
 def test_moment_refuses_a_share_that_is_none(share):
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(ValueError, match="branch_share"):
-        weight_standard_deviations(architecture, "moment", branch_share=share)
+        weight_standard_deviations(architecture, "second_moment", branch_share=share)
 
 
 @pytest.mark.parametrize("rule", [None, 3])

@@ -15,6 +15,7 @@ import archscale_jax as archscale
 from archscale_jax.architecture import Role
 from archscale_jax.graph import Operator, live_vertices
 from archscale_jax.models import DagCNN, DagMLP
+from archscale_jax.rules import INITIALIZATION_RULES
 from archscale_jax.tracing import TraceError, trace
 
 RELU = jax.nn.relu
@@ -60,8 +61,13 @@ def assert_same(traced, architecture):
         np.testing.assert_array_equal(getattr(traced.graph, field), expected)
     assert edges(traced) == edges(architecture)
     assert traced.graph.globals["kernel_size"] == architecture.graph.globals["kernel_size"]
-    assert traced.parameters == architecture.parameters
+    assert common(traced) == common(architecture)
     assert traced.arrangement == architecture.arrangement
+
+
+def common(architecture):
+    """What a trace and an architecture that is written by hand both say of parameters."""
+    return [dataclasses.replace(one, uses=(), start=None) for one in architecture.parameters]
 
 
 def is_told_apart(graph):
@@ -110,6 +116,20 @@ class TestNetworksOfGraphs:
         traced = trace_model(model, jnp.ones((4, 6)), arrangement=arrangement)
         assert_same(traced, model.architecture())
 
+    @settings(max_examples=12, phases=[Phase.generate])
+    @given(
+        text=st.sampled_from(LIVE), arrangement=st.sampled_from(["pre_activation", "activation"])
+    )
+    def test_their_weights_are_drawn_as_those_of_the_architecture_on_paper(self, text, arrangement):
+        model = abstract(DagMLP, archscale.dag_graph(text), 6, 5, 3, arrangement=arrangement)
+        architecture = model.architecture()
+        traced = trace_model(model, jnp.ones((4, 6)), arrangement=arrangement)
+        for rule in INITIALIZATION_RULES:
+            found, expected = (
+                archscale.weight_standard_deviations(one, rule) for one in (traced, architecture)
+            )
+            assert found == pytest.approx(expected, rel=1e-6), rule
+
     @settings(max_examples=8, phases=[Phase.generate])
     @given(
         text=st.sampled_from(LIVE),
@@ -130,7 +150,7 @@ class TestNetworksOfGraphs:
         model = abstract(DagCNN, archscale.cell_graph(text), 2, 4, 3)
         traced = trace_model(model, jnp.ones((2, 6, 6, 2)))
         assert edges(traced) == edges(model.architecture())
-        assert traced.parameters == model.architecture().parameters
+        assert common(traced) == common(model.architecture())
 
     @pytest.mark.parametrize("text", ["2_12_022", "2_02_222"])
     def test_the_arrangement_is_seen_where_vertices_sum(self, text):
@@ -341,16 +361,14 @@ class TestRefusals:
 
         self.refused(behind, params, "parameter 'dead' does nothing to the result")
 
-    def test_parameters_that_make_one_weight(self):
+    def test_a_product_of_parameters_is_a_weight(self):
         params = shapes(stem=(8, 4), left=(4, 2), right=(2, 4), readout=(4, 3))
 
         def apply(params, x):
             z = RELU(x @ params["stem"])
             return RELU(z @ (params["left"] @ params["right"])) @ params["readout"]
 
-        self.refused(apply, params, r"'left', 'right' make one weight at .*test_tracing.py")
-        loss = lambda p, x: (x @ p["stem"]).mean() + sum(jnp.sum(w**2) for w in p.values())  # noqa: E731
-        self.refused(loss, params, "without penalties on its weights")
+        assert roles(trace(apply, params, self.x))["left"] == Role.HIDDEN
         traced = trace(apply, params, self.x, roles={"left": "hidden", "right": "hidden"})
         assert roles(traced)["left"] == Role.HIDDEN
 
@@ -363,11 +381,11 @@ class TestRefusals:
         params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3))
         self.refused(apply, params, "while .*'hidden'.*lax.scan")
 
-    def test_an_operation_that_is_no_layer(self):
+    def test_a_bound_of_an_activation(self):
         params = shapes(stem=(8, 4), bound=(4,), readout=(4, 3))
         apply = lambda p, x: jnp.maximum(x @ p["stem"], p["bound"]) @ p["readout"]  # noqa: E731
-        match = "max of parameter 'bound' at .*test_tracing.py.*roles={'bound': role}"
-        self.refused(apply, params, match)
+        (bound,) = [p for p in trace(apply, params, self.x).parameters if p.name == "bound"]
+        assert not bound.start_known
         declared = trace(apply, params, self.x, roles={"bound": "bias"})
         assert roles(declared)["bound"] == Role.BIAS
 
@@ -419,10 +437,12 @@ class TestRefusals:
         apply = lambda p, x: RELU(jnp.ones((2, 8)) @ p["stem"]) @ p["readout"] + x.sum()  # noqa: E731
         self.refused(apply, params, "no parameter is applied to the inputs; pass what")
 
-    def test_a_weight_without_a_product(self):
+    @pytest.mark.xfail(strict=True, reason="it is read as a scale")
+    def test_a_layer_written_as_a_product_and_a_sum(self):
         params = shapes(stem=(8, 4), table=(4, 3))
         apply = lambda p, x: ((x @ p["stem"])[:, :, None] * p["table"]).sum(1)  # noqa: E731
-        self.refused(apply, params, r"'table' of shape \(4, 3\) multiplies .*say roles={'table'")
+        (table,) = [p for p in trace(apply, params, self.x).parameters if p.name == "table"]
+        assert (table.role, table.fan_in, table.fan_out) == (Role.READOUT, 4, 3)
 
     def test_a_result_without_inputs(self):
         self.refused(
@@ -443,7 +463,7 @@ class TestRefusals:
             z = z + RELU(z @ params["one"])
             return (z + RELU(z) @ params["two"]) @ params["readout"]
 
-        self.refused(apply, params, "others pre-activations; say which with arrangement=")
+        assert trace(apply, params, self.x).arrangement == "pre_activation"
         assert trace(apply, params, self.x, arrangement="activation").arrangement == "activation"
 
 
@@ -468,7 +488,7 @@ class TestInitialization:
         assert deviations["linear"] == pytest.approx((1 / 64) ** 0.5)
         assert deviations["after"] == pytest.approx((2 / 64) ** 0.5)
 
-    def test_a_leaf_of_layers_that_want_different_variances_is_refused(self):
+    def test_a_leaf_of_layers_that_want_different_variances_gets_the_smallest(self):
         params = shapes(stem=(8, 4), shared=(4, 4), readout=(4, 3))
 
         def apply(params, x):
@@ -478,5 +498,5 @@ class TestInitialization:
             return RELU(second) @ params["readout"]
 
         traced = trace(apply, params, jax.ShapeDtypeStruct((2, 8), jnp.float32))
-        with pytest.raises(ValueError, match="'shared' is the weight of several layers"):
-            archscale.weight_standard_deviations(traced)
+        deviations = archscale.weight_standard_deviations(traced)
+        assert deviations["shared"] == pytest.approx((2 / 4 / 2) ** 0.5)  # beside a skip

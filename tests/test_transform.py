@@ -463,6 +463,9 @@ class TestFactors:
         factors = learning_rate_factors(wide, base, "none", width_rule=rule)
         assert {name: factors[name] for name in expected} == pytest.approx(expected)
         both = learning_rate_factors(wide, self.abstract(4, text="2"), width_rule=rule)
+        assert both == pytest.approx(factors)  # a width rule alone answers for width alone
+        options = {"rule": "path_sum", "width_rule": rule}
+        both = learning_rate_factors(wide, self.abstract(4, text="2"), **options)
         topology = learning_rate_factors(wide, self.abstract(4, text="2"))
         assert both == pytest.approx({name: factors[name] * topology[name] for name in factors})
 

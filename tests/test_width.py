@@ -81,7 +81,7 @@ def test_widths_leave_the_ends_of_the_network_alone():
     assert fans["params/layers_0/kernel"] == (16, 4)
     assert fans["params/layers_2/kernel"] == (4, 4)
     assert fans["params/layers_4/kernel"] == (4, 16)
-    assert fans["params/layers_4/bias"] == (4, 16)
+    assert fans["params/layers_4/bias"] == (16, 16)
 
 
 def test_widths_that_no_layer_has_are_refused():

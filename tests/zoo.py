@@ -35,7 +35,6 @@ class Example:
       edges: numbers of edges of some leaves on paths; what reads a first state of zeros is on none.
       layers: layers of some leaves.
       arrangement: what its vertices sum.
-      unshared: whether initialization must refuse a leaf, as layers want different variances of it.
       options: of `trace`.
     """
 
@@ -47,7 +46,6 @@ class Example:
     edges: Mapping[str, int] = dataclasses.field(default_factory=dict)
     layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     arrangement: str = "pre_activation"
-    unshared: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from tests.zoo import ONE, Built, X, example, refusal
+from tests.zoo import ONE, Built, X, example
 
 VECTORS = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 SEQUENCES = jax.ShapeDtypeStruct((2, 6, 8), jnp.float32)
@@ -75,7 +75,8 @@ def gru_paths(steps):
         "readout": r"linear/weight",
     },
     fans={"cell/weight_ih": (8, 36), "cell/weight_hh": (12, 36), "linear/weight": (12, 3)},
-    edges={"cell/weight_ih": 6, "cell/weight_hh": 5},
+    # Of the inputs every part feeds a sum of its own; of the state one is multiplied first.
+    edges={"cell/weight_ih": 3 * 6, "cell/weight_hh": 5},
 )
 def gru_classifier() -> Built:
     return built(GRUClassifier, SEQUENCES)
@@ -280,7 +281,7 @@ def mlp_mixer() -> Built:
     return built(functools.partial(Mixer, False), MIXER_IMAGES)
 
 
-@refusal(r"'blocks/0/norm1/weight' of shape \(16, 9\) multiplies features .*'scale'")
+@example(**MIXER)
 def mlp_mixer_with_joint_norms_undeclared() -> Built:
     return built(functools.partial(Mixer, True), MIXER_IMAGES)
 
@@ -290,7 +291,7 @@ JOINT_SCALES = {f"blocks/{block}/norm{i}/weight": "scale" for block in range(3) 
 
 @example(**MIXER, options={"roles": JOINT_SCALES})
 def mlp_mixer_with_joint_norms() -> Built:
-    """With the roles that the refusal asks for; the offsets beside them are biases."""
+    """With roles that are told; the offsets beside them are biases."""
     return built(functools.partial(Mixer, True), MIXER_IMAGES)
 
 

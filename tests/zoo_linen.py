@@ -9,7 +9,7 @@ import jraph
 import numpy as np
 from flax import linen as nn
 
-from tests.zoo import Built, X, example, refusal
+from tests.zoo import Built, X, example
 
 IMAGES = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 6), jnp.int32)
@@ -191,7 +191,7 @@ class UNet(nn.Module):
     },
     fans={
         "Conv_6/kernel": (9 * 32, 9 * 16),  # reads 16 + 16 channels
-        "ConvTranspose_0/kernel": (4 * 32, 4 * 16),
+        "ConvTranspose_0/kernel": (32, 4 * 16),  # of 2 x 2 positions a stride of 2 leaves one
         "Conv_10/kernel": (8, 3),
     },
 )
@@ -321,7 +321,8 @@ def t5_paths(depth=2):
 @example(
     paths=t5_paths(),
     roles={
-        "embedding": r"shared/embedding|RelativeAttention_[02]/relative/embedding",
+        "embedding": r"shared/embedding",
+        "bias": r"RelativeAttention_[02]/relative/embedding",  # added to scores
         "hidden": r"RelativeAttention_\d/(query|key|value|out)/kernel|Dense_\d/kernel",
         "scale": r"RMSNorm_\d+/scale",
     },
@@ -367,15 +368,23 @@ def lstm_paths(steps):
     },
     fans={"cell/hf/kernel": (12, 12), "cell/if/kernel": (8, 12), "Embed_0/embedding": (1, 8)},
     edges={"cell/hf/kernel": 5, "cell/ig/kernel": 6},
-    unshared=True,  # a gate sums one contribution at first and two later
 )
 def lstm_language_model() -> Built:
     return built(LanguageModel(nn.LSTMCell(12)), TOKENS)
 
 
-@refusal(r"make one weight at .*roles=")
+@example(
+    paths=lstm_paths(6),
+    roles={
+        "embedding": r"Embed_0/embedding",
+        "hidden": r"cell/[ih][ifgo]/kernel",
+        "bias": r".*/bias",
+        "readout": r"Dense_0/kernel",
+    },
+    fans={"cell/hf/kernel": (12, 12), "cell/if/kernel": (8, 12), "Embed_0/embedding": (1, 8)},
+)
 def optimized_lstm_language_model() -> Built:
-    """Joins its kernels before it multiplies."""
+    """Joins its kernels before it multiplies; every gate is a part of the product."""
     return built(LanguageModel(nn.OptimizedLSTMCell(12)), TOKENS)
 
 
@@ -486,7 +495,20 @@ class AttentionPooling(nn.Module):
         return nn.Dense(10)(nn.MultiHeadDotProductAttention(2)(jnp.tile(probe, (2, 1, 1)), x))
 
 
-@refusal(r"'probe'.* make one weight at .*roles=")
+@example(
+    paths=2 * X**2,  # by key or value, then through the output; no input reaches the query
+    roles={
+        "input": r"Dense_0/kernel",
+        "embedding": r"probe",
+        "hidden": r"MultiHead\w+/(query|key|value|out)/kernel",
+        "bias": r".*/bias",
+        "readout": r"Dense_1/kernel",
+    },
+    fans={
+        "MultiHeadDotProductAttention_0/query/kernel": (16, 16),
+        "MultiHeadDotProductAttention_0/out/kernel": (16, 16),
+    },
+)
 def attention_pooling() -> Built:
     return built(AttentionPooling(), jax.ShapeDtypeStruct((2, 6, 8), jnp.float32))
 
@@ -499,7 +521,19 @@ class WeightNormalized(nn.Module):
         return nn.Dense(10)(x)
 
 
-@refusal(r"'WeightNorm_0/\S*scale'.* make one weight at .*roles=")
+@example(
+    paths=X,  # the layer between stem and readout, its columns divided by their norms
+    roles={
+        "input": r"Dense_0/kernel",
+        "hidden": r"Dense_1/kernel",
+        "bias": r".*/bias",
+        "scale": r"WeightNorm_0/\S*scale",
+        "readout": r"Dense_2/kernel",
+    },
+    fans={"Dense_1/kernel": (16, 16)},
+    edges={"Dense_1/kernel": 1},
+    linear="",
+)
 def weight_normalization() -> Built:
     return built(WeightNormalized(), VECTORS)
 

@@ -178,7 +178,8 @@ RECURRENT_ROLES = {
     paths=gru_paths(6),
     roles=RECURRENT_ROLES,
     fans={"rnn/cell/dense_i/kernel": (8, 36), "rnn/cell/dense_h/kernel": (12, 36)},
-    edges={"rnn/cell/dense_i/kernel": 6, "rnn/cell/dense_h/kernel": 5},
+    # Of the inputs every part feeds a sum of its own; of the state one is multiplied first.
+    edges={"rnn/cell/dense_i/kernel": 3 * 6, "rnn/cell/dense_h/kernel": 5},
 )
 def gru_language_model() -> Built:
     return built(lambda rngs: RecurrentLanguageModel(nnx.GRUCell, rngs), TOKENS)
@@ -203,7 +204,6 @@ def fused_lstm_paths(steps):
     roles=RECURRENT_ROLES,
     fans={"rnn/cell/dense_i/kernel": (8, 48), "rnn/cell/dense_h/kernel": (12, 48)},
     edges={"rnn/cell/dense_i/kernel": 6, "rnn/cell/dense_h/kernel": 5},
-    unshared=True,  # the gates sum one contribution at first and two later
 )
 def optimized_lstm_language_model() -> Built:
     return built(lambda rngs: RecurrentLanguageModel(nnx.OptimizedLSTMCell, rngs), TOKENS)
@@ -290,10 +290,12 @@ class Adapted(nnx.Module):
 
 
 @example(
-    paths=(X + X**2) ** 4,  # a layer, or the two of its adapter; the output is their sum
+    # A layer, or the two of its adapter; of the last both that end in the output are readouts.
+    paths=(X + X**2) ** 3 * (1 + X),
     roles={
         "input": r"layers/0/(kernel|lora/lora_a)",
-        "hidden": r"layers/[123]/kernel|layers/[123]/lora/lora_a|layers/\d/lora/lora_b",
+        "hidden": r"layers/[12]/kernel|layers/[123]/lora/lora_a|layers/[012]/lora/lora_b",
+        "readout": r"layers/3/(kernel|lora/lora_b)",
         "bias": r"layers/\d/bias",
     },
     fans={"layers/1/lora/lora_a": (16, 2), "layers/1/lora/lora_b": (2, 16)},

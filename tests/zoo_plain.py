@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tests.zoo import Built, X, example, refusal
+from tests.zoo import ONE, Built, X, example, refusal
 
 RELU = jax.nn.relu
 VECTORS = jax.ShapeDtypeStruct((2, 8), jnp.float32)
@@ -331,7 +331,12 @@ def regression_loss() -> Built:
     return loss, perceptron_shapes(), (VECTORS, jax.ShapeDtypeStruct((2, 3), jnp.float32))
 
 
-@refusal(r"'left', 'right', 'frozen'|'frozen', 'left', 'right'")
+@example(
+    paths=X,  # one kernel, a sum of a leaf and a product, of which one factor is kept as it is
+    roles={"input": r"stem", "hidden": r"frozen|left|right", "readout": r"readout"},
+    fans={"frozen": (16, 16)},
+    linear="",
+)
 def low_rank_update() -> Built:
     def apply(params, x):
         x = RELU(x @ params["stem"])
@@ -356,7 +361,11 @@ def equilibrium() -> Built:
     return apply, shapes(stem=(8, 16), hidden=(16, 16), readout=(16, 3)), (VECTORS,)
 
 
-@refusal(r"'decay' of shape \(16, 4\) multiplies features .*roles=")
+@example(
+    paths=ONE,  # a state is a function of the vertex whose steps it sums
+    roles={"input": r"stem", "bias": r"decay", "readout": r"readout"},
+    fans={"readout": (16, 3)},
+)
 def state_space_layer() -> Built:
     """A diagonal state of four numbers a feature, as in S4D and Mamba."""
 

@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import archscale_jax as archscale
 from archscale_jax import Architecture, Operator, Role
 from archscale_jax.rules.width import features
@@ -112,9 +114,13 @@ def halves(architecture: Architecture) -> dict[int, int]:
     return {width: width // 2 for width in sorted(widths) if width >= 4 and width % 2 == 0}
 
 
-def rounded(value: float | None) -> float | None:
-    """Six digits: the last ones of a float differ between processors."""
-    return None if value is None else float(f"{value:.6g}")
+def rounded(value: Any) -> Any:
+    """Six digits: the last ones of a float differ between processors; of a stack every slice's."""
+    if value is None:
+        return None
+    if np.ndim(value):
+        return [rounded(one) for one in np.ravel(value)]
+    return float(f"{value:.6g}")
 
 
 class Difference(NamedTuple):
