@@ -437,7 +437,6 @@ class TestRefusals:
         apply = lambda p, x: RELU(jnp.ones((2, 8)) @ p["stem"]) @ p["readout"] + x.sum()  # noqa: E731
         self.refused(apply, params, "no parameter is applied to the inputs; pass what")
 
-    @pytest.mark.xfail(strict=True, reason="it is read as a scale")
     def test_a_layer_written_as_a_product_and_a_sum(self):
         params = shapes(stem=(8, 4), table=(4, 3))
         apply = lambda p, x: ((x @ p["stem"])[:, :, None] * p["table"]).sum(1)  # noqa: E731

@@ -363,7 +363,7 @@ def equilibrium() -> Built:
 
 @example(
     paths=ONE,  # a state is a function of the vertex whose steps it sums
-    roles={"input": r"stem", "bias": r"decay", "readout": r"readout"},
+    roles={"input": r"stem", "scale": r"decay", "readout": r"readout"},
     fans={"readout": (16, 3)},
 )
 def state_space_layer() -> Built:

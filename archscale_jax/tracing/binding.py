@@ -37,6 +37,8 @@ def records(binding: Binding) -> tuple[tuple[Parameter, ...], list[str]]:
     numbers = {edge: place for place, edge in enumerate(binding.built.edges)}
     by_leaf: dict[str, list[tuple[int, Use]]] = {name: [] for name in binding.state.shapes}
     for number, use in enumerate(binding.state.uses):
+        if number in binding.state.replaced:
+            continue
         by_leaf[use.leaf].append((number, use))
     edges_behind = _edges_by_use(binding.built.edges)
     found, idle = [], []

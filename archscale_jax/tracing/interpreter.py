@@ -280,6 +280,8 @@ class Interpreter:
         arrays = list(_evaluate(equation, [operand.array for operand in operands]))
         made = {use.edge: use for use in uses if use.kind == "weight"}
         for use in made.values():
+            if len(operands) < 2:  # a sum of products of entries
+                continue
             arrays[0] = self._layer_output(use, equation, operands, arrays[0])
         for result, array in zip(results, arrays, strict=True):
             if not isinstance(result, Feature) or result.vertex == self.state.data:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from archscale_jax.expressions import Expression, Variable
+from archscale_jax.expressions import Constant, Expression, Statistic, Unknown, Variable
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Edge, Flow, Kind
@@ -93,6 +93,7 @@ class State:
       layers: numbers of the uses that made a vertex.
       notes: what could not be known, and what was supposed.
       unsupported: messages on parameters that cannot be read.
+      replaced: numbers of uses that turned out to be part of another.
       manual: how many `shard_map`s what is read lies in.
     """
 
@@ -113,6 +114,7 @@ class State:
     layers: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     unsupported: dict[str, None] = dataclasses.field(default_factory=dict)
+    replaced: set[int] = dataclasses.field(default_factory=set)
     manual: int = 0
     _fresh: Any = dataclasses.field(default_factory=itertools.count)
 
@@ -318,6 +320,16 @@ def mixture(state: State, parts: Sequence[tuple[Expression, int]]) -> Expression
         "choice", state.fresh(), nodes=np.arange(len(parts)), weights=counts / counts.sum()
     )
     return apply("choose", _chosen, choice, *(expression for expression, _ in parts))
+
+
+def mean_over(
+    state: State, expression: Expression, labels: Labels, count: int, name: str = "mean"
+) -> Expression:
+    """Returns the statistic of an expression over an axis; of what is constant there, itself."""
+    if not labels or isinstance(expression, Constant | Unknown):
+        return expression
+    units = state.has_units(labels) or any(isinstance(label, tuple) for label in labels)
+    return Statistic(expression, labels, max(count, 1), units, name)
 
 
 def _chosen(place, *values):

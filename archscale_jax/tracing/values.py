@@ -77,6 +77,7 @@ class Feature:
       passed: numbers of the uses of parameters that have scaled it since.
       bare: whether it is what a layer or pool gave, with its bias; a slice is not.
       mask: whether it is a comparison of inputs, which masks what it multiplies.
+      outer: of which weight and features it is the product, where it has been multiplied just now.
       filled: how many entries have been written into an array of zeros; 0 where all hold features.
       inputs: numbers of the inputs that it is made of, before any layer.
     """
@@ -88,6 +89,7 @@ class Feature:
     bare: bool = False
     mask: bool = False
     filled: int = 0
+    outer: "OuterProduct | None" = None
     one_hot: Labels = NO_LABELS
     inputs: frozenset[int] = frozenset()
     array: Any = None
@@ -96,6 +98,21 @@ class Feature:
     def plain(self) -> bool:
         """Whether it is the vertex's features as they are."""
         return self.expression == Variable("vertex", self.vertex)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OuterProduct:
+    """Entries of a weight times features that are copied along one of its axes.
+
+    Attributes:
+      weight: the weight, as it was multiplied.
+      feature: the features.
+      expression: what the product is, as long as nothing else has been made of it.
+    """
+
+    weight: Weight
+    feature: Feature
+    expression: Expression
 
 
 Value = Known | Weight | Feature

@@ -31,6 +31,7 @@ from archscale_jax.tracing.values import (
     Feature,
     Known,
     Labels,
+    OuterProduct,
     Value,
     Weight,
     features_of,
@@ -194,7 +195,7 @@ def elementwise(state: State, call: Call) -> Value:
     """Reads an elementwise operation; a law for every combination of operands."""
     if not call.features:
         expression = expression_of(call, [value.expression for value in call.values])
-        if call.weights:
+        if call.weights and not _is_zero(expression):
             return made_of_params(call, expression)
         axes = joined([value.axes for value in call.values], len(call.shape))
         return Known(expression, axes, one_hot=_one_hot(call) or _kept_hot(call))
@@ -315,6 +316,9 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
         passed |= frozenset(_scale(state, call, weight, feature))
     pooled = feature.bare and call.name in PRODUCTS and not weights and len(features) == 1
     kept = call.name in _KEEP_BARE or (pooled and expression == _variable(feature))
+    outer = None
+    if call.name == "mul" and len(weights) == len(features) == 1:
+        outer = _outer_product(weights[0], feature, expression)
     one_hot = _one_hot(call) or _kept_hot(call)
     for other in call.values:
         if isinstance(other, Known) and one_hot:
@@ -327,6 +331,7 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
         bare=feature.bare and kept,
         mask=state.is_data(feature) and (call.name in _COMPARISONS or _all_masks(features)),
         one_hot=one_hot,
+        outer=outer,
         inputs=frozenset().union(*(one.inputs for one in features)),
         array=None,
     )
@@ -334,6 +339,16 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
 
 _KEEP_BARE = ("convert_element_type", "stop_gradient", "copy")
 _KEEP_HOT = ("convert_element_type", "mul", "div", "select_n")
+
+
+def _outer_product(weight: Weight, feature: Feature, expression: Expression) -> OuterProduct | None:
+    """What a sum over features makes a layer of: entries of a matrix times copies of features."""
+    if len(feature.axes) != len(weight.axes):
+        return None
+    written = [
+        not own and bool(labels) for own, labels in zip(feature.axes, weight.axes, strict=True)
+    ]
+    return OuterProduct(weight, feature, expression) if any(written) else None
 
 
 def _all_masks(features: list[Feature]) -> bool:

@@ -25,11 +25,10 @@ from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import dot_axes, free_axes, gathered
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params, neutral_value
-from archscale_jax.tracing.primitives.reductions import mean_over
 from archscale_jax.tracing.primitives.registry import register_primitive
 from archscale_jax.tracing.primitives.reshuffles import like, part_of
 from archscale_jax.tracing.sharding import whole_shape
-from archscale_jax.tracing.state import Call, State
+from archscale_jax.tracing.state import Call, State, mean_over
 from archscale_jax.tracing.values import (
     NO_LABELS,
     Axes,

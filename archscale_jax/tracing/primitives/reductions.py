@@ -12,7 +12,6 @@ from archscale_jax.expressions import (
     Expression,
     Moments,
     Statistic,
-    Unknown,
     moments,
     times,
     variables,
@@ -21,19 +20,10 @@ from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import dtype_of, moved, shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params
+from archscale_jax.tracing.primitives.products import Contraction, layer
 from archscale_jax.tracing.primitives.registry import register_primitive
-from archscale_jax.tracing.state import Call, State
-from archscale_jax.tracing.values import Feature, Known, Labels, Value
-
-
-def mean_over(
-    state: State, expression: Expression, labels: Labels, count: int, name: str = "mean"
-) -> Expression:
-    """Returns the statistic of an expression over an axis; of what is constant there, itself."""
-    if not labels or isinstance(expression, Constant | Unknown):
-        return expression
-    units = state.has_units(labels) or any(isinstance(label, tuple) for label in labels)
-    return Statistic(expression, labels, max(count, 1), units, name)
+from archscale_jax.tracing.state import Call, State, mean_over
+from archscale_jax.tracing.values import Feature, Known, OuterProduct, Value
 
 
 @register_primitive("reduce_sum", "reduce_max", "reduce_min")
@@ -41,6 +31,10 @@ def reduction(state: State, call: Call) -> Value:
     """A sum is the mean times the number of entries; extremes stand for their axis."""
     (value,) = call.values
     reduced = call.parameters["axes"]
+    if call.name == "reduce_sum" and isinstance(value, Feature) and value.outer is not None:
+        product = _matrix_product(state, call, value, value.outer)
+        if product is not None:
+            return product
     labels = (
         frozenset().union(*(value.axes[axis] for axis in reduced)) if value.axes else frozenset()
     )
@@ -57,6 +51,27 @@ def reduction(state: State, call: Call) -> Value:
         kept = dataclasses.replace(value, expression=expression, axes=axes, array=None, bare=False)
         return dataclasses.replace(kept, one_hot=frozenset())
     return made_of_params(call, expression, axes) if call.weights else Known(expression, axes)
+
+
+def _matrix_product(state: State, call: Call, value: Feature, outer: OuterProduct) -> Value | None:
+    """A layer that is written as a product of entries and a sum; None if it is no layer."""
+    weight, feature, reduced = outer.weight, outer.feature, call.parameters["axes"]
+    places = range(len(weight.axes))
+    sums = all(weight.axes[axis] and feature.axes[axis] for axis in reduced)
+    if not sums or value.expression is not outer.expression:
+        return None
+    written = [axis for axis in places if weight.axes[axis] and not feature.axes[axis]]
+    shared = [axis for axis in places if weight.axes[axis] and axis not in (*reduced, *written)]
+    kept = [axis for axis in places if axis not in reduced]
+    axes = tuple(feature.axes[axis] for axis in kept)
+    how = Contraction(tuple(reduced), tuple(shared), tuple(written))
+    labels = frozenset().union(*(feature.axes[axis] for axis in reduced))
+    # What was noted as the use of a scale is the use of a matrix.
+    noted = value.passed - feature.passed
+    for number in noted:
+        state.replaced.add(number)
+    own = [kept.index(axis) for axis in written]
+    return layer(state, call, weight, feature, Operator.LINEAR, how, (axes, own), labels, 0)
 
 
 def _of_constants(statistic: Statistic) -> Expression:
