@@ -22,6 +22,8 @@ def dtype_of(atom) -> Any:
 def joined(all_axes: Sequence[Axes], rank: int) -> Axes:
     """Returns the labels of what an elementwise function of arrays gives, scalars left out."""
     full = [axes for axes in all_axes if len(axes) == rank]
+    if len(full) == 1 or (len(full) == 2 and full[0] == full[1]):
+        return full[0]
     return tuple(frozenset().union(*labels) for labels in zip(*full, strict=True)) if full else (
         (NO_LABELS,) * rank
     )  # fmt: skip
@@ -34,6 +36,8 @@ def reshaped(axes: Axes, shape: tuple[int, ...], result: tuple[int, ...]) -> Axe
         strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         return [(stride, stride * size) for stride, size in zip(strides, sizes, strict=True)]
 
+    if shape == result:
+        return axes
     before = spans(shape)
     return tuple(
         frozenset().union(

@@ -223,7 +223,7 @@ class Interpreter:
                 return value
             return self.state.learned(call, value, [len(value.axes) - 1])
 
-        return call._replace(values=[feature(value) for value in call.values])
+        return call.of([feature(value) for value in call.values])
 
     def _unregistered(self, call: Call) -> list[Value]:
         error = self.state.fail(

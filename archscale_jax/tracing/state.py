@@ -1,10 +1,11 @@
 """What is known of a function while it is read: one object that every primitive writes to."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.extend import core
 
@@ -26,14 +27,19 @@ from archscale_jax.tracing.values import (
 )
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Call:
     """One equation of a jaxpr, the values of its operands, and which of its results are used."""
 
     equation: core.JaxprEqn
     values: list[Value]
     live: tuple[bool, ...] = ()
 
-    @property
+    def of(self, values: Sequence[Value]) -> "Call":
+        """Returns the same call of other values."""
+        return Call(self.equation, list(values), self.live)
+
+    @functools.cached_property
     def name(self) -> str:
         """Name of the primitive."""
         return self.equation.primitive.name
@@ -43,22 +49,22 @@ class Call(NamedTuple):
         """Parameters of the primitive."""
         return self.equation.params
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the first result."""
         return shape_of(self.equation.outvars[0])
 
-    @property
+    @functools.cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operands."""
         return [shape_of(atom) for atom in self.equation.invars]
 
-    @property
+    @functools.cached_property
     def features(self) -> list[Feature]:
         """Those of the operands that are features."""
         return features_of(self.values)
 
-    @property
+    @functools.cached_property
     def weights(self) -> list[Weight]:
         """Those of the operands that are made of params alone."""
         return weights_of(self.values)

@@ -226,13 +226,12 @@ def _without_masks(state: State, call: Call) -> Call:
         hidden = call.name not in ADDITIONS or value.mask
         return Known(UNKNOWN, value.axes, value.array) if hidden else value
 
-    return call._replace(values=[visible(value) for value in call.values])
+    return call.of([visible(value) for value in call.values])
 
 
 def _addition(state: State, call: Call) -> Value:
     features, weights = call.features, call.weights
-    rank = len(call.shape)
-    axes = joined([value.axes for value in features], rank)
+    axes = joined([value.axes for value in features], len(call.shape))
     if len({one.vertex for one in features}) > 1:
         signed = [
             dataclasses.replace(one, expression=apply("neg", np.negative, one.expression))

@@ -123,9 +123,7 @@ def _chosen_rows(call: Call, weight: Weight, side: int, axes: Axes) -> Value:
         else NO_LABELS
         for place, labels in enumerate(axes)
     )
-    return dataclasses.replace(
-        like(call._replace(values=[weight]), weight, found), slices=weight.slices
-    )
+    return dataclasses.replace(like(call.of([weight]), weight, found), slices=weight.slices)
 
 
 def _places(call: Call, side: int, axes: Axes) -> tuple[Axes, list[int]]:
@@ -222,7 +220,7 @@ def _weights(state: State, call: Call, axes: Axes) -> Value | list[Value]:
     learned = learned_features(state, call, features)
     values = list(call.values)
     values[1 - side] = learned
-    call = call._replace(values=values)
+    call = call.of(values)
     return dot(state, call)
 
 

@@ -41,7 +41,7 @@ def like(call: Call, value: Value, axes: Axes, expression: Expression | None = N
     expression = value.expression if expression is None else expression
     if isinstance(value, Weight):
         return dataclasses.replace(
-            made_of_params(call._replace(values=[value]), expression, axes),
+            made_of_params(call.of([value]), expression, axes),
             slices=value.slices,
             rows=value.rows,
         )
@@ -231,7 +231,7 @@ def stack(state: State, call: Call) -> Value:
         return dataclasses.replace(value, axes=(*value.axes[:axis], labels, *value.axes[axis:]))
 
     values = [wider(value) for value in call.values]
-    return joined_values(state, call._replace(values=values), values, [1] * len(values))
+    return joined_values(state, call.of(values), values, [1] * len(values))
 
 
 @register_primitive("concatenate")
@@ -357,7 +357,7 @@ def update(state: State, call: Call) -> Value:
         return Known(_alike(state, [(operand.expression, 1), (written.expression, 1)]), axes)
     if not features_of(both):
         weights = [one for one in both if isinstance(one, Weight)]
-        call = call._replace(values=list(weights))
+        call = call.of(list(weights))
         return made_of_params(call, weights[0].expression, weights[0].axes)
     if len(both) == 1:
         (one,) = both
@@ -374,7 +374,7 @@ def update(state: State, call: Call) -> Value:
     aligned = [
         one if len(one.axes) == rank else dataclasses.replace(one, axes=axes) for one in both
     ]
-    result = joined_values(state, call._replace(values=aligned), aligned, sizes)
+    result = joined_values(state, call.of(aligned), aligned, sizes)
     if isinstance(result, Feature) and held:
         result = dataclasses.replace(result, filled=held + size)
     return result
