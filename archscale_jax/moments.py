@@ -152,7 +152,7 @@ class Propagation:
     def output_variance(self, edge: int, wanted: float) -> float | None:
         """Returns the variance of a layer's outputs for a contribution of this second moment.
 
-        None where no variance gives it, as behind a normalization.
+        None where no variance gives it, as behind a normalization, or only a very large one.
         """
         after = self.functions[edge].after
         if after == OUTPUT:
@@ -170,6 +170,8 @@ class Propagation:
         from scipy.optimize import brentq
 
         start = math.log(wanted)
+        if excess(start + 6.0) < 0.05:  # a bounded activation, near its largest second moment
+            return None
         for half in (2.0, 8.0, 20.0):
             if excess(start - half) < 0 < excess(start + half):
                 return math.exp(brentq(excess, start - half, start + half, xtol=1e-12))

@@ -425,7 +425,7 @@ class _Allocation(Propagation):
             return 0.0
         wanted *= function.share
         variance = self.output_variance(edge, wanted) if wanted > 0 else 0.0
-        if variance is None and not sets_gains:
+        if variance is None and not (sets_gains and self.ends_in_norm(edge)):
             variance = wanted
         elif variance is None:
             variance = self.carried_by(edge)
