@@ -28,6 +28,7 @@ from archscale_jax.expressions import (
     Moments,
     Variable,
     apply,
+    is_affine,
     moments,
     multiplied,
     slope,
@@ -88,6 +89,18 @@ def leaf_distribution(architecture: Architecture) -> Callable[[Variable], Moment
     return distribution
 
 
+def input_moment(function: EdgeFunction) -> float:
+    """Returns the second moment of what a layer reads of the inputs.
+
+    Constants, such as 1/255, standardize the inputs; functions of standardized ones, such as sines
+    of positions, have the moment that they give them.
+    """
+    if is_affine(function.before, _ones):
+        return INPUT_MOMENT
+    second = moments(function.before, _ones).second
+    return second if second > 0 and math.isfinite(second) else INPUT_MOMENT
+
+
 class Propagation:
     """Moments of vertices, filled in one after the other in the order of the graph.
 
@@ -112,8 +125,12 @@ class Propagation:
         self.receivers: list[int] = np.asarray(graph.receivers).tolist()
         self.operators: list[int] = np.asarray(graph.edges["operator"]).tolist()
         self.found: dict[int, Moments] = {}
-        self.data = not architecture.stems and not any(
-            one.role == Role.INPUT and one.edge is None for one in architecture.parameters
+        self.data = (
+            architecture.functions is not None  # else what feeds vertex 0 was not described
+            and not architecture.stems
+            and not any(
+                one.role == Role.INPUT and one.edge is None for one in architecture.parameters
+            )
         )
         self._covariances: dict[tuple[int, int], float] = {}
         self._leaves = leaf_distribution(architecture)
@@ -134,7 +151,7 @@ class Propagation:
     def read(self, edge: int) -> float:
         """Second moment of what a layer reads; of inputs 1, whatever is made of them first."""
         if self.senders[edge] == 0 and self.data:
-            return INPUT_MOMENT
+            return input_moment(self.functions[edge])
         return self.source(edge).second
 
     def normalizes(self, expression: Expression) -> bool:
@@ -393,7 +410,8 @@ def first_moments(
             kernel = leaf_deviations(use.expression if use else None, one.name, _ones)
             square = _square(deviations, one.name) * kernel.factor**2 or kernel.fixed**2
             inputs = 1 if one.role == Role.EMBEDDING else function.reach or one.fan_in
-            output += square * inputs * function.covered * INPUT_MOMENT / len(weights)
+            read = 1.0 if one.role == Role.EMBEDDING else input_moment(function)
+            output += square * inputs * function.covered * read / len(weights)
         part = moments(function.after, _output(output, _ones))
         mean, variance = mean + part.mean, variance + part.variance
     variance += _tables(architecture, deviations, 0)

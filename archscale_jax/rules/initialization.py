@@ -35,6 +35,7 @@ from archscale_jax.graph import (
 from archscale_jax.moments import (
     Propagation,
     first_moments,
+    input_moment,
     leaf_deviations,
     leaf_distribution,
     vertex_moments,
@@ -208,6 +209,7 @@ def stem_numerator(architecture: Architecture, name: str) -> float:
             factor = slope(function.after, OUTPUT, lambda variable: 1.0)
             if factor and not statistics(function.after):
                 found /= factor**2
+            found /= input_moment(function)
             if function.reach:
                 fans = {one.name: one.fan_in for one in architecture.parameters}
                 found *= fans[name] / function.reach
@@ -256,11 +258,19 @@ def _steps_of_loops(
         return 0 if use.edge is None else int(degrees[use.edge])
 
     bound = [one for one in values if one[0].edge not in free]
+
+    def bounded(group: list[tuple[ParameterUse, float]]) -> tuple[ParameterUse, float]:
+        use, value = max(group, key=lambda one: contributions(one[0]))
+        if len(group) > 1 and use.edge is not None and use.layer == Role.HIDDEN:
+            # What a weight is applied to again and again must not grow: at most He's variance.
+            value = min(value, math.sqrt(2 / max(contributions(use), 1) / use.fan_in))
+        return use, value
+
     groups: dict[Any, list[tuple[ParameterUse, float]]] = {}
     for use, value in bound or values:
         key = (use.source, use.slices) if use.source else id(use)
         groups.setdefault(key, []).append((use, value))
-    return [max(group, key=lambda one: contributions(one[0])) for group in groups.values()]
+    return [bounded(group) for group in groups.values()]
 
 
 def _by_slice(parameter: Parameter, values: list[tuple[ParameterUse, float]]) -> Deviation:
@@ -306,8 +316,10 @@ def second_moments(
     """Returns the second moment of every vertex that a rule promises (theory §9).
 
     That of an entry before normalization and activation, as `vertex_features` gives it, at infinite
-    width, averaged over positions, for inputs of second moment 1. At width n, with d layers before
-    it, a draw deviates from it by about √(d/n), relative.
+    width, averaged over positions. What is averaged over positions, by a pool or by attention, is
+    promised as if all positions held the same, and is less where they differ. It holds for inputs
+    of second moment 1. At width n, with d layers before it, a draw deviates from it by about
+    √(d/n), relative.
 
         promised = second_moments(arch, "second_moment")
         measured = {v: jnp.mean(z**2) for v, z in vertex_features(apply, params, x).items()}
@@ -433,7 +445,8 @@ class _Allocation(Propagation):
             if wanted and natural:
                 self.gains[edge] = math.sqrt(wanted / natural)
         met = self.fans[function.weights[0]] / function.reach if function.reach else 1.0
-        self.numerators[edge] = variance / self.read(edge) * met
+        second = self.read(edge)
+        self.numerators[edge] = variance / (second if math.isfinite(second) else 1.0) * met
         return variance
 
     def activates(self, edge: int) -> bool:
@@ -553,13 +566,13 @@ def second_moment(
     """Second moments carried through the graph, equal as far as skips allow (theory §3).
 
     The layers that feed a vertex bring, in equal parts, what its skips lack to the second moment of
-    vertex 0. Skips from any vertex bring at least that; there the layers add
-    `branch_share` / n^(2·depth_exponent) of what the skips bring, n being the number of vertices
-    with both: n residual blocks in a row grow the second moment at most by exp(branch_share), and
-    no weight starts at zero. A branch that ends in a product gets the same share through the layer
-    that enters it linearly, and one that ends in a normalization through its gain. Blocks
-    that share their weights count as one, whose additions point the same way. Exact at infinite
-    width.
+    vertex 0, or to 1 if that is less and they read normalized features. Skips from any vertex bring
+    at least that; there the layers add `branch_share` / n^(2·depth_exponent) of what the skips
+    bring, n being the number of vertices with both: n residual blocks in a row grow the second
+    moment at most by exp(branch_share), and no weight starts at zero. A branch that ends in a
+    product gets the same share through the layer that enters it linearly, and one that ends in a
+    normalization through its gain. Blocks that share their weights count as one, whose additions
+    point the same way. Exact at infinite width.
 
     Args:
       architecture: the network.
@@ -627,13 +640,16 @@ def _shared(
     reference = allocation.found[0].second
     read = [edge for edge, sender in enumerate(allocation.senders) if sender == 0]
     activation = min((allocation.source(edge).second for edge in read), default=reference)
+    units = {0: reference}
     shrink: dict[int, float] = {}
     rounds = dict.fromkeys(products, 2)
     vertex = 1
     while vertex < len(allocation.incoming):
         edges = [edge for edge in allocation.incoming[vertex] if allocation.layers[edge]]
         skipped = allocation.skipped(vertex).second if vertex in mixed else 0.0
-        total = activation if any(allocation.activates(edge) for edge in edges) else reference
+        units[vertex] = _unit(allocation, vertex, units, max(reference, 1.0))
+        activated = any(allocation.activates(edge) for edge in edges)
+        total = activation if activated else units[vertex]
         if vertex in mixed:
             total = max(total, skipped * (1 + share))
         bringing = [edge for edge in edges if allocation.brings(edge)]
@@ -656,6 +672,22 @@ def _shared(
                 continue
         vertex += 1
     return allocation
+
+
+def _unit(
+    allocation: _Allocation, vertex: int, units: Mapping[int, float], normalized: float
+) -> float:
+    """The second moment that a vertex should have: its sources', or that of what is normalized."""
+    edges = allocation.incoming[vertex]
+    skips = [edge for edge in edges if not allocation.layers[edge]]
+    parts = [
+        normalized
+        if allocation.normalizes(allocation.functions[edge].before)
+        else units[allocation.senders[edge]]
+        for edge in skips or edges
+    ]
+    # A stream of zeros, as behind a gate that is closed, tells nothing.
+    return (float(np.mean(parts)) if parts else units[0]) or 1.0
 
 
 def _parts(allocation: _Allocation, edges: list[int], missing: float) -> dict[int, float]:

@@ -232,8 +232,9 @@ class State:
             "output": list(last),
             "positions": [place for place in range(len(axes)) if place not in last],
         }
-        own = {axis for place in last for _, axis in value.axes[place]}
-        fan = math.prod(self.shapes[value.leaves[0]][axis] for axis in own)
+        own = {one for place in last for one in value.axes[place]}
+        first = value.leaves[0]
+        fan = math.prod(self.shapes[name][axis] for name, axis in own if name == first)
         self.use(call, value, "features", feature.vertex, roles, fan_in=fan, fan_out=fan,
                  expression=value.expression)  # fmt: skip
         self.note(

@@ -108,11 +108,13 @@ class OuterProduct:
       weight: the weight, as it was multiplied.
       feature: the features.
       expression: what the product is, as long as nothing else has been made of it.
+      axes: its labels, as long as it has not been reshuffled.
     """
 
     weight: Weight
     feature: Feature
     expression: Expression
+    axes: Axes
 
 
 Value = Known | Weight | Feature

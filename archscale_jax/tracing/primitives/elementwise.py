@@ -28,6 +28,7 @@ from archscale_jax.tracing.sharding import split_after
 from archscale_jax.tracing.state import Call, State, mixture
 from archscale_jax.tracing.values import (
     NO_LABELS,
+    Axes,
     Feature,
     Known,
     Labels,
@@ -206,6 +207,10 @@ def elementwise(state: State, call: Call) -> Value:
     )
     if weights and call.name in PRODUCTS and alone:
         # As a weight over its norm, which was found by iteration from a constant.
+        state.note(
+            f"{call.name} at {call.line}: {', '.join(weights[0].leaves)} meets a number found by "
+            "iteration, as in spectral normalization; its size behind it is not known"
+        )
         return made_of_params(call, weights[0].expression)
     if call.name in ADDITIONS:
         return _addition(state, call)
@@ -260,7 +265,7 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     """What is added; a sum over a whole leaf, such as a penalty, adds to no feature."""
     penalty = not variables(weight.expression, raw=True) and statistics(weight.expression)
     axes = joined([feature.axes], len(call.shape))
-    result = dataclasses.replace(feature, axes=axes, array=None)
+    result = dataclasses.replace(feature, axes=axes, outer=None, array=None)
     if penalty and not any(weight.axes):
         return result
     along = state.aligned(weight, feature)
@@ -317,7 +322,7 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
     kept = call.name in _KEEP_BARE or (pooled and expression == _variable(feature))
     outer = None
     if call.name == "mul" and len(weights) == len(features) == 1:
-        outer = _outer_product(weights[0], feature, expression)
+        outer = _outer_product(weights[0], feature, expression, axes)
     one_hot = _one_hot(call) or _kept_hot(call)
     for other in call.values:
         if isinstance(other, Known) and one_hot:
@@ -340,14 +345,12 @@ _KEEP_BARE = ("convert_element_type", "stop_gradient", "copy")
 _KEEP_HOT = ("convert_element_type", "mul", "div", "select_n")
 
 
-def _outer_product(weight: Weight, feature: Feature, expression: Expression) -> OuterProduct | None:
+def _outer_product(
+    weight: Weight, feature: Feature, expression: Expression, axes: Axes
+) -> OuterProduct | None:
     """What a sum over features makes a layer of: entries of a matrix times copies of features."""
-    if len(feature.axes) != len(weight.axes):
-        return None
-    written = [
-        not own and bool(labels) for own, labels in zip(feature.axes, weight.axes, strict=True)
-    ]
-    return OuterProduct(weight, feature, expression) if any(written) else None
+    same_rank = len(feature.axes) == len(weight.axes)
+    return OuterProduct(weight, feature, expression, axes) if same_rank else None
 
 
 def _all_masks(features: list[Feature]) -> bool:

@@ -57,8 +57,12 @@ def _matrix_product(state: State, call: Call, value: Feature, outer: OuterProduc
     """A layer that is written as a product of entries and a sum; None if it is no layer."""
     weight, feature, reduced = outer.weight, outer.feature, call.parameters["axes"]
     places = range(len(weight.axes))
-    sums = all(weight.axes[axis] and feature.axes[axis] for axis in reduced)
-    if not sums or value.expression is not outer.expression:
+    sums = all(
+        weight.axes[axis] and (state.has_units(feature.axes[axis]) or state.is_data(feature))
+        for axis in reduced
+    )
+    changed = value.expression is not outer.expression or value.axes is not outer.axes
+    if not sums or changed:
         return None
     written = [axis for axis in places if weight.axes[axis] and not feature.axes[axis]]
     shared = [axis for axis in places if weight.axes[axis] and axis not in (*reduced, *written)]
@@ -98,6 +102,13 @@ def opaque(state: State, call: Call) -> list[Value]:
 def choice(state: State, call: Call) -> list[Value]:
     """Places of extremes are indices; sorted values are values."""
     results: list[Value] = []
+    if call.name in ("top_k", "approx_top_k", "sort") and any(
+        not state.is_data(one) for one in call.features
+    ):
+        state.note(
+            f"{call.name} at {call.line}: what is chosen by size is taken to have the second "
+            "moment of what it is chosen from"
+        )
     for place, variable in enumerate(call.equation.outvars):
         value = call.values[min(place, len(call.values) - 1)]
         indices = not np.issubdtype(dtype_of(variable), np.inexact)

@@ -247,11 +247,13 @@ def joined_values(
 ) -> Value:
     """Returns what holds the entries of several values along an axis, in these proportions."""
     rank = len(call.shape)
+    features = features_of(values)
+    # Labels of leaves are those of values that are made of params alone.
+    labelled = [one for one in values if not features or not isinstance(one, Weight)]
     axes = tuple(
-        frozenset().union(*(one.axes[place] for one in values if len(one.axes) == rank))
+        frozenset().union(*(one.axes[place] for one in labelled if len(one.axes) == rank))
         for place in range(rank)
     )
-    features = features_of(values)
     if not features:
         parts = [
             (one.expression, count)
