@@ -108,7 +108,7 @@ class Parameter:
         makes 1 of the product, as 0 in 1 + w.
       start_known: whether that value is plain from what it does. Of a slope, a temperature or a
         decay it is not: `initialize` keeps the value that the model gave.
-      filled: its shape without the empty rooms of a network that grows; None without such.
+      filled: its shape without the unused capacity of a network that grows; None without such.
 
     Raises:
       ValueError: an unknown role or layer, or a fan or size below 1.
@@ -132,7 +132,7 @@ class Parameter:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Its shape, empty rooms left out."""
+        """Its shape, unused capacity left out."""
         return self.shape if self.filled is None else self.filled
 
     @property

@@ -22,7 +22,7 @@ from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives import HANDLERS
 from archscale_jax.tracing.primitives.elementwise import ADDITIONS
-from archscale_jax.tracing.primitives.reshuffles import joined_values, like
+from archscale_jax.tracing.primitives.reshuffles import like
 from archscale_jax.tracing.sharding import LAYOUTS, entered, first_taken, left
 from archscale_jax.tracing.state import Call, State, mixture
 from archscale_jax.tracing.values import (
@@ -581,6 +581,3 @@ def _evaluate(equation: core.JaxprEqn, operands: Sequence[jax.Array]) -> Sequenc
     ends = list(arrays), list(equation.outvars)
     jaxpr = core.Jaxpr((), *ends, [equation], equation.effects, debug_info)
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arrays.values())
-
-
-_ = joined_values

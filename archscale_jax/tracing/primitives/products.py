@@ -295,7 +295,7 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
     count = math.prod(call.shapes[0][axis] for axis in contracted[0])
     deep = [one for one in (left, right) if not state.is_data(one)]
     if len(deep) == 1:  # inputs choose or add up features: neighbours in a graph, pooled tokens
-        if contracted[0] and not _normalizes(state, deep[0], sides):
+        if contracted[0] and any(sides):
             state.note(
                 f"{call.name} at {call.line}: inputs choose what is added up; the second moment is "
                 "taken as unchanged"
@@ -327,11 +327,6 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
     if left.vertex in state.contracted and contracted[0]:
         state.queries[result.vertex] = left.vertex, count
     return result
-
-
-def _normalizes(state: State, feature: Feature, sides: Sequence[Labels]) -> bool:
-    del state, feature
-    return not any(sides)
 
 
 def _over_units(
