@@ -259,16 +259,19 @@ class TestTrainBatches:
         assert len(set(np.asarray(batches).ravel().tolist())) == batches.size
 
     def test_a_lost_lane_leaves_the_others_bit_for_bit_alike(self):
-        optimizer = rate_optimizer()
+        optimizer, graphdef, data = rate_optimizer(), network()[0], dataset()
         batches = epoch_batches(fresh_state(optimizer), EXAMPLES, BATCH)
 
         @jax.jit
         @jax.vmap
         def train(rate):
-            state = rate_state(rate, 0)
-            images, labels = dataset().train_images, dataset().train_labels
             return train_batches(
-                state, images, labels, batches, graphdef=network()[0], optimizer=optimizer
+                rate_state(rate, 0),
+                data.train_images,
+                data.train_labels,
+                batches,
+                graphdef=graphdef,
+                optimizer=optimizer,
             )
 
         (sane, sane_losses), (lost, losses) = (
