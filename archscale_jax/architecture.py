@@ -9,7 +9,7 @@ from typing import Any
 
 import jraph
 
-from archscale_jax.expressions import Expression, Variable
+from archscale_jax.expressions import Expression, Moments, Variable
 from archscale_jax.graph import is_weight
 from archscale_jax.refusals import unknown
 from archscale_jax.trees import PyTree, named_leaves
@@ -106,6 +106,8 @@ class Parameter:
       uses: what it does, place by place; empty where that was not read off a function.
       start: its value before training where it is not drawn: of biases 0, of scales 1, or what
         makes 1 of the product, as 0 in 1 + w.
+      given: its value in the arrays that were traced, or the moments of its entries where they
+        differ; of a weight 0 if all its entries are, so that it is not drawn. None if unknown.
       start_known: whether that value is plain from what it does. Of a slope, a temperature or a
         decay it is not: `initialize` keeps the value that the model gave.
       filled: its shape without the unused capacity of a network that grows; None without such.
@@ -128,6 +130,7 @@ class Parameter:
     uses: tuple[ParameterUse, ...] = ()
     start: float | None = None
     start_known: bool = True
+    given: float | Moments | None = None
     filled: tuple[int, ...] | None = None
 
     @property
@@ -138,9 +141,19 @@ class Parameter:
     @property
     def initial_value(self) -> float:
         """Its value before training where it is not drawn and no array tells another."""
+        return self.given if isinstance(self.given, float) else self.neutral_value
+
+    @property
+    def neutral_value(self) -> float:
+        """The value at which it changes nothing: 0 of biases, 1 of scales, 0 of w in 1 + w."""
         if self.start is not None:
             return self.start
         return 1.0 if self.role == Role.SCALE else 0.0
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it is drawn at random: a weight or table that does not start at zero."""
+        return self.role not in (Role.BIAS, Role.SCALE) and self.given is None
 
     @property
     def is_tied(self) -> bool:
@@ -209,6 +222,7 @@ class Architecture:
       stems: what stands on the layers that feed vertex 0 from the inputs.
       expressions: by number, what an entry of a vertex is that is a product, or that no input
         reaches.
+      added: by number, what biases that do not start at 0 add to the features of a vertex.
       notes: what could not be read off the function, and what was supposed instead.
 
     Raises:
@@ -222,6 +236,7 @@ class Architecture:
     functions: tuple[EdgeFunction, ...] | None = None
     stems: tuple[EdgeFunction, ...] = ()
     expressions: Mapping[int, Expression] = dataclasses.field(default_factory=dict)
+    added: Mapping[int, Expression] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):

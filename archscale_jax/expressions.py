@@ -361,18 +361,26 @@ def _settled(expression: Expression, distribution: Distribution) -> Expression:
     alone = [] if varying else [one for one in found if _is_pool(one, units=True)]
     if not varying and not alone:
         alone = [one for one in found if _is_pool(one, units=False)]
+    beside = variables(expression, raw=True)
     for one in found:
-        if one not in alone:
-            values[one] = Constant(_expectation(one, distribution))
-        elif not one.units:
+        if one in alone and not one.units:
             values[one] = one.operand
+        elif one in alone or (one.units and one.name == "mean" and not variables(one) & beside):
+            values[one] = _mean_of_units(one, distribution)
         else:
-            mean, second = moments(one.operand, distribution)
-            variance = max(second - mean**2, 0.0) / one.count
-            values[one] = Variable("normal", one, nodes=(mean, math.sqrt(variance)))
+            values[one] = Constant(_expectation(one, distribution))
     settled = replaced(expression, values)
     # Pools of expressions that hold statistics themselves are settled in turn.
     return _settled(settled, distribution) if statistics(settled) else settled
+
+
+def _mean_of_units(statistic: Statistic, distribution: Distribution) -> Expression:
+    """A mean of independent entries: normal, or a number where it hardly varies."""
+    mean, second = moments(statistic.operand, distribution)
+    deviation = math.sqrt(max(second - mean**2, 0.0) / statistic.count)
+    if deviation <= 1e-3 * abs(mean):
+        return Constant(mean)
+    return Variable("normal", statistic, nodes=(mean, deviation))
 
 
 def _is_pool(statistic: Statistic, *, units: bool) -> bool:
@@ -410,6 +418,10 @@ def replaced(expression: Expression, values: Mapping[Statistic, Expression]) -> 
     return visit(expression)
 
 
+_NEGLIGIBLE = 1e-6
+"""Probability below which it does not matter that a function is undefined."""
+
+
 def _integrated(expression: Expression, distribution: Distribution) -> Moments:
     found = sorted(variables(expression), key=repr)
     known = {one: distribution_of(one, distribution) for one in found}
@@ -429,6 +441,11 @@ def _integrated(expression: Expression, distribution: Distribution) -> Moments:
         result = np.real(evaluated(expression, values).astype(complex))
     weight, result = np.broadcast_arrays(weight, result)
     total = np.sum(weight)
+    defined = np.isfinite(result)
+    if (
+        np.sum(weight[defined]) > (1 - _NEGLIGIBLE) * total
+    ):  # as the root of what is hardly negative
+        weight, result = weight[defined], result[defined]
     return Moments(
         float(np.sum(weight * result) / total), float(np.sum(weight * result**2) / total)
     )
@@ -555,7 +572,8 @@ def _slope(one: Keyed, place: int) -> float | None:
         special = 0.37 + 0.21 * number
         values[other] = value if isinstance(value, float) else special
         if _is_discrete(other):
-            values[other] = np.asarray(other.nodes)[len(other.nodes) // 3]
+            filled = np.flatnonzero(other.nodes)  # at 0 what it multiplies would vanish
+            values[other] = np.asarray(other.nodes)[filled[len(filled) // 3] if len(filled) else 0]
     points = np.array([-2.3, -1.1, -0.4, 0.3, 0.9, 2.1])
     with np.errstate(all="ignore"):
         try:

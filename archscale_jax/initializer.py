@@ -33,7 +33,8 @@ def initialize(
 
     Weights are normal with the standard deviation of the rule. Biases, scales and whatever else the
     rule does not draw keep the values that arrays have: a slope of 0.25, a temperature, the zeros
-    of a residual gate. Where only shapes are given, biases become 0 and scales 1 (of 1 + w, w
+    of a residual gate. Weights that were 0 in the arrays that `trace` got stay 0, as those of
+    adaLN-Zero. Where only shapes are given, biases become 0 and scales 1 (of 1 + w, w
     becomes 0); `report` lists the leaves of which that is not plain. The draw of a leaf depends on
     the key and the leaf's name alone: other layers may come and go, and any sharding gives the same
     numbers.

@@ -24,6 +24,7 @@ from archscale_jax.architecture import (
 )
 from archscale_jax.expressions import (
     Constant,
+    Distribution,
     Expression,
     Moments,
     Variable,
@@ -78,8 +79,13 @@ def edge_functions(architecture: Architecture) -> tuple[EdgeFunction, ...]:
 
 def leaf_distribution(architecture: Architecture) -> Callable[[Variable], Moments | float]:
     """Returns what is known of parameters in expressions: their values before training."""
-    starts = {one.name: one.initial_value for one in architecture.parameters}
-    drawn = {one.name for one in architecture.parameters if one.role == Role.EMBEDDING}
+    starts = {
+        one.name: one.neutral_value if one.given is None else one.given
+        for one in architecture.parameters
+    }
+    drawn = {
+        one.name for one in architecture.parameters if one.role == Role.EMBEDDING and one.is_drawn
+    }
 
     def distribution(variable: Variable) -> Moments | float:
         if variable.kind == "leaf" and variable.source not in drawn:
@@ -148,11 +154,15 @@ class Propagation:
             return moments(before, lambda one: _larger(self.distribution(one), one, 1e4))
         return moments(before, self.distribution)
 
-    def read(self, edge: int) -> float:
-        """Second moment of what a layer reads; of inputs 1, whatever is made of them first."""
+    def entry(self, edge: int) -> Moments:
+        """Moments of what a layer reads; of inputs the second is 1, whatever is made of them."""
         if self.senders[edge] == 0 and self.data:
-            return input_moment(self.functions[edge])
-        return self.source(edge).second
+            return Moments(0.0, input_moment(self.functions[edge]))
+        return self.source(edge)
+
+    def read(self, edge: int) -> float:
+        """Second moment of what a layer reads."""
+        return self.entry(edge).second
 
     def normalizes(self, expression: Expression) -> bool:
         """Whether an expression keeps its size whatever that of its source."""
@@ -162,9 +172,9 @@ class Propagation:
         found = moments(expression, self.distribution)
         return bool(np.isclose(found.second, larger.second, rtol=1e-3))
 
-    def contribution(self, edge: int, variance: float) -> Moments:
-        """Moments of what a layer adds to its vertex, its outputs having this variance."""
-        return moments(self.functions[edge].after, _output(variance, self.distribution))
+    def contribution(self, edge: int, output: Moments | float) -> Moments:
+        """Moments of what a layer adds to its vertex, of the moments or variance of its outputs."""
+        return moments(self.functions[edge].after, _output(output, self.distribution))
 
     def output_variance(self, edge: int, wanted: float) -> float | None:
         """Returns the variance of a layer's outputs for a contribution of this second moment.
@@ -202,12 +212,12 @@ class Propagation:
         small, large = (self.contribution(edge, variance).second for variance in (1.0, 16.0))
         return bool(np.isclose(small, large, rtol=1e-3))
 
-    def close(self, vertex: int, variances: Mapping[int, float]) -> None:
+    def close(self, vertex: int, outputs: Mapping[int, Moments | float]) -> None:
         """Computes the moments of a vertex from those of its sources.
 
         Args:
           vertex: its number.
-          variances: of the outputs of the layers that feed it, by edge.
+          outputs: of the layers that feed it their moments, or variances, by edge.
         """
         expression = self.architecture.expressions.get(vertex)
         edges = self.incoming[vertex]
@@ -222,12 +232,22 @@ class Propagation:
             mean, second = np.prod([self.source(edge) for edge in edges], axis=0)
             self.found[vertex] = Moments(float(mean), float(second))
         else:
-            self.found[vertex] = self._sum(edges, variances)
+            self.found[vertex] = self._sum(edges, outputs)
+        self.found[vertex] = self.with_biases(vertex, self.found[vertex])
 
-    def _sum(self, edges: list[int], variances: Mapping[int, float]) -> Moments:
-        skips = [edge for edge in edges if edge not in variances]
+    def with_biases(self, vertex: int, features: Moments) -> Moments:
+        """Moments of a vertex with what biases that do not start at 0 add to it."""
+        added = self.architecture.added.get(vertex)
+        if added is None:
+            return features
+        bias = moments(added, self.distribution)
+        second = features.second + 2 * features.mean * bias.mean + bias.second
+        return Moments(features.mean + bias.mean, second)
+
+    def _sum(self, edges: list[int], outputs: Mapping[int, Moments | float]) -> Moments:
+        skips = [edge for edge in edges if edge not in outputs]
         parts = [
-            self.contribution(edge, variances[edge]) if edge in variances else self.carried(edge)
+            self.contribution(edge, outputs[edge]) if edge in outputs else self.carried(edge)
             for edge in edges
         ]
         mean = sum(part.mean for part in parts)
@@ -302,40 +322,51 @@ def _larger(value: Moments | float, variable: Variable, times: float = 2.0) -> M
 
 
 def _output(
-    variance: float, distribution: Callable[[Variable], Moments | float]
+    output: Moments | float, distribution: Callable[[Variable], Moments | float]
 ) -> Callable[[Variable], Moments | float]:
-    return lambda one: Moments(0.0, variance) if one.kind == "output" else distribution(one)
+    found = output if isinstance(output, Moments) else Moments(0.0, output)
+    return lambda one: found if one.kind == "output" else distribution(one)
 
 
-class LeafDeviations(NamedTuple):
-    """How the deviation of a leaf's entries and of a kernel that is made of it belong together."""
+def kernel_moments(
+    expression: Expression | None, leaf: str, deviation: float, start: Distribution
+) -> Moments:
+    """Returns the moments of the entries of a kernel that is made of a leaf of this deviation.
+
+    Args:
+      expression: what is made of the leaf: nothing, a constant in front, a norm, a square.
+      leaf: its name.
+      deviation: standard deviation of its entries.
+      start: what is known of other leaves.
+    """
+    variable = Variable("leaf", leaf)
+    if expression is None or expression == variable or variable not in variables(expression):
+        return Moments(0.0, deviation**2)
+    own = Moments(0.0, deviation**2)
+    return moments(expression, lambda one: own if one == variable else start(one))
+
+
+class LeafKernel(NamedTuple):
+    """How the entries of a kernel follow the leaf that it is made of."""
 
     factor: float
     """Deviation of the kernel's entries over that of the leaf's; 0 where it does not follow it."""
-    fixed: float
-    """Deviation of the kernel's entries where a normalization sets it."""
+    linear: bool = True
+    """Whether that factor holds for all deviations; a square or an exponential has none."""
 
 
-def leaf_deviations(
-    expression: Expression | None, leaf: str, start: Callable[[Variable], Moments | float]
-) -> LeafDeviations:
+def leaf_kernel(expression: Expression | None, leaf: str, start: Distribution) -> LeafKernel:
     """Returns how a kernel that is made of a leaf follows it: a constant in front, or a norm."""
-    variable = Variable("leaf", leaf)
-    if expression is None or expression == variable or variable not in variables(expression):
-        return LeafDeviations(1.0, 0.0)
-
-    def at(scale: float) -> float:
-        def distribution(one: Variable) -> Moments | float:
-            return Moments(0.0, scale**2) if one == variable else start(one)
-
-        return math.sqrt(moments(expression, distribution).second)
-
-    one, two = at(1.0), at(2.0)
+    one, two = (
+        math.sqrt(kernel_moments(expression, leaf, deviation, start).second)
+        for deviation in (1.0, 2.0)
+    )
     if not (math.isfinite(one) and math.isfinite(two) and one > 0):
-        return LeafDeviations(1.0, 0.0)
+        return LeafKernel(1.0, linear=False)
     if math.isclose(one, two, rel_tol=1e-3):
-        return LeafDeviations(0.0, one)
-    return LeafDeviations(one, 0.0)
+        return LeafKernel(0.0)
+    centered = abs(kernel_moments(expression, leaf, 1.0, start).mean) < 1e-3 * one
+    return LeafKernel(one, linear=centered and math.isclose(two, 2 * one, rel_tol=1e-3))
 
 
 def vertex_moments(
@@ -348,30 +379,38 @@ def vertex_moments(
       deviations: of the entries of every leaf that is drawn, by name.
     """
     propagation = Propagation(architecture)
-    kernels = kernel_variances(architecture, deviations)
+    kernels = _kernels(architecture, deviations)
     parameters = {one.name: one for one in architecture.parameters}
     for vertex in range(len(propagation.incoming)):
         if vertex == 0:
-            propagation.found[0] = first_moments(architecture, deviations)
+            first = first_moments(architecture, deviations)
+            propagation.found[0] = propagation.with_biases(0, first)
             continue
-        variances = {}
+        outputs: dict[int, Moments | float] = {}
         for edge in propagation.incoming[vertex]:
             if not propagation.layers[edge]:
                 continue
-            function = propagation.functions[edge]
+            function, kernel = propagation.functions[edge], kernels.get(edge, Moments(0.0, 0.0))
             names = function.weights
             if any(parameters[name].role == Role.EMBEDDING for name in names):
-                variances[edge] = kernels[edge]
+                outputs[edge] = kernel
                 continue
             reach = function.reach or (parameters[names[0]].fan_in if names else 1)
-            second = propagation.read(edge)
-            variances[edge] = kernels.get(edge, 0.0) * reach * function.covered * second
-        propagation.close(vertex, variances)
+            outputs[edge] = _summed(kernel, propagation.entry(edge), reach * function.covered)
+        propagation.close(vertex, outputs)
         table = _tables(architecture, deviations, vertex)
         if table:
             mean, second = propagation.found[vertex]
             propagation.found[vertex] = Moments(mean, second + table)
     return propagation.found
+
+
+def _summed(kernel: Moments, entry: Moments, count: float) -> Moments:
+    """Moments of a sum over that many products of independent entries."""
+    mean = kernel.mean * entry.mean
+    return Moments(
+        count * mean, count * (kernel.second * entry.second - mean**2) + (count * mean) ** 2
+    )
 
 
 def _tables(
@@ -402,17 +441,20 @@ def first_moments(
         after = relu(OUTPUT) if architecture.arrangement == Arrangement.ACTIVATION else OUTPUT
         return moments(after, _output(second, _ones))
     mean = variance = 0.0
+    start = leaf_distribution(architecture)
     for function in architecture.stems:
         weights = [parameters[name] for name in function.weights]
-        output = 0.0
+        output = Moments(0.0, 0.0)
         for one in weights:
             use = next((use for use in one.uses if use.kind in ("weight", "embedding")), None)
-            kernel = leaf_deviations(use.expression if use else None, one.name, _ones)
-            square = _square(deviations, one.name) * kernel.factor**2 or kernel.fixed**2
-            inputs = 1 if one.role == Role.EMBEDDING else function.reach or one.fan_in
-            read = 1.0 if one.role == Role.EMBEDDING else input_moment(function)
-            output += square * inputs * function.covered * read / len(weights)
-        part = moments(function.after, _output(output, _ones))
+            deviation = math.sqrt(_square(deviations, one.name))
+            kernel = kernel_moments(use.expression if use else None, one.name, deviation, start)
+            if one.role != Role.EMBEDDING:
+                entry = Moments(0.0, input_moment(function))
+                count = (function.reach or one.fan_in) * function.covered
+                kernel = _summed(kernel, entry, count)
+            output = Moments(*(np.array(output) + np.array(kernel) / len(weights)))
+        part = moments(function.after, _output(output, start))
         mean, variance = mean + part.mean, variance + part.variance
     variance += _tables(architecture, deviations, 0)
     return Moments(mean, variance + mean**2)
@@ -426,11 +468,11 @@ def _square(deviations: Mapping[str, float | np.ndarray], name: str) -> float:
     return float(np.mean(np.square(deviations.get(name, 0.0))))
 
 
-def kernel_variances(
+def _kernels(
     architecture: Architecture, deviations: Mapping[str, float | np.ndarray]
-) -> dict[int, float]:
-    """Returns the variance of the entries of the kernel of every edge that has one."""
-    found: dict[int, list[float]] = {}
+) -> dict[int, Moments]:
+    """Returns the moments of the entries of the kernel of every edge that has one."""
+    found: dict[int, list[Moments]] = {}
     start = leaf_distribution(architecture)
     for parameter in architecture.parameters:
         if parameter.name not in deviations:
@@ -443,11 +485,11 @@ def kernel_variances(
             for axis, place in use.slices:
                 if own.ndim and own.shape[axis] > 1:
                     entry = np.take(entry, [place], axis=axis)
-            kernel = leaf_deviations(use.expression, parameter.name, start)
-            deviation = float(np.sqrt(np.mean(entry**2))) * kernel.factor or kernel.fixed
-            found.setdefault(use.edge, []).append(deviation**2)
+            deviation = float(np.sqrt(np.mean(entry**2)))
+            kernel = kernel_moments(use.expression, parameter.name, deviation, start)
+            found.setdefault(use.edge, []).append(kernel)
         if not parameter.uses:
             for edge in (parameter.edge, *parameter.further_edges):
                 if edge is not None:
-                    found.setdefault(edge, []).append(float(np.mean(own**2)))
-    return {edge: float(np.mean(values)) for edge, values in found.items()}
+                    found.setdefault(edge, []).append(Moments(0.0, float(np.mean(own**2))))
+    return {edge: Moments(*np.mean(values, axis=0).tolist()) for edge, values in found.items()}

@@ -27,7 +27,6 @@ from archscale_jax.reporting.notes import (
 )
 from archscale_jax.rules.initialization import (
     DEFAULT_RULES,
-    DRAWN_ROLES,
     INITIALIZATION_RULES,
     InitializationRule,
     standard_deviation,
@@ -161,9 +160,9 @@ def _deviations(
 ) -> tuple[dict[str, Explained], list[str]]:
     """Standard deviations by name, and notes on those that the rule refuses."""
     deviations = {
-        parameter.name: Explained(0.0, _CONSTANTS[parameter.role])
+        parameter.name: Explained(0.0, _value_reason(parameter))
         for parameter in architecture.parameters
-        if parameter.role in _CONSTANTS
+        if not parameter.is_drawn
     }
     function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)
     try:
@@ -172,7 +171,7 @@ def _deviations(
         return deviations, [f"standard deviations left out: {error}"]
     notes = []
     for parameter in architecture.parameters:
-        if parameter.role in DRAWN_ROLES:
+        if parameter.is_drawn:
             try:
                 found = standard_deviation(parameter, architecture, variances, description)
             except ValueError as error:
@@ -182,7 +181,15 @@ def _deviations(
     return deviations, notes
 
 
-_CONSTANTS = {Role.BIAS: "bias: 0", Role.SCALE: "scale: 1"}
+def _value_reason(parameter: Parameter) -> str:
+    """What a parameter that is not drawn starts at."""
+    if parameter.given is None or parameter.given == parameter.neutral_value:
+        return {Role.BIAS: "bias: 0", Role.SCALE: "scale: 1"}.get(parameter.role, "0 as traced")
+    if isinstance(parameter.given, float):
+        return f"{parameter.role}: {parameter.given:.4g} as traced"
+    return f"{parameter.role}: the values traced"
+
+
 _REFUSED = Explained(math.nan, "")
 
 

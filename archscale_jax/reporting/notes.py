@@ -48,6 +48,7 @@ def first_notes(
         one.name
         for one in architecture.parameters
         if not one.start_known
+        and not isinstance(one.given, float)
         and (one.name not in leaves or isinstance(leaves[one.name], jax.ShapeDtypeStruct))
     ]
     if unknown:
@@ -55,6 +56,14 @@ def first_notes(
             "the value before training is not plain from what these leaves do (slopes, "
             "temperatures, decays, gates): initialize keeps that of arrays, and of shapes alone "
             f"makes biases 0 and scales 1: {_listed(unknown, limit=40)}"
+        )
+    zero = [
+        one.name for one in architecture.parameters if one.given == 0.0 and one.role in _WEIGHTS
+    ]
+    if zero:
+        notes.append(
+            "these weights are 0 in the arrays that were traced, and initialize leaves them 0; "
+            f"trace shapes, as of jax.eval_shape, to draw them: {_listed(zero, limit=40)}"
         )
     if isinstance(base, Architecture):
         notes += _comparison_notes(architecture, base, rule, options)

@@ -26,18 +26,14 @@ from archscale_jax.architecture import (
     check_architecture,
 )
 from archscale_jax.expressions import Moments, Variable, moments, slope, statistics, variables
-from archscale_jax.graph import (
-    Operator,
-    Space,
-    in_degrees,
-    is_weight,
-)
+from archscale_jax.graph import Operator, Space, in_degrees, is_weight, reachable_vertices
 from archscale_jax.moments import (
     Propagation,
     first_moments,
     input_moment,
-    leaf_deviations,
+    kernel_moments,
     leaf_distribution,
+    leaf_kernel,
     vertex_moments,
 )
 from archscale_jax.rules.registry import Description, Explained, Registry
@@ -108,7 +104,7 @@ def weight_standard_deviations(
     return {
         parameter.name: standard_deviation(parameter, architecture, variances, description).value
         for parameter in architecture.parameters
-        if parameter.role in DRAWN_ROLES
+        if parameter.is_drawn
     }
 
 
@@ -121,9 +117,6 @@ DEFAULT_RULES = {
     Arrangement.PRE_ACTIVATION: "target",
     Arrangement.ACTIVATION: "source",
 }
-
-DRAWN_ROLES = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
-"""The roles that are drawn at random; others keep their values, of biases 0, of scales 1."""
 
 
 def start_values(
@@ -142,9 +135,12 @@ def start_values(
     gains = INITIALIZATION_RULES.resolve(rule)(architecture, **options).gains
     found: dict[str, Deviation] = {}
     for parameter in architecture.parameters:
+        neutral = parameter.neutral_value
         if parameter.role != Role.SCALE or not parameter.start_known:
             continue
-        offset = 1.0 - parameter.initial_value  # of 1 + w, w
+        if parameter.given not in (None, neutral):
+            continue  # as a gain that the model starts at 0
+        offset = 1.0 - neutral  # of 1 + w, w
         by_use = [
             (use, [gains[edge] - offset for edge in use.ends if edge in gains])
             for use in parameter.uses
@@ -162,7 +158,7 @@ def standard_deviation(
     variances: WeightVariances,
     rule: Description,
 ) -> Explained:
-    """Returns the standard deviation of a parameter of one of the `DRAWN_ROLES`, and its reason.
+    """Returns the standard deviation of a parameter that is drawn, and its reason.
 
     Args:
       parameter: the parameter.
@@ -179,17 +175,22 @@ def standard_deviation(
         ParameterUse("weight", edge=edge, layer=parameter.layer, fan_in=parameter.fan_in)
         for edge in dict.fromkeys((parameter.edge, *parameter.further_edges))
     ]
-    found: list[tuple[ParameterUse, float]] = []
+    linear: list[tuple[ParameterUse, float]] = []
+    others: list[tuple[ParameterUse, float]] = []
     reasons: dict[str, None] = {}
     for use in uses:
         layer = use.layer if parameter.uses else parameter.role
         deviation, reason = _kernel_deviation(parameter, architecture, use, layer, variances, rule)
-        kernel = leaf_deviations(use.expression, parameter.name, leaf_distribution(architecture))
+        kernel = leaf_kernel(use.expression, parameter.name, leaf_distribution(architecture))
+        if not kernel.linear:
+            reason += ", as if its kernel were linear in it"
         if kernel.factor not in (0.0, 1.0):
             deviation /= kernel.factor
             reason += f", over the constant {kernel.factor:.4g} in front"
-        found.append((use, _finite(parameter, deviation, rule)))
+        (linear if kernel.linear else others).append((use, _finite(parameter, deviation, rule)))
         reasons[reason] = None
+    # What a square of a weight brings, as the norm of its columns, follows from its other uses.
+    found = linear or others
     value: Any = _by_slice(parameter, _steps_of_loops(architecture, found, variances.free))
     reason = next(iter(reasons))
     if len(reasons) > 1:
@@ -335,7 +336,7 @@ def second_moments(
     deviations = weight_standard_deviations(architecture, rule, **options)
     starts = start_values(architecture, rule, **options)
     parameters = tuple(
-        dataclasses.replace(one, start=float(np.mean(starts[one.name])))
+        dataclasses.replace(one, given=float(np.mean(starts[one.name])))
         if one.name in starts
         else one
         for one in architecture.parameters
@@ -369,21 +370,23 @@ class _Allocation(Propagation):
             for use in one.uses
             if use.edge is not None and use.kind == "weight"
         }
+        self.uncentered = _uncentered(architecture)
         self.gains: dict[int, float] = {}
         self.free: set[int] = set()
         self._nominal: dict[int, float] = {}
         stems = {
             one.name: math.sqrt(stem_numerator(architecture, one.name) / one.fan_in)
             for one in architecture.parameters
-            if one.role == Role.INPUT and one.edge is None
+            if one.role == Role.INPUT and one.edge is None and one.is_drawn
         }
         tables = {
             one.name: _embedding_deviation(one, architecture).value
             for one in architecture.parameters
-            if one.role == Role.EMBEDDING
+            if one.role == Role.EMBEDDING and one.is_drawn
         }
         self.tables = tables
-        self.found[0] = first_moments(architecture, stems | tables)
+        self.zero = {one.name for one in architecture.parameters if one.given == 0.0}
+        self.found[0] = self.with_biases(0, first_moments(architecture, stems | tables))
 
     def uses_into(self, vertex: int) -> int:
         """How often the weights that feed a vertex are used, 1 if they are its own."""
@@ -431,10 +434,12 @@ class _Allocation(Propagation):
         """
         function = self.functions[edge]
         if any(self.roles[name] == Role.EMBEDDING for name in function.weights):
-            return self.tables[function.weights[0]] ** 2
+            return self.tables.get(function.weights[0], 0.0) ** 2
         if not self.brings(edge):
             self.free.add(edge)
             return 0.0
+        if self.contribution(edge, 1.0).second == 0:  # multiplied by zeros: let it carry its source
+            wanted = self.carried_by(edge)
         wanted *= function.share
         variance = self.output_variance(edge, wanted) if wanted > 0 else 0.0
         if variance is None and not (sets_gains and self.ends_in_norm(edge)):
@@ -466,17 +471,35 @@ class _Allocation(Propagation):
         }
 
     def brings(self, edge: int) -> bool:
-        """Whether a layer reads more than zeros and is not multiplied by them."""
-        return self.read(edge) > 0 and bool(variables(self.functions[edge].after))
+        """Whether a layer holds and reads more than zeros, and is not multiplied by them."""
+        function = self.functions[edge]
+        zero = bool(function.weights) and self.zero.issuperset(function.weights)
+        return not zero and self.read(edge) > 0 and bool(variables(function.after))
 
-    def contribution(self, edge: int, variance: float) -> Moments:
+    def contribution(self, edge: int, output: Moments | float) -> Moments:
         """Moments of what a layer adds to its vertex, with the gain that the rule gives it."""
-        found, gain = super().contribution(edge, variance), self.gains.get(edge, 1.0)
+        if edge in self.uncentered and not isinstance(output, Moments):
+            output = Moments(math.sqrt(output), output)  # a sum of entries with a mean is one
+        found, gain = super().contribution(edge, output), self.gains.get(edge, 1.0)
         return Moments(gain * found.mean, gain**2 * found.second)
 
     def result(self, **options: Any) -> WeightVariances:
         """What the rule says of the graph."""
         return WeightVariances(self.numerators, free=frozenset(self.free), **options)
+
+
+def _uncentered(architecture: Architecture) -> set[int]:
+    """The edges of layers whose kernels have a mean, as squares of parameters."""
+    start = leaf_distribution(architecture)
+    return {
+        use.edge
+        for one in architecture.parameters
+        for use in one.uses
+        if use.edge is not None
+        and use.kind == "weight"
+        and use.expression is not None
+        and abs(kernel_moments(use.expression, one.name, 1.0, start).mean) > 1e-3
+    }
 
 
 def _in_equal_parts(architecture: Architecture, degrees: np.ndarray) -> WeightVariances:
@@ -496,15 +519,24 @@ def _in_equal_parts(architecture: Architecture, degrees: np.ndarray) -> WeightVa
 @register_initialization_rule("target")
 def target(architecture: Architecture) -> WeightVariances:
     """C = 1 / (d_in(v) ρ), the target's live in-degree [AAS Eq. 12]; for summed pre-activations."""
-    graph = architecture.graph
-    return _in_equal_parts(architecture, np.maximum(in_degrees(graph), 1)[graph.receivers])
+    return _in_equal_parts(architecture, _contributions(architecture)[architecture.graph.receivers])
 
 
 @register_initialization_rule("source")
 def source(architecture: Architecture) -> WeightVariances:
     """C = 1 / (d_in(u) ρ), the source's live in-degree [AAS Eq. 4]; for summed activations."""
+    return _in_equal_parts(architecture, _contributions(architecture)[architecture.graph.senders])
+
+
+def _contributions(architecture: Architecture) -> np.ndarray:
+    """Live in-degree of every vertex, at least 1, without layers that the model starts at zero."""
     graph = architecture.graph
-    return _in_equal_parts(architecture, np.maximum(in_degrees(graph), 1)[graph.senders])
+    degrees, counted = in_degrees(graph), reachable_vertices(graph)[graph.senders]
+    zero = {one.name for one in architecture.parameters if one.given == 0.0}
+    for edge, function in enumerate(architecture.functions or ()):
+        if counted[edge] and function.weights and zero.issuperset(function.weights):
+            degrees[graph.receivers[edge]] -= 1
+    return np.maximum(degrees, 1)
 
 
 @register_initialization_rule("none")

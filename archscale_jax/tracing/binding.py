@@ -7,6 +7,7 @@ from typing import NamedTuple
 from archscale_jax.architecture import Arrangement, Parameter, ParameterUse, Role
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.flow import Edge, Flow, Kind
+from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.state import State
 from archscale_jax.tracing.structure import Built, Structure
 from archscale_jax.tracing.values import Use
@@ -164,8 +165,14 @@ def _record(binding: Binding, name: str, uses: list[Use], places: list[Parameter
         activated=role != Role.HIDDEN or _activated(binding, uses),
         uses=tuple(places),
         start=start if role == Role.SCALE else None,
+        given=_given(binding.state.starts.get(name), role),
         start_known=role not in (Role.BIAS, Role.SCALE) or all(one.known for one in uses),
     )
+
+
+def _given(start: Start | None, role: Role) -> Start | None:
+    """What arrays tell of a leaf: of a weight only that it starts at zero."""
+    return start if role in (Role.BIAS, Role.SCALE) or start == 0.0 else None
 
 
 def _width(shape: tuple[int, ...], use: Use) -> int:

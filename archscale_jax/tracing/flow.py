@@ -15,6 +15,7 @@ import numpy as np
 
 from archscale_jax.architecture import OUTPUT
 from archscale_jax.expressions import (
+    ZERO,
     Expression,
     Moments,
     Variable,
@@ -96,11 +97,13 @@ class Flow:
       kinds: what every vertex is.
       edges: the operations.
       expressions: of products and constants, what an entry is.
+      added: by vertex, what biases that do not start at 0 add to its features.
     """
 
     kinds: list[Kind] = dataclasses.field(default_factory=list)
     edges: list[Edge] = dataclasses.field(default_factory=list)
     expressions: dict[int, Expression] = dataclasses.field(default_factory=dict)
+    added: dict[int, Expression] = dataclasses.field(default_factory=dict)
 
     def add_vertex(self, kind: Kind, expression: Expression | None = None) -> int:
         """Returns the number of a new vertex."""
@@ -117,6 +120,10 @@ class Flow:
         edge = Edge(source, target, operator, before, **options)
         self.edges.append(edge)
         return edge
+
+    def add_to(self, vertex: int, expression: Expression) -> None:
+        """Notes that an expression is added to the features of a vertex."""
+        self.added[vertex] = apply("add", np.add, self.added.get(vertex, ZERO), expression)
 
 
 def split_fused(flow: Flow, outputs: set[int]) -> dict[Edge, list[Edge]]:
@@ -157,6 +164,8 @@ def split_fused(flow: Flow, outputs: set[int]) -> dict[Edge, list[Edge]]:
             edge.before = substituted(edge.before, functools.partial(_moved, vertex, copy.target))
             edge.source = copy.target
             flow.edges.append(copy)
+            if vertex in flow.added:
+                flow.add_to(copy.target, flow.added[vertex])
             found.setdefault(layer, []).append(copy)
     return found
 
@@ -201,6 +210,7 @@ def contract(flow: Flow, outputs: set[int]) -> dict[int, int]:
             continue
         incoming[target].remove(leaving)
         removed.add(leaving)
+        _carry_added(flow, leaving, arriving)
         for edge in arriving:
             _prolong(edge, leaving)
             other = [
@@ -240,6 +250,22 @@ def _is_linear(edge: Edge) -> bool:
     return edge.before == variable or (
         slope(edge.before, variable, standard) is not None and not statistics(edge.before)
     )
+
+
+def _carry_added(flow: Flow, leaving: Edge, arriving: list[Edge]) -> None:
+    """Lets what is added to a removed vertex stand on its layer's edge, or at its target."""
+    added = flow.added.pop(leaving.source, None)
+    if added is None:
+        return
+    if flow.kinds[leaving.source] == Kind.LAYER:
+        (layer,) = arriving
+        layer.after = apply("add", np.add, layer.after, added)
+        return
+
+    def found(one: Variable) -> Expression | None:
+        return added if one.kind == "vertex" and one.source == leaving.source else None
+
+    flow.add_to(leaving.target, substituted(leaving.before, found))
 
 
 def _prolong(edge: Edge, leaving: Edge) -> None:

@@ -13,6 +13,7 @@ from archscale_jax.expressions import Constant, Expression, Statistic, Unknown, 
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Edge, Flow, Kind
+from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.values import (
     Axes,
     Feature,
@@ -85,6 +86,7 @@ class State:
       shapes: of the leaves, by name.
       declared: names of the leaves whose roles the user has told.
       unknown: what to do at a primitive that is not registered, `error` or `warn`.
+      starts: values of leaves before training, see `starting_values`.
       flow: the vertices and edges found.
       uses: what the parameters do.
       data: number of the vertex that holds all inputs, once there is one.
@@ -100,12 +102,14 @@ class State:
       notes: what could not be known, and what was supposed.
       unsupported: messages on parameters that cannot be read.
       replaced: numbers of uses that turned out to be part of another.
+      modulated: by the number of a use, labels of the features that scale a matrix of parameters.
       manual: how many `shard_map`s what is read lies in.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     declared: Collection[str] = ()
     unknown: str = "error"
+    starts: Mapping[str, Start] = dataclasses.field(default_factory=dict)
     flow: Flow = dataclasses.field(default_factory=Flow)
     uses: list[Use] = dataclasses.field(default_factory=list)
     data: int | None = None
@@ -121,6 +125,7 @@ class State:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     unsupported: dict[str, None] = dataclasses.field(default_factory=dict)
     replaced: set[int] = dataclasses.field(default_factory=set)
+    modulated: dict[int, Labels] = dataclasses.field(default_factory=dict)
     manual: int = 0
     _fresh: Any = dataclasses.field(default_factory=itertools.count)
 

@@ -22,6 +22,7 @@ from archscale_jax.refusals import unknown as unknown_name
 from archscale_jax.tracing.binding import Binding, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
 from archscale_jax.tracing.interpreter import Evaluation, Interpreter
+from archscale_jax.tracing.starts import Start, starting_values
 from archscale_jax.tracing.state import State
 from archscale_jax.tracing.structure import Built, Structure, graph_of
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight
@@ -45,7 +46,8 @@ def trace(
     their outputs are added, joined, pooled or compared with targets. If stems feed different
     vertices, vertex 0 stands for the inputs and stems are edges.
 
-    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`. Of a loop over time its
+    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`. Params that are arrays tell
+    the values before training of what is not drawn, and which weights start at 0. Of a loop over time its
     first 16 steps are read, of a loop over a stack of layers all.
 
     Args:
@@ -70,7 +72,8 @@ def trace(
     if unknown not in ("error", "warn"):
         raise ValueError(f"unknown is {unknown!r}; accepted are 'error' and 'warn'")
     declared = _declared(roles or {}, list(named_leaves(params)))
-    reading = read(function, params, inputs, declared, unknown=unknown)
+    starts = starting_values(named_leaves(params))
+    reading = read(function, params, inputs, declared, unknown=unknown, starts=starts)
     state = reading.state
     structure = Structure.of(state.flow, reading.outputs, state.contracted, arrangement)
     built = graph_of(state.flow, reading.outputs, structure)
@@ -104,20 +107,25 @@ def _architecture(
             share=shares.get(edge.target, 1.0),
         )
 
-    expressions = {
-        built.numbers[vertex]: built.renamed(expression)
-        for vertex, expression in state.flow.expressions.items()
-        if vertex in built.numbers
-    }
     return Architecture(
         built.graph,
         parameters,
         structure.arrangement,
         functions=tuple(function(edge) for edge in built.edges),
         stems=tuple(function(edge) for edge in structure.stems),
-        expressions=expressions,
+        expressions=_renamed(state.flow.expressions, built),
+        added=_renamed(state.flow.added, built),
         notes=tuple(state.notes),
     )
+
+
+def _renamed(expressions: Mapping[int, Expression], built: Built) -> dict[int, Expression]:
+    """Expressions by the numbers that vertices have in the graph."""
+    return {
+        built.numbers[vertex]: built.renamed(expression)
+        for vertex, expression in expressions.items()
+        if vertex in built.numbers
+    }
 
 
 def _query_shares(state: State) -> dict[int, float]:
@@ -243,6 +251,7 @@ def read(
     perturbations: Mapping[str, jax.Array] | None = None,
     outputs: Mapping[str, jax.Array] | None = None,
     unknown: str = "error",
+    starts: Mapping[str, Start] | None = None,
 ) -> Reading:
     """Reads a function.
 
@@ -255,6 +264,7 @@ def read(
       perturbations: added to the outputs of layers, by the names of their weights.
       outputs: taken instead of the outputs of layers, by the names of their weights.
       unknown: see `trace`.
+      starts: values of leaves before training, by name.
     """
     _check_call(function, params, inputs)
     weights = named_leaves(params)
@@ -277,7 +287,7 @@ def read(
     shapes = {name: tuple(leaf.shape) for name, leaf in weights.items()}
 
     def interpret(sources: set[int], evaluate: bool) -> tuple[Interpreter, list[Value]]:
-        state = State(shapes, declared, unknown)
+        state = State(shapes, declared, unknown, starts or {})
         evaluation = Evaluation(perturbations=perturbations or {}, outputs=outputs or {})
         interpreter = Interpreter(state, evaluation if evaluate else None)
         arrays = leaves if evaluate else [None] * len(leaves)

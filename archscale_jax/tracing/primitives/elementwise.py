@@ -122,12 +122,24 @@ def expression_of(call: Call, operands: list[Expression]) -> Expression:
         kind = np.dtype(call.parameters["new_dtype"]).kind if _has_dtype(call) else "f"
         if kind in "fcV":
             return operands[0]
+    if name in _COMPARISONS and any(isinstance(one, Unknown) for one in operands):
+        return _compared_with_unknown(name, operands)
     if name in _PLAIN:
         return apply(name, _PLAIN[name], *operands)
     # The name tells functions apart, so that it has the parameters too.
     full = f"{name} {sorted((key, str(value)) for key, value in call.parameters.items())}"
     function = FUNCTIONS[name](call.parameters) if name in FUNCTIONS else _bound(call)
     return apply(full, function, *operands)
+
+
+def _compared_with_unknown(name: str, operands: list[Expression]) -> Expression:
+    """Of n places 0, 1, … one equals an index that is not known, each with probability 1/n."""
+    for one in operands:
+        if name == "eq" and isinstance(one, Variable) and one.kind == "index":
+            hot = np.zeros(len(one.nodes))
+            hot[0] = 1.0
+            return dataclasses.replace(one, source=("chosen", one.source), nodes=hot)
+    return UNKNOWN
 
 
 def _has_dtype(call: Call) -> bool:
@@ -287,10 +299,26 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
             "spatial": made.spatial,
         }  # fmt: skip
     numbers = state.use(call, weight, kind, feature.vertex, along, **options)
+    if not positions and where != Kind.DATA:
+        result = _with_start(state, call, weight, result)
     read = any(edge.source == feature.vertex for edge in state.flow.edges[-64:])
     if feature.plain and not read:
         return result
     return dataclasses.replace(result, passed=feature.passed | frozenset(numbers))
+
+
+def _with_start(state: State, call: Call, weight: Weight, feature: Feature) -> Feature:
+    """Features with what is added to them at the start, if that is not 0."""
+    if all(state.starts.get(leaf, 0.0) == 0.0 for leaf in weight.leaves):
+        return feature
+    added = weight.expression
+    if call.name == "sub":
+        added = apply("neg", np.negative, added)
+    if feature.plain:
+        state.flow.add_to(feature.vertex, added)
+        return feature
+    total = apply("add", np.add, feature.expression, added)
+    return dataclasses.replace(feature, expression=total)
 
 
 def _variable(feature: Feature) -> Variable:
@@ -385,7 +413,7 @@ def _scale(state: State, call: Call, weight: Weight, feature: Feature) -> tuple[
         slope(feature.expression, _variable(feature), standard) is not None
     )
     neutral = neutral_value(weight.expression, weight.leaves[0]) if multiplies else None
-    return state.use(
+    numbers = state.use(
         call,
         weight,
         "scale" if multiplies else "value",
@@ -394,6 +422,23 @@ def _scale(state: State, call: Call, weight: Weight, feature: Feature) -> tuple[
         neutral=neutral,
         known=normalized and neutral is not None and _is_gain(state, weight),
     )
+    labels = _modulating(state, weight, feature)
+    state.modulated |= dict.fromkeys(numbers, labels) if labels else {}
+    return numbers
+
+
+def _modulating(state: State, weight: Weight, feature: Feature) -> Labels:
+    """Labels of features that a matrix is multiplied with, each with a row of its own."""
+    if len(weight.axes) != len(feature.axes):
+        return NO_LABELS
+    long = [any(state.shapes[leaf][axis] > 1 for leaf, axis in own) for own in weight.axes]
+    places = [place for place, is_long in enumerate(long) if is_long]
+    new = [place for place in places if not state.has_units(feature.axes[place])]
+    if not new or state.is_data(feature):
+        return NO_LABELS
+    shared = [labels for labels in feature.axes if state.has_units(labels)]
+    taken = [labels for labels in shared if feature.axes.index(labels) in places]
+    return NO_LABELS.union(*taken)
 
 
 def _is_gain(state: State, weight: Weight) -> bool:
@@ -428,7 +473,7 @@ def select(state: State, call: Call) -> Value:
     """Chooses between values: an activation, a guard, a mask, or a mixture."""
     which, cases = call.values[0], call.values[1:]
     if not features_of(cases):
-        if weights_of(cases):
+        if weights_of(cases) and not isinstance(which, Weight):
             return made_of_params(call, _mixed(state, cases))
         return elementwise(state, call)
     rank = len(call.shape)

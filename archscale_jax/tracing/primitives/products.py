@@ -35,6 +35,7 @@ from archscale_jax.tracing.values import (
     Feature,
     Known,
     Labels,
+    TraceError,
     Value,
     Weight,
 )
@@ -301,6 +302,7 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
                 "taken as unchanged"
             )
         return dataclasses.replace(deep[0], axes=axes, array=None, bare=False)
+    _check_kernels(state, call, sides)
     labels = sides[0] | sides[1]
     free = [
         free_axes(len(v.axes), c, b)
@@ -327,6 +329,20 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
     if left.vertex in state.contracted and contracted[0]:
         state.queries[result.vertex] = left.vertex, count
     return result
+
+
+def _check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:
+    """Refuses kernels that features make of a matrix of parameters, as a modulation does."""
+    for value, labels in zip(call.features, contracted, strict=True):
+        for number in sorted(value.passed):
+            if state.modulated.get(number, NO_LABELS) & labels:
+                leaf = state.uses[number].leaf
+                raise TraceError(
+                    f"{call.name} of parameter {leaf!r} at {call.line}: features scale it, and "
+                    "then it is applied to features as a kernel (a modulated or generated layer), "
+                    "of which fan-in and role cannot be read; scale the features that it is "
+                    "applied to instead, (features * scale) @ kernel"
+                )
 
 
 def _over_units(
@@ -496,7 +512,10 @@ def convolution(state: State, call: Call) -> Value:
     if isinstance(data, Weight) and isinstance(kernel, Known | Weight):
         return made_of_params(call, data.expression, tuple(axes))
     if isinstance(data, Feature) and isinstance(kernel, Feature):
-        expression = multiplied(data.expression, kernel.expression)
+        summed = numbers.rhs_spec[1]
+        _check_kernels(state, call, (NO_LABELS, kernel.axes[summed]))
+        count = math.prod(call.shapes[1]) // call.shapes[1][numbers.rhs_spec[0]]
+        expression = _over_units(state, data, kernel, kernel.axes[summed], count)
         if data.vertex == kernel.vertex:
             return dataclasses.replace(data, expression=expression, axes=tuple(axes), array=None)
         return state.join(Kind.PRODUCT, [data, kernel], tuple(axes), expression=expression)
