@@ -175,7 +175,9 @@ def test_a_branch_that_ends_in_no_layer_is_refused():
     names = {"stem": (8, 4), "a": (4, 4), "b": (4, 4), "out": (4, 3)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in names.items()}
     arch = archscale.trace(apply, params, jnp.ones((2, 8)))
-    with pytest.raises(ValueError, match="no layer that it enters linearly"):
+    with pytest.raises(
+        ValueError, match=r"branch \(of 'a', 'b'\).*no layer that it enters linearly"
+    ):
         depth_factors(arch, arch, "adam")
 
 

@@ -84,7 +84,7 @@ def _comparison_notes(
         ratios = [max(pair) for pair in width_ratios(architecture, base).values()]
     except ValueError:  # no parameter by parameter comparison
         ratios = []
-    counts = [len(residual_branches(one.graph)) for one in (architecture, base)]
+    counts = [len(residual_branches(one)) for one in (architecture, base)]
     depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
     narrower = bool(ratios) and min(ratios) < 1 and max(ratios) <= 1
     shallower = depths[0] < depths[1] and (not ratios or max(ratios) <= 1)
@@ -119,7 +119,7 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
             f"dead layers, on no path from input to output, do not train ({len(dead)} leaves): "
             f"{_listed(dead)}"
         )
-    additions = len(residual_branches(architecture.graph))
+    additions = len(residual_branches(architecture))
     if additions and initialization in _BLIND_TO_SKIPS:
         notes.append(
             f"residual additions ({additions}) grow the second moment, as initialization rule "
@@ -169,7 +169,7 @@ def rate_notes(
       options: those of `learning_rate_factors`.
     """
     notes = []
-    additions = len(residual_branches(architecture.graph))
+    additions = len(residual_branches(architecture))
     if additions > 1 and rule in _PATH_SUMS:
         notes.append(
             f"every residual addition ({additions}) doubles the paths over which rule {rule} sums, "

@@ -619,7 +619,7 @@ def second_moment(
     if not 0 <= depth_exponent < math.inf:
         raise ValueError(f"depth_exponent must be finite and not negative, found {depth_exponent}")
     layers = is_weight(architecture.graph)
-    branches = residual_branches(architecture.graph)
+    branches = residual_branches(architecture)
     probe = _Allocation(architecture)
     features = _vertices_with_features(probe)
     mixed = {

@@ -45,14 +45,18 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
 _WEIGHTLESS = (Operator.SKIP, Operator.AVG_POOL)
 
 
-def residual_branches(graph: jraph.GraphsTuple) -> dict[int, set[int]]:
+def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, set[int]]:
     """Returns the edges of the branches that end in every residual addition, by vertex.
 
     A vertex is a residual addition where an edge without weight brings what another way with
     layers, the branch, brings too. A skip around a stack of such additions, or around the whole
     network and what it holds, makes no block; nor does an addition inside of another's branch.
-    What only a branch reads, as keys and values of cross-attention are, belongs to it.
+    What only a branch reads, as keys and values of cross-attention are, belongs to it. Two slices
+    of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
+    around no layer that reads the other.
     """
+    graph = network.graph if isinstance(network, Architecture) else network
+    slices = _slices(network) if isinstance(network, Architecture) else {}
     live = live_edges(graph)
     weight = is_weight(graph)
     incoming: dict[int, list[int]] = collections.defaultdict(list)
@@ -66,7 +70,12 @@ def residual_branches(graph: jraph.GraphsTuple) -> dict[int, set[int]]:
         skips = [edge for edge in edges if graph.edges["operator"][edge] in _WEIGHTLESS]
         for skip in skips:
             source = int(graph.senders[skip])
-            around = _edges_between(graph, incoming, source, vertex) - {skip}
+            others = {
+                edge
+                for edge in outgoing[source]
+                if slices.get(skip) and slices.get(edge) and not slices[skip] & slices[edge]
+            }
+            around = _edges_between(graph, incoming, source, vertex, others) - {skip}
             if any(weight[edge] for edge in around):
                 branches.setdefault(vertex, set()).update(around)
                 sources.setdefault(vertex, set()).add(source)
@@ -74,6 +83,15 @@ def residual_branches(graph: jraph.GraphsTuple) -> dict[int, set[int]]:
     for vertex in blocks:
         _extend(graph, branches[vertex], incoming, outgoing, vertex, set(branches))
     return {vertex: branches[vertex] for vertex in blocks}
+
+
+def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
+    """By edge, which slices of its source it reads; nothing where it reads all of it."""
+    found = {}
+    for edge, function in enumerate(architecture.functions or ()):
+        parts = {one.part for one in variables(function.before) if one.kind == "vertex"}
+        found[edge] = set() if () in parts else parts
+    return found
 
 
 def _blocks(
@@ -127,9 +145,13 @@ def _extend(
 
 
 def _edges_between(
-    graph: jraph.GraphsTuple, incoming: dict[int, list[int]], source: int, target: int
+    graph: jraph.GraphsTuple,
+    incoming: dict[int, list[int]],
+    source: int,
+    target: int,
+    left_out: set[int],
 ) -> set[int]:
-    """The edges on paths from one vertex to another."""
+    """The edges on paths from one vertex to another that do not begin with one left out."""
     reached, wanted = {source}, [target]
     behind: dict[int, list[int]] = {}
     while wanted:  # back from the target, not beyond the source
@@ -140,7 +162,11 @@ def _edges_between(
         wanted.extend(int(graph.senders[edge]) for edge in incoming[vertex])
     found: set[int] = set()
     for vertex in sorted(behind):
-        here = {edge for edge in behind[vertex] if int(graph.senders[edge]) in reached}
+        here = {
+            edge
+            for edge in behind[vertex]
+            if int(graph.senders[edge]) in reached and edge not in left_out
+        }
         if here:
             reached.add(vertex)
             found |= here
@@ -161,8 +187,7 @@ def branch_ends(
     Raises:
       ValueError: a branch that ends in no layer that it enters linearly; the message says where.
     """
-    graph = architecture.graph
-    branches = residual_branches(graph) if branches is None else branches
+    branches = residual_branches(architecture) if branches is None else branches
     propagation = Propagation(architecture)
     found: dict[int, dict[int, float]] = {}
     for vertex, branch in branches.items():
@@ -179,9 +204,12 @@ def _last_layers(
     found = _linear_layers(propagation, edge, branch)
     if not found:
         source = propagation.senders[edge]
+        behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
+        names = [name for one in behind for name in propagation.functions[one].weights]
+        shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
         raise ValueError(
-            f"depth rule: a branch that ends in vertex {end} brings vertex {source} there through "
-            "no layer that it enters linearly, so that no weight can take the factor m^(-α). "
+            f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
+            "through no layer that it enters linearly, so that no weight can take m^(-α). "
             "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
             "it by m^(-α) in the model and take depth_rule=None for it"
         )
@@ -261,9 +289,8 @@ def depth_factors(
         enters linearly, so that no weight can take the factor.
     """
     check_optimizer(optimizer)
-    base_graph = base.graph if isinstance(base, Architecture) else base
-    branches = residual_branches(architecture.graph)
-    counts = len(branches), len(residual_branches(base_graph))
+    branches = residual_branches(architecture)
+    counts = len(branches), len(residual_branches(base))
     if not all(counts):
         raise ValueError(
             f"depth rule: the network has {counts[0]} residual additions and the base {counts[1]}; "
@@ -320,7 +347,7 @@ class Places:
 
     def __init__(self, architecture: Architecture, branches: dict[int, set[int]] | None = None):
         graph = architecture.graph
-        self.branches = residual_branches(graph) if branches is None else branches
+        self.branches = residual_branches(architecture) if branches is None else branches
         self.propagation = Propagation(architecture)
         self.ends = {
             edge: part
@@ -336,11 +363,35 @@ class Places:
             if edge not in branch
         }
         self.interior = {int(graph.receivers[edge]) for edge in self.inside} - set(self.branches)
+        self._add_what_blocks_read()
         slopes = [
             slope(self.propagation.functions[edge].after, OUTPUT, self.propagation.distribution)
             for edge in sorted(self.ends.keys() - self.normalized)
         ]
         self.multiplier = next((abs(one) for one in slopes if one), 1.0)
+
+    def _add_what_blocks_read(self) -> None:
+        """Counts as inside what only some of the branches read, as a layer that modulates a block.
+
+        What all of them read, as a condition or the features of an encoder, stands outside.
+        """
+        branches_of: dict[int, set[int]] = collections.defaultdict(set)
+        for end, branch in self.branches.items():
+            for edge in branch:
+                branches_of[self.propagation.receivers[edge]].add(end)
+        targets: dict[int, set[int]] = collections.defaultdict(set)
+        for source, target in zip(
+            self.propagation.senders, self.propagation.receivers, strict=True
+        ):
+            targets[source].add(target)
+        for vertex in sorted(targets, reverse=True):
+            if vertex == 0 or vertex in self.branches or not targets[vertex] <= self.interior:
+                continue
+            reading = set().union(*(branches_of[target] for target in targets[vertex]))
+            if len(reading) < len(self.branches):
+                self.interior.add(vertex)
+                self.inside |= set(self.propagation.incoming[vertex])
+                branches_of[vertex] |= reading
 
     def of(self, parameter: Parameter) -> tuple[str, float]:
         """Returns where a parameter stands, and of an end the part of the factor that it takes.

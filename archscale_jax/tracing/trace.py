@@ -46,9 +46,9 @@ def trace(
     their outputs are added, joined, pooled or compared with targets. If stems feed different
     vertices, vertex 0 stands for the inputs and stems are edges.
 
-    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`. Params that are arrays tell
-    the values before training of what is not drawn, and which weights start at 0. Of a loop over time its
-    first 16 steps are read, of a loop over a stack of layers all.
+    Nothing is computed: params and inputs may be `jax.ShapeDtypeStruct`. Params that are arrays
+    tell the values before training of what is not drawn, and which weights start at 0. Of a loop
+    over time its first 16 steps are read, of a loop over a stack of layers all.
 
     Args:
       function: `(params, *inputs)` to features, logits or a loss, in any framework.

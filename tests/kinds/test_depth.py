@@ -17,6 +17,7 @@ import pytest
 from flax import linen as nn
 
 import archscale_jax as archscale
+from archscale_jax.rules.residual import residual_branches
 from tests.kinds.helpers import (
     Model,
     equinox_model,
@@ -379,6 +380,65 @@ def test_gated_residuals_are_read():
     last = [float(found[f"layers/0/{name}"]) for name in ("b", "gate")]
     assert all(0.5 * 0.999 <= one <= 2**-0.5 * 1.001 for one in last)
     assert min(last) < 2**-0.5 * 0.99
+
+
+class ModulatedBlock(nn.Module):
+    """A block of a diffusion transformer: one layer modulates both branches."""
+
+    zero: bool
+
+    @nn.compact
+    def __call__(self, x, c):
+        start = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        made = nn.Dense(6 * 16, name="ada", kernel_init=start)(nn.silu(c))
+        parts = jnp.split(made[:, None], 6, -1)
+        norm = nn.LayerNorm(use_bias=False, use_scale=False)
+        y = norm(x) * (1 + parts[0]) + parts[1]
+        x = x + parts[2] * nn.MultiHeadDotProductAttention(2, name="attention")(y, y)
+        y = norm(x) * (1 + parts[3]) + parts[4]
+        y = nn.Dense(16, name="down")(nn.gelu(nn.Dense(64, name="up")(y)))
+        return x + parts[5] * y
+
+
+class DiffusionTransformer(nn.Module):
+    depth: int
+    zero: bool = True
+
+    @nn.compact
+    def __call__(self, x, c):
+        x = nn.Dense(16, name="stem")(x)
+        c = nn.Dense(16, name="condition")(c)
+        for place in range(self.depth):
+            x = ModulatedBlock(self.zero, name=f"block{place}")(x, c)
+        return nn.Dense(4, name="head")(nn.LayerNorm(name="norm")(x))
+
+
+@pytest.mark.parametrize("given", ["arrays", "shapes"])
+def test_modulated_blocks_of_a_diffusion_transformer(given):
+    """Two additions a block; a shift is no skip. What modulates a block is inside of it."""
+    x, c = normal(2, 4, 8), normal(2, 8, seed=2)
+
+    def traced(depth):
+        module = DiffusionTransformer(depth)
+        make = lambda: module.init(jax.random.key(0), x, c)["params"]  # noqa: E731
+        params = make() if given == "arrays" else jax.eval_shape(make)
+        apply = lambda params, *inputs: module.apply({"params": params}, *inputs)  # noqa: E731
+        return archscale.trace(apply, params, x, c)
+
+    network, base = traced(4), traced(2)
+    assert len(residual_branches(network)) == 8
+    found = archscale.learning_rate_factors(network, base, "none", depth_rule="adam")
+    inside = (
+        "ada",
+        "up",
+        "condition",
+        *(f"attention/{name}" for name in ("query", "key", "value")),
+    )
+    expected = dict.fromkeys(inside, 2**-0.5) | dict.fromkeys(("down", "attention/out"), 0.5)
+    expected |= dict.fromkeys(("stem", "condition", "head", "norm"), 1.0)
+    for name, factor in found.items():
+        (one,) = (value for layer, value in expected.items() if f"/{layer}/" in f"/{name}")
+        np.testing.assert_allclose(factor, one, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("framework", ["linen", "equinox"])
