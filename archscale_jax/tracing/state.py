@@ -77,6 +77,12 @@ class Call:
 
         return source_info_util.summarize(self.equation.source_info)
 
+    @property
+    def is_of_derivative(self) -> bool:
+        """Whether a derivative that is taken inside of the function makes it."""
+        scopes = self.equation.source_info.name_stack.stack
+        return any(type(one).__name__ == "Transform" and one.name == "jvp" for one in scopes)
+
 
 @dataclasses.dataclass
 class State:

@@ -147,3 +147,31 @@ def test_linear_and_usual_operations_are_known():
 
     model = Model(apply, SHAPES, (spec(2, 4, 8),))
     assert roles(model.trace()) == {"a": "input", "b": "hidden", "c": "readout"}
+
+
+@pytest.mark.parametrize("derivative", ["grad", "jvp", "hessian"])
+def test_a_derivative_inside_is_noted_with_a_way_on(derivative):
+    """Forces of an energy, as in potentials: the architecture of the energy holds for both."""
+
+    def energy(params, x):
+        return jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"])
+
+    def force(params, x):
+        if derivative == "jvp":
+            return jax.jvp(lambda x: energy(params, x), (x,), (x,))
+        take = {"grad": jax.grad, "hessian": jax.hessian}[derivative]
+        return take(energy, argnums=1)(params, x)
+
+    params, x = specs(a=(3, 16), b=(16, 1)), spec(2, 3)
+    (note,) = (one for one in archscale.trace(force, params, x).notes if "derivative" in one)
+    assert "trace the function that is differentiated" in note
+    plain = archscale.trace(energy, params, x)
+    assert not plain.notes
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    archscale.scale_by_architecture(plain, plain, width_rule="adam").init(params)
+
+
+def test_custom_derivatives_are_no_derivatives():
+    shapes = specs(a=(3, 16), b=(16, 1))
+    apply = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
+    assert not archscale.trace(jax.checkpoint(apply), shapes, spec(2, 3)).notes

@@ -355,6 +355,13 @@ def _over_units(
 # Layers.
 
 
+_DERIVATIVE = (
+    "a derivative is taken inside of the function (jax.grad, jax.jvp), and what it adds is read as "
+    "further layers of the same parameters; trace the function that is differentiated, whose "
+    "architecture holds for the same params"
+)
+
+
 def layer(
     state: State,
     call: Call,
@@ -368,6 +375,8 @@ def layer(
 ) -> Value:
     """Reads the application of a weight to features: an edge to a new vertex."""
     check_split(state, call, weight)
+    if call.is_of_derivative:
+        state.note(_DERIVATIVE)
     axes, own = places
     if isinstance(source, Weight):
         source = learned_features(state, call, source)
