@@ -35,6 +35,7 @@ from archscale_jax.architecture import (
     Role,
     check_architecture,
 )
+from archscale_jax.graph import Operator
 from archscale_jax.rules.registry import Explained, Registry
 
 WidthRule = Callable[[Parameter, float, float], float]
@@ -328,7 +329,49 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
             f"it have beside a listed width; add {width}: base width, or {{{width}: {width}}} if "
             "it stays"
         )
-    return dataclasses.replace(architecture, parameters=parameters)
+    narrowed = dataclasses.replace(architecture, parameters=parameters)
+    _check_joined(architecture, narrowed, widths)
+    return narrowed
+
+
+def _check_joined(
+    architecture: Architecture, narrowed: Architecture, widths: Mapping[int, int]
+) -> None:
+    """Checks that layers behind a concatenation read what its parts became."""
+    graph, functions = architecture.graph, architecture.functions
+    if functions is None:
+        return
+    sizes = {
+        one.name: (features(one), features(other))
+        for one, other in zip(architecture.parameters, narrowed.parameters, strict=True)
+    }
+    written: dict[int, float | None] = {0: _stem_ratio(architecture, sizes)}
+    parts: dict[int, list[tuple[int, float | None]]] = {}
+    for edge in np.argsort(graph.receivers, kind="stable").tolist():
+        source, target = int(graph.senders[edge]), int(graph.receivers[edge])
+        if graph.edges["operator"][edge] == Operator.CONCATENATION:
+            parts.setdefault(target, []).append((functions[edge].count, written.get(source)))
+        joined = parts.get(source, [])
+        ratios = [ratio for _, ratio in joined if ratio is not None]
+        for name in functions[edge].weights:
+            before, after = sizes[name]
+            written[target] = after[1] / before[1]
+            if not joined or len(ratios) < len(joined):
+                continue
+            part = sum(count * ratio for (count, _), ratio in zip(joined, ratios, strict=True))
+            made = round(before[0] * part / sum(count for count, _ in joined))
+            if made != after[0]:
+                raise ValueError(
+                    f"widths list {sorted(widths)}: the {before[0]} joined features that {name!r} "
+                    f"reads become {made}, of which it would read {after[0]}; list the widths of "
+                    f"all that is joined, and {before[0]} with their sum"
+                )
+
+
+def _stem_ratio(architecture: Architecture, sizes: Mapping[str, Any]) -> float | None:
+    names = [name for function in architecture.stems for name in function.weights]
+    ratios = {sizes[name][1][1] / sizes[name][0][1] for name in names}
+    return ratios.pop() if len(ratios) == 1 else None
 
 
 def _narrowed(

@@ -604,3 +604,21 @@ def test_weights_of_initialize_are_those_that_width_rules_suppose(rule, name):
         return Model(apply, shapes, (normal(16, 20),))
 
     assert 0.5 < step_growth(make, (32, 256), name, rule) < 2
+
+
+def joined(p, x):
+    h = jnp.concatenate([x @ p["a"], x @ p["b"]], axis=-1)
+    return RELU(RELU(h) @ p["w"]) @ p["o"]
+
+
+@pytest.mark.parametrize("widths", [{64: 32}, {128: 64}, {64: 32, 128: 32}])
+def test_widths_of_joined_features_must_fit(widths):
+    """64 and 64 features are joined to 128: listing one without the other names what is wrong."""
+    architecture = archscale.trace(
+        joined, specs(a=(8, 64), b=(8, 64), w=(128, 128), o=(128, 3)), spec(2, 8)
+    )
+    with pytest.raises(ValueError, match="128 joined features that 'w' reads"):
+        archscale.with_widths(architecture, widths)
+    base = archscale.with_widths(architecture, {64: 32, 128: 64})
+    found = archscale.learning_rate_factors(architecture, base, "none", width_rule="adam")
+    assert found == {"a": 1.0, "b": 1.0, "w": 0.5, "o": 0.5}
