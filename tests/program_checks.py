@@ -69,7 +69,11 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
     names = spelling.names()
 
     def by_leaf(found: Mapping[str, Any]) -> dict[str, Any]:
-        return {leaf: found[here] for leaf, here in names.items() if here in found}
+        return {
+            leaf: found[here] if leaf == here else _half(found[here], leaf)
+            for leaf, here in names.items()
+            if here in found
+        }
 
     roles = {parameter.name: str(parameter.role) for parameter in traced.parameters}
     told: dict[str, Any] = {"role": by_leaf(roles)}
@@ -82,6 +86,13 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
         )
         told[f"factor, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
     return told
+
+
+def _half(value: Any, leaf: str) -> Any:
+    """Of what is said of a leaf that holds both layers of a gate, what is said of one of them."""
+    if np.ndim(value) == 0:
+        return value
+    return np.split(value, 2, axis=int(np.argmax(np.shape(value))))["ab".index(leaf[-1])]
 
 
 def _or_message(quantity: Callable[[], Any]) -> Any:
