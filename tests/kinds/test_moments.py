@@ -483,6 +483,16 @@ def test_gates_that_end_branches_bring_their_share(kind, act):
     assert promised[max(promised)] == pytest.approx(2 * 1.125**2, rel=2e-2)
 
 
+def test_the_report_shows_what_differs_by_slice():
+    """The smallest and the largest in print, one number for every half of a gate in records."""
+    told = archscale.report(
+        gates_in_branches("split", jax.nn.sigmoid).trace(), initialization="second_moment"
+    )
+    values = next(one for one in told.records if one["path"] == "both/0")["standard_deviation"]
+    assert len(values) == 2 and values[0] != values[1]
+    assert f"{min(values):.3g} to {max(values):.3g}" in str(told)
+
+
 @pytest.mark.parametrize("kind", ["apart", "split"])
 @pytest.mark.parametrize("act", [jax.nn.silu, jax.nn.gelu, jax.nn.sigmoid, lambda g: g])
 def test_gates_keep_the_second_moment(act, kind):
