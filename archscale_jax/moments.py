@@ -11,7 +11,7 @@ infinite width for weights that no two layers share.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from archscale_jax.architecture import (
     Architecture,
     Arrangement,
     EdgeFunction,
+    Parameter,
+    ParameterUse,
     Role,
 )
 from archscale_jax.expressions import (
@@ -117,6 +119,8 @@ class Propagation:
       layers: bool [E], the edges that carry a weight.
       data: whether vertex 0 stands for the inputs.
       found: moments of the vertices so far.
+      slices: by vertex and `Variable.part`, the second moment of a slice over that of the vertex,
+        where its layer is not drawn alike for all of its outputs.
     """
 
     def __init__(self, architecture: Architecture):
@@ -131,6 +135,7 @@ class Propagation:
         self.receivers: list[int] = np.asarray(graph.receivers).tolist()
         self.operators: list[int] = np.asarray(graph.edges["operator"]).tolist()
         self.found: dict[int, Moments] = {}
+        self.slices: dict[int, dict[tuple[Any, ...], float]] = {}
         self.data = (
             architecture.functions is not None  # else what feeds vertex 0 was not described
             and not architecture.stems
@@ -144,8 +149,51 @@ class Propagation:
     def distribution(self, variable: Variable) -> Moments | float:
         """What is known of a variable of an expression."""
         if variable.kind == "vertex":
-            return self.found.get(variable.source, Moments(0.0, 1.0))  # pyright: ignore
+            found = self.found.get(variable.source, Moments(0.0, 1.0))  # pyright: ignore
+            factor = self.slices.get(variable.source, {}).get(variable.part, 1.0)
+            return Moments(math.sqrt(factor) * found.mean, factor * found.second)
         return self._leaves(variable)
+
+    def output_slices(
+        self, parameter: Parameter, use: ParameterUse
+    ) -> dict[tuple[Any, ...], tuple[int, range]]:
+        """Returns the slices in which the outputs of a layer are read, as those of a fused gate.
+
+        Returns:
+          By `Variable.part`, an axis of the leaf and its entries that give the slice. Empty where
+          the vertex is more than this layer's outputs, or is read as a whole.
+        """
+        if use.edge is None or self.functions[use.edge].weights != (parameter.name,):
+            return {}
+        vertex = self.receivers[use.edge]
+        if self.incoming[vertex] != [use.edge]:
+            return {}
+        found = {}
+        for part in self.read_slices(vertex):
+            if len(part) != 1 or len(part[0]) != 1 or len(part[0][0]) != 5:
+                return {}
+            _, start, stop, step, size = part[0][0]
+            axes = [axis for axis in use.output if parameter.shape[axis] == size]
+            if len(axes) != 1:
+                return {}
+            found[part] = (axes[0], range(start, stop, step))
+        return found
+
+    def read_slices(self, vertex: int) -> set[tuple[Any, ...]]:
+        """The slices of a vertex that are read, as `Variable.part`."""
+        return {
+            one.part
+            for way in self.ways_from(vertex)
+            for one in variables(way)
+            if one.kind == "vertex" and one.source == vertex
+        }
+
+    def ways_from(self, vertex: int) -> list[Expression]:
+        """The expressions in which what a vertex holds goes on."""
+        edges = [edge for edge, sender in enumerate(self.senders) if sender == vertex]
+        ways = [self.functions[edge].before for edge in edges]
+        products = {self.receivers[edge] for edge in edges} & self.architecture.expressions.keys()
+        return [*ways, *(self.architecture.expressions[one] for one in sorted(products))]
 
     def source(self, edge: int) -> Moments:
         """Moments of what an edge makes of its source."""
@@ -380,6 +428,7 @@ def vertex_moments(
     """
     propagation = Propagation(architecture)
     kernels = _kernels(architecture, deviations)
+    propagation.slices = _slices(propagation, deviations)
     parameters = {one.name: one for one in architecture.parameters}
     for vertex in range(len(propagation.incoming)):
         if vertex == 0:
@@ -411,6 +460,32 @@ def _summed(kernel: Moments, entry: Moments, count: float) -> Moments:
     return Moments(
         count * mean, count * (kernel.second * entry.second - mean**2) + (count * mean) ** 2
     )
+
+
+def _slices(
+    propagation: Propagation, deviations: Mapping[str, float | np.ndarray]
+) -> dict[int, dict[tuple[Any, ...], float]]:
+    """Returns `Propagation.slices` of weights of these standard deviations."""
+    found: dict[int, dict[tuple[Any, ...], float]] = {}
+    for parameter in propagation.architecture.parameters:
+        own = np.square(deviations.get(parameter.name, 0.0))
+        for use in parameter.uses if own.ndim else ():
+            if use.edge is None:
+                continue
+            entry, vertex = _entry(own, use), propagation.receivers[use.edge]
+            for part, (axis, entries) in propagation.output_slices(parameter, use).items():
+                if entry.shape[axis] > 1:
+                    mean = np.mean(np.take(entry, entries, axis)) / np.mean(entry)
+                    found.setdefault(vertex, {})[part] = float(mean)
+    return found
+
+
+def _entry(values: np.ndarray, use: ParameterUse) -> np.ndarray:
+    """Of values that broadcast over a leaf, those of the slices that a use reads."""
+    for axis, place in use.slices:
+        if values.ndim and values.shape[axis] > 1:
+            values = np.take(values, [place], axis=axis)
+    return values
 
 
 def _tables(
@@ -481,10 +556,7 @@ def _kernels(
         for use in parameter.uses:
             if use.edge is None or use.kind not in ("weight", "embedding"):
                 continue
-            entry = own
-            for axis, place in use.slices:
-                if own.ndim and own.shape[axis] > 1:
-                    entry = np.take(entry, [place], axis=axis)
+            entry = _entry(own, use)
             deviation = float(np.sqrt(np.mean(entry**2)))
             kernel = kernel_moments(use.expression, parameter.name, deviation, start)
             found.setdefault(use.edge, []).append(kernel)

@@ -57,7 +57,8 @@ class Report:
           have several, None for a parameter of the readout or of no layer;
         source_in_degree: that of the vertex that its layer reads, where the equation of the
           initialization rule is one of d_in(u), None elsewhere;
-        standard_deviation, learning_rate_factor: None where a rule refuses, see the notes;
+        standard_deviation, learning_rate_factor: None where a rule refuses, see the notes; the
+          former a tuple where the slices of a stack, or the halves of a gate, differ;
         initialization_reason, learning_rate_reason: rule, numbers and equation of the two.
       notes: what to know beyond the table.
       header: graph and rules, line by line.
@@ -224,16 +225,23 @@ def _record(
         "kernel_size": parameter.kernel_size,
         "in_degree": degrees[0],
         "source_in_degree": degrees[1],
-        "standard_deviation": None if deviation is _REFUSED else _plain(deviation.value),
+        "standard_deviation": None if deviation is _REFUSED else _plain(deviation.value, parameter),
         "initialization_reason": deviation.reason,
         "learning_rate_factor": None if factor is _REFUSED else factor.value,
         "learning_rate_reason": factor.reason,
     }
 
 
-def _plain(value: Any) -> float | tuple[float, ...]:
-    """A number, or the numbers of the slices of a stack."""
-    return value if np.ndim(value) == 0 else tuple(np.ravel(value).tolist())
+def _plain(value: Any, parameter: Parameter) -> float | tuple[float, ...]:
+    """A number, or the numbers of the slices of a stack or of the halves of a gate."""
+    if np.ndim(value) == 0:
+        return value
+    stacked = {axis for use in parameter.uses for axis, _ in use.slices}
+    for axis in set(range(np.ndim(value))) - stacked:  # a half is many entries that are alike
+        entries = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        starts = [0, *(np.diff(entries, axis=0).any(1).nonzero()[0] + 1)]
+        value = np.take(value, starts, axis)
+    return tuple(np.ravel(value).tolist())
 
 
 def _degrees(architecture: Architecture, *, sources: bool) -> dict[str, tuple[InDegree, InDegree]]:

@@ -3,8 +3,10 @@
 Of every network of `tests/programs.py`: the standard deviations, roles and width factors of five
 spellings, which must agree; and at width 1,024 the second moment of every vertex, by two rules of
 initialization, in one of the spellings, against what the rule promises (`tests/program_checks.py`
-says with which noise). One to two hours on a core. What is done is kept in `build/random_programs`,
-for as long as the code of the library stays the same, and a second call goes on from there.
+says with which noise). Half an hour on a core. What is done is kept in `build/random_programs`, for
+as long as the code of the library stays the same, and a second call goes on from there.
+`--workers=2` checks in two processes, each on its share of the cores; `taskset -c 0` before the
+command leaves all cores but one to others.
 
     python -m benchmarks.random_programs --seed=17
 
@@ -12,8 +14,10 @@ prints one network: its text, which choices of spelling change what, and the tab
 """
 
 import collections
+import concurrent.futures
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
@@ -22,6 +26,7 @@ from rich.table import Table
 
 import archscale_jax
 from archscale_jax.files import append_record, read_records
+from archscale_jax.sweeps import ProcessExecutor
 from benchmarks import common
 from tests.program_checks import (
     RULES,
@@ -40,6 +45,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("programs", 1000, "Number of programs.", lower_bound=1)
 flags.DEFINE_integer("width", 1024, "Width at which moments are measured.", lower_bound=16)
 flags.DEFINE_bool("moments", True, "Whether to measure moments at all.")
+flags.DEFINE_integer("workers", 1, "Processes, which share the cores.", lower_bound=1)
 flags.DEFINE_integer("seed", None, "Show the program of this seed, and nothing else.")
 
 JOURNALS = pathlib.Path(__file__).parents[1] / "build" / "random_programs"
@@ -86,6 +92,17 @@ def check(seed: int, width: int, moments: bool) -> dict[str, Any]:
                 "draws": worst.draws,
             }
     return record
+
+
+def checks(seeds: list[int], width: int, moments: bool, workers: int) -> Iterator[dict[str, Any]]:
+    """Checks programs in processes; yields what the journal keeps, in the order of arrival."""
+    executor = ProcessExecutor(workers)
+    try:
+        calls = [executor.submit(check, seed, width, moments) for seed in seeds]
+        for call in concurrent.futures.as_completed(calls):
+            yield call.result()
+    finally:  # where a program raises or a user interrupts, those that wait are not begun
+        executor.shutdown(cancel_futures=True)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,12 +226,12 @@ def main(arguments: list[str]) -> None:
     name = f"{code_hash()}-{FLAGS.width}{'' if FLAGS.moments else '-spellings'}.jsonl"
     journal = JOURNALS / name
     records = {one["seed"]: one for one in read_records(journal)}
-    for seed in range(FLAGS.programs):
-        if seed not in records:
-            records[seed] = check(seed, FLAGS.width, FLAGS.moments)
-            append_record(journal, records[seed])
-        if seed % 50 == 49:
-            print(f"{seed + 1} of {FLAGS.programs}", flush=True)
+    missing = [seed for seed in range(FLAGS.programs) if seed not in records]
+    for record in checks(missing, FLAGS.width, FLAGS.moments, FLAGS.workers):
+        append_record(journal, record)
+        records[record["seed"]] = record
+        if len(records) % 50 == 0:
+            print(f"{len(records)} of {FLAGS.programs}", flush=True)
     results = summary([records[seed] for seed in range(FLAGS.programs)])
     Console().print(results_table(results))
     settings = {"width": FLAGS.width, "tolerance": TOLERANCE, "promises": bool(library_promise())}

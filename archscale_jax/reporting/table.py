@@ -128,7 +128,10 @@ def _degrees(source: Any, target: Any) -> str:
     return "→".join(",".join(map(str, end)) for end in ends)
 
 
-def _number_text(value: float | None) -> str:
+def _number_text(value: float | tuple[float, ...] | None) -> str:
+    """A number; of several, as of a stack, the smallest and the largest."""
+    if isinstance(value, tuple):
+        return " to ".join(f"{one:.3g}" for one in (min(value), max(value)))
     return "" if value is None else f"{value:.3g}"
 
 

@@ -37,7 +37,12 @@ from archscale_jax.moments import (
     vertex_moments,
 )
 from archscale_jax.rules.registry import Description, Explained, Registry
-from archscale_jax.rules.residual import branch_ends, number_of_uses, residual_branches
+from archscale_jax.rules.residual import (
+    branch_ends,
+    linear_slices,
+    number_of_uses,
+    residual_branches,
+)
 
 STEM_NUMERATOR = 2.0
 """C of a layer that reads the inputs, times the contributions to its vertex [AAS Eq. 4]."""
@@ -55,6 +60,8 @@ class WeightVariances(NamedTuple):
         chooses one.
       free: edges whose layers read nothing but zeros, as in the first step of a loop, or are
         multiplied by them: of a weight of several layers the others decide.
+      slices: by edge, axis and entries of its leaf whose variance is a factor of the edge's, and
+        the factor, where one leaf holds both halves of a gate.
     """
 
     edges: np.ndarray
@@ -62,6 +69,7 @@ class WeightVariances(NamedTuple):
     fan: Literal["fan_in", "fan_out"] = "fan_in"
     gains: Mapping[int, float] = {}
     free: Collection[int] = ()
+    slices: Mapping[int, Collection[tuple[int, range, float]]] = {}
 
 
 InitializationRule = Callable[..., WeightVariances]
@@ -70,7 +78,7 @@ INITIALIZATION_RULES: Registry[InitializationRule] = Registry("initialization ru
 register_initialization_rule = INITIALIZATION_RULES.register
 
 Deviation = float | np.ndarray
-"""A standard deviation; of a stack whose layers differ an array that broadcasts over its slices."""
+"""A standard deviation; where the slices of a leaf differ, an array that broadcasts over them."""
 
 
 def weight_standard_deviations(
@@ -91,7 +99,7 @@ def weight_standard_deviations(
 
     Returns:
       A number for every leaf that is drawn; for one that holds the layers of a stack, as scanned
-      layers are, an array with the leaf's number of axes if its slices differ.
+      layers are, or both halves of a gate, an array with the leaf's number of axes if they differ.
 
     Raises:
       TypeError: no architecture.
@@ -187,8 +195,10 @@ def standard_deviation(
         if kernel.factor not in (0.0, 1.0):
             deviation /= kernel.factor
             reason += f", over the constant {kernel.factor:.4g} in front"
-        (linear if kernel.linear else others).append((use, _finite(parameter, deviation, rule)))
-        reasons[reason] = None
+        deviation = _finite(parameter, deviation, rule)
+        for part, factor in _slices_of_use(use, variances):
+            (linear if kernel.linear else others).append((part, deviation * math.sqrt(factor)))
+            reasons[reason if factor == 1 else f"{reason}, C times {factor:.4g}"] = None
     # What a square of a weight brings, as the norm of its columns, follows from its other uses.
     found = linear or others
     value: Any = _by_slice(parameter, _steps_of_loops(architecture, found, variances.free))
@@ -290,6 +300,17 @@ def _by_slice(parameter: Parameter, values: list[tuple[ParameterUse, float]]) ->
         stacked[tuple(place)] = np.minimum(stacked[tuple(place)], value)
     stacked[np.isinf(stacked)] = smallest  # a slice that nothing reads
     return stacked
+
+
+def _slices_of_use(
+    use: ParameterUse, variances: WeightVariances
+) -> list[tuple[ParameterUse, float]]:
+    """A use with the factor 1; or every slice of it that a rule draws by itself with its own."""
+    slices = variances.slices.get(use.edge, ()) if use.edge is not None else ()
+    return [
+        (dataclasses.replace(use, slices=use.slices | {(axis, entries)}), factor)
+        for axis, entries, factor in slices
+    ] or [(use, 1.0)]
 
 
 def _embedding_deviation(parameter: Parameter, architecture: Architecture) -> Explained:
@@ -476,6 +497,39 @@ class _Allocation(Propagation):
         zero = bool(function.weights) and self.zero.issuperset(function.weights)
         return not zero and self.read(edge) > 0 and bool(variables(function.after))
 
+    def linear_slices(self, edge: int) -> set[tuple[Any, ...]]:
+        """The slices of a layer's outputs that go on linearly; none where all or none of them do.
+
+        Of a leaf that holds a gate, σ(a) * b, it is the half that makes b.
+        """
+        vertex = self.receivers[edge]
+        ways = self.ways_from(vertex)
+        linear = {one.part for way in ways for one in linear_slices(way, vertex)}
+        return linear if linear < self.read_slices(vertex) else set()
+
+    def shrink(self, edge: int, factor: float) -> float:
+        """Shrinks the variance of the slices of a layer's outputs that go on linearly.
+
+        So the gate is drawn as one that has a leaf of its own. Where it is not known which entries
+        of the leaf they are, as behind a reshape, all shrink: the product as the factor's square.
+
+        Returns:
+          The factor that is left for the layer as a whole.
+        """
+        linear = self.linear_slices(edge)
+        if not linear:
+            return factor
+        for parameter in self.architecture.parameters:
+            for use in parameter.uses:
+                slices = self.output_slices(parameter, use) if use.edge == edge else {}
+                if slices:
+                    factors = self.slices.setdefault(
+                        self.receivers[edge], dict.fromkeys(slices, 1.0)
+                    )
+                    factors.update({part: factor * factors[part] for part in linear})
+                    return 1.0
+        return math.sqrt(factor)
+
     def contribution(self, edge: int, output: Moments | float) -> Moments:
         """Moments of what a layer adds to its vertex, with the gain that the rule gives it."""
         if edge in self.uncentered and not isinstance(output, Moments):
@@ -485,7 +539,20 @@ class _Allocation(Propagation):
 
     def result(self, **options: Any) -> WeightVariances:
         """What the rule says of the graph."""
-        return WeightVariances(self.numerators, free=frozenset(self.free), **options)
+        return WeightVariances(
+            self.numerators, free=frozenset(self.free), slices=self.drawn_slices(), **options
+        )
+
+    def drawn_slices(self) -> dict[int, list[tuple[int, range, float]]]:
+        """Returns `WeightVariances.slices`."""
+        found = {}
+        for parameter in self.architecture.parameters:
+            for use in parameter.uses:
+                factors = {} if use.edge is None else self.slices.get(self.receivers[use.edge], {})
+                if factors and use.kind == "weight":
+                    slices = self.output_slices(parameter, use)
+                    found[use.edge] = [(*slices[part], factors[part]) for part in slices]
+        return found
 
 
 def _uncentered(architecture: Architecture) -> set[int]:
@@ -674,7 +741,10 @@ def _shared(
     activation = min((allocation.source(edge).second for edge in read), default=reference)
     units = {0: reference}
     shrink: dict[int, float] = {}
-    rounds = dict.fromkeys(products, 2)
+    rounds = {  # one is enough for what is linear, and the next sees that
+        vertex: 6 if any(map(allocation.linear_slices, ends)) else 2
+        for vertex, ends in products.items()
+    }
     vertex = 1
     while vertex < len(allocation.incoming):
         edges = [edge for edge in allocation.incoming[vertex] if allocation.layers[edge]]
@@ -783,7 +853,8 @@ def _balance(
     if brought <= 0 or math.isclose(wanted, brought, rel_tol=1e-12):
         return False
     for edge, part in ends.items():
-        shrink[edge] = shrink.get(edge, 1.0) * (wanted / brought) ** part
+        factor = allocation.shrink(edge, (wanted / brought) ** part)
+        shrink[edge] = shrink.get(edge, 1.0) * factor
     return True
 
 

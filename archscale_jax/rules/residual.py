@@ -221,7 +221,7 @@ def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dic
     if propagation.layers[edge]:
         return {edge: 1.0}
     source = propagation.senders[edge]
-    parts = _linear_parts(propagation.functions[edge].before, source)
+    parts = len(linear_slices(propagation.functions[edge].before, source))
     if not parts:
         return {}
     edges = [one for one in propagation.incoming[source] if one in branch]
@@ -232,7 +232,7 @@ def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dic
     linear = [
         one
         for one in edges
-        if not expression or _linear_parts(expression, propagation.senders[one])
+        if not expression or linear_slices(expression, propagation.senders[one])
     ]
     ways = [_linear_layers(propagation, one, branch) for one in linear]
     if not is_product and not all(ways):
@@ -242,14 +242,14 @@ def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dic
     return {one: part / share for way in ways for one, part in way.items()}
 
 
-def _linear_parts(expression: Expression, source: int) -> int:
-    """In how many slices of a vertex an expression is linear.
+def linear_slices(expression: Expression, source: int) -> list[Variable]:
+    """Returns the slices of a vertex in which an expression is linear.
 
     A mean is linear; what is divided by a mean of its own squares, as by a normalization, is not.
     """
     opened = _opened(expression)
     own = [one for one in variables(opened) if one.kind == "vertex" and one.source == source]
-    return sum(bool(slope(opened, one, _special)) for one in own)
+    return [one for one in own if slope(opened, one, _special)]
 
 
 def _opened(expression: Expression) -> Expression:

@@ -416,6 +416,83 @@ def test_fused_gates_are_gates(kind, rule):
         assert numerator(fused, name, rule) == pytest.approx(numerator(apart, name, rule), rel=1e-5)
 
 
+def gates_in_branches(kind, act, width=64):
+    """h + σ(a) * b, twice; both layers apart or one matrix in several layouts."""
+
+    def halves(h, w):
+        if kind == "apart":
+            return h @ w[0], h @ w[1]
+        if kind == "einsum":
+            return tuple(jnp.einsum("bd,cde->cbe", h, w))
+        both = h @ w
+        if kind == "slices":
+            return both[..., :width], both[..., width:]
+        if kind == "reshape":
+            return jnp.unstack(both.reshape(-1, 2, width), axis=1)
+        return jnp.split(both, 2, -1)
+
+    def block(h, w):
+        a, b = halves(jnp.tanh(h), w)
+        return h + act(a) * b
+
+    def apply(p, x):
+        h = x @ p["stem"]
+        if kind == "scan":
+            return jax.lax.scan(lambda h, w: (block(h, w), None), h, p["both"])[0] @ p["out"]
+        for both in p["both"]:
+            h = block(h, both)
+        return h @ p["out"]
+
+    both = {
+        "apart": [[spec(width, width)] * 2] * 2,
+        "einsum": [spec(2, width, width)] * 2,
+        "scan": spec(2, width, 2 * width),
+    }.get(kind, [spec(width, 2 * width)] * 2)
+    shapes = specs(stem=(16, width), out=(width, 3)) | {"both": both}
+    return Model(apply, shapes, (normal(4, 16),))
+
+
+GATES = [jax.nn.sigmoid, RELU, jax.nn.silu, lambda g: g]
+
+
+@pytest.mark.parametrize("act", GATES)
+@pytest.mark.parametrize("kind", ["split", "slices", "einsum", "scan"])
+def test_fused_gates_that_end_branches_are_drawn_as_two_layers(kind, act):
+    """Only b of σ(a) * b brings the branch's share: of one matrix, its half that makes b."""
+    apart = archscale.weight_standard_deviations(
+        gates_in_branches("apart", act).trace(), "second_moment"
+    )
+    found = archscale.weight_standard_deviations(
+        gates_in_branches(kind, act).trace(), "second_moment"
+    )
+    for block in range(2):
+        one = np.asarray(found["both"])[block] if kind == "scan" else found[f"both/{block}"]
+        halves = np.split(np.broadcast_to(one, (2, 1, 1) if kind == "einsum" else (1, 128)), 2,
+                          axis=0 if kind == "einsum" else 1)  # fmt: skip
+        for half, values in enumerate(halves):
+            expected = apart[f"both/{block}/{half}"]
+            np.testing.assert_allclose(values, expected, rtol=1e-9, err_msg=f"{block}, {half}")
+
+
+@pytest.mark.parametrize("act", GATES)
+@pytest.mark.parametrize("kind", ["apart", "split", "scan", "reshape"])
+def test_gates_that_end_branches_bring_their_share(kind, act):
+    """Two blocks add 1/8 each; halves that a reshape hides are drawn alike, and bring it too."""
+    architecture = gates_in_branches(kind, act).trace()
+    promised = archscale.second_moments(architecture, "second_moment")
+    assert promised[max(promised)] == pytest.approx(2 * 1.125**2, rel=2e-2)
+
+
+def test_the_report_shows_what_differs_by_slice():
+    """The smallest and the largest in print, one number for every half of a gate in records."""
+    told = archscale.report(
+        gates_in_branches("split", jax.nn.sigmoid).trace(), initialization="second_moment"
+    )
+    values = next(one for one in told.records if one["path"] == "both/0")["standard_deviation"]
+    assert len(values) == 2 and values[0] != values[1]
+    assert f"{min(values):.3g} to {max(values):.3g}" in str(told)
+
+
 @pytest.mark.parametrize("kind", ["apart", "split"])
 @pytest.mark.parametrize("act", [jax.nn.silu, jax.nn.gelu, jax.nn.sigmoid, lambda g: g])
 def test_gates_keep_the_second_moment(act, kind):
