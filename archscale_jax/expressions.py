@@ -111,11 +111,12 @@ Distribution = Callable[[Variable], Moments | float]
 
 def apply(name: str, function: Callable[..., Any], *operands: Expression) -> Expression:
     """Returns an elementwise function of expressions; of constants its value."""
-    if any(isinstance(one, Unknown) for one in operands):
+    kinds = set(map(type, operands))
+    if Unknown in kinds:
         known = [one for one in operands if not isinstance(one, Unknown)]
         varying = [one for one in known if not isinstance(one, Constant)]
         return varying[0] if len(varying) == 1 else UNKNOWN
-    if all(isinstance(one, Constant) for one in operands):
+    if kinds == {Constant}:
         with np.errstate(all="ignore"):
             return Constant(np.asarray(function(*(one.value for one in operands)))[()])  # pyright: ignore[reportAttributeAccessIssue]
     return Apply(name, function, operands)

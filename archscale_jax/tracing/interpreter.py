@@ -34,6 +34,7 @@ from archscale_jax.tracing.values import (
     Use,
     Value,
     Weight,
+    changed,
     features_of,
     weights_of,
 )
@@ -211,6 +212,8 @@ class Interpreter:
 
     def _with_learned_features(self, call: Call) -> Call:
         """Rows of a table that are chosen by something bound are features to a layer or norm."""
+        if not call.weights:
+            return call
         rows = [one for one in call.weights if one.rows]
         known = [one for one in call.weights if one in self.state.constants]
         if not rows or (call.name in _OF_ROWS and not known) or call.features:
@@ -298,9 +301,9 @@ class Interpreter:
             exact = operands[0].array if operands[0].exact is None else operands[0].exact
         found: list[Value] = []
         for result, array in zip(results, arrays, strict=True):
-            result = dataclasses.replace(result, array=array)
+            result = changed(result, array=array)
             if isinstance(result, Weight):
-                result = dataclasses.replace(result, exact=exact)
+                result = changed(result, exact=exact)
             found.append(result)
         return found
 
@@ -395,7 +398,7 @@ class Interpreter:
         if self.evaluation is not None and remaining:
             arrays = _rest_of_loop(call, carry, fixed, carried, remaining)
             carry = [
-                dataclasses.replace(value, array=array)
+                changed(value, array=array)
                 for value, array in zip(carry, arrays[:carried], strict=True)
             ]
         found = found[::-1] if call.parameters["reverse"] else found
@@ -414,7 +417,7 @@ class Interpreter:
                 for leaf, axis in value.axes[0]
                 if self.state.shapes[leaf][axis] == length
             }
-            return dataclasses.replace(
+            return changed(
                 value, axes=axes, slices=value.slices | entries, split=first_taken(value.split),
                 array=array, exact=None,
             )  # fmt: skip
@@ -425,7 +428,7 @@ class Interpreter:
             elif isinstance(expression, Variable) and expression.kind == "array" and not any(axes):
                 expression = UNKNOWN
             return Known(expression, axes, array)
-        return dataclasses.replace(value, axes=axes, array=array, bare=False)
+        return changed(value, axes=axes, array=array, bare=False)
 
     def _stacked(self, call: Call, place: int, values: Sequence[Value], rest: Any) -> Value:
         """What holds the values of all steps of a loop."""
@@ -437,15 +440,13 @@ class Interpreter:
             counts = [1] * len(features)
             result: Value = state.join(Kind.CONCATENATION, features, axes, counts=counts)
         elif features:
-            result = dataclasses.replace(features[-1], axes=axes, bare=False)
+            result = changed(features[-1], axes=axes, bare=False)
         elif weights_of(values):
             last = weights_of(values)[-1]
             leaves = tuple(dict.fromkeys(n for one in weights_of(values) for n in one.leaves))
             entries = frozenset((leaf, axis) for leaf, axis, _ in last.slices)
             slices = frozenset(one for one in last.slices if one[:2] not in entries)
-            result = dataclasses.replace(
-                last, leaves=leaves, axes=(entries, *last.axes), slices=slices
-            )
+            result = changed(last, leaves=leaves, axes=(entries, *last.axes), slices=slices)
         else:
             result = Known(values[-1].expression, axes)
         if self.evaluation is not None:
@@ -456,7 +457,7 @@ class Interpreter:
             if rest is not None:
                 order = [rest, array] if call.parameters["reverse"] else [array, rest]
                 array = jnp.concatenate(order)
-            result = self._noted(dataclasses.replace(result, array=array))
+            result = self._noted(changed(result, array=array))
         return result
 
     def _cond(self, call: Call) -> list[Value]:
@@ -478,13 +479,13 @@ class Interpreter:
             parts = [(one.expression, 1) for one in features]
             same = all(one is parts[0][0] for one, _ in parts)
             expression = parts[0][0] if same else mixture(self.state, parts)
-            result = dataclasses.replace(features[0], expression=expression, bare=False)
+            result = changed(features[0], expression=expression, bare=False)
         else:
             result = next(iter(weights_of(outcomes)), outcomes[0])
         if self.evaluation is not None:
             which = call.values[0].array
             array = jax.lax.select_n(which, *[value.array for value in outcomes])
-            result = self._noted(dataclasses.replace(result, array=array))
+            result = self._noted(changed(result, array=array))
         return result
 
     def _noted(self, value: Value) -> Value:
@@ -497,9 +498,7 @@ class Interpreter:
 def _ranked(value: Value, variable: core.Var) -> Value:
     """A value with labels for every axis; without any where they are not known."""
     rank = len(shape_of(variable))
-    return (
-        value if len(value.axes) == rank else dataclasses.replace(value, axes=(NO_LABELS,) * rank)
-    )
+    return value if len(value.axes) == rank else changed(value, axes=(NO_LABELS,) * rank)
 
 
 def _is_key(array: Any) -> bool:
@@ -524,7 +523,7 @@ def _stand_in(call: Call) -> Value:
     axes = value.axes if len(value.axes) == rank else (NO_LABELS,) * rank
     if isinstance(value, Weight):
         return like(call, value, axes)
-    return dataclasses.replace(value, axes=axes, array=None)
+    return changed(value, axes=axes, array=None)
 
 
 def _live(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> set[core.Var]:

@@ -1,6 +1,5 @@
 """Operations on entries: activations, sums and products of features, biases and scales."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +34,7 @@ from archscale_jax.tracing.values import (
     OuterProduct,
     Value,
     Weight,
+    changed,
     features_of,
     weights_of,
 )
@@ -239,7 +239,7 @@ def _addition(state: State, call: Call) -> Value:
     axes = joined([value.axes for value in features], len(call.shape))
     if len({one.vertex for one in features}) > 1:
         signed = [
-            dataclasses.replace(one, expression=apply("neg", np.negative, one.expression))
+            changed(one, expression=apply("neg", np.negative, one.expression))
             if call.name == "sub" and one is call.values[1]
             else one
             for one in features
@@ -253,7 +253,7 @@ def _addition(state: State, call: Call) -> Value:
     (constant,) = (value for value in call.values if isinstance(value, Known))
     nothing = isinstance(constant.expression, Unknown) or _is_zero(constant.expression)
     if nothing and not (call.name == "sub" and call.values[1] is feature):
-        return dataclasses.replace(feature, axes=axes, array=None)
+        return changed(feature, axes=axes, array=None)
     return _own(state, call, [])
 
 
@@ -265,7 +265,7 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     """What is added; a sum over a whole leaf, such as a penalty, adds to no feature."""
     penalty = not variables(weight.expression, raw=True) and statistics(weight.expression)
     axes = joined([feature.axes], len(call.shape))
-    result = dataclasses.replace(feature, axes=axes, outer=None, array=None)
+    result = changed(feature, axes=axes, outer=None, array=None)
     if penalty and not any(weight.axes):
         return result
     along = state.aligned(weight, feature)
@@ -290,7 +290,7 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     read = any(edge.source == feature.vertex for edge in state.flow.edges[-64:])
     if feature.plain and not read:
         return result
-    return dataclasses.replace(result, passed=feature.passed | frozenset(numbers))
+    return changed(result, passed=feature.passed | frozenset(numbers))
 
 
 def _variable(feature: Feature) -> Variable:
@@ -327,7 +327,7 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
     for other in call.values:
         if isinstance(other, Known) and one_hot:
             axes = joined([axes, other.axes], len(call.shape))
-    return dataclasses.replace(
+    return changed(
         feature,
         expression=expression,
         axes=axes,
@@ -461,7 +461,7 @@ def _masked(state: State, call: Call, cases: list[Value], axes) -> Value:
         return state.join(Kind.PRODUCT, deep, axes, expression=mixture(state, parts))
     same = all(one.expression is deep[0].expression for one in deep)
     expression = deep[0].expression if same else mixture(state, parts)
-    return dataclasses.replace(deep[0], expression=expression, axes=axes, array=None, bare=False)
+    return changed(deep[0], expression=expression, axes=axes, array=None, bare=False)
 
 
 _BOUND = ("bessel_i0e", "bessel_i1e", "igamma", "igammac", "polygamma", "zeta",
