@@ -163,6 +163,8 @@ def substituted(
     expression: Expression, found: Callable[[Variable], Expression | None]
 ) -> Expression:
     """Returns an expression with its variables replaced where `found` gives something."""
+    if isinstance(expression, Variable):
+        return found(expression) or expression
     done: dict[Expression, Expression] = {}
     for one in parts(expression):
         if isinstance(one, Variable):
