@@ -147,7 +147,7 @@ class Interpreter:
         if not isinstance(array, Tracer) and not _is_key(array):
             values = np.ravel(np.asarray(array))
             if values.size:
-                first, same = values[0], values.size == 1 or bool(np.all(values == values[0]))
+                first, same = values[0], bool((values == values[0]).all())
                 expression = (
                     Constant(_numeric(first))
                     if same

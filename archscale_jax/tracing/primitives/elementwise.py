@@ -222,7 +222,7 @@ def elementwise(state: State, call: Call) -> Value:
 def _without_masks(state: State, call: Call) -> Call:
     """Leaves out masks, and other values of inputs alone, that multiply features of layers."""
     deep = [one for one in call.features if not state.is_data(one)]
-    if not deep:
+    if len(deep) in (0, len(call.features)):
         return call
 
     def visible(value: Value) -> Value:
@@ -273,8 +273,10 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     kind = "offset" if scaled else "bias"
     layer = state.layers.get(feature.vertex, ()) if feature.bare else ()
     where = state.kind(feature)
-    affine = bool(slope(feature.expression, _variable(feature), standard))
-    options: dict[str, Any] = {"known": affine and where in (Kind.LAYER, Kind.SUM)}
+    known = where in (Kind.LAYER, Kind.SUM) and bool(
+        slope(feature.expression, _variable(feature), standard)
+    )
+    options: dict[str, Any] = {"known": known}
     positions = any(
         state.shapes[leaf][axis] > 1
         for place in set(along["positions"]) - set(along["batch"])
@@ -287,8 +289,7 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
             "spatial": made.spatial,
         }  # fmt: skip
     numbers = state.use(call, weight, kind, feature.vertex, along, **options)
-    read = any(edge.source == feature.vertex for edge in state.flow.edges[-64:])
-    if feature.plain and not read:
+    if feature.plain and feature.vertex not in state.flow.read:
         return result
     return changed(result, passed=feature.passed | frozenset(numbers))
 
