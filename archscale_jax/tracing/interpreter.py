@@ -129,12 +129,14 @@ class Interpreter:
                 return self.known(atom.val)
             return values[atom]
 
-        for equation in jaxpr.eqns:
+        for equation, finished in zip(jaxpr.eqns, _last_read(jaxpr), strict=True):
             used = tuple(out in live for out in equation.outvars)
             if wanted is not None and not any(used):
                 continue
             call = Call(equation, [value(atom) for atom in equation.invars], used)
             values.update(zip(equation.outvars, self._results(call), strict=True))
+            for variable in finished:
+                values.pop(variable, None)
         return [
             value(atom) if wanted is None or wanted[place] else Known()
             for place, atom in enumerate(jaxpr.outvars)
@@ -537,6 +539,18 @@ def _live(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> set[core.Var]:
         if any(out in live for out in equation.outvars):
             live.update(atom for atom in equation.invars if isinstance(atom, core.Var))
     return live
+
+
+def _last_read(jaxpr: core.Jaxpr) -> list[list[core.Var]]:
+    """For every equation, the variables that none after it reads: their values can be let go."""
+    read = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
+    found: list[list[core.Var]] = []
+    for equation in reversed(jaxpr.eqns):
+        own = [atom for atom in equation.invars if isinstance(atom, core.Var)]
+        last = [variable for variable in (*own, *equation.outvars) if variable not in read]
+        read.update(last)
+        found.append(last)
+    return found[::-1]
 
 
 def _loop_operands(equation: core.JaxprEqn) -> tuple[int, int]:
