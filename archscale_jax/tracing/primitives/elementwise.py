@@ -407,6 +407,8 @@ def _is_gain(state: State, weight: Weight) -> bool:
 def neutral_value(expression: Expression, leaf: str) -> float | None:
     """Returns the value of a leaf that makes 1 of it: 1, or 0 as in 1 + w and exp(w); or None."""
     own = _factor_of(expression, Variable("leaf", leaf))
+    if isinstance(own, Variable):  # the leaf itself
+        return 1.0
     if own is None or len(variables(own)) != 1 or statistics(own):
         return None
     for value in (1.0, 0.0):
