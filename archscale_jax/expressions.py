@@ -111,11 +111,12 @@ Distribution = Callable[[Variable], Moments | float]
 
 def apply(name: str, function: Callable[..., Any], *operands: Expression) -> Expression:
     """Returns an elementwise function of expressions; of constants its value."""
-    if any(isinstance(one, Unknown) for one in operands):
+    kinds = set(map(type, operands))
+    if Unknown in kinds:
         known = [one for one in operands if not isinstance(one, Unknown)]
         varying = [one for one in known if not isinstance(one, Constant)]
         return varying[0] if len(varying) == 1 else UNKNOWN
-    if all(isinstance(one, Constant) for one in operands):
+    if kinds == {Constant}:
         with np.errstate(all="ignore"):
             return Constant(np.asarray(function(*(one.value for one in operands)))[()])  # pyright: ignore[reportAttributeAccessIssue]
     return Apply(name, function, operands)
@@ -134,66 +135,84 @@ def times(expression: Expression, factor: float) -> Expression:
     return multiplied(expression, Constant(float(factor)))
 
 
+def parts(expression: Expression, *, raw: bool = False) -> list[Expression]:
+    """Returns all that an expression is made of, once each, operands before what is made of them.
+
+    Args:
+      expression: which is the last of its parts.
+      raw: leave out what stands within statistics.
+    """
+    found: dict[Expression, None] = {}
+    waiting = [expression]
+    while waiting:
+        one = waiting[-1]
+        operands: tuple[Expression, ...] = ()
+        if isinstance(one, Apply):
+            operands = one.operands
+        elif isinstance(one, Statistic) and not raw:
+            operands = (one.operand,)
+        missing = [operand for operand in operands if operand not in found]
+        if missing and one not in found:
+            waiting += missing[::-1]
+        else:
+            found[waiting.pop()] = None
+    return list(found)
+
+
 def substituted(
     expression: Expression, found: Callable[[Variable], Expression | None]
 ) -> Expression:
     """Returns an expression with its variables replaced where `found` gives something."""
+    if isinstance(expression, Variable):
+        return found(expression) or expression
     done: dict[Expression, Expression] = {}
+    for one in parts(expression):
+        if isinstance(one, Variable):
+            done[one] = found(one) or one
+        elif isinstance(one, Apply):
+            operands = (done[operand] for operand in one.operands)
+            done[one] = apply(one.name, one.function, *operands)
+        elif isinstance(one, Statistic):
+            done[one] = dataclasses.replace(one, operand=done[one.operand])
+        else:
+            done[one] = one
+    return done[expression]
 
-    def visit(one: Expression) -> Expression:
-        if one not in done:
-            if isinstance(one, Variable):
-                done[one] = found(one) or one
-            elif isinstance(one, Apply):
-                operands = tuple(visit(operand) for operand in one.operands)
-                done[one] = apply(one.name, one.function, *operands)
-            elif isinstance(one, Statistic):
-                done[one] = dataclasses.replace(one, operand=visit(one.operand))
-            else:
-                done[one] = one
-        return done[one]
 
-    return visit(expression)
+def _kept(function: Callable[[Expression], Any]) -> Callable[[Expression], Any]:
+    """Keeps what a function finds of an expression with it: expressions never change."""
+    name = f"_kept{function.__name__}"
+
+    @functools.wraps(function)
+    def found(expression: Expression) -> Any:
+        kept = expression.__dict__.get(name)
+        if kept is None:
+            kept = function(expression)
+            object.__setattr__(expression, name, kept)
+        return kept
+
+    return found
 
 
 def variables(expression: Expression, *, raw: bool = False) -> frozenset[Variable]:
     """Returns the variables of an expression; with `raw`, those outside of all statistics."""
-    found: set[Variable] = set()
-    seen: set[Expression] = set()
-
-    def visit(one: Expression) -> None:
-        if one in seen:
-            return
-        seen.add(one)
-        if isinstance(one, Variable):
-            found.add(one)
-        elif isinstance(one, Apply):
-            for operand in one.operands:
-                visit(operand)
-        elif isinstance(one, Statistic) and not raw:
-            visit(one.operand)
-
-    visit(expression)
-    return frozenset(found)
+    return _raw_variables(expression) if raw else _variables(expression)
 
 
-def statistics(expression: Expression) -> list[Statistic]:
+@_kept
+def _variables(expression: Expression) -> frozenset[Variable]:
+    return frozenset(one for one in parts(expression) if isinstance(one, Variable))
+
+
+@_kept
+def _raw_variables(expression: Expression) -> frozenset[Variable]:
+    return frozenset(one for one in parts(expression, raw=True) if isinstance(one, Variable))
+
+
+@_kept
+def statistics(expression: Expression) -> tuple[Statistic, ...]:
     """Returns the outermost statistics of an expression, each once."""
-    found: dict[Statistic, None] = {}
-    seen: set[Expression] = set()
-
-    def visit(one: Expression) -> None:
-        if one in seen:
-            return
-        seen.add(one)
-        if isinstance(one, Statistic):
-            found[one] = None
-        elif isinstance(one, Apply):
-            for operand in one.operands:
-                visit(operand)
-
-    visit(expression)
-    return list(found)
+    return tuple(one for one in parts(expression, raw=True) if isinstance(one, Statistic))
 
 
 # The same function of other variables has the same moments, and need not be integrated again.
@@ -235,18 +254,14 @@ def keyed(expression: Expression, distribution: Distribution) -> Keyed:
     return Keyed(program, values, expression, found)
 
 
+@_kept
 def _program(expression: Expression) -> tuple[tuple[Hashable, ...], tuple[Variable, ...]]:
-    kept = expression.__dict__.get("_program")
-    if kept is not None:
-        return kept
     places: dict[Expression, int] = {}
     found: dict[Variable, int] = {}
-    axes: dict[Hashable, int] = {}
+    axes: dict[frozenset[Any], int] = {}
     steps: list[Hashable] = []
 
-    def visit(one: Expression) -> int:
-        if one in places:
-            return places[one]
+    for one in parts(expression):
         step: Hashable
         if isinstance(one, Variable):
             number = found.setdefault(one, len(found))
@@ -255,21 +270,17 @@ def _program(expression: Expression) -> tuple[tuple[Hashable, ...], tuple[Variab
         elif isinstance(one, Constant):
             step = ("constant", repr(one.value))
         elif isinstance(one, Apply):
-            step = (one.name, *(visit(operand) for operand in one.operands))
+            step = (one.name, *(places[operand] for operand in one.operands))
         elif isinstance(one, Statistic):
-            inner = visit(one.operand)
-            labels = sorted(axes.setdefault(label, len(axes)) for label in one.axes)
-            step = ("statistic", one.name, inner, tuple(labels), one.count, one.units)
+            number = axes.setdefault(one.axes, len(axes))
+            step = ("statistic", one.name, places[one.operand], number, one.count, one.units)
         else:
             step = ("unknown",)
+        places[one] = len(steps)
         steps.append(step)
-        places[one] = len(steps) - 1
-        return places[one]
-
-    visit(expression)
-    program = tuple(steps), tuple(found)
-    object.__setattr__(expression, "_program", program)
-    return program
+    # Of the axes only matters which run along others, as many labels as they may have.
+    within = ((place, axes[other]) for one, place in axes.items() for other in axes if one < other)
+    return (*steps, *within), tuple(found)
 
 
 def same_function(one: Expression, other: Expression) -> bool:
@@ -403,19 +414,15 @@ def _expectation(statistic: Statistic, distribution: Distribution) -> float:
 def replaced(expression: Expression, values: Mapping[Statistic, Expression]) -> Expression:
     """Returns an expression with its outermost statistics replaced where values are given."""
     done: dict[Expression, Expression] = {}
-
-    def visit(one: Expression) -> Expression:
-        if one not in done:
-            if isinstance(one, Statistic):
-                done[one] = values.get(one, one)
-            elif isinstance(one, Apply):
-                operands = tuple(visit(operand) for operand in one.operands)
-                done[one] = apply(one.name, one.function, *operands)
-            else:
-                done[one] = one
-        return done[one]
-
-    return visit(expression)
+    for one in parts(expression, raw=True):
+        if isinstance(one, Statistic):
+            done[one] = values.get(one, one)
+        elif isinstance(one, Apply):
+            operands = (done[operand] for operand in one.operands)
+            done[one] = apply(one.name, one.function, *operands)
+        else:
+            done[one] = one
+    return done[expression]
 
 
 _NEGLIGIBLE = 1e-6
@@ -454,20 +461,16 @@ def _integrated(expression: Expression, distribution: Distribution) -> Moments:
 def evaluated(expression: Expression, values: Mapping[Variable, Any]) -> np.ndarray:
     """Returns an expression at given values of its variables."""
     done: dict[Expression, Any] = {}
-
-    def visit(one: Expression) -> Any:
-        if one not in done:
-            if isinstance(one, Constant):
-                done[one] = one.value
-            elif isinstance(one, Variable):
-                done[one] = values[one]
-            elif isinstance(one, Apply):
-                done[one] = one.function(*(visit(operand) for operand in one.operands))
-            else:
-                raise TypeError(f"no value of {one}")
-        return done[one]
-
-    return np.asarray(visit(expression))
+    for one in parts(expression, raw=True):
+        if isinstance(one, Constant):
+            done[one] = one.value
+        elif isinstance(one, Variable):
+            done[one] = values[one]
+        elif isinstance(one, Apply):
+            done[one] = one.function(*(done[operand] for operand in one.operands))
+        else:
+            raise TypeError(f"no value of {one}")
+    return np.asarray(done[expression])
 
 
 def _nodes(random: Mapping[Variable, Moments]) -> list[tuple[Any, Any]]:
@@ -516,8 +519,6 @@ def _sequence(count: int) -> list[np.ndarray]:
 
 
 def _drawn(variable: Variable, moment: Moments, nodes: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtri
-
     cube = nodes.ndim == 1 and nodes.dtype != int and len(nodes) == 2**14
     if _is_discrete(variable):
         values = np.asarray(variable.nodes)
@@ -525,7 +526,11 @@ def _drawn(variable: Variable, moment: Moments, nodes: np.ndarray) -> np.ndarray
             weights = np.ones(len(values)) if variable.weights is None else variable.weights
             nodes = np.searchsorted(np.cumsum(weights) / np.sum(weights), nodes)
         return values[np.clip(nodes, 0, len(values) - 1)]
-    normal = ndtri(nodes) if cube else nodes
+    normal = nodes
+    if cube:
+        from scipy.special import ndtri  # slow to import
+
+        normal = ndtri(nodes)
     if variable.kind == "normal":
         mean, deviation = variable.nodes
         return mean + deviation * normal

@@ -9,6 +9,7 @@ of layers are independent; those of skips are correlated where they have a commo
 infinite width for weights that no two layers share.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -81,20 +82,23 @@ def edge_functions(architecture: Architecture) -> tuple[EdgeFunction, ...]:
 
 def leaf_distribution(architecture: Architecture) -> Callable[[Variable], Moments | float]:
     """Returns what is known of parameters in expressions: their values before training."""
-    starts = {
-        one.name: one.neutral_value if one.given is None else one.given
-        for one in architecture.parameters
-    }
-    drawn = {
-        one.name for one in architecture.parameters if one.role == Role.EMBEDDING and one.is_drawn
-    }
+
+    @functools.cache
+    def starts() -> dict[str, Moments | float]:  # made once asked for: most weights need none
+        return {one.name: _start_of(one) for one in architecture.parameters}
 
     def distribution(variable: Variable) -> Moments | float:
-        if variable.kind == "leaf" and variable.source not in drawn:
-            return starts.get(str(variable.source), 1.0)
+        if variable.kind == "leaf":
+            return starts().get(str(variable.source), 1.0)
         return Moments(0.0, 1.0)
 
     return distribution
+
+
+def _start_of(parameter: Parameter) -> Moments | float:
+    if parameter.role == Role.EMBEDDING and parameter.is_drawn:
+        return Moments(0.0, 1.0)
+    return parameter.neutral_value if parameter.given is None else parameter.given
 
 
 def input_moment(function: EdgeFunction) -> float:
@@ -429,6 +433,7 @@ def vertex_moments(
     propagation = Propagation(architecture)
     kernels = _kernels(architecture, deviations)
     propagation.slices = _slices(propagation, deviations)
+    tables = _tables(architecture, deviations)
     parameters = {one.name: one for one in architecture.parameters}
     for vertex in range(len(propagation.incoming)):
         if vertex == 0:
@@ -447,10 +452,9 @@ def vertex_moments(
             reach = function.reach or (parameters[names[0]].fan_in if names else 1)
             outputs[edge] = _summed(kernel, propagation.entry(edge), reach * function.covered)
         propagation.close(vertex, outputs)
-        table = _tables(architecture, deviations, vertex)
-        if table:
+        if vertex in tables:
             mean, second = propagation.found[vertex]
-            propagation.found[vertex] = Moments(mean, second + table)
+            propagation.found[vertex] = Moments(mean, second + tables[vertex])
     return propagation.found
 
 
@@ -489,16 +493,17 @@ def _entry(values: np.ndarray, use: ParameterUse) -> np.ndarray:
 
 
 def _tables(
-    architecture: Architecture, deviations: Mapping[str, float | np.ndarray], vertex: int
-) -> float:
-    """What tables that are added to a vertex, as positions are, bring to its second moment."""
-    return sum(
-        float(np.mean(np.square(deviations[one.name])))
-        for one in architecture.parameters
-        if one.role == Role.EMBEDDING and one.name in deviations
-        for use in one.uses
-        if use.kind in ("bias", "offset") and use.vertex == vertex
-    )
+    architecture: Architecture, deviations: Mapping[str, float | np.ndarray]
+) -> dict[int, float]:
+    """What tables that are added to vertices, as positions are, bring to their second moments."""
+    found: dict[int, float] = {}
+    for one in architecture.parameters:
+        if one.role != Role.EMBEDDING or one.name not in deviations:
+            continue
+        for use in one.uses:
+            if use.kind in ("bias", "offset") and use.vertex is not None:
+                found[use.vertex] = found.get(use.vertex, 0.0) + _square(deviations, one.name)
+    return found
 
 
 def first_moments(
@@ -531,7 +536,7 @@ def first_moments(
             output = Moments(*(np.array(output) + np.array(kernel) / len(weights)))
         part = moments(function.after, _output(output, start))
         mean, variance = mean + part.mean, variance + part.variance
-    variance += _tables(architecture, deviations, 0)
+    variance += _tables(architecture, deviations).get(0, 0.0)
     return Moments(mean, variance + mean**2)
 
 

@@ -34,6 +34,8 @@ INITIALIZATIONS = ("target", "moment", "none")
 WIDTH_RULES = ("sgd", "adam", "muon")
 DEPTH_RULES = ("adam", "sgd")
 
+_STEMS = (Role.INPUT, Role.EMBEDDING)
+
 Record = dict[str, Any]
 ABSENT = object()
 """Stands for a value that one side does not have; None is one that a rule refuses."""
@@ -108,9 +110,12 @@ def unless_refused(
 
 
 def halves(architecture: Architecture) -> dict[int, int]:
-    """Returns half of every number of features of the hidden weights, where it is even."""
+    """Returns half of every even number of features of hidden weights, and of inputs they join."""
     hidden = [one for one in architecture.parameters if one.role == Role.HIDDEN]
     widths = {width for one in hidden for width in features(one)}
+    if np.any(architecture.graph.edges["operator"] == Operator.CONCATENATION):
+        stems = [one for one in architecture.parameters if one.role in _STEMS]
+        widths |= {features(one)[1] for one in stems}
     return {width: width // 2 for width in sorted(widths) if width >= 4 and width % 2 == 0}
 
 

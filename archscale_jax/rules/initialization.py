@@ -263,6 +263,8 @@ def _steps_of_loops(
     It is the first of those whose vertex has the most contributions: the first step of a loop reads
     a state of zeros, and later ones differ by what has settled meanwhile.
     """
+    if len(values) == 1:
+        return values
     degrees = in_degrees(architecture.graph)[architecture.graph.receivers]
 
     def contributions(use: ParameterUse) -> int:

@@ -1,7 +1,8 @@
 """Which axes of features, inputs and leaves run along the axes of an array, through reshuffles."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -24,29 +25,33 @@ def joined(all_axes: Sequence[Axes], rank: int) -> Axes:
     full = [axes for axes in all_axes if len(axes) == rank]
     if len(full) == 1 or (len(full) == 2 and full[0] == full[1]):
         return full[0]
-    return tuple(frozenset().union(*labels) for labels in zip(*full, strict=True)) if full else (
-        (NO_LABELS,) * rank
-    )  # fmt: skip
+    return tuple(map(union, zip(*full, strict=True))) if full else (NO_LABELS,) * rank
+
+
+def union(sets: Iterable[Labels]) -> Labels:
+    """Returns the union of sets; where all that are not empty are equal, one of them as it is."""
+    different = {one for one in sets if one}
+    return different.pop() if len(different) == 1 else NO_LABELS.union(*different)
 
 
 def reshaped(axes: Axes, shape: tuple[int, ...], result: tuple[int, ...]) -> Axes:
     """Returns the labels after a reshape: an axis has those of the axes that it runs over."""
+    if shape == result:
+        return axes
+    return tuple(union(axes[axis] for axis in places) for places in _run_over(shape, result))
+
+
+@functools.lru_cache(maxsize=4096)
+def _run_over(shape: tuple[int, ...], result: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Over which axes of an array every axis of its reshaped entries runs."""
 
     def spans(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         return [(stride, stride * size) for stride, size in zip(strides, sizes, strict=True)]
 
-    if shape == result:
-        return axes
     before = spans(shape)
     return tuple(
-        frozenset().union(
-            *(
-                labels
-                for (low, high), labels in zip(before, axes, strict=True)
-                if max(low, start) < min(high, stop)
-            )
-        )
+        tuple(axis for axis, (low, high) in enumerate(before) if max(low, start) < min(high, stop))
         for start, stop in spans(result)
     )
 

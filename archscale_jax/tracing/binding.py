@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from archscale_jax.architecture import Arrangement, Parameter, ParameterUse, Role
-from archscale_jax.graph import Operator
-from archscale_jax.tracing.flow import Edge, Flow, Kind
+from archscale_jax.graph import Operator, live_edges
+from archscale_jax.tracing.flow import Edge, Kind
 from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.state import State
 from archscale_jax.tracing.structure import Built, Structure
@@ -23,6 +23,7 @@ class Binding(NamedTuple):
       live: indices of the edges on paths.
       moved: where the contents of vertices that are no vertices any more have gone.
       declared: roles that the user gave.
+      arriving: the edges of the flow into every vertex that has some.
     """
 
     state: State
@@ -31,6 +32,23 @@ class Binding(NamedTuple):
     live: set[int]
     moved: Mapping[int, int]
     declared: Mapping[str, Role]
+    arriving: Mapping[int, list[Edge]]
+
+    @classmethod
+    def of(
+        cls,
+        state: State,
+        structure: Structure,
+        built: Built,
+        moved: Mapping[int, int],
+        declared: Mapping[str, Role],
+    ) -> "Binding":
+        """Adds what follows from the graph and the flow."""
+        live = set(live_edges(built.graph).nonzero()[0].tolist())
+        arriving: dict[int, list[Edge]] = {}
+        for edge in state.flow.edges:
+            arriving.setdefault(edge.target, []).append(edge)
+        return cls(state, structure, built, live, moved, declared, arriving)
 
 
 def records(binding: Binding) -> tuple[tuple[Parameter, ...], list[str]]:
@@ -202,15 +220,15 @@ def _activated(binding: Binding, uses: list[Use]) -> bool:
     """Whether a hidden weight reads activations, or its own output is one, as vertices sum."""
     activations = binding.structure.arrangement == Arrangement.ACTIVATION
     edges = [use.edge for use in uses if use.edge is not None]
-    return activations or any(_reads_activations(binding.state.flow, edge) for edge in edges)
+    return activations or any(_reads_activations(binding.arriving, edge) for edge in edges)
 
 
-def _reads_activations(flow: Flow, edge: Edge) -> bool:
+def _reads_activations(arriving: Mapping[int, list[Edge]], edge: Edge) -> bool:
     """Whether an activation stands before a layer, or before all that a pool or join takes."""
     if edge.activated:
         return True
-    arriving = [one for one in flow.edges if one.target == edge.source]
     joins = (Operator.AVG_POOL, Operator.CONCATENATION)
-    return bool(arriving) and all(
-        one.operator in joins and _reads_activations(flow, one) for one in arriving
+    behind = arriving.get(edge.source, [])
+    return bool(behind) and all(
+        one.operator in joins and _reads_activations(arriving, one) for one in behind
     )

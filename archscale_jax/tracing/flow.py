@@ -98,12 +98,14 @@ class Flow:
       edges: the operations.
       expressions: of products and constants, what an entry is.
       added: by vertex, what biases that do not start at 0 add to its features.
+      read: vertices that were the source of an edge when it arose.
     """
 
     kinds: list[Kind] = dataclasses.field(default_factory=list)
     edges: list[Edge] = dataclasses.field(default_factory=list)
     expressions: dict[int, Expression] = dataclasses.field(default_factory=dict)
     added: dict[int, Expression] = dataclasses.field(default_factory=dict)
+    read: set[int] = dataclasses.field(default_factory=set)
 
     def add_vertex(self, kind: Kind, expression: Expression | None = None) -> int:
         """Returns the number of a new vertex."""
@@ -119,6 +121,7 @@ class Flow:
         """Returns a new edge; for options see `Edge`."""
         edge = Edge(source, target, operator, before, **options)
         self.edges.append(edge)
+        self.read.add(source)
         return edge
 
     def add_to(self, vertex: int, expression: Expression) -> None:

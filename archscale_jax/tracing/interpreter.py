@@ -34,6 +34,7 @@ from archscale_jax.tracing.values import (
     Use,
     Value,
     Weight,
+    changed,
     features_of,
     weights_of,
 )
@@ -128,12 +129,14 @@ class Interpreter:
                 return self.known(atom.val)
             return values[atom]
 
-        for equation in jaxpr.eqns:
+        for equation, finished in zip(jaxpr.eqns, _last_read(jaxpr), strict=True):
             used = tuple(out in live for out in equation.outvars)
             if wanted is not None and not any(used):
                 continue
             call = Call(equation, [value(atom) for atom in equation.invars], used)
             values.update(zip(equation.outvars, self._results(call), strict=True))
+            for variable in finished:
+                values.pop(variable, None)
         return [
             value(atom) if wanted is None or wanted[place] else Known()
             for place, atom in enumerate(jaxpr.outvars)
@@ -146,7 +149,7 @@ class Interpreter:
         if not isinstance(array, Tracer) and not _is_key(array):
             values = np.ravel(np.asarray(array))
             if values.size:
-                first, same = values[0], bool(np.all(values == values[0]))
+                first, same = values[0], bool((values == values[0]).all())
                 expression = (
                     Constant(_numeric(first))
                     if same
@@ -211,6 +214,8 @@ class Interpreter:
 
     def _with_learned_features(self, call: Call) -> Call:
         """Rows of a table that are chosen by something bound are features to a layer or norm."""
+        if not call.weights:
+            return call
         rows = [one for one in call.weights if one.rows]
         known = [one for one in call.weights if one in self.state.constants]
         if not rows or (call.name in _OF_ROWS and not known) or call.features:
@@ -298,9 +303,9 @@ class Interpreter:
             exact = operands[0].array if operands[0].exact is None else operands[0].exact
         found: list[Value] = []
         for result, array in zip(results, arrays, strict=True):
-            result = dataclasses.replace(result, array=array)
+            result = changed(result, array=array)
             if isinstance(result, Weight):
-                result = dataclasses.replace(result, exact=exact)
+                result = changed(result, exact=exact)
             found.append(result)
         return found
 
@@ -395,7 +400,7 @@ class Interpreter:
         if self.evaluation is not None and remaining:
             arrays = _rest_of_loop(call, carry, fixed, carried, remaining)
             carry = [
-                dataclasses.replace(value, array=array)
+                changed(value, array=array)
                 for value, array in zip(carry, arrays[:carried], strict=True)
             ]
         found = found[::-1] if call.parameters["reverse"] else found
@@ -414,7 +419,7 @@ class Interpreter:
                 for leaf, axis in value.axes[0]
                 if self.state.shapes[leaf][axis] == length
             }
-            return dataclasses.replace(
+            return changed(
                 value, axes=axes, slices=value.slices | entries, split=first_taken(value.split),
                 array=array, exact=None,
             )  # fmt: skip
@@ -425,7 +430,7 @@ class Interpreter:
             elif isinstance(expression, Variable) and expression.kind == "array" and not any(axes):
                 expression = UNKNOWN
             return Known(expression, axes, array)
-        return dataclasses.replace(value, axes=axes, array=array, bare=False)
+        return changed(value, axes=axes, array=array, bare=False)
 
     def _stacked(self, call: Call, place: int, values: Sequence[Value], rest: Any) -> Value:
         """What holds the values of all steps of a loop."""
@@ -437,15 +442,13 @@ class Interpreter:
             counts = [1] * len(features)
             result: Value = state.join(Kind.CONCATENATION, features, axes, counts=counts)
         elif features:
-            result = dataclasses.replace(features[-1], axes=axes, bare=False)
+            result = changed(features[-1], axes=axes, bare=False)
         elif weights_of(values):
             last = weights_of(values)[-1]
             leaves = tuple(dict.fromkeys(n for one in weights_of(values) for n in one.leaves))
             entries = frozenset((leaf, axis) for leaf, axis, _ in last.slices)
             slices = frozenset(one for one in last.slices if one[:2] not in entries)
-            result = dataclasses.replace(
-                last, leaves=leaves, axes=(entries, *last.axes), slices=slices
-            )
+            result = changed(last, leaves=leaves, axes=(entries, *last.axes), slices=slices)
         else:
             result = Known(values[-1].expression, axes)
         if self.evaluation is not None:
@@ -456,7 +459,7 @@ class Interpreter:
             if rest is not None:
                 order = [rest, array] if call.parameters["reverse"] else [array, rest]
                 array = jnp.concatenate(order)
-            result = self._noted(dataclasses.replace(result, array=array))
+            result = self._noted(changed(result, array=array))
         return result
 
     def _cond(self, call: Call) -> list[Value]:
@@ -478,13 +481,13 @@ class Interpreter:
             parts = [(one.expression, 1) for one in features]
             same = all(one is parts[0][0] for one, _ in parts)
             expression = parts[0][0] if same else mixture(self.state, parts)
-            result = dataclasses.replace(features[0], expression=expression, bare=False)
+            result = changed(features[0], expression=expression, bare=False)
         else:
             result = next(iter(weights_of(outcomes)), outcomes[0])
         if self.evaluation is not None:
             which = call.values[0].array
             array = jax.lax.select_n(which, *[value.array for value in outcomes])
-            result = self._noted(dataclasses.replace(result, array=array))
+            result = self._noted(changed(result, array=array))
         return result
 
     def _noted(self, value: Value) -> Value:
@@ -497,9 +500,7 @@ class Interpreter:
 def _ranked(value: Value, variable: core.Var) -> Value:
     """A value with labels for every axis; without any where they are not known."""
     rank = len(shape_of(variable))
-    return (
-        value if len(value.axes) == rank else dataclasses.replace(value, axes=(NO_LABELS,) * rank)
-    )
+    return value if len(value.axes) == rank else changed(value, axes=(NO_LABELS,) * rank)
 
 
 def _is_key(array: Any) -> bool:
@@ -524,7 +525,7 @@ def _stand_in(call: Call) -> Value:
     axes = value.axes if len(value.axes) == rank else (NO_LABELS,) * rank
     if isinstance(value, Weight):
         return like(call, value, axes)
-    return dataclasses.replace(value, axes=axes, array=None)
+    return changed(value, axes=axes, array=None)
 
 
 def _live(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> set[core.Var]:
@@ -538,6 +539,18 @@ def _live(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> set[core.Var]:
         if any(out in live for out in equation.outvars):
             live.update(atom for atom in equation.invars if isinstance(atom, core.Var))
     return live
+
+
+def _last_read(jaxpr: core.Jaxpr) -> list[list[core.Var]]:
+    """For every equation, the variables that none after it reads: their values can be let go."""
+    read = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
+    found: list[list[core.Var]] = []
+    for equation in reversed(jaxpr.eqns):
+        own = [atom for atom in equation.invars if isinstance(atom, core.Var)]
+        last = [variable for variable in (*own, *equation.outvars) if variable not in read]
+        read.update(last)
+        found.append(last)
+    return found[::-1]
 
 
 def _loop_operands(equation: core.JaxprEqn) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 Outside of it a sharding changes no shape, and the operations that ask for one change no value.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from archscale_jax.tracing.values import Feature, Value, Weight
+from archscale_jax.tracing.values import Feature, Value, Weight, changed
 
 LAYOUTS = ("sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "pvary", "pcast",
            "device_put")  # fmt: skip
@@ -26,10 +25,10 @@ def entered(equation: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
     found: list[Value] = []
     arguments = zip(values, equation.params["in_specs"], equation.invars, strict=True)
     for value, spec, argument in arguments:
-        value = dataclasses.replace(value, array=None)
+        value = changed(value, array=None)
         if isinstance(value, Weight) and value.split is not None:
             split = _divided(equation.params["mesh"], spec, len(_shape(argument)))
-            value = dataclasses.replace(value, split=_times(value.split, split))
+            value = changed(value, split=_times(value.split, split))
         found.append(value)
     return found
 
@@ -42,7 +41,7 @@ def left(equation: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
         if isinstance(value, Weight) and value.split is not None:
             size = math.prod(_shape(shard)) * math.prod(value.split)
             split = () if size == math.prod(_shape(whole)) else None
-            value = dataclasses.replace(value, split=split)
+            value = changed(value, split=split)
         found.append(value)
     return found
 
@@ -91,9 +90,9 @@ def whole_shape(value: Value, shape: tuple[int, ...]) -> tuple[int, ...]:
 def sliced(value: Value, before: tuple[int, ...], after: tuple[int, ...], manual: bool) -> Value:
     """Returns what a slice is; inside a `shard_map` devices may take different ones."""
     if isinstance(value, Feature):
-        return dataclasses.replace(value, bare=False)
+        return changed(value, bare=False)
     if isinstance(value, Weight) and manual and before != after:
-        return dataclasses.replace(value, split=None)
+        return changed(value, split=None)
     return value
 
 

@@ -1,7 +1,6 @@
 """What is known of a function while it is read: one object that every primitive writes to."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -23,52 +22,50 @@ from archscale_jax.tracing.values import (
     Use,
     Value,
     Weight,
+    changed,
     features_of,
     weights_of,
 )
 
 
-@dataclasses.dataclass(eq=False)
 class Call:
-    """One equation of a jaxpr, the values of its operands, and which of its results are used."""
+    """One equation of a jaxpr, the values of its operands, and which of its results are used.
 
-    equation: core.JaxprEqn
-    values: list[Value]
-    live: tuple[bool, ...] = ()
+    Attributes:
+      equation: the equation.
+      values: of its operands.
+      live: whether each of its results is used.
+      name: of the primitive.
+      features: those of the operands that are features.
+      weights: those of the operands that are made of params alone.
+    """
+
+    def __init__(self, equation: core.JaxprEqn, values: list[Value], live: tuple[bool, ...] = ()):
+        self.equation = equation
+        self.values = values
+        self.live = live
+        self.name: str = equation.primitive.name
+        self.features = features_of(values)
+        self.weights = weights_of(values)
 
     def of(self, values: Sequence[Value]) -> "Call":
         """Returns the same call of other values."""
         return Call(self.equation, list(values), self.live)
-
-    @functools.cached_property
-    def name(self) -> str:
-        """Name of the primitive."""
-        return self.equation.primitive.name
 
     @property
     def parameters(self) -> Mapping[str, Any]:
         """Parameters of the primitive."""
         return self.equation.params
 
-    @functools.cached_property
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the first result."""
         return shape_of(self.equation.outvars[0])
 
-    @functools.cached_property
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operands."""
         return [shape_of(atom) for atom in self.equation.invars]
-
-    @functools.cached_property
-    def features(self) -> list[Feature]:
-        """Those of the operands that are features."""
-        return features_of(self.values)
-
-    @functools.cached_property
-    def weights(self) -> list[Weight]:
-        """Those of the operands that are made of params alone."""
-        return weights_of(self.values)
 
     @property
     def line(self) -> str:
@@ -252,7 +249,7 @@ class State:
             f"{', '.join(value.leaves)} at {call.line}: read as learned features, to which layers "
             "are applied"
         )
-        feature = dataclasses.replace(feature, axes=axes)
+        feature = changed(feature, axes=axes)
         self.learned_axes[value] = axes
         return feature
 

@@ -17,7 +17,7 @@ from archscale_jax.architecture import (
     Role,
 )
 from archscale_jax.expressions import Apply, Constant, Expression, Statistic, Variable
-from archscale_jax.graph import live_edges, live_vertices
+from archscale_jax.graph import live_vertices
 from archscale_jax.refusals import unknown as unknown_name
 from archscale_jax.tracing.binding import Binding, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
@@ -77,8 +77,7 @@ def trace(
     state = reading.state
     structure = Structure.of(state.flow, reading.outputs, state.contracted, arrangement)
     built = graph_of(state.flow, reading.outputs, structure)
-    live = set(live_edges(built.graph).nonzero()[0].tolist())
-    parameters, idle = records(Binding(state, structure, built, live, reading.moved, declared))
+    parameters, idle = records(Binding.of(state, structure, built, reading.moved, declared))
     problems = [*state.unsupported, *idle]
     if problems:
         raise TraceError("; ".join(problems))

@@ -13,7 +13,7 @@ which axes of features, inputs or leaves run along it. An axis without labels ho
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from archscale_jax.expressions import UNKNOWN, Expression, Variable
 from archscale_jax.tracing.flow import Edge
@@ -97,7 +97,10 @@ class Feature:
     @property
     def plain(self) -> bool:
         """Whether it is the vertex's features as they are."""
-        return self.expression == Variable("vertex", self.vertex)
+        one = self.expression
+        return isinstance(one, Variable) and (
+            (one.kind, one.source, one.part) == ("vertex", self.vertex, ())
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +121,15 @@ class OuterProduct:
 
 
 Value = Known | Weight | Feature
+_Value = TypeVar("_Value", bound=Value)
+
+
+def changed(value: _Value, **fields: Any) -> _Value:
+    """Does as `dataclasses.replace`, in a fifth of its time, which would be a tenth of reading."""
+    assert fields.keys() <= value.__dict__.keys(), f"{type(value).__name__} has no {fields}"
+    result = object.__new__(type(value))
+    result.__dict__.update(value.__dict__, **fields)
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Operations on entries: activations, sums and products of features, biases and scales."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +34,7 @@ from archscale_jax.tracing.values import (
     OuterProduct,
     Value,
     Weight,
+    changed,
     features_of,
     weights_of,
 )
@@ -138,7 +138,7 @@ def _compared_with_unknown(name: str, operands: list[Expression]) -> Expression:
         if name == "eq" and isinstance(one, Variable) and one.kind == "index":
             hot = np.zeros(len(one.nodes))
             hot[0] = 1.0
-            return dataclasses.replace(one, source=("chosen", one.source), nodes=hot)
+            return Variable("index", ("chosen", one.source), one.part, nodes=hot)
     return UNKNOWN
 
 
@@ -234,7 +234,7 @@ def elementwise(state: State, call: Call) -> Value:
 def _without_masks(state: State, call: Call) -> Call:
     """Leaves out masks, and other values of inputs alone, that multiply features of layers."""
     deep = [one for one in call.features if not state.is_data(one)]
-    if not deep:
+    if len(deep) in (0, len(call.features)):
         return call
 
     def visible(value: Value) -> Value:
@@ -251,7 +251,7 @@ def _addition(state: State, call: Call) -> Value:
     axes = joined([value.axes for value in features], len(call.shape))
     if len({one.vertex for one in features}) > 1:
         signed = [
-            dataclasses.replace(one, expression=apply("neg", np.negative, one.expression))
+            changed(one, expression=apply("neg", np.negative, one.expression))
             if call.name == "sub" and one is call.values[1]
             else one
             for one in features
@@ -265,7 +265,7 @@ def _addition(state: State, call: Call) -> Value:
     (constant,) = (value for value in call.values if isinstance(value, Known))
     nothing = isinstance(constant.expression, Unknown) or _is_zero(constant.expression)
     if nothing and not (call.name == "sub" and call.values[1] is feature):
-        return dataclasses.replace(feature, axes=axes, array=None)
+        return changed(feature, axes=axes, array=None)
     return _own(state, call, [])
 
 
@@ -277,7 +277,7 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     """What is added; a sum over a whole leaf, such as a penalty, adds to no feature."""
     penalty = not variables(weight.expression, raw=True) and statistics(weight.expression)
     axes = joined([feature.axes], len(call.shape))
-    result = dataclasses.replace(feature, axes=axes, outer=None, array=None)
+    result = changed(feature, axes=axes, outer=None, array=None)
     if penalty and not any(weight.axes):
         return result
     along = state.aligned(weight, feature)
@@ -285,8 +285,10 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     kind = "offset" if scaled else "bias"
     layer = state.layers.get(feature.vertex, ()) if feature.bare else ()
     where = state.kind(feature)
-    affine = bool(slope(feature.expression, _variable(feature), standard))
-    options: dict[str, Any] = {"known": affine and where in (Kind.LAYER, Kind.SUM)}
+    known = where in (Kind.LAYER, Kind.SUM) and bool(
+        slope(feature.expression, _variable(feature), standard)
+    )
+    options: dict[str, Any] = {"known": known}
     positions = any(
         state.shapes[leaf][axis] > 1
         for place in set(along["positions"]) - set(along["batch"])
@@ -301,10 +303,9 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     numbers = state.use(call, weight, kind, feature.vertex, along, **options)
     if not positions and where != Kind.DATA:
         result = _with_start(state, call, weight, result)
-    read = any(edge.source == feature.vertex for edge in state.flow.edges[-64:])
-    if feature.plain and not read:
+    if feature.plain and feature.vertex not in state.flow.read:
         return result
-    return dataclasses.replace(result, passed=feature.passed | frozenset(numbers))
+    return changed(result, passed=feature.passed | frozenset(numbers))
 
 
 def _with_start(state: State, call: Call, weight: Weight, feature: Feature) -> Feature:
@@ -318,7 +319,7 @@ def _with_start(state: State, call: Call, weight: Weight, feature: Feature) -> F
         state.flow.add_to(feature.vertex, added)
         return feature
     total = apply("add", np.add, feature.expression, added)
-    return dataclasses.replace(feature, expression=total)
+    return changed(feature, expression=total)
 
 
 def _variable(feature: Feature) -> Variable:
@@ -355,7 +356,7 @@ def _own(state: State, call: Call, weights: list[Weight]) -> Value:
     for other in call.values:
         if isinstance(other, Known) and one_hot:
             axes = joined([axes, other.axes], len(call.shape))
-    return dataclasses.replace(
+    return changed(
         feature,
         expression=expression,
         axes=axes,
@@ -451,6 +452,8 @@ def _is_gain(state: State, weight: Weight) -> bool:
 def neutral_value(expression: Expression, leaf: str) -> float | None:
     """Returns the value of a leaf that makes 1 of it: 1, or 0 as in 1 + w and exp(w); or None."""
     own = _factor_of(expression, Variable("leaf", leaf))
+    if isinstance(own, Variable):  # the leaf itself
+        return 1.0
     if own is None or len(variables(own)) != 1 or statistics(own):
         return None
     for value in (1.0, 0.0):
@@ -506,7 +509,7 @@ def _masked(state: State, call: Call, cases: list[Value], axes) -> Value:
         return state.join(Kind.PRODUCT, deep, axes, expression=mixture(state, parts))
     same = all(one.expression is deep[0].expression for one in deep)
     expression = deep[0].expression if same else mixture(state, parts)
-    return dataclasses.replace(deep[0], expression=expression, axes=axes, array=None, bare=False)
+    return changed(deep[0], expression=expression, axes=axes, array=None, bare=False)
 
 
 _BOUND = ("bessel_i0e", "bessel_i1e", "igamma", "igammac", "polygamma", "zeta",

@@ -38,6 +38,7 @@ from archscale_jax.tracing.values import (
     TraceError,
     Value,
     Weight,
+    changed,
 )
 
 
@@ -124,7 +125,7 @@ def _chosen_rows(call: Call, weight: Weight, side: int, axes: Axes) -> Value:
         else NO_LABELS
         for place, labels in enumerate(axes)
     )
-    return dataclasses.replace(like(call.of([weight]), weight, found), slices=weight.slices)
+    return changed(like(call.of([weight]), weight, found), slices=weight.slices)
 
 
 def _places(call: Call, side: int, axes: Axes) -> tuple[Axes, list[int]]:
@@ -143,7 +144,7 @@ def _scaled(
         call, weight, "scale", source.vertex, {"batch": batch},
         neutral=neutral_value(weight.expression, weight.leaves[0]), known=False,
     )  # fmt: skip
-    return dataclasses.replace(
+    return changed(
         source,
         expression=multiplied(source.expression, weight.expression),
         axes=axes,
@@ -156,9 +157,7 @@ def _scaled(
 def _looked_up(state, call, weight, source, contracted, free, axes, side) -> Value:
     """A product with one-hot rows chooses rows."""
     result = _table(state, call, weight, source, contracted, free, axes)
-    return dataclasses.replace(
-        result, axes=_labelled(state, axes, _places(call, side, axes)[1], result)
-    )
+    return changed(result, axes=_labelled(state, axes, _places(call, side, axes)[1], result))
 
 
 def _labelled(state: State, axes: Axes, own: Sequence[int], result: Feature) -> Axes:
@@ -194,7 +193,7 @@ def _table(
         edge=edge, fan_out=fan_out, expression=weight.expression,
     )  # fmt: skip
     state.layers[result.vertex] = numbers
-    return dataclasses.replace(result, bare=True)
+    return changed(result, bare=True)
 
 
 def _unit(index: Feature) -> Expression:
@@ -270,7 +269,7 @@ def _mixed_by_constants(state: State, call: Call, axes: Axes) -> Value:
                 "their second moment is taken as unchanged"
             )
         mixed = times(feature.expression, 1.0 if gain is None else gain)
-    return dataclasses.replace(feature, expression=mixed, axes=axes, array=None, bare=False)
+    return changed(feature, expression=mixed, axes=axes, array=None, bare=False)
 
 
 def _gain_of(expression: Expression, count: int, units: bool) -> float | None:
@@ -301,7 +300,7 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
                 f"{call.name} at {call.line}: inputs choose what is added up; the second moment is "
                 "taken as unchanged"
             )
-        return dataclasses.replace(deep[0], axes=axes, array=None, bare=False)
+        return changed(deep[0], axes=axes, array=None, bare=False)
     _check_kernels(state, call, sides)
     labels = sides[0] | sides[1]
     free = [
@@ -321,7 +320,7 @@ def _of_features(state: State, call: Call, axes: Axes) -> Value:
         )
         expression = times(multiplied(one, other), count)
     if left.vertex == right.vertex:
-        return dataclasses.replace(
+        return changed(
             left, expression=expression, axes=axes, passed=left.passed | right.passed,
             inputs=left.inputs | right.inputs, bare=False, array=None,
         )  # fmt: skip
@@ -408,7 +407,7 @@ def layer(
     numbers = []
     for leaf in weight.leaves:
         own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
-        mine = dataclasses.replace(weight, leaves=(leaf,), axes=tuple(own_axes))
+        mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
         summed = _axes_of(state, mine, how.contracted)
         # An axis of which no trace is left was summed over when the kernel was made of factors.
         inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
@@ -434,7 +433,7 @@ def layer(
     state.inputs_read |= source.inputs
     if state.reaches_no_input([source]):
         state.without_inputs.add(result.vertex)
-    return dataclasses.replace(result, axes=tuple(found))
+    return changed(result, axes=tuple(found))
 
 
 def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None = None) -> set[int]:
@@ -526,14 +525,14 @@ def convolution(state: State, call: Call) -> Value:
         count = math.prod(call.shapes[1]) // call.shapes[1][numbers.rhs_spec[0]]
         expression = _over_units(state, data, kernel, kernel.axes[summed], count)
         if data.vertex == kernel.vertex:
-            return dataclasses.replace(data, expression=expression, axes=tuple(axes), array=None)
+            return changed(data, expression=expression, axes=tuple(axes), array=None)
         return state.join(Kind.PRODUCT, [data, kernel], tuple(axes), expression=expression)
     if isinstance(data, Weight):
         raise state.fail(call, "features convolve a parameter; bind it to the function, or write "
                          "the features first", [data])  # fmt: skip
     if isinstance(data, Feature):
         state.note(f"{call.name} at {call.line}: a fixed filter is taken to keep second moments")
-        return dataclasses.replace(data, axes=tuple(axes), array=None, bare=False)
+        return changed(data, axes=tuple(axes), array=None, bare=False)
     return Known(UNKNOWN, tuple(axes))
 
 
@@ -593,10 +592,10 @@ def gather(state: State, call: Call) -> Value:
         own = [
             place for place in numbers.offset_dims if call.shape[place] > 1 or len(features) == 1
         ]
-        return dataclasses.replace(result, axes=_labelled(state, axes, own, result))
+        return changed(result, axes=_labelled(state, axes, own, result))
     if isinstance(table, Known):
         if isinstance(index, Feature):
-            return dataclasses.replace(index, expression=UNKNOWN, axes=axes, array=None, mask=False)
+            return changed(index, expression=UNKNOWN, axes=axes, array=None, mask=False)
         constant = isinstance(table.expression, Constant)
         return Known(table.expression if constant else _picked(table, index), axes)
     if isinstance(table, Weight):
@@ -607,7 +606,7 @@ def gather(state: State, call: Call) -> Value:
         if taken != call.shapes[0][axis] and state.has_units(labels):
             cuts.append((tuple(sorted(labels, key=repr)), state.fresh()))
     expression = part_of(state, table, cuts)
-    return dataclasses.replace(table, expression=expression, axes=axes, array=None, bare=False)
+    return changed(table, expression=expression, axes=axes, array=None, bare=False)
 
 
 def _taken_one_by_one(call: Call) -> list[int]:
@@ -651,4 +650,4 @@ def _rows(state: State, call: Call, table: Weight, index: Value, axes: Axes) -> 
     found = [frozenset(one for one in labels if isinstance(one, tuple)) for labels in found]
     result = like(call, table, tuple(found))
     assert isinstance(result, Weight)
-    return dataclasses.replace(result, slices=slices, rows=bool(positions))
+    return changed(result, slices=slices, rows=bool(positions))

@@ -1,6 +1,5 @@
 """Operations that take many entries to one: sums, extremes, pools, cumulative sums."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -23,7 +22,7 @@ from archscale_jax.tracing.primitives.elementwise import made_of_params
 from archscale_jax.tracing.primitives.products import Contraction, layer
 from archscale_jax.tracing.primitives.registry import register_primitive
 from archscale_jax.tracing.state import Call, State, mean_over
-from archscale_jax.tracing.values import Feature, Known, OuterProduct, Value
+from archscale_jax.tracing.values import Feature, Known, OuterProduct, Value, changed
 
 
 @register_primitive("reduce_sum", "reduce_max", "reduce_min")
@@ -48,8 +47,8 @@ def reduction(state: State, call: Call) -> Value:
         expression = times(expression, math.prod(sizes))
     axes = moved(call.equation, value.axes)
     if isinstance(value, Feature):
-        kept = dataclasses.replace(value, expression=expression, axes=axes, array=None, bare=False)
-        return dataclasses.replace(kept, one_hot=frozenset())
+        kept = changed(value, expression=expression, axes=axes, array=None, bare=False)
+        return changed(kept, one_hot=frozenset())
     return made_of_params(call, expression, axes) if call.weights else Known(expression, axes)
 
 
@@ -124,7 +123,7 @@ def _of_shape(state: State, call: Call, value: Value, rank: int, indices: bool) 
     if isinstance(value, Known):
         return Known(UNKNOWN, axes)
     expression = UNKNOWN if indices else value.expression
-    return dataclasses.replace(value, expression=expression, axes=axes, array=None)
+    return changed(value, expression=expression, axes=axes, array=None)
 
 
 def _unknown_function(state: State, call: Call, shape: tuple[int, ...], dtype: Any) -> Value:
@@ -134,7 +133,7 @@ def _unknown_function(state: State, call: Call, shape: tuple[int, ...], dtype: A
     if isinstance(value, Feature):
         if np.issubdtype(dtype, np.inexact):
             state.note(f"{call.name} at {call.line}: its second moment is not known, taken as 1")
-        return dataclasses.replace(value, expression=UNKNOWN, axes=axes, array=None, bare=False)
+        return changed(value, expression=UNKNOWN, axes=axes, array=None, bare=False)
     return made_of_params(call, UNKNOWN, axes) if call.weights else Known(UNKNOWN, axes)
 
 
@@ -149,7 +148,7 @@ def cumulative(state: State, call: Call) -> Value:
         )
     if isinstance(value, Known):
         return Known(UNKNOWN, value.axes)
-    return dataclasses.replace(value, array=None)
+    return changed(value, array=None)
 
 
 @register_primitive("reduce_window_sum")
@@ -159,7 +158,7 @@ def average_pool(state: State, call: Call) -> Value:
     window = call.parameters["window_dimensions"]
     expression = times(value.expression, math.prod(window))
     if not isinstance(value, Feature) or state.is_data(value) or max(window) == 1:
-        return dataclasses.replace(value, expression=expression, array=None)
+        return changed(value, expression=expression, array=None)
     result = state.new_vertex(Kind.LAYER, value.axes, bare=True)
     state.flow.add_edge(
         value.vertex,
@@ -169,7 +168,7 @@ def average_pool(state: State, call: Call) -> Value:
         kernel_size=max(window),
         passed=value.passed,
     )
-    return dataclasses.replace(result, expression=times(result.expression, math.prod(window)))
+    return changed(result, expression=times(result.expression, math.prod(window)))
 
 
 @register_primitive("reduce_window_max", "reduce_window_min", "reduce_window",
@@ -182,5 +181,5 @@ def extreme_pool(state: State, call: Call) -> Value:
             f"{call.name} at {call.line}: the largest of a window is taken to have the second "
             "moment of one entry; of independent entries it has more"
         )
-        return dataclasses.replace(value, array=None, bare=False)
-    return dataclasses.replace(value, array=None)
+        return changed(value, array=None, bare=False)
+    return changed(value, array=None)

@@ -32,6 +32,7 @@ from archscale_jax.tracing.values import (
     Known,
     Value,
     Weight,
+    changed,
     features_of,
 )
 
@@ -40,12 +41,12 @@ def like(call: Call, value: Value, axes: Axes, expression: Expression | None = N
     """Returns a value whose entries another holds, with new axes."""
     expression = value.expression if expression is None else expression
     if isinstance(value, Weight):
-        return dataclasses.replace(
+        return changed(
             made_of_params(call.of([value]), expression, axes),
             slices=value.slices,
             rows=value.rows,
         )
-    value = dataclasses.replace(value, expression=expression, axes=axes, array=None)
+    value = changed(value, expression=expression, axes=axes, array=None)
     return value
 
 
@@ -61,7 +62,7 @@ def reshuffle(state: State, call: Call) -> Value:
 @register_primitive("optimization_barrier")
 def barrier(state: State, call: Call) -> list[Value]:
     """Every operand is a result."""
-    return [dataclasses.replace(value, array=None) for value in call.values]
+    return [changed(value, array=None) for value in call.values]
 
 
 @register_primitive("iota")
@@ -153,15 +154,13 @@ def _sliced(state: State, call: Call, value: Value, cuts: list, starts: dict[int
         assert isinstance(result, Weight)
         # A slice that devices take differently is no known one.
         split = None if value.split is None else result.split
-        return dataclasses.replace(result, slices=value.slices | entries, split=split)
+        return changed(result, slices=value.slices | entries, split=split)
     if isinstance(value, Known):
         whole = isinstance(value.expression, Constant)
         small = not any(axes) and not whole
         return Known(_entry(value, starts) if small else value.expression, axes)
-    result = dataclasses.replace(
-        value, expression=part_of(state, value, cuts), axes=axes, array=None
-    )
-    return dataclasses.replace(result, bare=value.bare and not cuts)
+    result = changed(value, expression=part_of(state, value, cuts), axes=axes, array=None)
+    return changed(result, bare=value.bare and not cuts)
 
 
 def _entry(value: Known, starts: dict[int, int]) -> Expression:
@@ -189,10 +188,10 @@ def split(state: State, call: Call) -> list[Value]:
         )
         result = like(call, value, axes, expression)
         if isinstance(result, Feature) and size != whole:
-            result = dataclasses.replace(result, bare=False)
+            result = changed(result, bare=False)
         if isinstance(result, Weight) and size == 1 != whole:
             entries = {(leaf, a, start) for leaf, a in value.axes[axis]}
-            result = dataclasses.replace(result, slices=result.slices | entries)
+            result = changed(result, slices=result.slices | entries)
         results.append(result)
         start += size
     return results
@@ -209,10 +208,10 @@ def unstack(state: State, call: Call) -> list[Value]:
         axes = tuple(labels for place, labels in enumerate(value.axes) if place != axis)
         result = like(call, value, axes, part_of(state, value, cuts))
         if isinstance(result, Feature) and cuts:
-            result = dataclasses.replace(result, bare=False)
+            result = changed(result, bare=False)
         if isinstance(result, Weight):
             entries = {(leaf, own, entry) for leaf, own in value.axes[axis]}
-            result = dataclasses.replace(result, slices=result.slices | entries)
+            result = changed(result, slices=result.slices | entries)
         results.append(result)
     return results
 
@@ -228,7 +227,7 @@ def stack(state: State, call: Call) -> Value:
 
     def wider(value: Value) -> Value:
         labels = NO_LABELS if isinstance(value, Weight) else along
-        return dataclasses.replace(value, axes=(*value.axes[:axis], labels, *value.axes[axis:]))
+        return changed(value, axes=(*value.axes[:axis], labels, *value.axes[axis:]))
 
     values = [wider(value) for value in call.values]
     return joined_values(state, call.of(values), values, [1] * len(values))
@@ -270,7 +269,7 @@ def joined_values(
     if len({one.vertex for one in features}) > 1:
         result = state.join(Kind.CONCATENATION, features, axes, counts=own)
     else:
-        result = dataclasses.replace(
+        result = changed(
             features[0],
             expression=_rejoined(state, features, own),
             axes=axes,
@@ -304,7 +303,7 @@ def _rejoined(state: State, features: list[Feature], counts: list[int]) -> Expre
         parts = [one.part for one in signed if isinstance(one, Variable)]
         if all(one.part == parts[0] for one in signed if isinstance(one, Variable)):
             return features[0].expression
-        whole = dataclasses.replace(signed[0], part=parts[0][:-1])  # pyright: ignore
+        whole = changed(signed[0], part=parts[0][:-1])  # pyright: ignore
         ends = [part[-1][0][1:3] for part in parts if part and len(part[-1][0]) == 5]
         contiguous = len(ends) == len(parts) and all(
             a[1] == b[0] for a, b in itertools.pairwise(ends)
@@ -366,19 +365,17 @@ def update(state: State, call: Call) -> Value:
         axes = axes if len(axes) == rank else (NO_LABELS,) * rank
         result = like(call, one, one.axes if len(one.axes) == rank else axes)
         if isinstance(result, Feature) and one is written:
-            result = dataclasses.replace(result, filled=math.prod(call.shapes[place]), bare=False)
+            result = changed(result, filled=math.prod(call.shapes[place]), bare=False)
         return result
     if call.name in ("scatter-add", "scatter_add", "scatter-sub"):
         feature = features_of(both)[0]
         return _added(state, call, both, feature)
     size, held = math.prod(call.shapes[place]), getattr(operand, "filled", 0)
     sizes = [held or max(math.prod(call.shapes[0]) - size, 1), size]
-    aligned = [
-        one if len(one.axes) == rank else dataclasses.replace(one, axes=axes) for one in both
-    ]
+    aligned = [one if len(one.axes) == rank else changed(one, axes=axes) for one in both]
     result = joined_values(state, call.of(aligned), aligned, sizes)
     if isinstance(result, Feature) and held:
-        result = dataclasses.replace(result, filled=held + size)
+        result = changed(result, filled=held + size)
     return result
 
 
@@ -391,8 +388,8 @@ def _added(state: State, call: Call, both: Sequence[Value], feature: Feature) ->
             state.use(call, one, "bias", feature.vertex, state.aligned(one, feature), known=False)
     if len(features) == 2:
         expression = apply("add", np.add, *(one.expression for one in features))
-        return dataclasses.replace(feature, expression=expression, array=None, bare=False)
-    return dataclasses.replace(feature, array=None, bare=False)
+        return changed(feature, expression=expression, array=None, bare=False)
+    return changed(feature, array=None, bare=False)
 
 
 # Linear in all entries along an axis.
@@ -414,4 +411,4 @@ def fft(state: State, call: Call) -> Value:
 @register_primitive("device_put")
 def placed(state: State, call: Call) -> list[Value]:
     """Where values lie is no matter."""
-    return [dataclasses.replace(value, array=None) for value in call.values]
+    return [changed(value, array=None) for value in call.values]
