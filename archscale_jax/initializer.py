@@ -13,12 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from archscale_jax.architecture import Architecture, check_parameters
 from archscale_jax.placement import check_divides, constrained, explicit_part, sharding_of
-from archscale_jax.rules.initialization import (
-    Deviation,
-    InitializationRule,
-    start_values,
-    weight_standard_deviations,
-)
+from archscale_jax.rules.initialization import start_values, weight_standard_deviations
+from archscale_jax.rules.variances import Deviation, InitializationRule
 from archscale_jax.trees import PyTree, map_with_names, named_leaves
 
 

@@ -25,12 +25,7 @@ from archscale_jax.reporting.notes import (
     params_notes,
     rate_notes,
 )
-from archscale_jax.rules.initialization import (
-    DEFAULT_RULES,
-    INITIALIZATION_RULES,
-    InitializationRule,
-    standard_deviation,
-)
+from archscale_jax.rules.initialization import DEFAULT_RULES, standard_deviation
 from archscale_jax.rules.learning_rate import (
     LEARNING_RATE_RULES,
     LearningRateRule,
@@ -38,6 +33,7 @@ from archscale_jax.rules.learning_rate import (
 )
 from archscale_jax.rules.registry import Explained
 from archscale_jax.rules.residual import check_optimizer
+from archscale_jax.rules.variances import INITIALIZATION_RULES, InitializationRule
 from archscale_jax.rules.width import WIDTH_RULES
 from archscale_jax.transform import chosen_rule, explained_factors
 from archscale_jax.trees import PyTree

@@ -1,18 +1,18 @@
 """The equations, one small function each, by name."""
 
-from archscale_jax.rules.initialization import (
-    INITIALIZATION_RULES,
-    WeightVariances,
-    register_initialization_rule,
-    second_moments,
-    weight_standard_deviations,
-)
+from archscale_jax.rules import in_degree, second_moment  # noqa: F401  # which register rules
+from archscale_jax.rules.initialization import second_moments, weight_standard_deviations
 from archscale_jax.rules.learning_rate import (
     LEARNING_RATE_RULES,
     kernel_size_factor,
     learning_rate_scale,
     register_learning_rate_rule,
     shortest_path_length,
+)
+from archscale_jax.rules.variances import (
+    INITIALIZATION_RULES,
+    WeightVariances,
+    register_initialization_rule,
 )
 from archscale_jax.rules.width import (
     WIDTH_RULES,
