@@ -377,7 +377,7 @@ def _settled(expression: Expression, distribution: Distribution) -> Expression:
         if one in alone and not one.units:
             values[one] = one.operand
         elif one in alone or (one.units and one.name == "mean" and not variables(one) & beside):
-            values[one] = _mean_of_units(one, distribution)
+            values[one] = _over_units(one, distribution)
         else:
             values[one] = Constant(_expectation(one, distribution))
     settled = replaced(expression, values)
@@ -385,10 +385,15 @@ def _settled(expression: Expression, distribution: Distribution) -> Expression:
     return _settled(settled, distribution) if statistics(settled) else settled
 
 
-def _mean_of_units(statistic: Statistic, distribution: Distribution) -> Expression:
-    """A mean of independent entries: normal, or a number where it hardly varies."""
-    mean, second = moments(statistic.operand, distribution)
-    deviation = math.sqrt(max(second - mean**2, 0.0) / statistic.count)
+def _over_units(statistic: Statistic, distribution: Distribution) -> Expression:
+    """A statistic of independent entries: normal, or a number where it hardly varies."""
+    if statistic.name == "mean":
+        mean, second = moments(statistic.operand, distribution)
+        variance = (second - mean**2) / statistic.count
+    else:
+        mean, second, _ = _extreme(statistic, distribution)
+        variance = second - mean**2
+    deviation = math.sqrt(max(variance, 0.0))
     if deviation <= 1e-3 * abs(mean):
         return Constant(mean)
     return Variable("normal", statistic, nodes=(mean, deviation))
@@ -402,13 +407,38 @@ def _is_pool(statistic: Statistic, *, units: bool) -> bool:
 
 
 def _expectation(statistic: Statistic, distribution: Distribution) -> float:
+    """What a statistic is beside what varies with it.
+
+    Of extremes the median, which a mask of -1e9 does not move; softmax divides it out again.
+    """
     if statistic.name == "mean":
         return moments(statistic.operand, distribution).mean
-    mean, second = moments(statistic.operand, distribution)
-    deviation = math.sqrt(max(second - mean**2, 0.0))
-    # Of that many normal draws; softmax and its kind divide it out again.
-    extreme = deviation * math.sqrt(2 * math.log(max(statistic.count, 1)))
-    return mean + extreme if statistic.name == "max" else mean - extreme
+    return _extreme(statistic, distribution).median
+
+
+class Extreme(NamedTuple):
+    """The largest or smallest of independent values."""
+
+    mean: float
+    second: float
+    median: float
+
+
+def _extreme(statistic: Statistic, distribution: Distribution) -> Extreme:
+    sign = 1.0 if statistic.name == "max" else -1.0
+    found = _largest(keyed(times(statistic.operand, sign), distribution), statistic.count)
+    return Extreme(sign * found.mean, found.second, sign * found.median)
+
+
+@functools.lru_cache(maxsize=8192)
+def _largest(one: Keyed, count: int) -> Extreme:
+    """The largest of so many values, whose distribution is that of one to that power."""
+    result, weight = _sampled(_settled(one.expression, one.distribution), one.distribution)
+    order = np.argsort(result, axis=None)
+    result, below = result.ravel()[order], np.cumsum(weight.ravel()[order]) ** count
+    mass = np.diff(below, prepend=0.0)
+    median = result[np.searchsorted(below, 0.5)]
+    return Extreme(float(mass @ result), float(mass @ result**2), float(median))
 
 
 def replaced(expression: Expression, values: Mapping[Statistic, Expression]) -> Expression:
@@ -430,32 +460,31 @@ _NEGLIGIBLE = 1e-6
 
 
 def _integrated(expression: Expression, distribution: Distribution) -> Moments:
+    result, weight = _sampled(expression, distribution)
+    return Moments(float(np.sum(weight * result)), float(np.sum(weight * result**2)))
+
+
+def _sampled(expression: Expression, distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:
+    """Values of an expression without statistics, and their probabilities."""
     found = sorted(variables(expression), key=repr)
     known = {one: distribution_of(one, distribution) for one in found}
     values: dict[Variable, Any] = {
         one: value for one, value in known.items() if not isinstance(value, Moments)
     }
     random = {one: value for one, value in known.items() if isinstance(value, Moments)}
-    if not random:
-        with np.errstate(all="ignore"):
-            result = float(np.real(complex(evaluated(expression, values))))
-        return Moments(result, result**2)
     weight: Any = np.ones(())
-    for (variable, moment), (nodes, weights) in zip(random.items(), _nodes(random), strict=True):
+    nodes_of = _nodes(random) if random else []
+    for (variable, moment), (nodes, weights) in zip(random.items(), nodes_of, strict=True):
         values[variable] = _drawn(variable, moment, nodes)
         weight = weight * weights
     with np.errstate(all="ignore"):
         result = np.real(evaluated(expression, values).astype(complex))
     weight, result = np.broadcast_arrays(weight, result)
-    total = np.sum(weight)
+    weight = weight / np.sum(weight)
     defined = np.isfinite(result)
-    if (
-        np.sum(weight[defined]) > (1 - _NEGLIGIBLE) * total
-    ):  # as the root of what is hardly negative
+    if np.sum(weight[defined]) > 1 - _NEGLIGIBLE:  # else, as the log of half of all values, NaN
         weight, result = weight[defined], result[defined]
-    return Moments(
-        float(np.sum(weight * result) / total), float(np.sum(weight * result**2) / total)
-    )
+    return result, weight
 
 
 def evaluated(expression: Expression, values: Mapping[Variable, Any]) -> np.ndarray:

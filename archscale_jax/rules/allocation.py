@@ -137,7 +137,13 @@ class Allocation(Propagation):
                 self.gains[edge] = math.sqrt(wanted / natural)
         met = self.fans[function.weights[0]] / function.reach if function.reach else 1.0
         second = self.read(edge)
-        self.numerators[edge] = variance / (second if math.isfinite(second) else 1.0) * met
+        if not math.isfinite(second):
+            raise ValueError(
+                f"what {function.weights[0]!r} reads has no finite second moment for normal "
+                "features, as the logarithm or root of what may be negative has none; take the "
+                "initialization rule 'none', or bound the function (jnp.maximum, softplus)"
+            )
+        self.numerators[edge] = variance / second * met
         return variance
 
     def activates(self, edge: int) -> bool:

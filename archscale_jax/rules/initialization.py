@@ -58,7 +58,8 @@ def weight_standard_deviations(
 
     Raises:
       TypeError: no architecture.
-      ValueError: an unknown rule, or a rule that gives a variance that is not finite or negative.
+      ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or a
+        layer that reads what has no finite second moment.
     """
     check_architecture(architecture)
     rule = default_rule(architecture) if rule is None else rule
@@ -280,7 +281,7 @@ def second_moments(
       **options: passed to the rule.
 
     Raises:
-      TypeError, ValueError: see `weight_standard_deviations`.
+      TypeError, ValueError: see `weight_standard_deviations`; a vertex without a finite moment.
     """
     deviations = weight_standard_deviations(architecture, rule, **options)
     starts = start_values(architecture, rule, **options)
@@ -292,4 +293,10 @@ def second_moments(
     )
     architecture = dataclasses.replace(architecture, parameters=parameters)
     found = vertex_moments(architecture, deviations)
+    unknown = [vertex for vertex in sorted(found) if not math.isfinite(found[vertex].second)]
+    if unknown:
+        raise ValueError(
+            f"vertex {unknown[0]} has no finite second moment for normal features, as the "
+            "logarithm or root of what may be negative has none; measure vertex_features instead"
+        )
     return {vertex: found[vertex].second for vertex in sorted(found)}
