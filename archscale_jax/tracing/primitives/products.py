@@ -1,71 +1,44 @@
 """Matrix products, convolutions and lookups: layers where one side is a weight, else products."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from archscale_jax.expressions import (
     UNKNOWN,
-    ZERO,
-    Apply,
     Constant,
     Expression,
-    Moments,
     Variable,
-    apply,
-    moments,
     multiplied,
-    times,
-    variables,
 )
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import dot_axes, free_axes, gathered
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params, neutral_value
+from archscale_jax.tracing.primitives.layer import Contraction, check_split, layer, learned_features
+from archscale_jax.tracing.primitives.mixtures import (
+    check_kernels,
+    constant_product,
+    mixed_by_constants,
+    of_features,
+    over_units,
+    product_of,
+)
 from archscale_jax.tracing.primitives.registry import register_primitive
 from archscale_jax.tracing.primitives.reshuffles import like, part_of
 from archscale_jax.tracing.sharding import whole_shape
-from archscale_jax.tracing.state import Call, State, mean_over
+from archscale_jax.tracing.state import Call, State
 from archscale_jax.tracing.values import (
     NO_LABELS,
     Axes,
     Feature,
     Known,
     Labels,
-    TraceError,
     Value,
     Weight,
     changed,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """How a weight meets what it is applied to; axes of the weight's array.
-
-    Attributes:
-      contracted: axes that are summed over.
-      batch: axes shared by both and the result.
-      free: axes that only the result has.
-      spatial: sizes of a kernel.
-      positions: axes of the kernel's positions.
-      groups: into how many groups features are divided.
-      reach: inputs that reach one unit on average; None if it is all that are contracted.
-      covered: the part of them that does not lie beyond the borders of the image, on average.
-    """
-
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    free: tuple[int, ...]
-    spatial: tuple[int, ...] = ()
-    positions: tuple[int, ...] = ()
-    groups: int = 1
-    reach: float | None = None
-    covered: float = 1.0
-
 
 # Matrix products.
 
@@ -81,10 +54,10 @@ def dot(state: State, call: Call) -> Value | list[Value]:
     if len(sides) == 1:
         return _weighted(state, call, sides[0], axes)
     if isinstance(left, Feature) and isinstance(right, Feature):
-        return _of_features(state, call, axes)
+        return of_features(state, call, axes)
     if isinstance(left, Known) and isinstance(right, Known):
-        return Known(_constant_product(call), axes)
-    return _mixed_by_constants(state, call, axes)
+        return Known(constant_product(call), axes)
+    return mixed_by_constants(state, call, axes)
 
 
 def _weighted(state: State, call: Call, side: int, axes: Axes) -> Value:
@@ -209,7 +182,7 @@ def _weights(state: State, call: Call, axes: Axes) -> Value | list[Value]:
     shared = set(call.weights[0].leaves) & set(call.weights[1].leaves)
     if not contracted[0] or inner < min(outer) or shared:
         left, right = call.weights
-        expression = _product_of(state, call, left.expression, right.expression)
+        expression = product_of(state, call, left.expression, right.expression)
         return made_of_params(call, expression, axes)
     # A kernel maps features to about as many; learned features are few or many, and come first in
     # x @ W where that does not tell.
@@ -222,275 +195,6 @@ def _weights(state: State, call: Call, axes: Axes) -> Value | list[Value]:
     values[1 - side] = learned
     call = call.of(values)
     return dot(state, call)
-
-
-def learned_features(state: State, call: Call, value: Weight) -> Feature:
-    """Returns features that are parameters themselves: learned queries, latents, first states."""
-    contracted = call.parameters["dimension_numbers"][0]
-    return state.learned(call, value, contracted[call.values.index(value)])
-
-
-def _product_of(state: State, call: Call, left: Expression, right: Expression) -> Expression:
-    contracted = call.parameters["dimension_numbers"][0]
-    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
-    labels = frozenset([("", 0)]) if count > 1 else NO_LABELS
-    product = multiplied(left, right)
-    return times(mean_over(state, product, labels, count), count)
-
-
-def _constant_product(call: Call) -> Expression:
-    left, right = (value.expression for value in call.values)
-    if isinstance(left, Constant) and isinstance(right, Constant):
-        contracted = call.parameters["dimension_numbers"][0]
-        count = math.prod(call.shapes[0][axis] for axis in contracted[0])
-        return Constant(left.value * right.value * count)
-    return UNKNOWN
-
-
-def _mixed_by_constants(state: State, call: Call, axes: Axes) -> Value:
-    """Features multiplied with a constant matrix: a sum, an interpolation, a fixed transform."""
-    side = 0 if isinstance(call.values[0], Feature) else 1
-    feature, constant = call.values[side], call.values[1 - side]
-    assert isinstance(feature, Feature)
-    contracted = call.parameters["dimension_numbers"][0]
-    count = math.prod(call.shapes[side][axis] for axis in contracted[side])
-    labels = frozenset().union(*(feature.axes[axis] for axis in contracted[side]))
-    expression = constant.expression
-    if isinstance(expression, Constant):
-        if np.all(expression.value == 0):
-            return Known(ZERO, axes)
-        mixed = mean_over(state, feature.expression, labels, count)
-        mixed = times(mixed, count * float(expression))
-    else:
-        gain = _gain_of(expression, count, state.has_units(labels))
-        if gain is None:
-            state.note(
-                f"{call.name} at {call.line}: features meet a constant matrix of unknown entries; "
-                "their second moment is taken as unchanged"
-            )
-        mixed = times(feature.expression, 1.0 if gain is None else gain)
-    return changed(feature, expression=mixed, axes=axes, array=None, bare=False)
-
-
-def _gain_of(expression: Expression, count: int, units: bool) -> float | None:
-    """How much larger features become that a constant matrix mixes."""
-    found = variables(expression)
-    if isinstance(expression, type(UNKNOWN)) or any(one.kind == "random" for one in found):
-        return None
-    mean, second = moments(expression, lambda variable: Moments(0.0, 1.0))
-    independent = math.sqrt(count * second)
-    return independent if units else max(abs(mean) * count, min(independent, 1.0))
-
-
-# Products of features.
-
-
-def _of_features(state: State, call: Call, axes: Axes) -> Value:
-    left, right = call.features
-    contracted, batch = call.parameters["dimension_numbers"]
-    sides = [
-        frozenset().union(*(value.axes[axis] for axis in taken))
-        for value, taken in zip(call.features, contracted, strict=True)
-    ]
-    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
-    deep = [one for one in (left, right) if not state.is_data(one)]
-    if len(deep) == 1:  # inputs choose or add up features: neighbours in a graph, pooled tokens
-        if contracted[0] and any(sides):
-            state.note(
-                f"{call.name} at {call.line}: inputs choose what is added up; the second moment is "
-                "taken as unchanged"
-            )
-        return changed(deep[0], axes=axes, array=None, bare=False)
-    _check_kernels(state, call, sides)
-    labels = sides[0] | sides[1]
-    free = [
-        free_axes(len(v.axes), c, b)
-        for v, c, b in zip(call.features, contracted, batch, strict=True)
-    ]
-    if not contracted[0]:
-        expression = multiplied(left.expression, right.expression)
-    elif state.has_units(labels) or (not any(free) and left.vertex == right.vertex):
-        expression = _over_units(state, left, right, labels, count)
-        if left.expression is not right.expression:
-            state.contracted |= {left.vertex, right.vertex}
-    else:  # positions: each side by its mean, of which a softmax has 1 / count
-        one, other = (
-            mean_over(state, value.expression, side, count)
-            for value, side in zip(call.features, sides, strict=True)
-        )
-        expression = times(multiplied(one, other), count)
-    if left.vertex == right.vertex:
-        return changed(
-            left, expression=expression, axes=axes, passed=left.passed | right.passed,
-            inputs=left.inputs | right.inputs, bare=False, array=None,
-        )  # fmt: skip
-    result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
-    if left.vertex in state.contracted and contracted[0]:
-        state.queries[result.vertex] = left.vertex, count
-    return result
-
-
-def _check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:
-    """Refuses kernels that features make of a matrix of parameters, as a modulation does."""
-    for value, labels in zip(call.features, contracted, strict=True):
-        for number in sorted(value.passed):
-            if state.modulated.get(number, NO_LABELS) & labels:
-                leaf = state.uses[number].leaf
-                raise TraceError(
-                    f"{call.name} of parameter {leaf!r} at {call.line}: features scale it, and "
-                    "then it is applied to features as a kernel (a modulated or generated layer), "
-                    "of which fan-in and role cannot be read; scale the features that it is "
-                    "applied to instead, (features * scale) @ kernel"
-                )
-
-
-def _over_units(
-    state: State, left: Feature, right: Feature, labels: Labels, count: int
-) -> Expression:
-    product = multiplied(left.expression, right.expression)
-    return times(mean_over(state, product, labels or frozenset([state.unit_label()]), count), count)
-
-
-# Layers.
-
-
-_DERIVATIVE = (
-    "a derivative is taken inside of the function (jax.grad, jax.jvp), and what it adds is read as "
-    "further layers of the same parameters; trace the function that is differentiated, whose "
-    "architecture holds for the same params"
-)
-
-
-def layer(
-    state: State,
-    call: Call,
-    weight: Weight,
-    source: Value,
-    operator: Operator,
-    how: Contraction,
-    places: tuple[Axes, list[int]],
-    contracted_labels: Labels,
-    side: int,
-) -> Value:
-    """Reads the application of a weight to features: an edge to a new vertex."""
-    check_split(state, call, weight)
-    if call.is_of_derivative:
-        state.note(_DERIVATIVE)
-    axes, own = places
-    if isinstance(source, Weight):
-        source = learned_features(state, call, source)
-    if isinstance(source, Known):
-        source = state.constant(source)
-    shape = whole_shape(weight, call.shapes[side])
-    fan_in = math.prod(shape[axis] for axis in how.contracted)
-    reach = fan_in if how.reach is None else how.reach
-    result = state.new_vertex(Kind.LAYER, axes, bare=True)
-    edge = state.flow.add_edge(
-        source.vertex,
-        result.vertex,
-        operator,
-        before=source.expression,
-        kernel_size=max(how.spatial, default=1),
-        positions=math.prod(how.spatial),
-        reach=float(reach),
-        covered=how.covered,
-        passed=source.passed,
-    )
-    mixes = _mixes_positions(state, source, contracted_labels, side, call)
-    found = list(axes)
-    for place in own:
-        if call.shape[place] > 1 or not mixes:
-            found[place] = frozenset([state.fresh() if mixes else state.unit_label()])
-            state.own[result.vertex] = state.own.get(result.vertex, frozenset()) | found[place]
-    roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
-    positions = how.positions if not mixes else (*how.contracted, *how.free)
-    numbers = []
-    for leaf in weight.leaves:
-        own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
-        mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
-        summed = _axes_of(state, mine, how.contracted)
-        # An axis of which no trace is left was summed over when the kernel was made of factors.
-        inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
-        if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
-            # It multiplies the kernel of another leaf, as the gain of a weight normalization.
-            neutral = neutral_value(weight.expression, leaf)
-            given: dict[str, Any] = {"edge": edge, "neutral": neutral}
-            numbers += state.use(call, mine, "scale", result.vertex, {"batch": how.free}, **given)
-            continue
-        options: dict[str, Any] = {
-            "edge": edge,
-            "fan_in": max(1, round(reach)),
-            "fan_out": _fan_out(state, weight, mine, shape, how),
-            "spatial": how.spatial,
-            "expression": own_part(weight.expression, leaf),
-        }
-        if inner:
-            options |= {"output" if summed else "contracted": tuple(sorted(inner))}
-        numbers += state.use(
-            call, mine, "weight", result.vertex, {**roles, "positions": positions}, **options
-        )
-    state.layers[result.vertex] = tuple(numbers)
-    state.inputs_read |= source.inputs
-    if state.reaches_no_input([source]):
-        state.without_inputs.add(result.vertex)
-    return changed(result, axes=tuple(found))
-
-
-def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None = None) -> set[int]:
-    """Axes of a leaf that are longer than 1: all, or those that run along some of a value's."""
-    (leaf,) = weight.leaves
-    sizes = state.shapes[leaf]
-    held = (
-        set(range(len(sizes)))
-        if places is None
-        else {axis for place in places for _, axis in weight.axes[place]}
-    )
-    sliced = {axis for name, axis, _ in weight.slices if name == leaf}
-    return {axis for axis in held if sizes[axis] > 1} - sliced
-
-
-def own_part(expression: Expression, leaf: str) -> Expression:
-    """Returns what an entry of a joined kernel is where it is made of one of its leaves."""
-    variable = Variable("leaf", leaf)
-
-    def visit(one: Expression) -> Expression:
-        if not isinstance(one, Apply):
-            return one
-        if one.name == "choose":
-            parts = [part for part in one.operands[1:] if variable in variables(part)]
-            return visit(parts[0]) if len(parts) == 1 else one
-        return apply(one.name, one.function, *map(visit, one.operands))
-
-    return visit(expression)
-
-
-def _fan_out(
-    state: State, weight: Weight, mine: Weight, shape: tuple[int, ...], how: Contraction
-) -> int:
-    if len(weight.leaves) == 1:
-        free = math.prod(shape[axis] for axis in how.free)
-    else:  # leaves side by side: of each its own part
-        own = {axis for place in how.free for _, axis in mine.axes[place]}
-        free = math.prod(state.shapes[mine.leaves[0]][axis] for axis in own)
-    return max(1, free // how.groups * math.prod(how.spatial))
-
-
-def _mixes_positions(state: State, source: Feature, labels: Labels, side: int, call: Call) -> bool:
-    """Whether a layer sums over positions of features, as token mixing does."""
-    if state.is_data(source) or state.has_units(labels):
-        return False
-    return bool(labels) and any(state.has_units(one) for one in source.axes)
-
-
-def check_split(state: State, call: Call, weight: Weight) -> None:
-    """Raises for a layer whose fans are unknown: shapes inside `shard_map` are those of shards."""
-    if weight.split is None:
-        raise state.fail(
-            call,
-            "inside jax.shard_map the devices hold parts of it that do not make up one layer, "
-            "or it cannot be told which parts; trace the function without shard_map",
-            [weight],
-        )
 
 
 @register_primitive("ragged_dot", "ragged_dot_general")
@@ -521,9 +225,9 @@ def convolution(state: State, call: Call) -> Value:
         return made_of_params(call, data.expression, tuple(axes))
     if isinstance(data, Feature) and isinstance(kernel, Feature):
         summed = numbers.rhs_spec[1]
-        _check_kernels(state, call, (NO_LABELS, kernel.axes[summed]))
+        check_kernels(state, call, (NO_LABELS, kernel.axes[summed]))
         count = math.prod(call.shapes[1]) // call.shapes[1][numbers.rhs_spec[0]]
-        expression = _over_units(state, data, kernel, kernel.axes[summed], count)
+        expression = over_units(state, data, kernel, kernel.axes[summed], count)
         if data.vertex == kernel.vertex:
             return changed(data, expression=expression, axes=tuple(axes), array=None)
         return state.join(Kind.PRODUCT, [data, kernel], tuple(axes), expression=expression)

@@ -19,7 +19,7 @@ from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import dtype_of, moved, shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params
-from archscale_jax.tracing.primitives.products import Contraction, layer
+from archscale_jax.tracing.primitives.layer import Contraction, layer
 from archscale_jax.tracing.primitives.registry import register_primitive
 from archscale_jax.tracing.state import Call, State, mean_over
 from archscale_jax.tracing.values import Feature, Known, OuterProduct, Value, changed

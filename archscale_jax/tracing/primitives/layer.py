@@ -1,0 +1,198 @@
+"""The application of a weight to features: a layer, an edge to a new vertex."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from archscale_jax.expressions import (
+    Apply,
+    Expression,
+    Variable,
+    apply,
+    variables,
+)
+from archscale_jax.graph import Operator
+from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.primitives.elementwise import neutral_value
+from archscale_jax.tracing.sharding import whole_shape
+from archscale_jax.tracing.state import Call, State
+from archscale_jax.tracing.values import (
+    Axes,
+    Feature,
+    Known,
+    Labels,
+    Value,
+    Weight,
+    changed,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """How a weight meets what it is applied to; axes of the weight's array.
+
+    Attributes:
+      contracted: axes that are summed over.
+      batch: axes shared by both and the result.
+      free: axes that only the result has.
+      spatial: sizes of a kernel.
+      positions: axes of the kernel's positions.
+      groups: into how many groups features are divided.
+      reach: inputs that reach one unit on average; None if it is all that are contracted.
+      covered: the part of them that does not lie beyond the borders of the image, on average.
+    """
+
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+    spatial: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    groups: int = 1
+    reach: float | None = None
+    covered: float = 1.0
+
+
+def learned_features(state: State, call: Call, value: Weight) -> Feature:
+    """Returns features that are parameters themselves: learned queries, latents, first states."""
+    contracted = call.parameters["dimension_numbers"][0]
+    return state.learned(call, value, contracted[call.values.index(value)])
+
+
+_DERIVATIVE = (
+    "a derivative is taken inside of the function (jax.grad, jax.jvp), and what it adds is read as "
+    "further layers of the same parameters; trace the function that is differentiated, whose "
+    "architecture holds for the same params"
+)
+
+
+def layer(
+    state: State,
+    call: Call,
+    weight: Weight,
+    source: Value,
+    operator: Operator,
+    how: Contraction,
+    places: tuple[Axes, list[int]],
+    contracted_labels: Labels,
+    side: int,
+) -> Value:
+    """Reads the application of a weight to features: an edge to a new vertex."""
+    check_split(state, call, weight)
+    if call.is_of_derivative:
+        state.note(_DERIVATIVE)
+    axes, own = places
+    if isinstance(source, Weight):
+        source = learned_features(state, call, source)
+    if isinstance(source, Known):
+        source = state.constant(source)
+    shape = whole_shape(weight, call.shapes[side])
+    fan_in = math.prod(shape[axis] for axis in how.contracted)
+    reach = fan_in if how.reach is None else how.reach
+    result = state.new_vertex(Kind.LAYER, axes, bare=True)
+    edge = state.flow.add_edge(
+        source.vertex,
+        result.vertex,
+        operator,
+        before=source.expression,
+        kernel_size=max(how.spatial, default=1),
+        positions=math.prod(how.spatial),
+        reach=float(reach),
+        covered=how.covered,
+        passed=source.passed,
+    )
+    mixes = _mixes_positions(state, source, contracted_labels, side, call)
+    found = list(axes)
+    for place in own:
+        if call.shape[place] > 1 or not mixes:
+            found[place] = frozenset([state.fresh() if mixes else state.unit_label()])
+            state.own[result.vertex] = state.own.get(result.vertex, frozenset()) | found[place]
+    roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
+    positions = how.positions if not mixes else (*how.contracted, *how.free)
+    numbers = []
+    for leaf in weight.leaves:
+        own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
+        mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
+        summed = _axes_of(state, mine, how.contracted)
+        # An axis of which no trace is left was summed over when the kernel was made of factors.
+        inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
+        if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
+            # It multiplies the kernel of another leaf, as the gain of a weight normalization.
+            neutral = neutral_value(weight.expression, leaf)
+            given: dict[str, Any] = {"edge": edge, "neutral": neutral}
+            numbers += state.use(call, mine, "scale", result.vertex, {"batch": how.free}, **given)
+            continue
+        options: dict[str, Any] = {
+            "edge": edge,
+            "fan_in": max(1, round(reach)),
+            "fan_out": _fan_out(state, weight, mine, shape, how),
+            "spatial": how.spatial,
+            "expression": own_part(weight.expression, leaf),
+        }
+        if inner:
+            options |= {"output" if summed else "contracted": tuple(sorted(inner))}
+        numbers += state.use(
+            call, mine, "weight", result.vertex, {**roles, "positions": positions}, **options
+        )
+    state.layers[result.vertex] = tuple(numbers)
+    state.inputs_read |= source.inputs
+    if state.reaches_no_input([source]):
+        state.without_inputs.add(result.vertex)
+    return changed(result, axes=tuple(found))
+
+
+def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None = None) -> set[int]:
+    """Axes of a leaf that are longer than 1: all, or those that run along some of a value's."""
+    (leaf,) = weight.leaves
+    sizes = state.shapes[leaf]
+    held = (
+        set(range(len(sizes)))
+        if places is None
+        else {axis for place in places for _, axis in weight.axes[place]}
+    )
+    sliced = {axis for name, axis, _ in weight.slices if name == leaf}
+    return {axis for axis in held if sizes[axis] > 1} - sliced
+
+
+def own_part(expression: Expression, leaf: str) -> Expression:
+    """Returns what an entry of a joined kernel is where it is made of one of its leaves."""
+    variable = Variable("leaf", leaf)
+
+    def visit(one: Expression) -> Expression:
+        if not isinstance(one, Apply):
+            return one
+        if one.name == "choose":
+            parts = [part for part in one.operands[1:] if variable in variables(part)]
+            return visit(parts[0]) if len(parts) == 1 else one
+        return apply(one.name, one.function, *map(visit, one.operands))
+
+    return visit(expression)
+
+
+def _fan_out(
+    state: State, weight: Weight, mine: Weight, shape: tuple[int, ...], how: Contraction
+) -> int:
+    if len(weight.leaves) == 1:
+        free = math.prod(shape[axis] for axis in how.free)
+    else:  # leaves side by side: of each its own part
+        own = {axis for place in how.free for _, axis in mine.axes[place]}
+        free = math.prod(state.shapes[mine.leaves[0]][axis] for axis in own)
+    return max(1, free // how.groups * math.prod(how.spatial))
+
+
+def _mixes_positions(state: State, source: Feature, labels: Labels, side: int, call: Call) -> bool:
+    """Whether a layer sums over positions of features, as token mixing does."""
+    if state.is_data(source) or state.has_units(labels):
+        return False
+    return bool(labels) and any(state.has_units(one) for one in source.axes)
+
+
+def check_split(state: State, call: Call, weight: Weight) -> None:
+    """Raises for a layer whose fans are unknown: shapes inside `shard_map` are those of shards."""
+    if weight.split is None:
+        raise state.fail(
+            call,
+            "inside jax.shard_map the devices hold parts of it that do not make up one layer, "
+            "or it cannot be told which parts; trace the function without shard_map",
+            [weight],
+        )

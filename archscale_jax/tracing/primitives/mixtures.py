@@ -1,0 +1,153 @@
+"""Products and mixtures of features, and what constants make of them: attention, pools, gates."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from archscale_jax.expressions import (
+    UNKNOWN,
+    ZERO,
+    Constant,
+    Expression,
+    Moments,
+    moments,
+    multiplied,
+    times,
+    variables,
+)
+from archscale_jax.tracing.axes import free_axes
+from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.state import Call, State, mean_over
+from archscale_jax.tracing.values import (
+    NO_LABELS,
+    Axes,
+    Feature,
+    Known,
+    Labels,
+    TraceError,
+    Value,
+    changed,
+)
+
+
+def product_of(state: State, call: Call, left: Expression, right: Expression) -> Expression:
+    """Returns what an entry of a matrix product of two expressions is."""
+    contracted = call.parameters["dimension_numbers"][0]
+    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+    labels = frozenset([("", 0)]) if count > 1 else NO_LABELS
+    product = multiplied(left, right)
+    return times(mean_over(state, product, labels, count), count)
+
+
+def constant_product(call: Call) -> Expression:
+    """Returns what an entry of a matrix product of constants is."""
+    left, right = (value.expression for value in call.values)
+    if isinstance(left, Constant) and isinstance(right, Constant):
+        contracted = call.parameters["dimension_numbers"][0]
+        count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+        return Constant(left.value * right.value * count)
+    return UNKNOWN
+
+
+def mixed_by_constants(state: State, call: Call, axes: Axes) -> Value:
+    """Features multiplied with a constant matrix: a sum, an interpolation, a fixed transform."""
+    side = 0 if isinstance(call.values[0], Feature) else 1
+    feature, constant = call.values[side], call.values[1 - side]
+    assert isinstance(feature, Feature)
+    contracted = call.parameters["dimension_numbers"][0]
+    count = math.prod(call.shapes[side][axis] for axis in contracted[side])
+    labels = frozenset().union(*(feature.axes[axis] for axis in contracted[side]))
+    expression = constant.expression
+    if isinstance(expression, Constant):
+        if np.all(expression.value == 0):
+            return Known(ZERO, axes)
+        mixed = mean_over(state, feature.expression, labels, count)
+        mixed = times(mixed, count * float(expression))
+    else:
+        gain = _gain_of(expression, count, state.has_units(labels))
+        if gain is None:
+            state.note(
+                f"{call.name} at {call.line}: features meet a constant matrix of unknown entries; "
+                "their second moment is taken as unchanged"
+            )
+        mixed = times(feature.expression, 1.0 if gain is None else gain)
+    return changed(feature, expression=mixed, axes=axes, array=None, bare=False)
+
+
+def _gain_of(expression: Expression, count: int, units: bool) -> float | None:
+    """How much larger features become that a constant matrix mixes."""
+    found = variables(expression)
+    if isinstance(expression, type(UNKNOWN)) or any(one.kind == "random" for one in found):
+        return None
+    mean, second = moments(expression, lambda variable: Moments(0.0, 1.0))
+    independent = math.sqrt(count * second)
+    return independent if units else max(abs(mean) * count, min(independent, 1.0))
+
+
+def of_features(state: State, call: Call, axes: Axes) -> Value:
+    """Reads a matrix product of features: attention, a bilinear form, a choice by inputs."""
+    left, right = call.features
+    contracted, batch = call.parameters["dimension_numbers"]
+    sides = [
+        frozenset().union(*(value.axes[axis] for axis in taken))
+        for value, taken in zip(call.features, contracted, strict=True)
+    ]
+    count = math.prod(call.shapes[0][axis] for axis in contracted[0])
+    deep = [one for one in (left, right) if not state.is_data(one)]
+    if len(deep) == 1:  # inputs choose or add up features: neighbours in a graph, pooled tokens
+        if contracted[0] and any(sides):
+            state.note(
+                f"{call.name} at {call.line}: inputs choose what is added up; the second moment is "
+                "taken as unchanged"
+            )
+        return changed(deep[0], axes=axes, array=None, bare=False)
+    check_kernels(state, call, sides)
+    labels = sides[0] | sides[1]
+    free = [
+        free_axes(len(v.axes), c, b)
+        for v, c, b in zip(call.features, contracted, batch, strict=True)
+    ]
+    if not contracted[0]:
+        expression = multiplied(left.expression, right.expression)
+    elif state.has_units(labels) or (not any(free) and left.vertex == right.vertex):
+        expression = over_units(state, left, right, labels, count)
+        if left.expression is not right.expression:
+            state.contracted |= {left.vertex, right.vertex}
+    else:  # positions: each side by its mean, of which a softmax has 1 / count
+        one, other = (
+            mean_over(state, value.expression, side, count)
+            for value, side in zip(call.features, sides, strict=True)
+        )
+        expression = times(multiplied(one, other), count)
+    if left.vertex == right.vertex:
+        return changed(
+            left, expression=expression, axes=axes, passed=left.passed | right.passed,
+            inputs=left.inputs | right.inputs, bare=False, array=None,
+        )  # fmt: skip
+    result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
+    if left.vertex in state.contracted and contracted[0]:
+        state.queries[result.vertex] = left.vertex, count
+    return result
+
+
+def check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:
+    """Refuses kernels that features make of a matrix of parameters, as a modulation does."""
+    for value, labels in zip(call.features, contracted, strict=True):
+        for number in sorted(value.passed):
+            if state.modulated.get(number, NO_LABELS) & labels:
+                leaf = state.uses[number].leaf
+                raise TraceError(
+                    f"{call.name} of parameter {leaf!r} at {call.line}: features scale it, and "
+                    "then it is applied to features as a kernel (a modulated or generated layer), "
+                    "of which fan-in and role cannot be read; scale the features that it is "
+                    "applied to instead, (features * scale) @ kernel"
+                )
+
+
+def over_units(
+    state: State, left: Feature, right: Feature, labels: Labels, count: int
+) -> Expression:
+    """Returns what an entry of a sum of so many products of features is."""
+    product = multiplied(left.expression, right.expression)
+    return times(mean_over(state, product, labels or frozenset([state.unit_label()]), count), count)
