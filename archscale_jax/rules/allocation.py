@@ -121,7 +121,7 @@ class Allocation(Propagation):
         function = self.functions[edge]
         if any(self.roles[name] == Role.EMBEDDING for name in function.weights):
             return self.tables.get(function.weights[0], 0.0) ** 2
-        if not self.brings(edge):
+        if self._finite(edge) == 0 or not self.brings(edge):
             self.free.add(edge)
             return 0.0
         if self.contribution(edge, 1.0).second == 0:  # multiplied by zeros: let it carry its source
@@ -136,15 +136,19 @@ class Allocation(Propagation):
             if wanted and natural:
                 self.gains[edge] = math.sqrt(wanted / natural)
         met = self.fans[function.weights[0]] / function.reach if function.reach else 1.0
+        self.numerators[edge] = variance / self._finite(edge) * met
+        return variance
+
+    def _finite(self, edge: int) -> float:
         second = self.read(edge)
         if not math.isfinite(second):
+            names = self.functions[edge].weights or ("a layer",)
             raise ValueError(
-                f"what {function.weights[0]!r} reads has no finite second moment for normal "
-                "features, as the logarithm or root of what may be negative has none; take the "
-                "initialization rule 'none', or bound the function (jnp.maximum, softplus)"
+                f"what {names[0]!r} reads has no finite second moment for normal features, as the "
+                "logarithm or root of what may be negative has none; take the initialization rule "
+                "'none', or bound the function (jnp.maximum, softplus)"
             )
-        self.numerators[edge] = variance / second * met
-        return variance
+        return second
 
     def activates(self, edge: int) -> bool:
         """Whether an activation stands between a layer and its vertex, which sums activations."""

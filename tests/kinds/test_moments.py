@@ -31,6 +31,7 @@ from tests.kinds.helpers import (
     same_moments,
     spec,
     specs,
+    value,
 )
 
 pytestmark = pytest.mark.quick_compilation
@@ -1191,3 +1192,105 @@ def test_layer_norm_of_linen_that_ends_a_branch():
     found = jax.jit(lambda p: archscale.vertex_features(model.apply, p, x))(params)
     stream = [float(jnp.mean(found[vertex] ** 2)) for vertex in (min(found), max(found))]
     assert stream[1] / stream[0] < 1.28 * 1.1
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("rule", ["second_moment", "target"])
+def test_maxout_is_the_largest_of_its_pieces(pieces, rule):
+    """E[max²] of 2 and 4 normal pieces is 1 and 1.551 [order statistics]."""
+
+    def apply(params, x):
+        h = jnp.max((x @ params["stem"]).reshape(*x.shape[:-1], 256, pieces), axis=-1)
+        return RELU(h @ params["inner"]) @ params["head"]
+
+    shapes = specs(stem=(32, 256 * pieces), inner=(256, 256), head=(256, 3))
+    model = Model(apply, shapes, (normal(64, 32),))
+    architecture = model.trace()
+    promised = archscale.second_moments(architecture, rule)
+    params = archscale.initialize(KEY, shapes, architecture, rule)
+    for vertex, feature in archscale.vertex_features(apply, params, *model.inputs).items():
+        np.testing.assert_allclose(promised[vertex], jnp.mean(feature**2), rtol=0.15)
+    gain = {2: 1.0, 4: 1.5513}[pieces]
+    wanted = {"second_moment": promised[0], "target": promised[0]}[rule]
+    found = value(archscale.weight_standard_deviations(architecture, rule), "inner") ** 2
+    np.testing.assert_allclose(found * 256 * gain * promised[0], wanted, rtol=1e-3)
+
+
+def masked_attention(mask, fused):
+    def apply(params, x):
+        h = x @ params["stem"]
+        if fused:
+            q, k, v = jnp.split(h @ params["qkv"], 3, -1)
+        else:
+            q, k, v = (h @ params[name] for name in "qkv")
+        scores = q @ jnp.swapaxes(k, -1, -2) / 8
+        causal = jnp.tril(jnp.ones((6, 6), bool))
+        scores = {
+            "added": lambda: scores + jnp.where(causal, 0.0, -1e9),
+            "multiplied": lambda: scores + -1e9 * (1.0 - causal),
+            "chosen": lambda: jnp.where(causal, scores, -1e9),
+            "infinite": lambda: jnp.where(causal, scores, -jnp.inf),
+            "least": lambda: jnp.where(causal, scores, jnp.finfo(scores.dtype).min),
+        }[mask]()
+        return (h + jax.nn.softmax(scores) @ v @ params["out"]) @ params["head"]
+
+    names = {"qkv": (64, 192)} if fused else dict.fromkeys("qkv", (64, 64))
+    return Model(
+        apply, specs(stem=(8, 64), out=(64, 64), head=(64, 3), **names), (normal(16, 6, 8),)
+    )
+
+
+@pytest.mark.parametrize("rule", ["second_moment", "target"])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("mask", ["added", "multiplied", "chosen", "infinite", "least"])
+def test_a_mask_however_it_is_written_leaves_a_mean_of_values(mask, fused, rule):
+    """Attention brings at most the second moment of its values, whatever hides the scores."""
+    model = masked_attention(mask, fused)
+    architecture = model.trace()
+    moments = archscale.second_moments(architecture, rule)
+    assert all(np.isfinite(moment) for moment in moments.values())
+    deviations = archscale.weight_standard_deviations(architecture, rule)
+    plain = masked_attention("chosen", False).trace()
+    expected = archscale.weight_standard_deviations(plain, rule)
+    np.testing.assert_allclose(value(deviations, "out"), value(expected, "out"), rtol=0.05)
+
+
+def test_experts_chosen_by_size_are_promised_about_what_they_bring():
+    """2 of 8 experts: what top_k chooses is noted, and no order of magnitude is wrong."""
+    shapes = specs(stem=(32, 128), router=(128, 8), up=(8, 128, 128), down=(8, 128, 128))
+
+    def apply(params, x):
+        h = x @ params["stem"]
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(h @ params["router"]), 2)
+        weights = weights / jnp.sum(weights, -1, keepdims=True)
+        gates = jnp.einsum("bk,bke->be", weights, jax.nn.one_hot(chosen, 8))
+        y = RELU(jnp.einsum("bd,edf->bef", h, params["up"]))
+        y = jnp.einsum("be,bed->bd", gates, jnp.einsum("bef,efd->bed", y, params["down"]))
+        return RELU(h + y) @ params["head"]
+
+    model = Model(apply, shapes | specs(head=(128, 3)), (normal(64, 32),))
+    architecture = model.trace()
+    assert any("top_k" in note for note in architecture.notes)
+    promised = archscale.second_moments(architecture, "target")
+    params = archscale.initialize(KEY, model.shapes, architecture, "target")
+    features = archscale.vertex_features(apply, params, *model.inputs)
+    ratios = [promised[vertex] / float(jnp.mean(z**2)) for vertex, z in features.items()]
+    assert 0.5 < min(ratios) <= max(ratios) < 2
+
+
+def test_what_has_no_finite_moment_is_refused_with_a_way_on():
+    def apply(params, x):
+        return jnp.log(x @ params["stem"]) @ params["inner"] @ params["head"]
+
+    architecture = archscale.trace(
+        apply, specs(stem=(8, 16), inner=(16, 16), head=(16, 3)), spec(2, 8)
+    )
+    for rule in ("target", "second_moment"):
+        with pytest.raises(ValueError, match="'inner' reads has no finite second moment"):
+            archscale.weight_standard_deviations(architecture, rule)
+    assert archscale.weight_standard_deviations(architecture, "none")["inner"] > 0
+    with pytest.raises(ValueError, match="vertex 1 has no finite second moment"):
+        archscale.second_moments(architecture, "none")
