@@ -273,7 +273,7 @@ def read(
                 f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
                 "arrays and jax.ShapeDtypeStruct. Bind anything else to the function"
             )
-    closed, results_shape = jax.make_jaxpr(function, return_shape=True)(params, *inputs)
+    closed, results_shape = _jaxpr(function, params, inputs)
     if isinstance(results_shape, tuple) and any(_has_averages(part) for part in results_shape):
         raise TraceError(
             "the function returns running averages ('batch_stats') beside its result, which would "
@@ -329,6 +329,18 @@ def read(
         own = [use for use in state.uses if use.edge is layer]
         state.uses += [dataclasses.replace(use, edge=copy) for copy in copies for use in own]
     return Reading(state, interpreter.evaluation, ends, results, contract(state.flow, ends))
+
+
+def _jaxpr(function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> Any:
+    try:
+        return jax.make_jaxpr(function, return_shape=True)(params, *inputs)
+    except Exception as error:
+        names = list(named_leaves(params))
+        error.add_note(
+            "raised by the function, which trace calls as function(params, *inputs) with "
+            f"{len(inputs)} inputs and params of {len(names)} leaves, {', '.join(names[:4])}"
+        )
+        raise
 
 
 def _concrete(array: Any) -> Any:

@@ -175,3 +175,12 @@ def test_custom_derivatives_are_no_derivatives():
     shapes = specs(a=(3, 16), b=(16, 1))
     apply = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
     assert not archscale.trace(jax.checkpoint(apply), shapes, spec(2, 3)).notes
+
+
+def test_an_error_of_the_function_says_how_it_was_called():
+    """As where params and inputs have been swapped."""
+    shapes, x = specs(a=(3, 16), b=(16, 1)), spec(2, 3)
+    apply = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
+    with pytest.raises(TypeError) as caught:
+        archscale.trace(apply, x, shapes)
+    assert any("function(params, *inputs)" in note for note in caught.value.__notes__)
