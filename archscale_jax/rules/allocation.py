@@ -60,6 +60,7 @@ class Allocation(Propagation):
         self.gains: dict[int, float] = {}
         self.free: set[int] = set()
         self._nominal: dict[int, float] = {}
+        self._before_biases: dict[int, float] = {}
         stems = {
             one.name: math.sqrt(stem_numerator(architecture, one.name) / one.fan_in)
             for one in architecture.parameters
@@ -93,7 +94,7 @@ class Allocation(Propagation):
         return self.nominal(self.senders[edge])
 
     def nominal(self, vertex: int) -> float:
-        """The second moment of a vertex as its layers gave it.
+        """The second moment of a vertex as its layers gave it, before biases.
 
         Activations stand on the edges of pools, concatenations and products; what a layer behind
         them shall carry on is what stood before these activations.
@@ -109,8 +110,13 @@ class Allocation(Propagation):
                 parts = [self._carried(edge) for edge in edges]
                 self._nominal[vertex] = float(np.exp(np.mean(np.log(np.maximum(parts, 1e-30)))))
             else:
-                self._nominal[vertex] = self.found[vertex].second
+                self._nominal[vertex] = self._before_biases[vertex]
         return self._nominal[vertex]
+
+    def with_biases(self, vertex: int, features: Moments) -> Moments:
+        """Moments of a vertex with what biases add to it, which layers shall not carry on."""
+        self._before_biases[vertex] = features.second
+        return super().with_biases(vertex, features)
 
     def allot(self, edge: int, wanted: float, *, sets_gains: bool = False) -> float:
         """Gives an edge the C that brings `wanted`; returns the variance of its layer's outputs.

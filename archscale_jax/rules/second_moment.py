@@ -100,7 +100,7 @@ def _shared(
 ) -> Allocation:
     """Allots parts vertex by vertex; where a product ends a branch, once more with its share."""
     allocation = Allocation(architecture)
-    reference = allocation.found[0].second
+    reference = allocation.nominal(0)
     read = [edge for edge, sender in enumerate(allocation.senders) if sender == 0]
     activation = min((allocation.source(edge).second for edge in read), default=reference)
     units = {0: reference}

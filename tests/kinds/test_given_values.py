@@ -290,3 +290,32 @@ def test_a_kernel_that_features_scale_is_refused_with_a_way_on(kind):
     with pytest.raises(archscale.TraceError, match=r"kernel.*\(features \* scale\) @ kernel"):
         archscale.trace(apply, shapes, *inputs)
     archscale.trace(modulated, MODULATED, spec(4, 32), spec(4, 32))  # the way on that it names
+
+
+@pytest.mark.parametrize("rule", ["target", "second_moment"])
+def test_what_a_bias_adds_is_not_carried_on(rule):
+    """Layers behind a stem whose bias starts at 1.5 bring what the stem brings without it, 2."""
+    _, _, architecture = traced(Shifted())
+    plain = Shifted().init(KEY, X)["params"]
+    plain = plain | {"stem": plain["stem"] | {"bias": jnp.zeros(WIDTH)}}
+    apply = lambda params, x: Shifted().apply({"params": params}, x)  # noqa: E731
+    expected = archscale.second_moments(archscale.trace(apply, plain, X), rule)
+    found = archscale.second_moments(architecture, rule)
+    assert found[0] == pytest.approx(expected[0] + 1.5**2)
+    assert found[1] == pytest.approx(expected[1], rel=0.01)
+
+
+def test_a_chain_behind_a_bias_keeps_its_moment():
+    def apply(params, x):
+        h = x @ params["stem"] + params["bias"]
+        for name in ("w0", "w1"):
+            h = RELU(h) @ params[name]
+        return h @ params["head"]
+
+    shapes = {"stem": (32, WIDTH), "w0": (WIDTH, WIDTH), "w1": (WIDTH, WIDTH), "head": (WIDTH, 4)}
+    params = {name: jax.random.normal(KEY, shape) for name, shape in shapes.items()}
+    params["bias"] = jnp.full(WIDTH, 3.0)
+    for rule in ("target", "second_moment"):
+        promised = archscale.second_moments(archscale.trace(apply, params, X), rule)
+        np.testing.assert_allclose([promised[1], promised[2]], 2.0, rtol=1e-6)
+        check_promised(apply, params, (X,), rule)
