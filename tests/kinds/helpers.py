@@ -97,9 +97,9 @@ def drawn(model: Model, architecture: Architecture, seed: int, rule: str | None 
     """
     draw = functools.partial(archscale.initialize, jax.random.key(seed), model.shapes, architecture)
     quick = jax.config.read("jax_disable_most_optimizations")
-    if sum(leaf.size for leaf in jax.tree.leaves(model.shapes)) < 2**20:
+    if max(leaf.size for leaf in jax.tree.leaves(model.shapes)) < 2**16:
         return draw(rule)
-    # Optimized programs draw 7 times as fast, which is worth their compilation in large models.
+    # Optimized programs draw 7 times as fast, which is worth their compilation for large leaves.
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         return draw(rule)
