@@ -244,7 +244,10 @@ def _check_joins(graph: jraph.GraphsTuple) -> None:
             f"duplicate edge {sender}->{receiver}; only edges with weights may be parallel to "
             f"others of their kind, and this is {Operator(operator).name}"
         )
-    joining = np.isin(graph.receivers, graph.receivers[is_join(graph)])
+    joins = is_join(graph)
+    if not joins.any():
+        return
+    joining = np.isin(graph.receivers, graph.receivers[joins])
     pairs = np.unique(np.stack(columns[1:3], axis=1)[joining], axis=0)
     several = pairs[:-1][pairs[:-1, 0] == pairs[1:, 0], 0]
     if several.size:
