@@ -19,6 +19,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # On a GPU: the workers share its memory instead of each claiming most of it at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# XLA's newer generator of code for CPUs takes two to four times as long to compile. To test with
+# it, set the flag in the environment: XLA_FLAGS=--xla_cpu_use_fusion_emitters=true.
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+if _EMITTERS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false".strip()
+
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _caches: list[str] = []
 """The folder of compiled programs that this process made, and removes at its end."""
