@@ -3,6 +3,7 @@
 The environment is set while this file is imported, before any test module imports JAX.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -83,6 +84,12 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no golden vectors: there is no folder ../shared/golden beside the project")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what is there for good: all that was imported, all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of the test
