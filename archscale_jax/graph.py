@@ -237,14 +237,18 @@ def _check_operators(graph: jraph.GraphsTuple) -> None:
 def _check_joins(graph: jraph.GraphsTuple) -> None:
     columns = (graph.senders, graph.receivers, graph.edges["operator"], graph.edges["kernel_size"])
     weightless = np.stack(columns, axis=1)[~is_weight(graph)]
-    rows, counts = np.unique(weightless, axis=0, return_counts=True)
-    if np.any(counts > 1):
-        sender, receiver, operator, _ = rows[np.argmax(counts > 1)].tolist()
+    rows = weightless[np.lexsort(weightless.T[::-1])]
+    repeated = np.all(rows[1:] == rows[:-1], axis=1)
+    if repeated.any():
+        sender, receiver, operator, _ = rows[np.argmax(repeated)].tolist()
         raise ValueError(
             f"duplicate edge {sender}->{receiver}; only edges with weights may be parallel to "
             f"others of their kind, and this is {Operator(operator).name}"
         )
-    joining = np.isin(graph.receivers, graph.receivers[is_join(graph)])
+    joins = is_join(graph)
+    if not joins.any():
+        return
+    joining = np.isin(graph.receivers, graph.receivers[joins])
     pairs = np.unique(np.stack(columns[1:3], axis=1)[joining], axis=0)
     several = pairs[:-1][pairs[:-1, 0] == pairs[1:, 0], 0]
     if several.size:
@@ -310,7 +314,8 @@ def is_weight(graph: jraph.GraphsTuple) -> np.ndarray:
 
 def is_join(graph: jraph.GraphsTuple) -> np.ndarray:
     """Returns bool [E], true for the edges into vertices that do not sum."""
-    return np.isin(np.asarray(graph.edges["operator"]), JOIN_OPERATORS)
+    operators = np.asarray(graph.edges["operator"])
+    return np.logical_or.reduce([operators == operator for operator in JOIN_OPERATORS])
 
 
 def reachable_vertices(graph: jraph.GraphsTuple) -> np.ndarray:

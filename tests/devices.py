@@ -5,6 +5,7 @@ The number of devices is settled when JAX starts, and one serves all other tests
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import socket
 import time
 import traceback
@@ -17,9 +18,25 @@ import jax
 import tests.binaries  # noqa: F401 - what a process is forked from has imported all this
 
 
-def on_devices(function: Callable[..., Any], *arguments: Any, count: int = 8) -> Any:
-    """Returns what a function of a module returns on `count` devices."""
+def on_devices(
+    function: Callable[..., Any], *arguments: Any, count: int = 8, as_users: bool = False
+) -> Any:
+    """Returns what a function of a module returns on `count` devices.
+
+    With `as_users` compiled by XLA's default generator of code, where bits or programs are looked
+    at; otherwise by that of the other tests.
+    """
+    if as_users:
+        arguments = (function, *arguments)
+        function = _as_users
     return _run([(function, arguments, {"jax_num_cpu_devices": count})])[0]
+
+
+def _as_users(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function without the flag that `conftest` sets; XLA reads it at its first program."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(one for one in flags if "fusion_emitters" not in one)
+    return function(*arguments)
 
 
 def on_hosts(function: Callable[..., Any], *arguments: Any, hosts: int = 2, count: int = 4) -> list:

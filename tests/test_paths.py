@@ -16,6 +16,8 @@ from archscale_jax.graph import JOIN_OPERATORS, Operator, build_graph
 from archscale_jax.paths import PathStatistics, batched_path_statistics, path_statistics
 from archscale_jax.spaces import cell_graph, chain_string, dag_graph, random_sparse_dag
 
+pytestmark = pytest.mark.quick_compilation
+
 GOLDEN = {"dag_n5_open.npz": ("dag", dag_graph), "nb201_open.npz": ("code", cell_graph)}
 EPSILON = float(np.finfo(np.float32).eps)
 UNROLLED, LOOPED = 5, 40  # sizes of the two programs behind `batched_path_statistics`

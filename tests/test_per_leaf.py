@@ -7,6 +7,8 @@ import archscale_jax as archscale
 from tests.leaf_steps import Verdict, leaf_steps, trends
 from tests.step_networks import NETWORKS
 
+pytestmark = pytest.mark.quick_compilation
+
 WIDTHS = (64, 256)
 DRAWS: dict[int, int] = {64: 8, 256: 4}
 

@@ -257,7 +257,7 @@ def check_initialize(kind, dtype):
     [("auto", "float32"), ("explicit", "float32"), ("mixed", "float32"), ("auto", "bfloat16")],
 )
 def test_initialize_draws_the_same_bits_in_shards(kind, dtype):
-    on_devices(check_initialize, kind, jnp.dtype(dtype))
+    on_devices(check_initialize, kind, jnp.dtype(dtype), as_users=True)
 
 
 def check_seeds():
@@ -277,7 +277,7 @@ def check_seeds():
 
 
 def test_initialize_maps_over_seeds_and_leaves_free_params_free():
-    on_devices(check_seeds)
+    on_devices(check_seeds, as_users=True)
 
 
 def check_indivisible():
@@ -343,7 +343,7 @@ def check_stacked():
 
 
 def test_stacked_layers_are_born_in_shards():
-    on_devices(check_stacked)
+    on_devices(check_stacked, as_users=True)
 
 
 # Reading.

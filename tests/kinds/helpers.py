@@ -90,6 +90,23 @@ def array_of(factor: Any, shape: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(np.asarray(factor), tuple(shape))
 
 
+def drawn(model: Model, architecture: Architecture, seed: int, rule: str | None = None) -> Any:
+    """Initialized params, drawn outside of jit: one program per shape, which all models share.
+
+    Drawn inside, every leaf is compiled anew in every test, which takes longer than all else.
+    """
+    draw = functools.partial(archscale.initialize, jax.random.key(seed), model.shapes, architecture)
+    quick = jax.config.read("jax_disable_most_optimizations")
+    if max(leaf.size for leaf in jax.tree.leaves(model.shapes)) < 2**16:
+        return draw(rule)
+    # Optimized programs draw 7 times as fast, which is worth their compilation for large leaves.
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return draw(rule)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", quick)
+
+
 def moments(
     model: Model,
     rule: str | None,
@@ -111,12 +128,11 @@ def moments(
         return [found[vertex] for vertex in sorted(found)]
 
     @jax.jit
-    def run(key: jax.Array) -> jax.Array:
-        params = archscale.initialize(key, model.shapes, architecture, rule)
+    def run(params: Any) -> jax.Array:
         found = (taps or vertices)(params, *model.inputs)
         return jnp.stack([jnp.mean(jnp.abs(one) ** 2) for one in found])
 
-    return np.mean([run(jax.random.key(seed)) for seed in range(seeds)], axis=0)
+    return np.mean([run(drawn(model, architecture, seed, rule)) for seed in range(seeds)], axis=0)
 
 
 def same_moments(found: np.ndarray, tolerance: float = 0.15) -> None:
@@ -161,8 +177,7 @@ def step_growth(
         optimizer = OPTIMIZERS[rule]
 
         @jax.jit
-        def change(key: jax.Array) -> jax.Array:
-            params = archscale.initialize(key, model.shapes, architecture)
+        def change(params: Any) -> jax.Array:
             out = model.apply(params, *model.inputs)
             target = jax.random.normal(jax.random.key(7), out.shape)
             slope = jax.grad(lambda p: jnp.mean(model.apply(p, *model.inputs) * target))(params)
@@ -174,7 +189,7 @@ def step_growth(
             size = jnp.sqrt(jnp.mean(dz**2))
             return size if observe is None else size / jnp.sqrt(jnp.mean(z**2))
 
-        found = [float(change(jax.random.key(seed))) for seed in range(seeds)]
+        found = [float(change(drawn(model, architecture, seed))) for seed in range(seeds)]
         return float(np.exp(np.mean(np.log(found))))
 
     return size(widths[1]) / size(widths[0])
