@@ -11,7 +11,7 @@ infinite width for weights that no two layers share.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -322,19 +322,23 @@ class Propagation:
         return self._sum([edge for edge in self.incoming[vertex] if not self.layers[edge]], {})
 
     def coefficient(self, edge: int) -> float:
-        """By how much a skip follows its source: E[φ(z) (z - E z)] / Var z [Bussgang]."""
+        """By how much a skip follows its source."""
         variable = Variable("vertex", self.senders[edge])
-        expression = self.functions[edge].before
+        return self._coefficient(self.functions[edge].before, variable)
+
+    def _coefficient(self, expression: Expression, variable: Variable) -> float:
+        """By how much an expression follows a variable: E[φ(z) (z - E z)] / Var z [Bussgang]."""
         if expression == variable:
             return 1.0
         factor = slope(expression, variable, self.distribution)
-        if factor is not None:
+        alone = {one for one in variables(expression) if one.kind == "vertex"} == {variable}
+        if factor is not None and alone:
             return factor
-        mean, variance = self.found[variable.source].mean, self.found[variable.source].variance  # pyright: ignore
-        if not variance:
+        found = self.distribution(variable)
+        if not isinstance(found, Moments) or not found.variance:
             return 0.0
-        centered = apply("sub", np.subtract, variable, Constant(mean))
-        return moments(multiplied(expression, centered), self.distribution).mean / variance
+        centered = apply("sub", np.subtract, variable, Constant(found.mean))
+        return moments(multiplied(expression, centered), self.distribution).mean / found.variance
 
     def covariance(self, one: int, other: int) -> float:
         """Covariance of what two skips bring, which a common origin makes.
@@ -342,29 +346,41 @@ class Propagation:
         Exact where both read one vertex, or one that follows it linearly; elsewhere by the slope of
         the line that fits best.
         """
-        if self.senders[one] < self.senders[other]:
-            one, other = other, one
-        if (one, other) not in self._covariances:
-            self._covariances[one, other] = self._covariance(one, other)
-        return self._covariances[one, other]
-
-    def _covariance(self, one: int, other: int) -> float:
         source = self.senders[one]
         if source == self.senders[other]:
             ways = [self.functions[edge].before for edge in (one, other)]
-            variable = Variable("vertex", source)
-            if all(way == variable for way in ways):
+            if all(way == Variable("vertex", source) for way in ways):
                 return self.found[source].variance
             means = [moments(way, self.distribution).mean for way in ways]
             return moments(multiplied(*ways), self.distribution).mean - means[0] * means[1]
-        if source in self.architecture.expressions:
-            return 0.0
-        common = sum(
-            self.covariance(edge, other)
-            for edge in self.incoming[source]
-            if not self.layers[edge] and self.operators[edge] in (Operator.SKIP, Operator.AVG_POOL)
-        )
-        return common * self.coefficient(one) if common else 0.0
+        common = self._common(source, self.senders[other])
+        return common and common * self.coefficient(one) * self.coefficient(other)
+
+    def _common(self, one: int, other: int) -> float:
+        """Covariance of the features of two vertices."""
+        if one == other:
+            return self.found[one].variance
+        if one < other:
+            one, other = other, one
+        if (one, other) not in self._covariances:
+            self._covariances[one, other] = sum(
+                common * factor()
+                for source, factor in self._followed(one)
+                if (common := self._common(source, other))
+            )
+        return self._covariances[one, other]
+
+    def _followed(self, vertex: int) -> Iterator[tuple[int, Callable[[], float]]]:
+        """The vertices that one follows without a layer between, and by how much."""
+        expression = self.architecture.expressions.get(vertex)
+        if expression is not None:
+            for one in variables(expression):
+                if one.kind == "vertex" and one.source != vertex and not one.part:
+                    yield one.source, functools.partial(self._coefficient, expression, one)
+            return
+        for edge in self.incoming[vertex]:
+            if not self.layers[edge] and self.operators[edge] in (Operator.SKIP, Operator.AVG_POOL):
+                yield self.senders[edge], functools.partial(self.coefficient, edge)
 
 
 def _larger(value: Moments | float, variable: Variable, times: float = 2.0) -> Moments | float:

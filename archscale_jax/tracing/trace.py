@@ -16,7 +16,14 @@ from archscale_jax.architecture import (
     Parameter,
     Role,
 )
-from archscale_jax.expressions import Apply, Constant, Expression, Statistic, Variable
+from archscale_jax.expressions import (
+    Apply,
+    Constant,
+    Expression,
+    Statistic,
+    Variable,
+    variables,
+)
 from archscale_jax.graph import live_vertices
 from archscale_jax.refusals import unknown as unknown_name
 from archscale_jax.tracing.binding import Binding, records
@@ -145,18 +152,34 @@ def _query_shares(state: State) -> dict[int, float]:
 
 
 def _constants(expression: Expression, vertex: int) -> float:
-    """The constant that multiplies a vertex first in an expression; 1 without one."""
+    """The constants that multiply a vertex before a function that is not linear; 1 without them."""
+    return _linear_constants(expression, vertex)[0]
+
+
+_LINEAR = ("add", "add_any", "sub", "neg", "select_n", "max", "min", "convert_element_type")
+
+
+def _linear_constants(expression: Expression, vertex: int) -> tuple[float, bool]:
+    """The same, and whether nothing but sums, masks and constants stands on the way."""
     if isinstance(expression, Statistic):
-        return _constants(expression.operand, vertex)
+        return _linear_constants(expression.operand, vertex)[0], False
     if not isinstance(expression, Apply):
-        return 1.0
-    operands = expression.operands
-    if expression.name == "mul" and len(operands) == 2:
-        for constant, rest in (operands, operands[::-1]):
-            own = isinstance(rest, Variable) and (rest.kind, rest.source) == ("vertex", vertex)
-            if own and isinstance(constant, Constant):
-                return abs(float(constant))
-    return min((_constants(one, vertex) for one in operands), default=1.0)
+        return 1.0, True
+    found = [
+        _linear_constants(one, vertex)
+        for one in expression.operands
+        if any((v.kind, v.source) == ("vertex", vertex) for v in variables(one, raw=True))
+    ]
+    if not found:
+        return 1.0, True
+    factor, linear = min(found)
+    constants = [one for one in expression.operands if isinstance(one, Constant)]
+    name = expression.name.split(" ")[0]
+    if name == "mul" and linear and constants:
+        factor *= abs(float(constants[0]))
+    elif name == "div" and linear and constants and expression.operands[1] is constants[0]:
+        factor /= abs(float(constants[0]))
+    return factor, linear and name in ("mul", "div", *_LINEAR)
 
 
 def _declared(roles: Mapping[str, Role | str], names: list[str]) -> dict[str, Role]:
