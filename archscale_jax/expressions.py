@@ -364,7 +364,11 @@ def _settled(expression: Expression, distribution: Distribution) -> Expression:
     found = statistics(expression)
     if not found:
         return expression
-    values: dict[Statistic, Expression] = {}
+    values: dict[Statistic, Expression] = {
+        one: weighted for one in found if (weighted := _weighted_mean(one))
+    }
+    if values:
+        return _settled(replaced(expression, values), distribution)
     varying = any(
         isinstance(distribution_of(one, distribution), Moments)
         for one in variables(expression, raw=True)
@@ -374,9 +378,10 @@ def _settled(expression: Expression, distribution: Distribution) -> Expression:
         alone = [one for one in found if _is_pool(one, units=False)]
     beside = variables(expression, raw=True)
     for one in found:
-        if one in alone and not one.units:
+        apart = varying and one.name == "mean" and not variables(one) & beside
+        if not one.units and (one in alone or (apart and _is_pool(one, units=False))):
             values[one] = one.operand
-        elif one in alone or (one.units and one.name == "mean" and not variables(one) & beside):
+        elif one.units and (one in alone or apart):
             values[one] = _over_units(one, distribution)
         else:
             values[one] = Constant(_expectation(one, distribution))
@@ -401,9 +406,28 @@ def _over_units(statistic: Statistic, distribution: Distribution) -> Expression:
 
 def _is_pool(statistic: Statistic, *, units: bool) -> bool:
     """Whether a statistic that stands alone is features; what sums to one over its axis is not."""
-    inner = statistics(statistic.operand)
-    normalized = any(one.axes <= statistic.axes for one in inner if not one.units)
+    normalized = sums_to_one(statistic.operand, statistic.axes)
     return statistic.units == units and not (normalized and not statistic.units)
+
+
+def sums_to_one(expression: Expression, axes: frozenset[Any]) -> bool:
+    """Whether an expression is divided by its mean over positions, as weights of an average are."""
+    means = (one for one in statistics(expression) if one.name == "mean" and not one.units)
+    return any(one.axes <= axes for one in means)
+
+
+def _weighted_mean(statistic: Statistic) -> Expression | None:
+    """The product of means that a mean over positions of weights times features is taken for."""
+    operand = statistic.operand
+    if statistic.units or not isinstance(operand, Apply) or operand.name != "mul":
+        return None
+    weights = [sums_to_one(one, statistic.axes) for one in operand.operands]
+    if sum(weights) != 1:
+        return None
+    features = operand.operands[weights.index(False)]
+    if not variables(features, raw=True):
+        return None
+    return multiplied(*(dataclasses.replace(statistic, operand=one) for one in operand.operands))
 
 
 def _expectation(statistic: Statistic, distribution: Distribution) -> float:

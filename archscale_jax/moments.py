@@ -37,6 +37,8 @@ from archscale_jax.expressions import (
     multiplied,
     slope,
     statistics,
+    substituted,
+    sums_to_one,
     variables,
 )
 from archscale_jax.graph import Operator, is_weight, number_of_vertices
@@ -201,10 +203,33 @@ class Propagation:
 
     def source(self, edge: int) -> Moments:
         """Moments of what an edge makes of its source."""
-        before = self.functions[edge].before
+        before = self.opened(self.functions[edge].before)
         if self.normalizes(before):  # of large features, beside which its ε is nothing
             return moments(before, lambda one: _larger(self.distribution(one), one, 1e4))
         return moments(before, self.distribution)
+
+    def opened(self, expression: Expression) -> Expression:
+        """Returns an expression with products of features written out where that matters.
+
+        It does beside features that a product holds too, as the numerator and the denominator of a
+        weighted average, and in a sum over positions for which the product was divided.
+        """
+        own = {one for one in variables(expression) if one.kind == "vertex"}
+        products = {
+            one: self.architecture.expressions[one.source]
+            for one in own
+            if one.source in self.architecture.expressions and not one.part
+        }
+        if not products:
+            return expression
+        sums = [one for one in statistics(expression) if not one.units]
+        shared = {
+            one: product
+            for one, product in products.items()
+            if variables(product) & (own - {one})
+            or any(one in variables(each) and sums_to_one(product, each.axes) for each in sums)
+        }
+        return self.opened(substituted(expression, shared.get)) if shared else expression
 
     def entry(self, edge: int) -> Moments:
         """Moments of what a layer reads; of inputs the second is 1, whatever is made of them."""
@@ -274,7 +299,7 @@ class Propagation:
         expression = self.architecture.expressions.get(vertex)
         edges = self.incoming[vertex]
         if expression is not None:
-            self.found[vertex] = moments(expression, self.distribution)
+            self.found[vertex] = moments(self.opened(expression), self.distribution)
         elif edges and self.operators[edges[0]] == Operator.CONCATENATION:
             parts = [self.source(edge) for edge in edges]
             counts = np.array([self.functions[edge].count for edge in edges], float)

@@ -162,13 +162,14 @@ _LINEAR = ("add", "add_any", "sub", "neg", "select_n", "max", "min", "convert_el
 def _linear_constants(expression: Expression, vertex: int) -> tuple[float, bool]:
     """The same, and whether nothing but sums, masks and constants stands on the way."""
     if isinstance(expression, Statistic):
-        return _linear_constants(expression.operand, vertex)[0], False
+        factor, linear = _linear_constants(expression.operand, vertex)
+        return factor, linear and expression.name != "mean"  # of which a sum has the count
     if not isinstance(expression, Apply):
         return 1.0, True
     found = [
         _linear_constants(one, vertex)
         for one in expression.operands
-        if any((v.kind, v.source) == ("vertex", vertex) for v in variables(one, raw=True))
+        if any((v.kind, v.source) == ("vertex", vertex) for v in variables(one))
     ]
     if not found:
         return 1.0, True

@@ -6,6 +6,7 @@ known of a chain of operations counts. Where no closed form is at hand, the judg
 network computes: second moments of its features, of width 512, over several draws.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -1295,3 +1296,140 @@ def test_what_has_no_finite_moment_is_refused_with_a_way_on():
     assert archscale.weight_standard_deviations(architecture, "none")["inner"] > 0
     with pytest.raises(ValueError, match="vertex 1 has no finite second moment"):
         archscale.second_moments(architecture, "none")
+
+
+# One function, its products and averages written in several ways
+
+
+def check_moments(apply, shapes, inputs, rule="target", rtol=0.15):
+    architecture = archscale.trace(apply, shapes, *inputs)
+    promised = archscale.second_moments(architecture, rule)
+    params = archscale.initialize(KEY, shapes, architecture, rule)
+    features = jax.jit(lambda p: archscale.vertex_features(apply, p, *inputs))(params)
+    for vertex, feature in features.items():
+        np.testing.assert_allclose(
+            promised[vertex], jnp.mean(feature**2), rtol=rtol, err_msg=str(vertex)
+        )
+
+
+JOINS = {
+    "h + h*z": lambda h, z, n: h + h * z,
+    "h * (1+z)": lambda h, z, n: h * (1 + z),
+    "h - h*z": lambda h, z, n: h - h * z,
+    "h * (1-z)": lambda h, z, n: h * (1 - z),
+    "h + z*(n-h)": lambda h, z, n: h + z * (n() - h),
+    "(1-z)*h + z*n": lambda h, z, n: (1 - z) * h + z * n(),
+    "n + (1-z)*(h-n)": lambda h, z, n: n() + (1 - z) * (h - n()),
+}
+
+
+@pytest.mark.parametrize("rule", ["target", "second_moment"])
+@pytest.mark.parametrize("join", JOINS)
+def test_a_product_beside_what_it_holds_is_not_independent_of_it(join, rule):
+    """z = σ(W h): E[h²(1 + z)²] is 4.64 for m = 2, not m + m·0.32."""
+
+    def apply(p, x):
+        h = x @ p["stem"]
+        z = jax.nn.sigmoid(h @ p["z"])
+        made = functools.cache(lambda: h @ p["n"])
+        return RELU(JOINS[join](h, z, made) @ p["out"]) @ p["head"]
+
+    shapes = specs(stem=(64, 512), z=(512, 512), out=(512, 512), head=(512, 3))
+    if "n" in join:
+        shapes |= specs(n=(512, 512))
+    check_moments(apply, shapes, (normal(64, 64),), rule)
+
+
+AVERAGES = {
+    "sums": lambda k, v: (jnp.exp(k) * v).sum(1) / jnp.exp(k).sum(1),
+    "shifted": lambda k, v: (
+        (jnp.exp(k - k.max(1, keepdims=True)) * v).sum(1)
+        / jnp.exp(k - k.max(1, keepdims=True)).sum(1)
+    ),
+    "softmax": lambda k, v: (jax.nn.softmax(k, 1) * v).sum(1),
+    "einsum": lambda k, v: jnp.einsum("btd,btd->bd", jax.nn.softmax(k, 1), v),
+}
+
+
+def weighted_average(average, gated):
+    def apply(p, x):
+        h = x @ p["stem"]
+        y = AVERAGES[average](h @ p["k"], h @ p["v"])
+        y = y * jax.nn.sigmoid(h[:, 0] @ p["g"]) if gated else y
+        return RELU(y @ p["out"]) @ p["head"]
+
+    shapes = specs(stem=(8, 64), k=(64, 64), v=(64, 64), out=(64, 64), head=(64, 3))
+    return Model(apply, shapes | (specs(g=(64, 64)) if gated else {}), (spec(4, 6, 8),))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_weighted_average_keeps_the_moment_of_one_position(average, gated):
+    """Weights that sum to one, as in attention-free transformers: 2 of values of moment 2.
+
+    The layer behind carries the moment of what it reads, 2, or behind the gate 2 · E[σ(z)²].
+    """
+    found = deviation(weighted_average(average, gated), "out", "target")
+    expected = deviation(weighted_average("einsum", gated), "out", "target")
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    architecture = weighted_average(average, gated).trace()
+    assert max(archscale.second_moments(architecture, "target").values()) < 200
+    if gated:
+        out = next(one for one in architecture.parameters if one.name == "out")
+        read = archscale.second_moments(architecture, "target")[
+            int(architecture.graph.senders[out.edge])
+        ]
+        np.testing.assert_allclose(read, 2 * 0.3184, rtol=0.02)
+
+
+@pytest.mark.parametrize("scale", ["scores", "masked", "shifted", "by hand", "decayed", "query"])
+def test_the_divisor_of_scores_counts_wherever_it_stands(scale):
+    """Queries are drawn as keys are, as the scores are divided by √d already."""
+
+    def apply(p, x):
+        h = x @ p["stem"]
+        q, k, v = (h @ p[name] for name in "qkv")
+        root = 64**0.5
+        if scale == "query":
+            q = q / root
+        s = q @ jnp.swapaxes(k, 1, 2)
+        s = {
+            "scores": lambda: s / root,
+            "masked": lambda: (s + jnp.where(jnp.tri(6) > 0, 0.0, -1e9)) / root,
+            "shifted": lambda: (s - s.max(-1, keepdims=True)) / root,
+            "by hand": lambda: s / root,
+            "decayed": lambda: s * 0.9 ** jnp.arange(6.0) / root,
+            "query": lambda: s,
+        }[scale]()
+        if scale == "by hand":
+            s = jnp.exp(s - s.max(-1, keepdims=True))
+            w = s / s.sum(-1, keepdims=True)
+        else:
+            w = jax.nn.softmax(s)
+        return (h + w @ v @ p["out"]) @ p["head"]
+
+    shapes = specs(stem=(8, 64), out=(64, 64), head=(64, 3), **dict.fromkeys("qkv", (64, 64)))
+    found = archscale.weight_standard_deviations(archscale.trace(apply, shapes, spec(4, 6, 8)))
+    np.testing.assert_allclose(value(found, "q"), value(found, "k"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["einsum", "vmap"])
+def test_matrices_chosen_by_an_index_are_refused_with_a_way_on(how):
+    """A matrix a task: as rows of a table they would be drawn with standard deviation 1."""
+
+    def apply(p, x, task):
+        h, chosen = RELU(x @ p["stem"]), p["tasks"][task]
+        h = jnp.einsum("bi,bio->bo", h, chosen) if how == "einsum" else jax.vmap(jnp.dot)(h, chosen)
+        return RELU(h) @ p["head"]
+
+    def one_hot(p, x, task):
+        h = RELU(x @ p["stem"])
+        h = jnp.einsum("be,bi,eio->bo", jax.nn.one_hot(task, 4), h, p["tasks"])
+        return RELU(h) @ p["head"]
+
+    shapes = specs(stem=(8, 32), tasks=(4, 32, 32), head=(32, 3))
+    inputs = spec(6, 8), spec(6, dtype=jnp.int32)
+    with pytest.raises(archscale.TraceError, match=r"'tasks'.*be,bi,eio->bo"):
+        archscale.trace(apply, shapes, *inputs)
+    found = archscale.weight_standard_deviations(archscale.trace(one_hot, shapes, *inputs))
+    np.testing.assert_allclose(found["tasks"], (2 / 32) ** 0.5)

@@ -132,8 +132,16 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
 
 
 def check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:
-    """Refuses kernels that features make of a matrix of parameters, as a modulation does."""
+    """Refuses kernels that features make of a matrix of parameters, or choose by an index."""
     for value, labels in zip(call.features, contracted, strict=True):
+        leaf = _chosen_matrix(state, value)
+        if leaf and state.has_units(labels):
+            raise TraceError(
+                f"{call.name} of parameter {leaf!r} at {call.line}: its matrices are chosen by an "
+                "index, as rows of a table are, and applied to features as kernels; choose them by "
+                "a product with one-hots, as jnp.einsum('be,bi,eio->bo', jax.nn.one_hot(index, n), "
+                "features, matrices), of which fan-in and role can be read"
+            )
         for number in sorted(value.passed):
             if state.modulated.get(number, NO_LABELS) & labels:
                 leaf = state.uses[number].leaf
@@ -143,6 +151,16 @@ def check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> Non
                     "of which fan-in and role cannot be read; scale the features that it is "
                     "applied to instead, (features * scale) @ kernel"
                 )
+
+
+def _chosen_matrix(state: State, value: Feature) -> str | None:
+    """The leaf of whose matrices an index chooses one, where the features are what it chose."""
+    for number in state.layers.get(value.vertex, ()):
+        use = state.uses[number]
+        sizes = [state.shapes[use.leaf][axis] for axis in use.output]
+        if use.kind == "embedding" and sum(size > 1 for size in sizes) > 1:
+            return use.leaf
+    return None
 
 
 def over_units(
