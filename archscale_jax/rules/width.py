@@ -294,7 +294,8 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
         with_widths(arch, {1024: 256, 4096: 1024})  # tuned at a quarter of both widths
 
     Axes of features count, alone or several together, as heads and their features; axes of
-    positions do not, whatever their size.
+    positions do not, whatever their size. Features that were flattened or merged from several
+    positions are a number of their own: list it too, `{64: 32, 1024: 512}`.
 
     Args:
       architecture: the network to train.

@@ -296,8 +296,8 @@ def test_a_kernel_that_features_scale_is_refused_with_a_way_on(kind):
 def test_what_a_bias_adds_is_not_carried_on(rule):
     """Layers behind a stem whose bias starts at 1.5 bring what the stem brings without it, 2."""
     _, _, architecture = traced(Shifted())
-    plain = Shifted().init(KEY, X)["params"]
-    plain = plain | {"stem": plain["stem"] | {"bias": jnp.zeros(WIDTH)}}
+    plain = dict(Shifted().init(KEY, X)["params"])
+    plain["stem"] = {**plain["stem"], "bias": jnp.zeros(WIDTH)}
     apply = lambda params, x: Shifted().apply({"params": params}, x)  # noqa: E731
     expected = archscale.second_moments(archscale.trace(apply, plain, X), rule)
     found = archscale.second_moments(architecture, rule)
