@@ -133,7 +133,8 @@ class Interpreter:
             used = tuple(out in live for out in equation.outvars)
             if wanted is not None and not any(used):
                 continue
-            call = Call(equation, [value(atom) for atom in equation.invars], used)
+            operands = [value(atom) for atom in equation.invars]
+            call = Call(equation, operands, used, finished)
             values.update(zip(equation.outvars, self._results(call), strict=True))
             for variable in finished:
                 values.pop(variable, None)

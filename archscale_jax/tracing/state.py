@@ -35,12 +35,20 @@ class Call:
       equation: the equation.
       values: of its operands.
       live: whether each of its results is used.
+      finished: variables that no equation behind it reads.
       name: of the primitive.
       features: those of the operands that are features.
       weights: those of the operands that are made of params alone.
     """
 
-    def __init__(self, equation: core.JaxprEqn, values: list[Value], live: tuple[bool, ...] = ()):
+    def __init__(
+        self,
+        equation: core.JaxprEqn,
+        values: list[Value],
+        live: tuple[bool, ...] = (),
+        finished: Collection[core.Var] = (),
+    ):
+        self.finished = finished
         self.equation = equation
         self.values = values
         self.live = live
@@ -50,7 +58,7 @@ class Call:
 
     def of(self, values: Sequence[Value]) -> "Call":
         """Returns the same call of other values."""
-        return Call(self.equation, list(values), self.live)
+        return Call(self.equation, list(values), self.live, self.finished)
 
     @property
     def parameters(self) -> Mapping[str, Any]:

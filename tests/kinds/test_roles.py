@@ -712,3 +712,38 @@ def test_features_of_a_graph_bound_to_the_function():
         assert found["second"] == "hidden"
         assert found["first"] == "input"
         assert found["out"] == "readout"
+
+
+NORMS = {
+    "mean and var": lambda h: (
+        (h - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(h.var(-1, keepdims=True) + 1e-6)
+    ),
+    "einsum": lambda h: (
+        (h - h.mean(-1, keepdims=True))
+        * jax.lax.rsqrt(
+            jnp.einsum("...i,...i->...", h - h.mean(-1, keepdims=True), h)[..., None] / h.shape[-1]
+        )
+    ),
+    "sum": lambda h: h - jnp.sum(h, -1, keepdims=True) / h.shape[-1],
+    "root mean square": lambda h: h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gain_between_two_norms_is_a_scale(norm):
+    """The second norm sums what the gain scaled; a sum that is a layer is all that reads it."""
+
+    def apply(p, x):
+        h = NORMS[norm](jax.nn.relu(x @ p["stem"]) @ p["w"]) * p["gain"]
+        return (NORMS[norm](h) * p["last"]) @ p["head"]
+
+    shapes = specs(stem=(8, 16), w=(16, 16), gain=(16,), last=(16,), head=(16, 3))
+    architecture = archscale.trace(apply, shapes, spec(4, 8))
+    found = {one.name: str(one.role) for one in architecture.parameters}
+    assert found["gain"] == found["last"] == "scale"
+    score = archscale.trace(
+        lambda p, x: jnp.sum(jax.nn.relu(x @ p["stem"]) * p["a"], -1),
+        specs(stem=(8, 16), a=(16,)),
+        spec(4, 8),
+    )
+    assert {one.name: str(one.role) for one in score.parameters}["a"] == "readout"

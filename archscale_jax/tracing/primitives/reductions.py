@@ -30,7 +30,9 @@ def reduction(state: State, call: Call) -> Value:
     """A sum is the mean times the number of entries; extremes stand for their axis."""
     (value,) = call.values
     reduced = call.parameters["axes"]
-    if call.name == "reduce_sum" and isinstance(value, Feature) and value.outer is not None:
+    # A product that is read again, as by a normalization, is no part of a matrix product.
+    alone = call.equation.invars[0] in call.finished
+    if call.name == "reduce_sum" and alone and isinstance(value, Feature) and value.outer:
         product = _matrix_product(state, call, value, value.outer)
         if product is not None:
             return product
