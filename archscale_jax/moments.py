@@ -11,7 +11,7 @@ infinite width for weights that no two layers share.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,6 +115,10 @@ def input_moment(function: EdgeFunction) -> float:
     return second if second > 0 and math.isfinite(second) else INPUT_MOMENT
 
 
+Way = tuple[int, Expression]
+"""A vertex, and what is made of its features."""
+
+
 class Propagation:
     """Moments of vertices, filled in one after the other in the order of the graph.
 
@@ -149,7 +153,7 @@ class Propagation:
                 one.role == Role.INPUT and one.edge is None for one in architecture.parameters
             )
         )
-        self._covariances: dict[tuple[int, int], float] = {}
+        self._covariances: dict[tuple[Way, Way], float] = {}
         self._leaves = leaf_distribution(architecture)
 
     def distribution(self, variable: Variable) -> Moments | float:
@@ -346,11 +350,6 @@ class Propagation:
         """Moments of what the edges without weight bring to a vertex together."""
         return self._sum([edge for edge in self.incoming[vertex] if not self.layers[edge]], {})
 
-    def coefficient(self, edge: int) -> float:
-        """By how much a skip follows its source."""
-        variable = Variable("vertex", self.senders[edge])
-        return self._coefficient(self.functions[edge].before, variable)
-
     def _coefficient(self, expression: Expression, variable: Variable) -> float:
         """By how much an expression follows a variable: E[φ(z) (z - E z)] / Var z [Bussgang]."""
         if expression == variable:
@@ -371,41 +370,43 @@ class Propagation:
         Exact where both read one vertex, or one that follows it linearly; elsewhere by the slope of
         the line that fits best.
         """
-        source = self.senders[one]
-        if source == self.senders[other]:
-            ways = [self.functions[edge].before for edge in (one, other)]
-            if all(way == Variable("vertex", source) for way in ways):
-                return self.found[source].variance
-            means = [moments(way, self.distribution).mean for way in ways]
-            return moments(multiplied(*ways), self.distribution).mean - means[0] * means[1]
-        common = self._common(source, self.senders[other])
-        return common and common * self.coefficient(one) * self.coefficient(other)
+        ways = [(self.senders[edge], self.functions[edge].before) for edge in (one, other)]
+        return self._covariance(*ways)
 
-    def _common(self, one: int, other: int) -> float:
-        """Covariance of the features of two vertices."""
-        if one == other:
-            return self.found[one].variance
-        if one < other:
+    def _covariance(self, one: Way, other: Way) -> float:
+        if one[0] < other[0]:
             one, other = other, one
         if (one, other) not in self._covariances:
-            self._covariances[one, other] = sum(
-                common * factor()
-                for source, factor in self._followed(one)
-                if (common := self._common(source, other))
+            self._covariances[one, other] = (
+                self._of_one_vertex(one, other)
+                if one[0] == other[0]
+                else self._of_two_vertices(one, other)
             )
         return self._covariances[one, other]
 
-    def _followed(self, vertex: int) -> Iterator[tuple[int, Callable[[], float]]]:
-        """The vertices that one follows without a layer between, and by how much."""
-        expression = self.architecture.expressions.get(vertex)
-        if expression is not None:
-            for one in variables(expression):
-                if one.kind == "vertex" and one.source != vertex and not one.part:
-                    yield one.source, functools.partial(self._coefficient, expression, one)
-            return
-        for edge in self.incoming[vertex]:
-            if not self.layers[edge] and self.operators[edge] in (Operator.SKIP, Operator.AVG_POOL):
-                yield self.senders[edge], functools.partial(self.coefficient, edge)
+    def _of_one_vertex(self, one: Way, other: Way) -> float:
+        source, ways = one[0], (one[1], other[1])
+        if all(way == Variable("vertex", source) for way in ways):
+            return self.found[source].variance
+        means = [moments(way, self.distribution).mean for way in ways]
+        return moments(multiplied(*ways), self.distribution).mean - means[0] * means[1]
+
+    def _of_two_vertices(self, one: Way, other: Way) -> float:
+        """What the later vertex follows decides, as far as no layer stands between."""
+        source, expression = one
+        product, common = self.architecture.expressions.get(source), 0.0
+        if product is not None:
+            for each in variables(product):
+                if each.kind == "vertex" and each.source != source and not each.part:
+                    found = self._covariance((each.source, each), other)
+                    common += found and found * self._coefficient(product, each)
+        else:
+            for edge in self.incoming[source]:
+                passes = self.operators[edge] in (Operator.SKIP, Operator.AVG_POOL)
+                if passes and not self.layers[edge]:
+                    way = self.senders[edge], self.functions[edge].before
+                    common += self._covariance(way, other)
+        return common and common * self._coefficient(expression, Variable("vertex", source))
 
 
 def _larger(value: Moments | float, variable: Variable, times: float = 2.0) -> Moments | float:

@@ -329,7 +329,8 @@ def test_the_architecture_is_the_one_that_trace_reads(cell, example):
     def apply(params, images):
         return nnx.merge(graphdef, params, model_state, copy=True)(images, train=True)
 
-    traced = archscale.trace(apply, params, example[0].astype(jnp.float32))
+    shapes = jax.eval_shape(lambda: params)  # these params are not those of an initialization
+    traced = archscale.trace(apply, shapes, example[0].astype(jnp.float32))
     ours = model.architecture()
     for rule in ("target", "none"):
         deviations = [weight_standard_deviations(one, rule) for one in (ours, traced)]

@@ -169,7 +169,7 @@ class Allocation(Propagation):
         self._covariances = {
             pair: value
             for pair, value in self._covariances.items()
-            if max(self.senders[edge] for edge in pair) < vertex
+            if max(source for source, _ in pair) < vertex
         }
 
     def brings(self, edge: int) -> bool:

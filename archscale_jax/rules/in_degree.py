@@ -1,4 +1,4 @@
-"""Initialization rules that divide by the number of contributions [AAS §3], and plain He."""
+"""Initialization rules that divide by the number of contributions [AAS Eq. 4, 12], and plain He."""
 
 import numpy as np
 
