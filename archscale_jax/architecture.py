@@ -153,7 +153,12 @@ class Parameter:
     @property
     def is_drawn(self) -> bool:
         """Whether it is drawn at random: a weight or table that does not start at zero."""
-        return self.role not in (Role.BIAS, Role.SCALE) and self.given is None
+        return self.role not in (Role.BIAS, Role.SCALE) and not self.starts_at_zero
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether it is a weight or table that is 0 in the arrays that were traced."""
+        return self.role not in (Role.BIAS, Role.SCALE) and self.given == 0.0
 
     @property
     def is_tied(self) -> bool:
@@ -266,6 +271,15 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by name."""
         return {parameter.name: parameter.shape for parameter in self.parameters}
+
+    @functools.cached_property
+    def zero_edges(self) -> frozenset[int]:
+        """Indices of the layers whose weights all start at 0."""
+        zero = {one.name for one in self.parameters if one.starts_at_zero}
+        functions = enumerate(self.functions or ())
+        return frozenset(
+            edge for edge, one in functions if one.weights and zero.issuperset(one.weights)
+        )
 
 
 def check_architecture(value: object, hint: str = "") -> None:

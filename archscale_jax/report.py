@@ -53,7 +53,7 @@ class Report:
           have several, None for a parameter of the readout or of no layer;
         source_in_degree: that of the vertex that its layer reads, where the equation of the
           initialization rule is one of d_in(u), None elsewhere;
-        standard_deviation, learning_rate_factor: None where a rule refuses, see the notes; the
+        standard_deviation, learning_rate_factor: None where a rule raises, see the notes; the
           former a tuple where the slices of a stack, or the halves of a gate, differ;
         initialization_reason, learning_rate_reason: rule, numbers and equation of the two.
       notes: what to know beyond the table.

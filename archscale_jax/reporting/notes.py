@@ -57,9 +57,7 @@ def first_notes(
             "temperatures, decays, gates): initialize keeps that of arrays, and of shapes alone "
             f"makes biases 0 and scales 1: {_listed(unknown, limit=40)}"
         )
-    zero = [
-        one.name for one in architecture.parameters if one.given == 0.0 and one.role in _WEIGHTS
-    ]
+    zero = [one.name for one in architecture.parameters if one.starts_at_zero]
     if zero:
         notes.append(
             "these weights are 0 in the arrays that were traced, and initialize leaves them 0; "

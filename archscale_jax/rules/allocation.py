@@ -72,7 +72,6 @@ class Allocation(Propagation):
             if one.role == Role.EMBEDDING and one.is_drawn
         }
         self.tables = tables
-        self.zero = {one.name for one in architecture.parameters if one.given == 0.0}
         self.found[0] = self.with_biases(0, first_moments(architecture, stems | tables))
 
     def uses_into(self, vertex: int) -> int:
@@ -174,9 +173,8 @@ class Allocation(Propagation):
 
     def brings(self, edge: int) -> bool:
         """Whether a layer holds and reads more than zeros, and is not multiplied by them."""
-        function = self.functions[edge]
-        zero = bool(function.weights) and self.zero.issuperset(function.weights)
-        return not zero and self.read(edge) > 0 and bool(variables(function.after))
+        zero = edge in self.architecture.zero_edges
+        return not zero and self.read(edge) > 0 and bool(variables(self.functions[edge].after))
 
     def linear_slices(self, edge: int) -> set[tuple[Any, ...]]:
         """The slices of a layer's outputs that go on linearly; none where all or none of them do.

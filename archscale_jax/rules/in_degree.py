@@ -30,10 +30,8 @@ def _contributions(architecture: Architecture) -> np.ndarray:
     """Live in-degree of every vertex, at least 1, without layers that the model starts at zero."""
     graph = architecture.graph
     degrees, counted = in_degrees(graph), reachable_vertices(graph)[graph.senders]
-    zero = {one.name for one in architecture.parameters if one.given == 0.0}
-    for edge, function in enumerate(architecture.functions or ()):
-        if counted[edge] and function.weights and zero.issuperset(function.weights):
-            degrees[graph.receivers[edge]] -= 1
+    for edge in architecture.zero_edges:
+        degrees[graph.receivers[edge]] -= counted[edge]
     return np.maximum(degrees, 1)
 
 

@@ -55,8 +55,9 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, se
     of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
     around no layer that reads the other.
     """
-    graph = network.graph if isinstance(network, Architecture) else network
-    slices = _slices(network) if isinstance(network, Architecture) else {}
+    graph, slices = (
+        (network.graph, _slices(network)) if isinstance(network, Architecture) else (network, {})
+    )
     live = live_edges(graph)
     weight = is_weight(graph)
     incoming: dict[int, list[int]] = collections.defaultdict(list)

@@ -132,7 +132,7 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
 
 
 def check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:
-    """Refuses kernels that features make of a matrix of parameters, or choose by an index."""
+    """Raises for kernels that features make of a matrix, or that an index chooses."""
     for value, labels in zip(call.features, contracted, strict=True):
         leaf = _chosen_matrix(state, value)
         if leaf and state.has_units(labels):
