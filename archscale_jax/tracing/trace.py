@@ -291,12 +291,6 @@ def read(
     """
     _check_call(function, params, inputs)
     weights = named_leaves(params)
-    for name, leaf in weights.items():
-        if not hasattr(leaf, "shape"):
-            raise TypeError(
-                f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
-                "arrays and jax.ShapeDtypeStruct. Bind anything else to the function"
-            )
     closed, results_shape = _jaxpr(function, params, inputs)
     if isinstance(results_shape, tuple) and any(_has_averages(part) for part in results_shape):
         raise TraceError(
@@ -407,6 +401,12 @@ def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> No
             "params hold 'batch_stats', running averages that are not trained: pass "
             "variables['params'], and the averages among the inputs"
         )
+    for name, leaf in named_leaves(params).items():
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"params hold {leaf!r} of type {type(leaf).__name__} as {name!r}; accepted are "
+                "arrays and jax.ShapeDtypeStruct. Bind anything else to the function"
+            )
     for one in inputs:
         if isinstance(one, tuple) and one and all(type(size) is int for size in one):
             raise TypeError(

@@ -59,6 +59,13 @@ def learned_features(state: State, call: Call, value: Weight) -> Feature:
     return state.learned(call, value, contracted[call.values.index(value)])
 
 
+def _features(state: State, call: Call, value: Value) -> Feature:
+    """What a layer reads, as features."""
+    if isinstance(value, Weight):
+        return learned_features(state, call, value)
+    return state.constant(value) if isinstance(value, Known) else value
+
+
 _DERIVATIVE = (
     "a derivative is taken inside of the function (jax.grad, jax.jvp), and what it adds is read as "
     "further layers of the same parameters; trace the function that is differentiated, whose "
@@ -82,10 +89,7 @@ def layer(
     if call.is_of_derivative:
         state.note(_DERIVATIVE)
     axes, own = places
-    if isinstance(source, Weight):
-        source = learned_features(state, call, source)
-    if isinstance(source, Known):
-        source = state.constant(source)
+    source = _features(state, call, source)
     shape = whole_shape(weight, call.shapes[side])
     fan_in = math.prod(shape[axis] for axis in how.contracted)
     reach = fan_in if how.reach is None else how.reach
