@@ -32,16 +32,13 @@ from archscale_jax.expressions import (
     Moments,
     Variable,
     apply,
-    is_affine,
-    moments,
     multiplied,
-    slope,
     statistics,
     substituted,
-    sums_to_one,
     variables,
 )
 from archscale_jax.graph import Operator, is_weight, number_of_vertices
+from archscale_jax.quadrature import is_affine, moments, slope, sums_to_one
 
 INPUT_MOMENT = 1.0
 """Second moment of the entries of inputs: they are taken to be standardized."""

@@ -15,7 +15,7 @@ from archscale_jax.architecture import (
     Architecture,
     Role,
 )
-from archscale_jax.expressions import Moments, slope, statistics, variables
+from archscale_jax.expressions import Moments, statistics, variables
 from archscale_jax.graph import Operator
 from archscale_jax.moments import (
     Propagation,
@@ -23,6 +23,7 @@ from archscale_jax.moments import (
     kernel_moments,
     leaf_distribution,
 )
+from archscale_jax.quadrature import slope
 from archscale_jax.rules.residual import (
     linear_slices,
     number_of_uses,

@@ -30,12 +30,12 @@ from archscale_jax.expressions import (
     Moments,
     Variable,
     replaced,
-    slope,
     statistics,
     variables,
 )
 from archscale_jax.graph import Operator, is_weight, live_edges
 from archscale_jax.moments import Propagation
+from archscale_jax.quadrature import slope
 from archscale_jax.refusals import unknown
 from archscale_jax.rules.registry import Explained
 

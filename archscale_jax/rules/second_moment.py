@@ -8,8 +8,9 @@ import numpy as np
 from archscale_jax.architecture import (
     Architecture,
 )
-from archscale_jax.expressions import Moments, Variable, moments
+from archscale_jax.expressions import Moments, Variable
 from archscale_jax.graph import is_weight
+from archscale_jax.quadrature import moments
 from archscale_jax.rules.allocation import Allocation
 from archscale_jax.rules.residual import (
     branch_ends,

@@ -17,10 +17,11 @@ from archscale_jax.architecture import (
     Parameter,
     Role,
 )
-from archscale_jax.expressions import slope, statistics
+from archscale_jax.expressions import statistics
 from archscale_jax.moments import (
     input_moment,
 )
+from archscale_jax.quadrature import slope
 from archscale_jax.rules.registry import Explained, Registry
 
 STEM_NUMERATOR = 2.0

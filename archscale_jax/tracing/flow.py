@@ -20,13 +20,12 @@ from archscale_jax.expressions import (
     Moments,
     Variable,
     apply,
-    is_affine,
-    slope,
     statistics,
     substituted,
     variables,
 )
 from archscale_jax.graph import WEIGHT_OPERATORS, Operator
+from archscale_jax.quadrature import is_affine, slope
 
 
 class Kind(enum.StrEnum):

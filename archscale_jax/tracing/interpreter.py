@@ -17,7 +17,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from archscale_jax.expressions import UNKNOWN, Constant, Expression, Variable
+from archscale_jax.expressions import (
+    UNKNOWN,
+    Constant,
+    Expression,
+    Variable,
+)
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives import HANDLERS

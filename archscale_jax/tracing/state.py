@@ -8,7 +8,13 @@ from typing import Any
 
 from jax.extend import core
 
-from archscale_jax.expressions import Constant, Expression, Statistic, Unknown, Variable
+from archscale_jax.expressions import (
+    Constant,
+    Expression,
+    Statistic,
+    Unknown,
+    Variable,
+)
 from archscale_jax.graph import Operator
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Edge, Flow, Kind

@@ -15,11 +15,11 @@ from archscale_jax.expressions import (
     Variable,
     apply,
     evaluated,
-    slope,
     statistics,
     times,
     variables,
 )
+from archscale_jax.quadrature import slope
 from archscale_jax.tracing.axes import joined
 from archscale_jax.tracing.flow import Kind, standard
 from archscale_jax.tracing.primitives.registry import HANDLERS, register_primitive

@@ -11,11 +11,11 @@ from archscale_jax.expressions import (
     Constant,
     Expression,
     Moments,
-    moments,
     multiplied,
     times,
     variables,
 )
+from archscale_jax.quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.state import Call, State, mean_over

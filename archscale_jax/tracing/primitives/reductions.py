@@ -11,11 +11,11 @@ from archscale_jax.expressions import (
     Expression,
     Moments,
     Statistic,
-    moments,
     times,
     variables,
 )
 from archscale_jax.graph import Operator
+from archscale_jax.quadrature import moments
 from archscale_jax.tracing.axes import dtype_of, moved, shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params
