@@ -135,6 +135,28 @@ def moments(
     return np.mean([run(drawn(model, architecture, seed, rule)) for seed in range(seeds)], axis=0)
 
 
+def promised_and_measured(
+    apply: Callable[..., Any], params: Any, inputs: Sequence[Any], rule: str
+) -> tuple[Any, dict[int, tuple[float, float]]]:
+    """Params of one draw, and the second moments of every vertex: as promised, as measured."""
+    architecture = archscale.trace(apply, params, *inputs)
+    promised = archscale.second_moments(architecture, rule)
+    new = archscale.initialize(jax.random.key(3), params, architecture, rule)
+    features = jax.jit(lambda p: archscale.vertex_features(apply, p, *inputs))(new)
+    assert features
+    return new, {v: (promised[v], float(jnp.mean(z**2))) for v, z in features.items()}
+
+
+def check_promised(
+    apply: Callable[..., Any], params: Any, inputs: Sequence[Any], rule: str, rtol: float = 0.15
+) -> Any:
+    """Checks that every vertex has the second moment that is promised; returns the params drawn."""
+    new, moments = promised_and_measured(apply, params, inputs, rule)
+    for vertex, (promised, measured) in moments.items():
+        np.testing.assert_allclose(promised, measured, rtol=rtol, err_msg=str(vertex))
+    return new
+
+
 def same_moments(found: np.ndarray, tolerance: float = 0.15) -> None:
     """Checks that all second moments are those of the first."""
     np.testing.assert_allclose(found / found[0], 1, atol=tolerance)

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 import archscale_jax as archscale
-from tests.kinds.helpers import KEY, normal, spec, specs, value
+from tests.kinds.helpers import KEY, check_promised, normal, spec, specs, value
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -147,19 +147,6 @@ def traced(module):
     params = module.init(KEY, X)["params"]
     apply = lambda params, x: module.apply({"params": params}, x)  # noqa: E731
     return apply, params, archscale.trace(apply, params, X)
-
-
-def check_promised(apply, params, inputs, rule, rtol=0.15):
-    """Every vertex has the second moment that is promised, and some are not 0."""
-    architecture = archscale.trace(apply, params, *inputs)
-    promised = archscale.second_moments(architecture, rule)
-    new = archscale.initialize(jax.random.key(3), params, architecture, rule)
-    features = jax.jit(lambda p: archscale.vertex_features(apply, p, *inputs))(new)
-    measured = {vertex: float(jnp.mean(z**2)) for vertex, z in features.items()}
-    assert measured
-    for vertex, moment in measured.items():
-        np.testing.assert_allclose(promised[vertex], moment, rtol=rtol, err_msg=str(vertex))
-    return new
 
 
 @pytest.mark.parametrize("rule", ["second_moment", "target"])
