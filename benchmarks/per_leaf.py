@@ -4,12 +4,15 @@ For every network of `tests/step_networks.py`, every optimizer and every leaf: t
 logits and the largest relative change of a vertex, by one step of this leaf alone with its width
 factor, at widths 64, 256 and 1,024. Both must be flat (`tests/leaf_steps.py`). What is done is kept
 in `build/per_leaf`, for as long as the code of the library stays the same, and a second call goes
-on from there.
+on from there. The results keep what earlier calls measured of networks that this one leaves out,
+each with its date.
 
     python -m benchmarks.per_leaf --network="MLP with biases" --network=LSTM --optimizer=sgd
 """
 
+import datetime
 import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -58,7 +61,8 @@ def leaf_record(one: LeafSteps) -> dict[str, Any]:
 
 def check(network: str, optimizer: str, draws: dict[int, int]) -> dict[str, Any]:
     """Checks one network with one optimizer; a refusal of the library is a result too."""
-    record: dict[str, Any] = {"network": network, "optimizer": optimizer}
+    today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record: dict[str, Any] = {"network": network, "optimizer": optimizer, "measured": today}
     try:
         found = leaf_steps(NETWORKS[network], optimizer, draws)
     except Exception as error:  # of any kind: the network is a network like any other
@@ -111,6 +115,18 @@ def _cell(record: dict[str, Any]) -> str:
     return f"{count - len(wrong)} of {count}"
 
 
+def earlier(records: list[dict[str, Any]], draws: dict[int, int]) -> list[dict[str, Any]]:
+    """What the results hold, from as many draws, of other networks and optimizers than these."""
+    path = common.RESULTS / "per_leaf.json"
+    if not path.is_file():
+        return []
+    results = json.loads(path.read_text())["results"]
+    if results["draws"] != {str(width): count for width, count in draws.items()}:
+        return []
+    measured = {(one["network"], one["optimizer"]) for one in records}
+    return [one for one in results["checks"] if (one["network"], one["optimizer"]) not in measured]
+
+
 def code_hash() -> str:
     """Hashes the code of the library and of the check."""
     library = pathlib.Path(archscale_jax.__file__).parent
@@ -148,7 +164,8 @@ def main(arguments: list[str]) -> None:
             records.append(record)
             console.print(leaf_table(record), markup=False)
     console.print(summary_table(records))
-    results = {"draws": draws, "factor": FACTOR, "checks": records}
+    checks = [*records, *earlier(records, draws)]
+    results = {"draws": draws, "factor": FACTOR, "checks": checks}
     print(common.write_results("per_leaf", results, "optax", "flax", "equinox", "dm-haiku"))
 
 
