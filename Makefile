@@ -29,6 +29,7 @@ lint: $(READY_TO_TEST)  ## ruff and pyright; warnings are errors
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --warnings
+	$(VENV)/bin/lint-imports --no-cache
 
 docs: $(READY_TO_TEST)  ## the documentation site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from archscale_jax.spaces.cell import cell_digits
-from archscale_jax.trees import named_leaves
+from archscale_jax._spaces.cell import cell_digits
+from archscale_jax._trees import named_leaves
 from benchmarks import cell_programs, common, torch_process
 from benchmarks.cell_programs import RATE, SMALL, TOTAL_STEPS, Network, Size
 

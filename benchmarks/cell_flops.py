@@ -16,12 +16,12 @@ from flax import nnx
 from jax import lax
 from rich.table import Table
 
-from archscale_jax import training
-from archscale_jax.models import CellNetwork, cell_edge, cell_layers, multiply_adds
 from benchmarks import common
 from benchmarks.cell_programs import Size
-from experiments.rank_recipes import RECIPES
-from experiments.rank_study import PRESETS
+from experiments.lab import training
+from experiments.lab.models import CellNetwork, cell_edge, cell_layers, multiply_adds
+from experiments.nasbench.rank_recipes import RECIPES
+from experiments.nasbench.rank_study import PRESETS
 
 PAPER = PRESETS["paper"]
 CHANNELS_OF_IMAGES, NUM_CLASSES = 3, 10

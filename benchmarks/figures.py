@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from archscale_jax.files import write_atomically
 from benchmarks.common import RESULTS
+from experiments.lab.files import write_atomically
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SHADES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")

@@ -21,8 +21,8 @@ from flax import nnx
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import gradinit_step
-from archscale_jax.trees import PyTree, named_leaves
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib import _gradinit_step as gradinit_step
 from benchmarks import common, gradinit_ways, torch_process
 from benchmarks.gradinit_ways import ALWAYS, NEVER, SCALE_RATE, Size
 from experiments import gradinit_study

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from archscale_jax import gradinit_step
+from archscale_jax.contrib import _gradinit_step as gradinit_step
 from benchmarks import common, gradinit_ways
 from benchmarks.gradinit_ways import ALWAYS, WAYS, Size, Way
 from experiments import gradinit_study

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax.trees import PyTree
+from archscale_jax._trees import PyTree
 from benchmarks import gradinit_against_torch, gradinit_ways, torch_process
 from benchmarks.gradinit_against_torch import BATCH_SIZE, MODULE, PACKAGE
 from benchmarks.gradinit_ways import Size
@@ -59,7 +59,7 @@ def compare_learned(size: Size, data_dir: str | None) -> dict[str, Any]:
             "gradinit_steps": size.learned_iterations,
         }
         ours, record = gradinit_study.learn(network, start, trial)
-        rescaled = archscale.scale_parameters(start, theirs[seed]["multipliers"])
+        rescaled = archscale.contrib.scale_parameters(start, theirs[seed]["multipliers"])
         for arm, params, constrained in (
             ("He", start, None),
             ("He, ours", ours, record.constrained),

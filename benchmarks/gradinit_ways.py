@@ -12,9 +12,9 @@ from unittest import mock
 
 import jax
 
-from archscale_jax import gradinit_step
-from archscale_jax.gradinit import DEFAULTS
-from archscale_jax.trees import PyTree, named_leaves
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib import _gradinit_step as gradinit_step
+from archscale_jax.contrib._gradinit import DEFAULTS
 from benchmarks import common
 from experiments import gradinit_networks, gradinit_study
 from experiments.gradinit_study import Network

@@ -36,14 +36,15 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from archscale_jax import datasets, find_units
-from archscale_jax.growth.bottleneck import layer_statistics
-from archscale_jax.growth.measured import Measured, measure
-from archscale_jax.growth.solve import solve
-from archscale_jax.growth.statistics import pair_statistics
-from archscale_jax.growth.units import Units
+from archscale_jax.contrib import find_units
+from archscale_jax.contrib._growth.bottleneck import layer_statistics
+from archscale_jax.contrib._growth.measured import Measured, measure
+from archscale_jax.contrib._growth.solve import solve
+from archscale_jax.contrib._growth.statistics import pair_statistics
+from archscale_jax.contrib._growth.units import Units
 from benchmarks import common, torch_process
-from experiments.common import markdown_table
+from experiments.lab import datasets
+from experiments.lab.common import markdown_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")

@@ -26,12 +26,12 @@ import numpy as np
 from absl import app, flags
 
 import archscale_jax as archscale
-from archscale_jax.growth.extension import AMPLITUDES
-from archscale_jax.trees import PyTree, named_leaves
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib._growth.extension import AMPLITUDES
 from benchmarks import common, parts
 from experiments import grow_cost as operations
 from experiments import grow_study, transfer_study
-from experiments.common import markdown_table
+from experiments.lab.common import markdown_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")
@@ -54,25 +54,25 @@ READ = ("reading", "counting")
 LONGEST = 8  # programs by name, of which the results say how long XLA took
 ROOMS: dict[str, Callable[[int], int]] = {
     "exact": int,
-    "geometric(1.5)": archscale.geometric(1.5),
-    "geometric(2)": archscale.geometric(2.0),
-    "geometric(4)": archscale.geometric(4.0),
+    "geometric(1.5)": archscale.contrib.geometric(1.5),
+    "geometric(2)": archscale.contrib.geometric(2.0),
+    "geometric(4)": archscale.contrib.geometric(4.0),
     "all at the start": int,
 }
 FUNCTIONS = (
     (archscale, "grow", "rooms"),  # what is left of it: widened arrays, and new neurons in them
     (archscale, "count_neurons", "counting"),
     (archscale, "count_parameters", "counting"),
-    ("archscale_jax.growth.grow", "trace", "reading"),
-    ("archscale_jax.growth.grow", "measure", "statistics"),
-    ("archscale_jax.growth.grow", "solve", "solving"),
-    ("archscale_jax.growth.grow", "_check_shapes", "reading"),
-    ("archscale_jax.growth.grow", "search_amplitude", "amplitudes"),
-    ("archscale_jax.growth.grow", "_check_unchanged", "amplitudes"),
-    ("archscale_jax.growth.grow", "grown_architecture", "reading"),
-    ("archscale_jax.growth.measured", "layer_kinds", "reading"),
-    ("archscale_jax.growth.bottleneck", "layer_kinds", "reading"),
-    ("archscale_jax.growth.bottleneck", "least_squares", "solving"),
+    ("archscale_jax.contrib._growth.grow", "trace", "reading"),
+    ("archscale_jax.contrib._growth.grow", "measure", "statistics"),
+    ("archscale_jax.contrib._growth.grow", "solve", "solving"),
+    ("archscale_jax.contrib._growth.grow", "_check_shapes", "reading"),
+    ("archscale_jax.contrib._growth.grow", "search_amplitude", "amplitudes"),
+    ("archscale_jax.contrib._growth.grow", "_check_unchanged", "amplitudes"),
+    ("archscale_jax.contrib._growth.grow", "grown_architecture", "reading"),
+    ("archscale_jax.contrib._growth.measured", "layer_kinds", "reading"),
+    ("archscale_jax.contrib._growth.bottleneck", "layer_kinds", "reading"),
+    ("archscale_jax.contrib._growth.bottleneck", "least_squares", "solving"),
     (operations, "forward_flops", "counting"),
     (operations, "growth_flops", "counting"),
 )
@@ -334,8 +334,8 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
     problem, trained, params, state = start(size, data_dir)
     if name == "all at the start":
         final = dict.fromkeys((one.name for one in problem.units), size.most)
-        params, state = archscale.widen(params, final, problem.units, optimizer_state=state)
-    schedule = archscale.GrowthSchedule(
+        params, state = archscale.contrib.widen(params, final, problem.units, optimizer_state=state)
+    schedule = archscale.contrib.GrowthSchedule(
         growths=size.growths, every=size.every, factor=size.factor, most=size.most
     )
     images, labels = trained
@@ -350,8 +350,10 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
             if update and not update % size.every:
                 chosen = generator.permutation(count)[: size.statistics]
                 batch = images[chosen], labels[chosen]
-                neurons = archscale.count_neurons(params, problem.units)
-                numbers = archscale.choose_growth(schedule, len(growths), problem.units, neurons)
+                neurons = archscale.contrib.count_neurons(params, problem.units)
+                numbers = archscale.contrib.choose_growth(
+                    schedule, len(growths), problem.units, neurons
+                )
                 units = [one for one in problem.units if one.name in numbers]
                 growths.append((params, batch, units))
                 growth = archscale.grow(
@@ -367,7 +369,7 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
     return run_summary(clock.summary()) | {
         "flops": count_operations(problem, stretches, growths, size),
         "rooms": [rooms_of(one, problem.units) for one in stretches],
-        "neurons": [archscale.count_neurons(one, problem.units) for one in stretches],
+        "neurons": [archscale.contrib.count_neurons(one, problem.units) for one in stretches],
         "loss": float(problem.loss(params, held_out)),
     }
 
@@ -383,7 +385,7 @@ def start(size: Size, data_dir: str | None) -> tuple[grow_study.Problem, Any, Py
     return problem, trained, params, grow_study.create_optimizer().init(params)
 
 
-def rooms_of(params: PyTree, units: Sequence[archscale.Units]) -> dict[str, int]:
+def rooms_of(params: PyTree, units: Sequence[archscale.contrib.Units]) -> dict[str, int]:
     """Returns the rooms of units by name."""
     leaves = named_leaves(params)
     return {one.name: leaves[one.producers[0]].shape[-1] for one in units}
@@ -412,7 +414,7 @@ def count_operations(
     example = data.train_images[:1], data.train_labels[:1]
     for rooms, kept in (
         ("with_rooms", lambda params: params),
-        ("without", lambda params: archscale.compact(params, problem.units)),
+        ("without", lambda params: archscale.contrib.compact(params, problem.units)),
     ):
         found[f"training_{rooms}"] = sum(
             3 * examples * operations.forward_flops(problem.loss, kept(params), example)
@@ -436,7 +438,7 @@ def race_shapes(
     rates = dict.fromkeys(named_leaves(params), np.float32(0))
     programs = {}
     for shape in shapes:
-        wide = archscale.widen(params, dict(shape), problem.units, optimizer_state=state)
+        wide = archscale.contrib.widen(params, dict(shape), problem.units, optimizer_state=state)
         programs[shape] = functools.partial(problem.step, *wide, batch, rates)
     times = common.alternate(programs, rounds=size.step_rounds)
     return {shape: common.spread(sample) for shape, sample in times.items()}

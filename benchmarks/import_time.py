@@ -32,7 +32,7 @@ IMPORTS = {
     "jax, optax, flax": "import jax, optax, flax.nnx",
     "jax, optax, flax, archscale_jax": "import jax, optax, flax.nnx, archscale_jax",
     "jax, optax, flax, archscale_jax with models and training": (
-        "import jax, optax, flax.nnx, archscale_jax, archscale_jax.models, archscale_jax.training"
+        "import jax, optax, flax.nnx, experiments.lab.models, experiments.lab.training"
     ),
 }
 BESIDE = {  # what is added to what

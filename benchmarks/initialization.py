@@ -26,14 +26,14 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from archscale_jax.architecture import Architecture, Arrangement
-from archscale_jax.graph import is_weight, live_edges, live_vertices
-from archscale_jax.initializer import initialize
-from archscale_jax.models import DagMLP
+from archscale_jax._architecture import Architecture, Arrangement
+from archscale_jax._graph import is_weight, live_edges, live_vertices
+from archscale_jax._initialize import initialize
+from archscale_jax._spaces import dag_graph, random_dag_string
+from archscale_jax._trees import map_with_names
 from archscale_jax.rules import INITIALIZATION_RULES, weight_standard_deviations
-from archscale_jax.spaces import dag_graph, random_dag_string
-from archscale_jax.trees import map_with_names
 from benchmarks import common
+from experiments.lab.models import DagMLP
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 FIGURE, PAGE = DOCS / "figures" / "initialization.png", DOCS / "initialization.md"

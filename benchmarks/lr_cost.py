@@ -17,17 +17,18 @@ from absl import app, flags
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import datasets
+from archscale_jax._spaces import chain_string
 from benchmarks import common, parts, space_cost, torch_cost
 from experiments import transfer_study as study
-from experiments.common import measure_seeds, measurer
+from experiments.lab import datasets
+from experiments.lab.common import measure_seeds, measurer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
     "dataset", None, datasets.DATASET_NAMES, "Default: fashion_mnist, or digits where it is absent."
 )
 flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
-flags.DEFINE_string("architecture", archscale.chain_string(4), "DAG string of the first network.")
+flags.DEFINE_string("architecture", chain_string(4), "DAG string of the first network.")
 parts.define_flags(torch=True)
 
 RANDOM_DAG = "2_02_011_1222"
@@ -86,7 +87,7 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
     low, high = study.RATES["sgd"]
     rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
 
-    def search(trial: study.Trial, **options) -> tuple[archscale.RateSearch, dict[str, Any]]:
+    def search(trial: study.Trial, **options) -> tuple[archscale.tuning.RateSearch, dict[str, Any]]:
         train = study.trainer(trial, study.build(trial, FLAGS.data_dir))
         # A rate that is not lost, so that every part of a run is compiled.
         first, again = (common.timed(lambda: list(train(rates[0], 0)))[1] for _ in range(2))
@@ -150,7 +151,7 @@ def cost_of_measuring(
     }, times[0][0]
 
 
-def _measure(trial: study.Trial) -> Callable[[], archscale.UpdateSize]:
+def _measure(trial: study.Trial) -> Callable[[], archscale.tuning.UpdateSize]:
     """Returns what draws weights for every seed and measures an update on a batch at hand."""
     network = study.build(trial, FLAGS.data_dir)
     return functools.partial(

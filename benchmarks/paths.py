@@ -20,9 +20,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from archscale_jax.graph import Operator, build_graph, is_weight
-from archscale_jax.paths import batched_path_statistics, path_statistics
-from archscale_jax.spaces import random_sparse_dag
+from archscale_jax._graph import Operator, build_graph, is_weight
+from archscale_jax._paths import batched_path_statistics, path_statistics
+from archscale_jax._spaces import random_sparse_dag
 from benchmarks import common
 
 FIGURE = pathlib.Path(__file__).parents[1] / "docs" / "figures" / "paths_scaling.png"

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax
-from archscale_jax.files import append_record, read_records
 from benchmarks import common
+from experiments.lab.files import append_record, read_records
 from tests.leaf_steps import FACTOR, OPTIMIZERS, LeafSteps, Trend, leaf_steps
 from tests.step_networks import NETWORKS
 

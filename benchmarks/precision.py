@@ -18,11 +18,11 @@ from absl import app, flags
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import datasets, training
-from archscale_jax.growth.measured import measure
-from archscale_jax.growth.solve import solve
-from archscale_jax.models import create_network
+from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.solve import solve
 from benchmarks import common
+from experiments.lab import datasets, training
+from experiments.lab.models import create_network
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
@@ -90,7 +90,7 @@ def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
             features, loss, params, batch, optax.sgd(1.0)
         )
     )
-    largest = jax.jit(lambda params, batch: archscale.sharpness(loss, params, batch))
+    largest = jax.jit(lambda params, batch: archscale.tuning.sharpness(loss, params, batch))
     units = None
     found: dict[str, list[np.ndarray]] = {}
     for seed in range(FLAGS.num_seeds):
@@ -99,7 +99,7 @@ def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
         chosen = jax.random.permutation(keys[1], len(data.train_images))
         batch = data.train_images[chosen[:count]], data.train_labels[chosen[:count]]
         if units is None:
-            every = archscale.find_units(loss, params, batch)
+            every = archscale.contrib.find_units(loss, params, batch)
             units = [one for one in every if not one.obstacle]
         pairs = measure(loss, params, [batch], units)
         neurons = solve(params, pairs, units)

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax
-from archscale_jax.files import append_record, read_records
-from archscale_jax.sweeps import ProcessExecutor
 from benchmarks import common
+from experiments.lab.files import append_record, read_records
+from experiments.lab.sweeps import ProcessExecutor
 from tests.program_checks import (
     RULES,
     TOLERANCE,

@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import gradinit_step, initializer
+from archscale_jax import _initialize as initializer
+from archscale_jax.contrib import _gradinit_step as gradinit_step
 from benchmarks import common
 
 FLAGS = flags.FLAGS

@@ -15,10 +15,10 @@ import optax
 from jax import lax
 from rich.table import Table
 
-from archscale_jax import training
-from archscale_jax.trees import named_leaves
+from archscale_jax._trees import named_leaves
 from benchmarks import common
 from experiments import transfer_study as study
+from experiments.lab import training
 
 SPACE = (6, 5)  # networks and their vertices
 RATE = 0.1  # where both are compared; a wrong update shows

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.models import create_network
 from benchmarks import common
+from experiments.lab import training
+from experiments.lab.models import create_network
 
 DAG = "2_02_212_1222"
 CLASSES = 10

@@ -19,9 +19,10 @@ from jax import lax
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.models import create_network
+from archscale_jax._spaces import chain_string
 from benchmarks import common, torch_process
+from experiments.lab import training
+from experiments.lab.models import create_network
 
 RATE = 0.1  # where losses are compared; a wrong update shows
 
@@ -92,7 +93,7 @@ def our_steps(
       path: where data and weights are written for `benchmarks/torch_step.py`.
       stock: convolve as Flax does by default.
     """
-    graph = archscale.dag_graph(archscale.chain_string(4), kernel_size=kernel_size)
+    graph = archscale.dag_graph(chain_string(4), kernel_size=kernel_size)
     model = create_network(graph, (28, 28, 1), width, 10, rngs=nnx.Rngs(0))
     layers: list[Any] = [model.stem, *model.layers.values()]
     if stock:

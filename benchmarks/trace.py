@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import files
 from benchmarks import common
+from experiments.lab import files
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "Trace this one alone and print its costs as JSON.")

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 import archscale_jax as archscale
 from benchmarks import common, torch_process
-from experiments.common import markdown_table
+from experiments.lab.common import markdown_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("updates", 20, "Updates of every training.", lower_bound=1)

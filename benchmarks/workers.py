@@ -21,10 +21,10 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from archscale_jax.sweeps import ProcessExecutor, run_study
 from benchmarks import common
 from experiments import grow_study, transfer_study
-from experiments.common import markdown_table
+from experiments.lab.common import markdown_table
+from experiments.lab.sweeps import ProcessExecutor, run_study
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rounds", 3, "Rounds of all ways.", lower_bound=1)

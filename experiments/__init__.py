@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from experiments import interrupts
+from experiments.lab import interrupts
 
 _STARTS = sys.argv[:1] == ["-m"]  # what Python makes of `python -m` while it imports this
 if _STARTS:

@@ -20,11 +20,12 @@ import optax
 from absl import flags
 
 import archscale_jax as archscale
-from archscale_jax import coordinate, datasets, files
-from archscale_jax.refusals import unknown
-from archscale_jax.sweeps import run_study
-from experiments import common, coordinate_report, families, page, ranges, runners, transfer_study
-from experiments.data_flags import define_data_flags
+from archscale_jax._errors import unknown
+from archscale_jax.tuning import _coordinate as coordinate
+from experiments import coordinate_report, transfer_study
+from experiments.lab import common, datasets, families, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import archscale_jax as archscale
-from archscale_jax import coordinate
-from experiments.panels import save
+from archscale_jax.tuning import _coordinate as coordinate
+from experiments.lab.panels import save
 
 Curves = dict[tuple[str, str, str], dict[int, dict[Any, dict[float, float]]]]
 
@@ -24,7 +24,7 @@ def curves_of(trials: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str
         found.setdefault(key, []).extend(rows)
     return {
         key: {
-            step: archscale.coordinate_curves(rows, step=step)
+            step: archscale.tuning.coordinate_curves(rows, step=step)
             for step in sorted({row.step for row in rows} - {0})
         }
         for key, rows in found.items()
@@ -44,7 +44,7 @@ def table(curves: Curves) -> list[list[str]]:
     for key, steps in curves.items():
         rows.append(list(key))
         for step in (1, last):
-            ratios = archscale.flatness(steps[step])
+            ratios = archscale.tuning.flatness(steps[step])
             output = ratios.pop("output")
             rows[-1] += [_shown(max(ratios.values())), _shown(output)]
     return rows
@@ -69,7 +69,7 @@ def draw(curves: Curves, path: pathlib.Path) -> None:
     for (row, how), (column, family) in itertools.product(enumerate(hows), enumerate(names)):
         steps = curves[family, axis, how]
         panel, found = panels[row][column], steps[max(steps)]
-        ratios = archscale.flatness(found)
+        ratios = archscale.tuning.flatness(found)
         inner = [name for name in found if name != "output"]
         for place, name in enumerate(inner):
             shade = 0.25 + 0.6 * place / max(len(inner) - 1, 1)

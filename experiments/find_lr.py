@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import datasets, files, search
-from archscale_jax.progress import Advance
-from experiments import common, display, interrupts, page, ranges, runners
-from experiments.panels import save
+from archscale_jax.tuning import _search as search
+from experiments.lab import common, datasets, display, files, interrupts, page, ranges, runners
+from experiments.lab.panels import save
+from experiments.lab.progress import Advance
 
 FLAGS = flags.FLAGS
 

@@ -17,18 +17,10 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import files
-from archscale_jax.sweeps import run_study
-from experiments import (
-    common,
-    gradinit_figures,
-    gradinit_report,
-    gradinit_study,
-    page,
-    ranges,
-    runners,
-)
-from experiments.data_flags import define_data_flags
+from experiments import gradinit_figures, gradinit_report, gradinit_study
+from experiments.lab import common, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
 

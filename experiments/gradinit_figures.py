@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import gradinit_report
 from experiments.gradinit_report import Arm
-from experiments.panels import create_panels, save
+from experiments.lab.panels import create_panels, save
 
 COLOURS = {"flax": "#777777", "he": "#0072B2", "topology": "#D55E00"}
 GUESS = math.log(10)

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import archscale_jax as archscale
-from archscale_jax.models import create_network
-from archscale_jax.models.convolution import conv_general_dilated
-from experiments.families import HEAD_FEATURES, PATCH, patches
+from experiments.lab.families import HEAD_FEATURES, PATCH, patches
+from experiments.lab.models import create_network
+from experiments.lab.models.convolution import conv_general_dilated
 
 STAGES = 3
 """Stages of a convolutional network; each halves the image and doubles the channels."""

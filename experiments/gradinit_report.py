@@ -23,14 +23,14 @@ class Arm(NamedTuple):
 
     Attributes:
       results: of `gradinit_study.run`, one a seed.
-      search: final training losses of all rates; see `archscale_jax.summarise_runs`.
+      search: final training losses of all rates; see `archscale_jax.tuning.summarise_runs`.
     """
 
     network: str
     start: str
     learned: str
     results: list[Mapping[str, Any]]
-    search: archscale.RateSearch
+    search: archscale.tuning.RateSearch
 
 
 def arms(records: Iterable[Record]) -> dict[tuple[str, str, str], Arm]:
@@ -46,12 +46,12 @@ def arms(records: Iterable[Record]) -> dict[tuple[str, str, str], Arm]:
 
 def _arm(key: tuple[str, str, str], records: Sequence[Record]) -> Arm:
     runs = [
-        archscale.Run(run["rate"], record["trial"]["seed"], final_loss(run))
+        archscale.tuning.Run(run["rate"], record["trial"]["seed"], final_loss(run))
         for record in records
         for run in record["result"]["runs"]
     ]
     results = [record["result"] for record in records]
-    return Arm(*key, results, archscale.summarise_runs(runs))
+    return Arm(*key, results, archscale.tuning.summarise_runs(runs))
 
 
 def final_loss(run: Mapping[str, Any]) -> float:
@@ -63,7 +63,7 @@ def final_loss(run: Mapping[str, Any]) -> float:
 
 def best_rate(arm: Arm) -> float:
     """The rate with the smallest mean loss among those that were trained at."""
-    losses = archscale.mean_losses(arm.search)
+    losses = archscale.tuning.mean_losses(arm.search)
     return min(losses, key=lambda rate: losses[rate])
 
 
@@ -99,8 +99,8 @@ def predicted_rate(arm: Arm, every: Mapping[tuple[str, str, str], Arm]) -> float
         return None
 
 
-def _measured(arm: Arm) -> archscale.UpdateSize:
-    names = archscale.UpdateSize._fields
+def _measured(arm: Arm) -> archscale.tuning.UpdateSize:
+    names = archscale.tuning.UpdateSize._fields
     numbers = {
         name: jnp.asarray(
             [[math.nan if one is None else one for one in result["measured"][name]]
@@ -108,7 +108,7 @@ def _measured(arm: Arm) -> archscale.UpdateSize:
         )
         for name in names
     }  # fmt: skip
-    return archscale.UpdateSize(**numbers)
+    return archscale.tuning.UpdateSize(**numbers)
 
 
 def table(every: Mapping[tuple[str, str, str], Arm]) -> list[list[str]]:
@@ -148,8 +148,8 @@ def _cost(arm: Arm, rate: float | None) -> str:
     """By how much the loss at a rate exceeds that at the best."""
     if rate is None:
         return "–"
-    losses = archscale.mean_losses(arm.search)
-    excess = archscale.loss_at(rate, losses) - min(losses.values())
+    losses = archscale.tuning.mean_losses(arm.search)
+    excess = archscale.tuning.loss_at(rate, losses) - min(losses.values())
     return f"{excess:+.3f}" if math.isfinite(excess) else "lost"
 
 

@@ -12,12 +12,12 @@ import optax
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.datasets import Dataset
-from archscale_jax.gradinit_step import Update
-from archscale_jax.trees import PyTree, named_leaves
-from experiments import common, families, ranges, transfer_study
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib._gradinit_step import Update
+from experiments import transfer_study
 from experiments.gradinit_networks import NETWORKS
+from experiments.lab import common, families, ranges, training
+from experiments.lab.datasets import Dataset
 
 Trial = Mapping[str, Any]
 
@@ -166,7 +166,7 @@ class Network(NamedTuple):
     create: Callable[[int], PyTree]  # from a seed to the params as Flax draws them
     loss: Callable[[PyTree, Any], jax.Array]
     gradient: Callable[[PyTree, Any], PyTree]  # of the loss, jitted
-    measure: Callable[[PyTree, Any], archscale.UpdateSize]  # one update, jitted
+    measure: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # one update, jitted
 
 
 @functools.lru_cache(maxsize=2)
@@ -227,13 +227,13 @@ def halves(dataset: Dataset, size: int, seed: int) -> Iterator[tuple[jax.Array, 
 
 def learn(
     network: Network, params: PyTree, trial: Trial
-) -> tuple[PyTree, archscale.GradInitRecord]:
+) -> tuple[PyTree, archscale.contrib.GradInitRecord]:
     """GradInit as a trial has it."""
     options = dict(LEARNED[trial["learned"]])
     if trial["learned"] == "penalty":
         options["penalty"] = trial["penalty"]
     if trial["learned"] == "vertices":
-        options["groups"] = archscale.vertex_groups(network.architecture)
+        options["groups"] = archscale.contrib.vertex_groups(network.architecture)
     return archscale.gradinit(
         network.loss,
         params,
@@ -263,7 +263,7 @@ def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     return found
 
 
-def summary(record: archscale.GradInitRecord) -> dict[str, Any]:
+def summary(record: archscale.contrib.GradInitRecord) -> dict[str, Any]:
     """What is kept of a record: the last multipliers, and every iteration's scalars."""
     return {
         "multipliers": {name: float(one[-1]) for name, one in record.multipliers.items()},

@@ -19,19 +19,10 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import files
-from archscale_jax.sweeps import run_study
-from experiments import (
-    common,
-    grow_figures,
-    grow_report,
-    grow_study,
-    page,
-    ranges,
-    runners,
-    transfer_study,
-)
-from experiments.data_flags import define_data_flags
+from experiments import grow_figures, grow_report, grow_study, transfer_study
+from experiments.lab import common, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from archscale_jax.growth import Units
-from archscale_jax.growth.statistics import blocks
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib._growth import Units
+from archscale_jax.contrib._growth.statistics import blocks
 from archscale_jax.tracing.layers import layer_kinds, layer_outputs
-from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], jax.Array]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.grow_report import LABELS, Arm, Arms, Result, reference
 from experiments.grow_study import ARMS
-from experiments.panels import create_panels, save
+from experiments.lab.panels import create_panels, save
 
 STYLES = {
     "tiny": ("#0072B2", "o"),

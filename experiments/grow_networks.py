@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import archscale_jax as archscale
-from archscale_jax.models import create_network
+from archscale_jax._spaces import chain_string
+from experiments.lab.models import create_network
 
 STAGE_BLOCKS = (2, 2, 2, 2)
 """Residual blocks of the stages of ResNet-18."""
@@ -70,7 +71,7 @@ class ResNet18(nnx.Module):
 
 def mlp(image, width: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """A perceptron of four layers."""
-    graph = archscale.dag_graph(archscale.chain_string(3))
+    graph = archscale.dag_graph(chain_string(3))
     return create_network(graph, image, width, classes, rngs=rngs)
 
 

@@ -16,14 +16,14 @@ import optax
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import checkpoints, files
-from archscale_jax.datasets import Dataset
-from archscale_jax.growth.extension import AMPLITUDES
-from archscale_jax.refusals import unknown
-from archscale_jax.sweeps import trial_hash
-from archscale_jax.trees import PyTree, map_with_names, named_leaves
+from archscale_jax._errors import unknown
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax.contrib._growth.extension import AMPLITUDES
 from experiments import grow_cost, transfer_study
 from experiments.grow_networks import NETWORKS
+from experiments.lab import checkpoints, files
+from experiments.lab.datasets import Dataset
+from experiments.lab.sweeps import trial_hash
 
 Trial = Mapping[str, Any]
 
@@ -114,8 +114,8 @@ class Problem(NamedTuple):
     loss: Callable[[PyTree, Any], jax.Array]
     hits: Callable[[PyTree, Any, Any], jax.Array]  # right answers and summed loss, jitted
     step: Callable[..., tuple[PyTree, Any, jax.Array]]  # one update, jitted
-    size: Callable[[PyTree, Any], archscale.UpdateSize]  # of one update, jitted
-    units: tuple[archscale.Units, ...]
+    size: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # of one update, jitted
+    units: tuple[archscale.contrib.Units, ...]
 
 
 @functools.lru_cache(maxsize=2)
@@ -156,7 +156,7 @@ def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> Prob
         return archscale.vertex_features(logits, params, batch[0])
 
     @jax.jit
-    def size(params: PyTree, batch: Any) -> archscale.UpdateSize:
+    def size(params: PyTree, batch: Any) -> archscale.tuning.UpdateSize:
         return archscale.measure_update(features, loss, params, batch, optax.sgd(1.0))
 
     images = jax.ShapeDtypeStruct((2, height, side, channels), jnp.float32)
@@ -167,7 +167,9 @@ def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> Prob
         return archscale.initialize(key, params, architecture, INITIALIZATION[name])
 
     batch = data.train_images[:2], data.train_labels[:2]
-    units = tuple(one for one in archscale.find_units(loss, template, batch) if not one.obstacle)
+    units = tuple(
+        one for one in archscale.contrib.find_units(loss, template, batch) if not one.obstacle
+    )
 
     def create(width: int, seed: int) -> PyTree:
         return draw(split(width)[1], seed)
@@ -287,7 +289,7 @@ class Run:
     optimizer_state: Any
     flops: float = 0.0
     growth_flops: float = 0.0
-    edits: list[archscale.Edit] = dataclasses.field(default_factory=list)
+    edits: list[archscale.contrib.Edit] = dataclasses.field(default_factory=list)
     curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
@@ -305,7 +307,7 @@ def run(trial: Trial, data_dir: str | None = None, partial: pathlib.Path | None 
     else:
         params = problem.create(trial["start_width"], trial["seed"])
     if trial["arm"] == "scratch":
-        wide, _ = archscale.widen(params, trial["neurons"], problem.units)
+        wide, _ = archscale.contrib.widen(params, trial["neurons"], problem.units)
         params = problem.draw(wide, trial["seed"])
     folder = None
     if partial is not None and trial["arm"] in METHODS:
@@ -318,7 +320,9 @@ def run(trial: Trial, data_dir: str | None = None, partial: pathlib.Path | None 
 
 def _train(problem: Problem, start: PyTree, trial: Trial, folder: pathlib.Path | None) -> dict:
     optimizer = create_optimizer()
-    schedule = archscale.GrowthSchedule(**trial["schedule"]) if "schedule" in trial else None
+    schedule = (
+        archscale.contrib.GrowthSchedule(**trial["schedule"]) if "schedule" in trial else None
+    )
     now = Run(0, start, optimizer.init(start))
     if folder is not None:
         now = _restored(folder, trial, now, problem) or now
@@ -353,19 +357,19 @@ def _train(problem: Problem, start: PyTree, trial: Trial, folder: pathlib.Path |
 def _compact_flops(problem: Problem, params: PyTree) -> float:
     """Operations of a forward pass without empty rooms."""
     return grow_cost.forward_flops(
-        problem.loss, archscale.compact(params, problem.units), _example(problem)
+        problem.loss, archscale.contrib.compact(params, problem.units), _example(problem)
     )
 
 
-def _is_due(schedule: archscale.GrowthSchedule, now: Run) -> bool:
+def _is_due(schedule: archscale.contrib.GrowthSchedule, now: Run) -> bool:
     done = len(now.edits)
     return done < schedule.growths and now.step == schedule.every * (done + 1)
 
 
 def _result(problem: Problem, now: Run, trial: Trial) -> dict[str, Any]:
     return {
-        "neurons": archscale.count_neurons(now.params, problem.units),
-        "parameters": archscale.count_parameters(now.params, problem.units),
+        "neurons": archscale.contrib.count_neurons(now.params, problem.units),
+        "parameters": archscale.contrib.count_parameters(now.params, problem.units),
         "flops": now.flops,
         "growth_flops": now.growth_flops,
         "last_step_flops": 3 * trial["batch_size"] * _compact_flops(problem, now.params),
@@ -409,7 +413,7 @@ def _point(
     now.curve.append(
         {
             "step": now.step,
-            "parameters": archscale.count_parameters(now.params, problem.units),
+            "parameters": archscale.contrib.count_parameters(now.params, problem.units),
             "flops": now.flops,
             "train_loss": train_loss,
             "accuracy": float(hits[0]) if np.isfinite(train_loss) else math.nan,
@@ -419,7 +423,9 @@ def _point(
     return bool(np.isfinite(train_loss) and np.isfinite(hits[1]))
 
 
-def _grow(problem: Problem, now: Run, trial: Trial, schedule: archscale.GrowthSchedule) -> None:
+def _grow(
+    problem: Problem, now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule
+) -> None:
     method, _, update = METHODS[trial["arm"]]
     count = len(problem.dataset.train_images) - HELD_OUT
     seed = (trial["seed"], len(now.edits), 1)
@@ -429,13 +435,15 @@ def _grow(problem: Problem, now: Run, trial: Trial, schedule: archscale.GrowthSc
         problem.dataset.train_images[-HELD_OUT:][: trial["held_out"]],
         problem.dataset.train_labels[-HELD_OUT:][: trial["held_out"]],
     )
-    neurons = archscale.count_neurons(now.params, problem.units)
+    neurons = archscale.contrib.count_neurons(now.params, problem.units)
     bottlenecks, flops = None, 0.0
     if schedule.order == "largest":
         readers = [name for one in problem.units for name in one.consumers]
         bottlenecks = archscale.bottleneck(problem.loss, now.params, batches, layers=readers)
         flops += grow_cost.bottleneck_flops(problem.loss, now.params, batches[0], readers)
-    numbers = archscale.choose_growth(schedule, len(now.edits), problem.units, neurons, bottlenecks)
+    numbers = archscale.contrib.choose_growth(
+        schedule, len(now.edits), problem.units, neurons, bottlenecks
+    )
     units = [one for one in problem.units if one.name in numbers]
     flops += grow_cost.growth_flops(
         problem.loss, now.params, batches[0], units, len(AMPLITUDES),
@@ -452,7 +460,7 @@ def _grow(problem: Problem, now: Run, trial: Trial, schedule: archscale.GrowthSc
         method=method,
         normalize=trial["normalize"],
         update=update,
-        rooms=archscale.geometric(2.0),
+        rooms=archscale.contrib.geometric(2.0),
         key=jax.random.key(trial["seed"] * 1000 + len(now.edits)),
         optimizer_state=now.optimizer_state,
     )
@@ -461,10 +469,10 @@ def _grow(problem: Problem, now: Run, trial: Trial, schedule: archscale.GrowthSc
     now.flops += flops
     leaves = named_leaves(now.params)
     now.edits.append(
-        archscale.Edit(
+        archscale.contrib.Edit(
             now.step,
             growth.numbers,
-            archscale.count_neurons(now.params, problem.units),
+            archscale.contrib.count_neurons(now.params, problem.units),
             {one.name: leaves[one.producers[0]].shape[-1] for one in problem.units},
             growth.amplitude,
             [*growth.losses],
@@ -482,7 +490,9 @@ def _factors(problem: Problem, start: PyTree, params: PyTree, trial: Trial) -> d
         return dict.fromkeys(names, 1.0)
     if rule == "width":
         grown, small = (
-            archscale.grown_architecture(problem.loss, one, _example(problem), problem.units)
+            archscale.contrib.grown_architecture(
+                problem.loss, one, _example(problem), problem.units
+            )
             for one in (params, start)
         )
         return archscale.learning_rate_factors(grown, small, width_rule="sgd")
@@ -511,8 +521,8 @@ def _restored(folder: pathlib.Path, trial: Trial, fresh: Run, problem: Problem) 
     logs = sorted(folder.glob("growth_*.json"), key=lambda path: int(path.stem.split("_")[1]))
     for path in logs[::-1]:
         log = json.loads(path.read_text())
-        edits = [archscale.Edit(**edit) for edit in log["edits"]]
-        params, state = archscale.widen(
+        edits = [archscale.contrib.Edit(**edit) for edit in log["edits"]]
+        params, state = archscale.contrib.widen(
             fresh.params, edits[-1].rooms, problem.units, optimizer_state=fresh.optimizer_state
         )
         like = {"params": params, "optimizer_state": state}

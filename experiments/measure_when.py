@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import files, training
-from archscale_jax.sweeps import run_study, trial_hash
-from experiments import common, page, ranges, runners, transfer_study, transfer_summary
+from experiments import transfer_study, transfer_summary
+from experiments.lab import common, files, page, ranges, runners, training
+from experiments.lab.sweeps import run_study, trial_hash
 
 FLAGS = flags.FLAGS
 
@@ -114,7 +114,7 @@ def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, 
     """
     settings = trial["network"]
     network = transfer_study.build(settings, data_dir)
-    sizes: dict[str, list[archscale.UpdateSize]] = {}
+    sizes: dict[str, list[archscale.tuning.UpdateSize]] = {}
     measured = jax.jit(functools.partial(_measure, network))
     optimizer = network.optimizer(trial["rate"])
     images, labels = network.dataset.train_images, network.dataset.train_labels
@@ -148,13 +148,13 @@ def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, 
     return {
         name: {
             field: [np.asarray(getattr(one, field), float).tolist() for one in found]
-            for field in archscale.UpdateSize._fields
+            for field in archscale.tuning.UpdateSize._fields
         }
         for name, found in sizes.items()
     }
 
 
-def _measure(network, params, model_state, examples, batch) -> archscale.UpdateSize:
+def _measure(network, params, model_state, examples, batch) -> archscale.tuning.UpdateSize:
     """The update on `examples`, as the features of `batch` see it."""
 
     def features(params, batches):

@@ -24,9 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from archscale_jax import files
-from archscale_jax.sweeps import missing_trials, trial_hash
-from experiments import common, display, plan_estimate, plan_probe, ranges, transfer, transfer_study
+from experiments import plan_estimate, plan_probe, transfer, transfer_study
+from experiments.lab import common, display, files, ranges
+from experiments.lab.sweeps import missing_trials, trial_hash
 from experiments.plan_estimate import Cost, Estimate
 
 FLAGS = flags.FLAGS

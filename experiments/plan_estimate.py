@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from archscale_jax.search import find_learning_rate
+from archscale_jax.tuning._search import find_learning_rate
 
 CURVATURE = 0.1
 """Of the loss, relative to its smallest value, by squared nats from the best rate.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from archscale_jax import training
 from experiments import transfer_study
+from experiments.lab import training
 from experiments.plan_estimate import Cost
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

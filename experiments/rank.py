@@ -19,25 +19,23 @@ from typing import Any
 
 from absl import flags
 
-from archscale_jax import benchmark_tables, files, gains
-from archscale_jax.refusals import unknown
-from archscale_jax.spaces import cell_graph
-from archscale_jax.spaces.cell import cell_digits, code_of_digits
-from archscale_jax.sweeps import run_study
-from experiments import (
-    common,
-    page,
-    ranges,
+from archscale_jax._errors import unknown
+from archscale_jax._spaces import cell_graph
+from archscale_jax._spaces.cell import cell_digits, code_of_digits
+from experiments import transfer_study
+from experiments.lab import common, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study
+from experiments.nasbench import (
+    benchmark_tables,
+    gains,
     rank_figures,
     rank_networks,
     rank_report,
     rank_study,
-    runners,
-    transfer_study,
 )
-from experiments.data_flags import define_data_flags
-from experiments.rank_recipes import RECIPES
-from experiments.rank_study import PRESETS
+from experiments.nasbench.rank_recipes import RECIPES
+from experiments.nasbench.rank_study import PRESETS
 
 FLAGS = flags.FLAGS
 

@@ -22,10 +22,11 @@ from absl import flags
 from rich.console import Console
 
 import archscale_jax as archscale
-from archscale_jax import files
-from archscale_jax.datasets import Dataset
+from archscale_jax._spaces import chain_string, random_dag_string
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common, display, page, ranges, scaling_report
+from experiments import scaling_report
+from experiments.lab import common, display, files, page, ranges
+from experiments.lab.datasets import Dataset
 
 FLAGS = flags.FLAGS
 
@@ -142,7 +143,7 @@ def _networks() -> dict[str, str]:
     """Returns the DAG strings to train by their names, each string once."""
     names: dict[str, str] = {}
     for depth in FLAGS.chain_depths:
-        names.setdefault(archscale.chain_string(int(depth)), f"chain {depth}")
+        names.setdefault(chain_string(int(depth)), f"chain {depth}")
     for text in FLAGS.architecture or []:
         names.setdefault(text, text)
     wanted = len(names) + FLAGS.num_random
@@ -150,7 +151,7 @@ def _networks() -> dict[str, str]:
     for seed in range(FLAGS.random_seed, FLAGS.random_seed + 100 * FLAGS.num_random):
         if len(names) == wanted or seed > last + 1000:
             break
-        text = archscale.random_dag_string(seed, FLAGS.random_vertices)
+        text = random_dag_string(seed, FLAGS.random_vertices)
         last = last if text in names else seed
         names.setdefault(text, text)
     if len(names) < wanted:

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 import archscale_jax as archscale
-from experiments import common
-from experiments.panels import save
+from experiments.lab import common
+from experiments.lab.panels import save
 
 Row = dict[str, Any]
 

@@ -15,10 +15,10 @@ import sys
 
 from absl import flags
 
-from archscale_jax import files
-from archscale_jax.sweeps import run_study
-from experiments import common, page, ranges, runners, size_transfer_study
-from experiments.data_flags import define_data_flags
+from experiments import size_transfer_study
+from experiments.lab import common, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study
 from experiments.size_transfer_study import STUDIES
 
 FLAGS = flags.FLAGS

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 import archscale_jax as archscale
-from archscale_jax import datasets, training
-from archscale_jax.refusals import unknown
-from archscale_jax.search import excess_loss
-from archscale_jax.sweeps import trial_hash
-from experiments import common, families, ranges, transfer_study
-from experiments.panels import save
+from archscale_jax._errors import unknown
+from archscale_jax.tuning._search import excess_loss
+from experiments import transfer_study
+from experiments.lab import common, datasets, families, ranges, training
+from experiments.lab.panels import save
+from experiments.lab.sweeps import trial_hash
 
 Trial = Mapping[str, Any]
 Records = dict[str, dict[str, Any]]
@@ -156,7 +156,7 @@ class Group(NamedTuple):
         where the rate should stay, by the rule `none` alone.
     """
 
-    searches: dict[int, archscale.RateSearch]
+    searches: dict[int, archscale.tuning.RateSearch]
     predicted: dict[str, dict[int, float]]
 
 
@@ -173,8 +173,8 @@ def _group(sizes: dict[int, Trial], records: dict[str, Records]) -> Group:
     searches = {}
     for size, trial in sizes.items():
         runs = records["results"][trial_hash(trial)]["runs"]
-        searches[size] = archscale.summarise_runs(
-            archscale.Run(rate, seed, math.inf if loss is None else loss)
+        searches[size] = archscale.tuning.summarise_runs(
+            archscale.tuning.Run(rate, seed, math.inf if loss is None else loss)
             for rate, seed, loss in runs
         )
     base_trial = next(iter(sizes.values()))
@@ -194,7 +194,9 @@ def _compared(trial: Trial, rule: str, measurements: Records) -> Any:
     """What a rule compares: the measurement of a network, or its graph."""
     if rule in ("measured", "relative"):
         measured = measurements[trial_hash(trial)]
-        return archscale.UpdateSize(**{name: jnp.asarray(measured[name]) for name in measured})
+        return archscale.tuning.UpdateSize(
+            **{name: jnp.asarray(measured[name]) for name in measured}
+        )
     return _architecture(trial["family"], trial["width"], trial["depth"])
 
 
@@ -210,7 +212,7 @@ def table(groups: Mapping[tuple[str, str], Group]) -> list[list[str]]:
     rows = [head]
     for (study, how), (searches, predicted) in groups.items():
         best = {size: search.rate for size, search in searches.items()}
-        losses = {size: archscale.mean_losses(search) for size, search in searches.items()}
+        losses = {size: archscale.tuning.mean_losses(search) for size, search in searches.items()}
         noise = np.mean([search.seed_error for search in searches.values()])
         rates = " ".join(f"{rate:.3g}" for rate in best.values())
         for rule, found in predicted.items():

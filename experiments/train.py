@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import archscale_jax as archscale
-from archscale_jax import checkpoints, files
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common, display, interrupts, page, ranges
-from experiments.panels import create_panels, save
+from experiments.lab import checkpoints, common, display, files, interrupts, page, ranges
+from experiments.lab.panels import create_panels, save
 
 FLAGS = flags.FLAGS
 

@@ -18,18 +18,10 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from archscale_jax import files
-from archscale_jax.sweeps import run_study, trial_hash
-from experiments import (
-    common,
-    page,
-    ranges,
-    runners,
-    transfer_report,
-    transfer_study,
-    transfer_summary,
-)
-from experiments.data_flags import define_data_flags
+from experiments import transfer_report, transfer_study, transfer_summary
+from experiments.lab import common, files, page, ranges, runners
+from experiments.lab.data_flags import define_data_flags
+from experiments.lab.sweeps import run_study, trial_hash
 
 FLAGS = flags.FLAGS
 

@@ -8,8 +8,8 @@ from rich import box
 from rich.table import Table
 
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import common
-from experiments.panels import save
+from experiments.lab import common
+from experiments.lab.panels import save
 from experiments.transfer_summary import Row, Summary
 
 _COLUMNS = ("study", "rule", "n", "r (log)", "r (linear)", "slope",

@@ -11,12 +11,13 @@ import optax
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import datasets, search, training
-from archscale_jax.datasets import Dataset
-from archscale_jax.models import create_network
-from archscale_jax.refusals import unknown
-from archscale_jax.trees import PyTree
-from experiments import common
+from archscale_jax._errors import unknown
+from archscale_jax._spaces import chain_string, random_dag_string
+from archscale_jax._trees import PyTree
+from archscale_jax.tuning import _search as search
+from experiments.lab import common, datasets, training
+from experiments.lab.datasets import Dataset
+from experiments.lab.models import create_network
 
 Trial = dict[str, Any]
 
@@ -36,14 +37,14 @@ _CHAINS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20)
 
 
 def _chains(depths) -> list[str]:
-    return [archscale.chain_string(depth) for depth in depths]
+    return [chain_string(depth) for depth in depths]
 
 
 def random_dags(count: int, vertices: tuple[int, ...], first_seed: int) -> list[str]:
     """Returns different random DAG strings, with as many vertices as `vertices` says in turn."""
     found: dict[str, None] = {}
     for seed in range(first_seed, first_seed + 100 * count):
-        found[archscale.random_dag_string(seed, vertices[len(found) % len(vertices)])] = None
+        found[random_dag_string(seed, vertices[len(found) % len(vertices)])] = None
         if len(found) == count:
             return list(found)
     raise ValueError(f"found too few different DAGs of {vertices} vertices for {count}")
@@ -293,7 +294,7 @@ def measure_sharpness(trial: Mapping[str, Any], data_dir: str | None = None) -> 
         state = (params, network.model_state)
         return training.cross_entropy(network.graphdef, *state, *batch, train=True)[0]
 
-    largest = jax.jit(lambda params, batch: archscale.sharpness(loss, params, batch))
+    largest = jax.jit(lambda params, batch: archscale.tuning.sharpness(loss, params, batch))
     return {"sharpness": np.asarray(_measure_seeds(largest, network, trial), float).tolist()}
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 import archscale_jax as archscale
 from archscale_jax.rules import LEARNING_RATE_RULES
-from archscale_jax.search import excess_loss
-from archscale_jax.sweeps import trial_hash
+from archscale_jax.tuning._search import excess_loss
+from experiments.lab.sweeps import trial_hash
 from experiments.transfer_study import Trial
 
 RULES = (
@@ -44,7 +44,7 @@ class Summary(NamedTuple):
       error_low: lower end of its 95 % bootstrap interval.
       error_high: upper end.
       excess_loss: what the prediction costs: the training loss at the predicted rate over the
-        smallest one, less 1, the median over networks; see `archscale_jax.loss_at`.
+        smallest one, less 1, the median over networks; see `archscale_jax.tuning.loss_at`.
       noise: RMS standard error of the true log ratio to the base, from its seeds.
     """
 
@@ -117,9 +117,9 @@ def _predict(rule: str, target, base, base_rate: float) -> float:
         elif rule == "sharpness":
             pair.append(np.asarray(measured.get("sharpness", math.nan)))
         else:
-            fields = archscale.UpdateSize._fields
+            fields = archscale.tuning.UpdateSize._fields
             sizes = {name: jnp.asarray(np.asarray(measured[name], float)) for name in fields}
-            pair.append(archscale.UpdateSize(**sizes))
+            pair.append(archscale.tuning.UpdateSize(**sizes))
     try:
         return archscale.predict_learning_rate(pair[0], pair[1], base_rate, rule)
     except ValueError:
@@ -185,10 +185,10 @@ def spread_of_answers(results: list[Mapping[str, Any]]) -> str:
     answers, argmins = [], []
     for result in results:
         runs = [
-            archscale.Run(rate, seed, math.inf if loss is None else loss)
+            archscale.tuning.Run(rate, seed, math.inf if loss is None else loss)
             for rate, seed, loss in result["runs"]
         ]
-        rates = archscale.summarise_runs(runs).seed_rates
+        rates = archscale.tuning.summarise_runs(runs).seed_rates
         if len(rates) < 2:
             continue
         answers.append(np.var(np.log(rates), ddof=1))
@@ -211,5 +211,5 @@ def spread_of_answers(results: list[Mapping[str, Any]]) -> str:
     ).format(len(answers), *spreads)
 
 
-def _loss_then_rate(run: archscale.Run) -> tuple[float, float]:
+def _loss_then_rate(run: archscale.tuning.Run) -> tuple[float, float]:
     return run.loss, -run.rate

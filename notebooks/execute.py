@@ -11,7 +11,7 @@ import pathlib
 import nbformat
 from nbclient import NotebookClient
 
-from archscale_jax.files import write_atomically
+from experiments.lab.files import write_atomically
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 LANGUAGE = {

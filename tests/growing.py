@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 import archscale_jax as archscale
-from archscale_jax.models import create_network
+from experiments.lab.models import create_network
 
 
 class Network(NamedTuple):
@@ -147,12 +147,12 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-_FOUND: dict[Callable, list[archscale.Units]] = {}
+_FOUND: dict[Callable, list[archscale.contrib.Units]] = {}
 
 
-def growable(network: Network) -> list[archscale.Units]:
+def growable(network: Network) -> list[archscale.contrib.Units]:
     """The units that can grow; found once for every loss."""
     if network.loss not in _FOUND:
-        found = archscale.find_units(network.loss, network.params, network.batch)
+        found = archscale.contrib.find_units(network.loss, network.params, network.batch)
         _FOUND[network.loss] = [one for one in found if one.obstacle is None]
     return _FOUND[network.loss]

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import archscale_jax as archscale
-from archscale_jax.trees import named_leaves, with_leaves
+from archscale_jax._trees import named_leaves, with_leaves
 from tests.step_networks import Network
 
 FACTOR = 1.3

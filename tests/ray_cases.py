@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from archscale_jax.files import read_records
-from archscale_jax.sweeps.versions import versions
+from experiments.lab.files import read_records
+from experiments.lab.sweeps.versions import versions
 from tests.test_runners import DEADLY, ROOT, TRIALS, starts_in, study
 from tests.trials import work
 
@@ -42,7 +42,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def connection(cluster):
-    from archscale_jax.sweeps.ray_executor import connected
+    from experiments.lab.sweeps.ray_executor import connected
 
     with connected(cluster.address, log_to_driver=False):
         yield
@@ -51,7 +51,7 @@ def connection(cluster):
 @pytest.mark.usefixtures("connection")
 class TestRay:
     def executor(self, **options):
-        from archscale_jax.sweeps.ray_executor import RayExecutor
+        from experiments.lab.sweeps.ray_executor import RayExecutor
 
         return RayExecutor(num_cpus=1, **options)
 
@@ -96,7 +96,7 @@ class TestRay:
         assert [record["result"]["product"] for record in records] == [0, 3]
 
     def test_a_worker_of_another_version_computes_nothing(self, tmp_path, monkeypatch):
-        from archscale_jax.sweeps import ray_executor
+        from experiments.lab.sweeps import ray_executor
 
         journal = tmp_path / "results.jsonl"
         study(TRIALS[:2], journal)
@@ -123,8 +123,8 @@ class TestRay:
 
 DRIVER = """
 import functools, sys
-from archscale_jax.sweeps import run_study
-from archscale_jax.sweeps.ray_executor import RayExecutor, connected
+from experiments.lab.sweeps import run_study
+from experiments.lab.sweeps.ray_executor import RayExecutor, connected
 from tests.trials import work
 
 address, journal, folder, count = sys.argv[1:]

@@ -12,7 +12,7 @@ import pytest
 from flax import linen, nnx
 
 import archscale_jax as archscale
-from archscale_jax.architecture import (
+from archscale_jax._architecture import (
     Architecture,
     Arrangement,
     Parameter,
@@ -20,9 +20,9 @@ from archscale_jax.architecture import (
     check_leaf,
     check_parameters,
 )
-from archscale_jax.models import DagMLP
-from archscale_jax.spaces import dag_graph
-from archscale_jax.trees import map_with_names, named_leaves, parameter_name, with_leaves
+from archscale_jax._spaces import dag_graph
+from archscale_jax._trees import map_with_names, named_leaves, parameter_name, with_leaves
+from experiments.lab.models import DagMLP
 
 
 class Pair(NamedTuple):
@@ -204,7 +204,7 @@ class TestFieldsCalledValue:
         assert factors["value"] == 0.5
         for name in FOUR:
             assert float(getattr(updates, name)[0, 0]) == factors[name]
-        larger = archscale.scale_parameters(model, {"value": 3.0})
+        larger = archscale.contrib.scale_parameters(model, {"value": 3.0})
         assert float(larger.value[0, 0]) == 3.0 and float(larger.key[0, 0]) == 1.0
 
 

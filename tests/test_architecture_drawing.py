@@ -16,12 +16,13 @@ from matplotlib import pyplot
 from matplotlib.text import Text
 
 import archscale_jax as archscale
-from archscale_jax.architecture import Architecture, Parameter, Role
-from archscale_jax.architecture_drawing import MAX_NAME, MAX_VERTICES, draw
-from archscale_jax.architecture_drawing.layout import Line, arrange
-from archscale_jax.drawing import DEAD_COLOR, EDGE_STYLES
-from archscale_jax.graph import build_graph, is_weight, live_edges
-from experiments.gallery import IMAGES, TOKENS, ResNet, TransformerBlock, traced
+from archscale_jax._architecture import Architecture, Parameter, Role
+from archscale_jax._draw import MAX_NAME, MAX_VERTICES, draw
+from archscale_jax._draw.graph import DEAD_COLOR, EDGE_STYLES
+from archscale_jax._draw.layout import Line, arrange
+from archscale_jax._graph import build_graph, is_weight, live_edges
+from archscale_jax._spaces import chain_string, random_dag_string, random_sparse_dag
+from experiments.lab.gallery import IMAGES, TOKENS, ResNet, TransformerBlock, traced
 
 
 class LanguageModel(linen.Module):
@@ -100,8 +101,8 @@ MODELS = {
     "scanned": scanned,
     "parallel": lambda: by_hand(PARALLEL),
     "dead": lambda: by_hand(archscale.dag_graph("2_00_210_0100_20001")),
-    "dense": lambda: by_hand(archscale.dag_graph(archscale.random_dag_string(1, 9))),
-    "sparse": lambda: by_hand(archscale.random_sparse_dag(0, 20, 35)),
+    "dense": lambda: by_hand(archscale.dag_graph(random_dag_string(1, 9))),
+    "sparse": lambda: by_hand(random_sparse_dag(0, 20, 35)),
     "long": lambda: by_hand(archscale.dag_graph("2_02_212"), "a$b$" + "folder/" * 40 + "{}"),
     "bare": lambda: Architecture(archscale.dag_graph("2_02_212"), ()),
 }
@@ -424,14 +425,14 @@ def test_refusals(tmp_path):
         draw(architecture, tmp_path / "picture.pdf")
     with pytest.raises(TypeError, match="expected an Architecture, found GraphsTuple; draw_graph"):
         draw(architecture.graph)
-    large = Architecture(archscale.dag_graph(archscale.chain_string(MAX_VERTICES)), ())
+    large = Architecture(archscale.dag_graph(chain_string(MAX_VERTICES)), ())
     with pytest.raises(ValueError, match=f"{MAX_VERTICES + 1} vertices .* at most {MAX_VERTICES}"):
         draw(large, tmp_path / "picture.png")
     assert not [*tmp_path.iterdir()]
 
 
 def test_the_largest_pictures_are_drawn():
-    graph = archscale.dag_graph(archscale.chain_string(MAX_VERTICES - 1))
+    graph = archscale.dag_graph(chain_string(MAX_VERTICES - 1))
     figure = draw(by_hand(graph))
     assert len(artists(figure, r"vertex-\d+")) == MAX_VERTICES
 

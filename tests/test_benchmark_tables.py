@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.benchmark_tables import read_nats_bench, read_table
-from archscale_jax.spaces import cell_function
-from archscale_jax.spaces.cell import cell_digits, string_of_digits
+from archscale_jax._spaces import cell_function
+from archscale_jax._spaces.cell import cell_digits, string_of_digits
+from experiments.nasbench.benchmark_tables import read_nats_bench, read_table
 
 CODES = ("3_34_131", "0_00_000", "1_02_314")
 CELLS = tuple(string_of_digits(cell_digits(code)) for code in CODES)

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.growth.bottleneck import bottleneck, layer_statistics
-from archscale_jax.models import create_network
+from archscale_jax._trees import named_leaves
+from archscale_jax.contrib._growth.bottleneck import bottleneck, layer_statistics
 from archscale_jax.tracing.layers import layer_kinds
-from archscale_jax.trees import named_leaves
+from experiments.lab import training
+from experiments.lab.models import create_network
 
 pytestmark = pytest.mark.quick_compilation
 

@@ -17,13 +17,13 @@ from jax import lax
 from jax.test_util import check_grads
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.models import CellNetwork, embed, multiply_adds, parameter_count, select_cell
-from archscale_jax.models.cell_edge import EdgeWeights, average_pool, chosen_edge
-from archscale_jax.models.cell_layers import convolve_half, pool_half
+from archscale_jax._spaces.cell import CELL_EDGES, cell_digits
+from archscale_jax._trees import named_leaves, parameter_name
 from archscale_jax.rules import weight_standard_deviations
-from archscale_jax.spaces.cell import CELL_EDGES, cell_digits
-from archscale_jax.trees import named_leaves, parameter_name
+from experiments.lab import training
+from experiments.lab.models import CellNetwork, embed, multiply_adds, parameter_count, select_cell
+from experiments.lab.models.cell_edge import EdgeWeights, average_pool, chosen_edge
+from experiments.lab.models.cell_layers import convolve_half, pool_half
 
 pytestmark = pytest.mark.quick_compilation
 

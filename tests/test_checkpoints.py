@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from archscale_jax.checkpoints import restore_checkpoint, save_checkpoint
+from experiments.lab.checkpoints import restore_checkpoint, save_checkpoint
 
 SETTINGS = {"architecture": "2_02", "rate": 0.1, "depths": (1, 2), "seed": None}
 

@@ -12,10 +12,10 @@ from flax import nnx
 from hypothesis import strategies
 from jax import lax
 
-from archscale_jax.models import DagCNN
-from archscale_jax.models.convolution import conv_general_dilated, convolution
-from archscale_jax.spaces import dag_graph
-from archscale_jax.training import cross_entropy
+from archscale_jax._spaces import dag_graph
+from experiments.lab.models import DagCNN
+from experiments.lab.models.convolution import conv_general_dilated, convolution
+from experiments.lab.training import cross_entropy
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import archscale_jax as archscale
-from archscale_jax.coordinate import Coordinate
+from archscale_jax.tuning._coordinate import Coordinate
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -78,7 +78,7 @@ def test_the_width_rule_is_flat_where_one_rate_fans_out(batches):
     for scaled in (True, False):
         make = functools.partial(linear_network, rate=0.02, scaled=scaled)
         records = archscale.coordinate_check(make, [64, 256, 1024], batches, loss)
-        ratios[scaled] = archscale.flatness(archscale.coordinate_curves(records))
+        ratios[scaled] = archscale.tuning.flatness(archscale.tuning.coordinate_curves(records))
     assert max(ratios[True].values()) < 1.5
     assert max(ratios[False].values()) > 4
 
@@ -91,25 +91,25 @@ def test_curves_are_means_over_seeds():
         for step in (0, 1)
         for vertex in (0, "output")
     ]
-    curves = archscale.coordinate_curves(records, step=1)
+    curves = archscale.tuning.coordinate_curves(records, step=1)
     assert curves == {0: {1: 7.0, 2: 8.0}, "output": {1: 7.0, 2: 8.0}}
-    assert archscale.coordinate_curves(records) == curves
-    assert archscale.coordinate_curves(records, quantity="feature")[0] == {1: 1.0, 2: 1.0}
-    assert archscale.flatness(curves) == {0: 8 / 7, "output": 8 / 7}
+    assert archscale.tuning.coordinate_curves(records) == curves
+    assert archscale.tuning.coordinate_curves(records, quantity="feature")[0] == {1: 1.0, 2: 1.0}
+    assert archscale.tuning.flatness(curves) == {0: 8 / 7, "output": 8 / 7}
 
 
 def test_networks_of_different_depth_have_last_and_largest_in_common():
     records = [Coordinate(1, 0, 1, vertex, change, 1.0) for vertex, change in ((0, 3.0), (1, 2.0))]
     records += [Coordinate(2, 0, 1, 0, 4.0, 1.0), Coordinate(1, 0, 1, "output", 5.0, 1.0)]
     records += [Coordinate(2, 0, 1, "output", 6.0, 1.0)]
-    assert archscale.coordinate_curves(records) == {
+    assert archscale.tuning.coordinate_curves(records) == {
         "largest": {1: 3.0, 2: 4.0}, "last": {1: 2.0, 2: 4.0}, "output": {1: 5.0, 2: 6.0}
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_what_was_lost_is_not_flat(value):
-    assert archscale.flatness({0: {1: 1.0, 2: value}}) == {0: math.inf}
+    assert archscale.tuning.flatness({0: {1: 1.0, 2: value}}) == {0: math.inf}
 
 
 def test_empty_arguments_and_unknown_choices_are_refused(batches):
@@ -121,9 +121,9 @@ def test_empty_arguments_and_unknown_choices_are_refused(batches):
             archscale.coordinate_check(make, sizes, some, loss, seeds=seeds)
     records = [Coordinate(1, 0, 1, 0, 1.0, 1.0)]
     with pytest.raises(ValueError, match="quantity 'size'; accepted are change, feature"):
-        archscale.coordinate_curves(records, quantity="size")
+        archscale.tuning.coordinate_curves(records, quantity="size")
     with pytest.raises(ValueError, match=r"step 3 was not measured; accepted are \[1\]"):
-        archscale.coordinate_curves(records, step=3)
+        archscale.tuning.coordinate_curves(records, step=3)
 
 
 # The transfer check.
@@ -185,7 +185,7 @@ def test_noise_alone_is_called_a_shift_in_one_of_twenty_checks(sizes):
                 size: plain._replace(rate=math.exp(place), seed_error=one, uncertainty=one)
                 for size, (place, one) in enumerate(zip(places, error, strict=True))
             }
-            found.append(archscale.summarise_transfer(searches).stays)
+            found.append(archscale.tuning.summarise_transfer(searches).stays)
     assert np.mean(stays) == pytest.approx(0.95, abs=0.03)
     assert np.mean(caught) < 0.15
 
@@ -193,9 +193,9 @@ def test_noise_alone_is_called_a_shift_in_one_of_twenty_checks(sizes):
 def test_the_limit_is_the_published_quantile_and_counts_the_grid():
     # The studentized range of 4 means with 8 degrees of freedom is 4.53 at 95 % (any table of it).
     logs = np.array([-0.1, 0.0, 0.1])
-    plain = archscale.summarise_transfer({size: searched(logs, 0.0) for size in range(4)})
+    plain = archscale.tuning.summarise_transfer({size: searched(logs, 0.0) for size in range(4)})
     assert plain.limit == pytest.approx(4.53 * 0.1 / math.sqrt(3), rel=1e-3)
-    coarse = archscale.summarise_transfer({size: searched(logs, 0.3) for size in range(4)})
+    coarse = archscale.tuning.summarise_transfer({size: searched(logs, 0.3) for size in range(4)})
     assert coarse.limit == pytest.approx(math.hypot(plain.limit, 0.6))
 
 
@@ -210,7 +210,7 @@ def test_cliffs_at_one_rate_stay_wherever_the_grid_meets_them(fall):
     searches = {
         n: archscale.find_learning_rate(train, rates.tolist()) for n, rates in enumerate(spaced)
     }
-    found = archscale.summarise_transfer(searches)
+    found = archscale.tuning.summarise_transfer(searches)
     assert found.drift > 0.05
     assert found.stays
 

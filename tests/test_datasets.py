@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from archscale_jax import datasets
-from archscale_jax.datasets import fashion_mnist
-from archscale_jax.datasets.dataset import channel_statistics
-from experiments.data_flags import DatasetParser
+from experiments.lab import datasets
+from experiments.lab.data_flags import DatasetParser
+from experiments.lab.datasets import fashion_mnist
+from experiments.lab.datasets.dataset import channel_statistics
 
 FILE_NAMES = (
     "train-images-idx3-ubyte",
@@ -320,7 +320,7 @@ def test_unknown_name_lists_the_accepted_ones():
 
 def test_importing_the_package_leaves_heavy_libraries_alone():
     program = (
-        "import sys, archscale_jax.datasets\n"
+        "import sys, experiments.lab.datasets\n"
         "print([name for name in ('tensorflow_datasets', 'sklearn', 'array_record') "
         "if name in sys.modules])"
     )

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.files import read_records
-from archscale_jax.models import create_network
-from archscale_jax.sweeps import run_study
-from archscale_jax.sweeps.devices import DeviceExecutor, over_devices
+from experiments.lab import training
+from experiments.lab.files import read_records
+from experiments.lab.models import create_network
+from experiments.lab.sweeps import run_study
+from experiments.lab.sweeps.devices import DeviceExecutor, over_devices
 from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation

@@ -1,6 +1,7 @@
 """What the pages promise of the code, and the code of the pages. `make docs` checks their links."""
 
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -44,7 +45,7 @@ def test_every_public_name_has_its_place_in_the_reference():
         f"{module.__name__}.{name}"
         for module in modules
         for name in getattr(module, "__all__", ())
-        if id(getattr(module, name)) not in found
+        if not inspect.ismodule(getattr(module, name)) and id(getattr(module, name)) not in found
     ]
 
 
@@ -85,22 +86,23 @@ def test_what_is_cited_stands_in_the_theory(folder):
 def flags(source):
     """The flags of a binary, and of what it imports of its folder."""
     text = source.read_text()
-    imported = re.findall(
-        r"^from experiments(?: import (?:\(([^)]*)\)|(.*))|\.(\w+) import)", text, re.MULTILINE
-    )
-    names = {name for pair in imported for name in re.findall(r"\w+", " ".join(pair))}
-    below = [path for name in names if (path := ROOT / "experiments" / f"{name}.py").exists()]
+    imported = re.findall(r"^from (experiments[\w.]*) import (\([^)]*\)|.*)", text, re.MULTILINE)
+    names = {
+        f"{package}.{name}" for package, found in imported for name in re.findall(r"\w+", found)
+    } | {package for package, _ in imported}
+    paths = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    below = [path for path in paths if path.exists()]
     return set(
         re.findall(r"(?:DEFINE\w*|Flag|ranges\.define\w*)\((?:[\w.]+\(\), )*\s*\"(\w+)\"", text)
     ).union(*map(flags, below))
 
 
 def test_commands_name_binaries_and_flags_that_exist():
-    command = re.compile(r"python -m (experiments|benchmarks)\.(\w+)((?:\s+\\?\s*--[^\s`]+)*)")
+    command = re.compile(r"python -m (experiments|benchmarks)\.([\w.]+)((?:\s+\\?\s*--[^\s`]+)*)")
     texts = {"README.md": (ROOT / "README.md").read_text(), **PAGES}
     for page, text in texts.items():
         for package, name, given in command.findall(text):
-            source = ROOT / package / f"{name}.py"
+            source = ROOT / package / f"{name.replace('.', '/')}.py"
             assert source.exists(), f"{page}: {package}.{name}"
             unknown = set(re.findall(r"--(\w+)", given)) - flags(source) - {"help"}
             assert not unknown, f"{page}: {name} has no flag {unknown}"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from archscale_jax.drawing import DEAD_COLOR, EDGE_STYLES, MAX_VERTICES, draw_graph
-from archscale_jax.graph import Operator, build_graph, live_edges, live_vertices
-from archscale_jax.spaces import (
+from archscale_jax._draw.graph import DEAD_COLOR, EDGE_STYLES, MAX_VERTICES, draw_graph
+from archscale_jax._graph import Operator, build_graph, live_edges, live_vertices
+from archscale_jax._spaces import (
     cell_graph,
     chain_string,
     dag_graph,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import archscale_jax as archscale
-from archscale_jax import datasets, files
-from archscale_jax.rules.residual import residual_branches
-from archscale_jax.sweeps import trial_hash
-from archscale_jax.trees import named_leaves
-from experiments import coordinate_report, families, size_transfer_study, transfer_study
+from archscale_jax._trees import named_leaves
+from archscale_jax.rules._residual import residual_branches
+from experiments import coordinate_report, size_transfer_study, transfer_study
+from experiments.lab import datasets, families, files
+from experiments.lab.sweeps import trial_hash
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -122,7 +122,7 @@ def test_predictions_and_errors_of_known_searches(studies):
 
     def measurement(trial):
         size = [[(0.1 / best[trial["depth"]]) ** 2, 0.5]]
-        return dict.fromkeys(archscale.UpdateSize._fields, size * 2)
+        return dict.fromkeys(archscale.tuning.UpdateSize._fields, size * 2)
 
     records = {
         "results": {trial_hash(trial): result(trial) for trial in trials},
@@ -158,7 +158,7 @@ def test_a_network_is_searched_and_measured(studies, monkeypatch):
     found = study.search_rate(trial)
     assert len(found["runs"]) == 3 and found["rate"] > 0
     measured = study.measure(trial)
-    assert set(measured) == set(archscale.UpdateSize._fields)
+    assert set(measured) == set(archscale.tuning.UpdateSize._fields)
     assert np.shape(measured["absolute"]) == (1, 5)  # stem, and two vertices a block
     assert np.all(np.isfinite(measured["standardized"]))
 

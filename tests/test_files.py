@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.files import (
+from experiments.lab.files import (
     append_record,
     claim_directory,
     read_records,

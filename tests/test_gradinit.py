@@ -11,9 +11,9 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import archscale_jax as archscale
-from archscale_jax.gradinit_step import Variant, initial_state, jitted_step
-from archscale_jax.models import create_network
-from archscale_jax.trees import parameter_name
+from archscale_jax._trees import parameter_name
+from archscale_jax.contrib._gradinit_step import Variant, initial_state, jitted_step
+from experiments.lab.models import create_network
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -279,7 +279,7 @@ def test_params_are_those_of_the_last_multipliers():
     params = mlp_params()
     rescaled, record = archscale.gradinit(mlp_loss, params, random_batches(30))
     last = {name: values[-1] for name, values in record.multipliers.items()}
-    again = archscale.scale_parameters(params, last)
+    again = archscale.contrib.scale_parameters(params, last)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, rescaled, again))
     assert list(last) == [
         f"layer_{index}/{name}" for index in range(3) for name in ("bias", "kernel")
@@ -437,7 +437,7 @@ def test_groups_of_vertices():
         params,
         inputs,
     )
-    groups = archscale.vertex_groups(architecture)
+    groups = archscale.contrib.vertex_groups(architecture)
     assert set(groups) == set(architecture.shapes)
     receivers = architecture.graph.receivers
     for one in architecture.parameters:
@@ -506,7 +506,7 @@ def test_bad_params():
     names = [f"layer_{index}/{name}" for index in range(3) for name in ("kernel", "bias")]
     refused("no tensor that is not frozen", groups=dict.fromkeys(names))
     with pytest.raises(ValueError, match="parameter in multipliers 'other'; accepted are"):
-        archscale.scale_parameters(mlp_params(), {"other": 2.0})
+        archscale.contrib.scale_parameters(mlp_params(), {"other": 2.0})
 
 
 def test_bad_batches():

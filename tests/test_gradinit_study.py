@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax import datasets, files
 from experiments import gradinit_figures, gradinit_report, gradinit_study
 from experiments.gradinit_networks import NETWORKS
+from experiments.lab import datasets, files
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -127,7 +127,9 @@ def record(network, start, learned, seed, losses, accuracy=0.5, measured=1.0):
                 }
                 for rate, loss in losses.items()
             ],
-            "measured": {name: [measured, measured] for name in archscale.UpdateSize._fields},
+            "measured": {
+                name: [measured, measured] for name in archscale.tuning.UpdateSize._fields
+            },
         },
     }
 

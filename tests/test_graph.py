@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.graph import (
+from archscale_jax._graph import (
     JOIN_OPERATORS,
     Operator,
     Space,
@@ -25,7 +25,7 @@ from archscale_jax.graph import (
     reachable_vertices,
     validate_graph,
 )
-from archscale_jax.spaces import cell_graph, dag_graph
+from archscale_jax._spaces import cell_graph, dag_graph
 
 SUMMED = [Operator.SKIP, Operator.LINEAR, Operator.CONV, Operator.AVG_POOL]
 QUICK = hypothesis.settings(deadline=None, max_examples=200)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import archscale_jax as archscale
-from archscale_jax import files
-from archscale_jax.sweeps import trial_hash
 from experiments import grow_cost, grow_study
+from experiments.lab import files
+from experiments.lab.sweeps import trial_hash
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -92,11 +92,11 @@ def test_networks_take_any_width():
     assert len(problem.units) == 12  # a stream and two or one inner layers of every stage
     problem = grow_study.build("dag_cnn", "digits", None, 2)
     params = problem.create(1, 0)
-    wide, _ = archscale.widen(params, {problem.units[0].name: 3}, problem.units)
+    wide, _ = archscale.contrib.widen(params, {problem.units[0].name: 3}, problem.units)
     images = problem.dataset.test_images[:4], problem.dataset.test_labels[:4]
     np.testing.assert_allclose(problem.loss(params, images), problem.loss(wide, images), rtol=1e-5)
     large = problem.create(2, 0)
-    assert set(archscale.count_neurons(large, problem.units).values()) == {2}
+    assert set(archscale.contrib.count_neurons(large, problem.units).values()) == {2}
 
 
 def test_the_binary(run_again, tmp_path):

@@ -11,12 +11,12 @@ import optax
 import pytest
 
 import archscale_jax as archscale
-from archscale_jax.architecture import named_leaves
-from archscale_jax.growth.extension import extend, extended
-from archscale_jax.growth.measured import Measured, measure
-from archscale_jax.growth.neurons import new_neurons
-from archscale_jax.growth.solve import predicted_decrease, solve
-from archscale_jax.growth.widen import taken
+from archscale_jax._architecture import named_leaves
+from archscale_jax.contrib._growth.extension import extend, extended
+from archscale_jax.contrib._growth.measured import Measured, measure
+from archscale_jax.contrib._growth.neurons import new_neurons
+from archscale_jax.contrib._growth.solve import predicted_decrease, solve
+from archscale_jax.contrib._growth.widen import taken
 from tests import growing
 
 pytestmark = pytest.mark.quick_compilation
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """A network with rooms, so that whatever grows has the same shapes, and compiles once."""
 
     network: growing.Network
-    units: list[archscale.Units]
+    units: list[archscale.contrib.Units]
     params: Any
     outputs: Any
     curvature: Any
@@ -47,7 +47,9 @@ def case(request):
     with jax.enable_x64(True):
         network = growing.NETWORKS[request.param]()
         units = growing.growable(network)
-        params, _ = archscale.widen(network.params, dict.fromkeys(names(units), ROOMS), units)
+        params, _ = archscale.contrib.widen(
+            network.params, dict.fromkeys(names(units), ROOMS), units
+        )
 
         @jax.jit
         def curvature(extension):
@@ -170,7 +172,7 @@ def test_new_rooms_change_nothing(case):
     np.testing.assert_allclose(case.outputs(case.params, inputs), narrow, rtol=1e-10, atol=1e-13)
     for one in case.units:
         assert taken(case.params, one).sum() == taken(case.network.params, one).sum()
-    back = archscale.compact(case.params, case.units)
+    back = archscale.contrib.compact(case.params, case.units)
     for name, leaf in named_leaves(case.network.params).items():
         np.testing.assert_array_equal(named_leaves(back)[name], leaf)
 
@@ -183,7 +185,7 @@ def test_grown_networks_equal_compact_ones_and_keep_rooms_empty(case):
         optimizer_state=optimizer.init(case.params),
     )  # fmt: skip
     assert growth.losses[1] < growth.losses[0]
-    small = archscale.compact(growth.params, units)
+    small = archscale.contrib.compact(growth.params, units)
     inputs = network.batch[0]
     np.testing.assert_allclose(
         outputs(small, inputs), outputs(growth.params, inputs), rtol=1e-10, atol=1e-12
@@ -203,7 +205,9 @@ def test_grown_networks_equal_compact_ones_and_keep_rooms_empty(case):
     params, state = growth.params, growth.optimizer_state
     for _ in range(3):
         params, state = step(params, state)
-    assert archscale.count_neurons(params, units) == archscale.count_neurons(growth.params, units)
+    assert archscale.contrib.count_neurons(params, units) == archscale.contrib.count_neurons(
+        growth.params, units
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,9 @@ def test_moments_are_carried_over(optimizer):
     params = jax.tree.map(np.asarray, network.params)
     gradients = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * 0.1, params)
     _, state = optimizer.update(gradients, optimizer.init(params), params)
-    wide, new_state = archscale.widen(params, {"w1": 7, "w2": 5}, units, optimizer_state=state)
+    wide, new_state = archscale.contrib.widen(
+        params, {"w1": 7, "w2": 5}, units, optimizer_state=state
+    )
     like = optimizer.init(wide)
     assert jax.tree.structure(like) == jax.tree.structure(new_state)
     for old, new, shape in zip(*map(jax.tree.leaves, (state, new_state, like)), strict=True):
@@ -239,7 +245,7 @@ def test_states_of_other_shapes_are_refused():
     units = growing.growable(network)
     state = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(network.params)
     with pytest.raises(ValueError, match=r"keeps \(4,\) of 'w1', which has \(5, 4\)"):
-        archscale.widen(network.params, {"w1": 7}, units, optimizer_state=state)
+        archscale.contrib.widen(network.params, {"w1": 7}, units, optimizer_state=state)
 
 
 def test_nothing_is_missing_where_the_layer_can_express_the_change():
@@ -324,9 +330,9 @@ def test_nothing_is_added_that_does_not_help():
 def test_the_architecture_counts_neurons_not_rooms():
     network = growing.graph("2_22", None)
     units = growing.growable(network)
-    wide, _ = archscale.widen(network.params, {one.name: 6 for one in units}, units)
+    wide, _ = archscale.contrib.widen(network.params, {one.name: 6 for one in units}, units)
     batch = network.batch
-    found = archscale.grown_architecture(network.loss, wide, batch, units)
+    found = archscale.contrib.grown_architecture(network.loss, wide, batch, units)
     plain = archscale.trace(network.loss, network.params, batch)
     for one, other in zip(found.parameters, plain.parameters, strict=True):
         assert dataclasses.replace(one, shape=other.shape, uses=other.uses, filled=None) == other
@@ -358,7 +364,7 @@ def test_neurons_that_are_there_are_not_found_again():
 
 def test_refusals():
     network = growing.chain()
-    units = archscale.find_units(network.loss, network.params, network.batch)
+    units = archscale.contrib.find_units(network.loss, network.params, network.batch)
     arguments = network.loss, network.params, [network.batch], network.batch
 
     def refuses(match, *found: Any, **options):
@@ -392,6 +398,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="does not take the wider arrays"):
         archscale.grow(stiff, *arguments[1:], growing.growable(network)[:1])
     with pytest.raises(ValueError, match="have 4 rooms, more than 2"):
-        archscale.widen(network.params, {"w1": 2}, units)
+        archscale.contrib.widen(network.params, {"w1": 2}, units)
     with pytest.raises(ValueError, match="units 'w9'; accepted are"):
-        archscale.widen(network.params, {"w9": 2}, units)
+        archscale.contrib.widen(network.params, {"w9": 2}, units)

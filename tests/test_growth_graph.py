@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax.architecture import named_leaves
-from archscale_jax.growth.connections import Vertex, connections
-from archscale_jax.models import create_network
+from archscale_jax._architecture import named_leaves
+from experiments.lab.connections import Vertex, connections
+from experiments.lab.graph_growth import grow_graph
+from experiments.lab.models import create_network
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -87,7 +88,7 @@ def test_gains_equal_dense_least_squares():
 def test_graphs_grow_from_nothing(kind, kernel_size):
     model, batch = network("2_02_002", kernel_size), batch_of()
     options = {"kind": kind, "number": 3}
-    growth = archscale.grow_graph(model, make_loss, [batch], batch, **options)
+    growth = grow_graph(model, make_loss, [batch], batch, **options)
     assert growth.kind == kind and growth.losses[1] < growth.losses[0]
     assert set(growth.gains) == {(0, 2), (0, 3), (1, 3)}
     assert growth.sender is not None and growth.receiver is not None
@@ -103,7 +104,7 @@ def test_graphs_grow_from_nothing(kind, kernel_size):
     np.testing.assert_allclose(loss(params, batch), growth.losses[1], rtol=1e-9)
     # An ordinary network.
     archscale.initialize(jax.random.key(0), params, growth.network.architecture())
-    assert archscale.find_units(loss, params, batch)
+    assert archscale.contrib.find_units(loss, params, batch)
 
 
 @pytest.mark.parametrize("kind", ["edge", "vertex"])
@@ -112,9 +113,7 @@ def test_small_growth_changes_little_and_for_the_better(kind):
     inputs = batch[0]
     lowered = []
     for amplitude in (1e-3, 2e-3):
-        growth = archscale.grow_graph(
-            model, make_loss, [batch], batch, kind=kind, amplitudes=(amplitude,)
-        )
+        growth = grow_graph(model, make_loss, [batch], batch, kind=kind, amplitudes=(amplitude,))
         lowered.append(growth.losses[0] - growth.losses[1])
         assert np.max(np.abs(growth.network(inputs) - model(inputs))) < 1e-3
     assert lowered[0] > 0
@@ -123,7 +122,7 @@ def test_small_growth_changes_little_and_for_the_better(kind):
 
 def test_skips_are_tried():
     model, batch = network("2_02_002"), batch_of()
-    growth = archscale.grow_graph(model, make_loss, [batch], batch, kind="skip")
+    growth = grow_graph(model, make_loss, [batch], batch, kind="skip")
     params = nnx.state(model)
     losses = {}
     for edge in [(0, 2), (0, 3), (1, 3)]:
@@ -144,7 +143,7 @@ def test_refusals():
 
     def refuses(match, *arguments, **options):
         with pytest.raises(ValueError, match=match):
-            archscale.grow_graph(*arguments, **options)
+            grow_graph(*arguments, **options)
 
     refuses("kind 'loop'; accepted", model, make_loss, [batch], batch, kind="loop")
     refuses("number must be", model, make_loss, [batch], batch, number=0)
@@ -153,7 +152,7 @@ def test_refusals():
             [batch], batch)  # fmt: skip
     refuses("sum pre-activations", network("2_02", arrangement="activation"), make_loss,
             [batch], batch)  # fmt: skip
-    full = archscale.grow_graph(network("2_22"), make_loss, [batch], batch)
+    full = grow_graph(network("2_22"), make_loss, [batch], batch)
     assert full.kind is None and full.gains == {}
     with pytest.raises(ValueError, match="layer 'w'; accepted"):
         graphdef, params = nnx.split(model)

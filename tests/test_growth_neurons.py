@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archscale_jax.growth.neurons import LayerStatistics, inverse_root, least_squares, new_neurons
+from archscale_jax.contrib._growth.neurons import (
+    LayerStatistics,
+    inverse_root,
+    least_squares,
+    new_neurons,
+)
 
 
 def statistics(inputs, targets):

@@ -11,13 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import archscale_jax as archscale
-from archscale_jax.growth.units import Link, Units
+from archscale_jax.contrib._growth.units import Link, Units
 
 pytestmark = pytest.mark.quick_compilation
 
-ROUND_ROBIN = archscale.GrowthSchedule()
-LARGEST = archscale.GrowthSchedule("largest")
-ALL = archscale.GrowthSchedule("all")
+ROUND_ROBIN = archscale.contrib.GrowthSchedule()
+LARGEST = archscale.contrib.GrowthSchedule("largest")
+ALL = archscale.contrib.GrowthSchedule("all")
 
 
 def unit(name: str, *readers: str, obstacle: str | None = None) -> Units:
@@ -30,16 +30,16 @@ LAST = unit("d", obstacle="no layer follows")
 UNITS = [A, B, C, LAST]
 
 
-def bottlenecks(**relative: float) -> dict[str, archscale.Bottleneck]:
+def bottlenecks(**relative: float) -> dict[str, archscale.contrib.Bottleneck]:
     """The absolute ones fall where the relative ones rise, as they should not be read."""
     return {
-        name: archscale.Bottleneck({}, 100 - value, value, 1, 0.0)
+        name: archscale.contrib.Bottleneck({}, 100 - value, value, 1, 0.0)
         for name, value in relative.items()
     }
 
 
 def choose(schedule, growth, units=UNITS, measured=None, **neurons: int) -> dict[str, int]:
-    return archscale.choose_growth(
+    return archscale.contrib.choose_growth(
         schedule, growth, units, {"a": 4, "b": 4, "c": 4, **neurons}, measured
     )
 
@@ -52,7 +52,7 @@ def test_defaults_are_a_plan():
         "order": "round_robin", "growths": 8, "every": 100, "factor": 2.0, "most": None,
         "budget": None,
     }  # fmt: skip
-    assert archscale.GrowthSchedule(order="round_robin") == ROUND_ROBIN
+    assert archscale.contrib.GrowthSchedule(order="round_robin") == ROUND_ROBIN
     with pytest.raises(dataclasses.FrozenInstanceError):
         ROUND_ROBIN.growths = 3  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -73,7 +73,7 @@ def test_defaults_are_a_plan():
 )
 def test_refusals(options: dict[str, Any], message):
     with pytest.raises(ValueError) as caught:
-        archscale.GrowthSchedule(**options)
+        archscale.contrib.GrowthSchedule(**options)
     assert str(caught.value) == message
 
 
@@ -81,22 +81,24 @@ def test_refusals(options: dict[str, Any], message):
     "options", [{"growths": 0}, {"every": 1}, {"budget": 1}, {"factor": 1.001}, {"most": {}}]
 )
 def test_the_ends_of_the_ranges(options: dict[str, Any]):
-    assert dataclasses.asdict(archscale.GrowthSchedule(**options)).items() >= options.items()
+    assert (
+        dataclasses.asdict(archscale.contrib.GrowthSchedule(**options)).items() >= options.items()
+    )
 
 
 @pytest.mark.parametrize("most", [None, 64, {"a": 8, "b": 16}])
 def test_plans_are_json(most):
-    schedule = archscale.GrowthSchedule("all", 3, 50, 1.5, most, 1000)
+    schedule = archscale.contrib.GrowthSchedule("all", 3, 50, 1.5, most, 1000)
     text = json.dumps(dataclasses.asdict(schedule))
-    assert archscale.GrowthSchedule(**json.loads(text)) == schedule
+    assert archscale.contrib.GrowthSchedule(**json.loads(text)) == schedule
 
 
-def edit(**changed: Any) -> archscale.Edit:
+def edit(**changed: Any) -> archscale.contrib.Edit:
     values = {
         "step": 300, "numbers": {"a": 2}, "neurons": {"a": 4, "b": 3}, "rooms": {"a": 4, "b": 4},
         "amplitude": 0.5, "losses": [2.25, 2.125], "predicted": 0.1, "bottlenecks": {"b": 0.75},
     }  # fmt: skip
-    return archscale.Edit(**values | changed)
+    return archscale.contrib.Edit(**values | changed)
 
 
 def test_edits_are_json():
@@ -108,7 +110,7 @@ def test_edits_are_json():
 
 def test_edits_that_are_read_equal_those_that_were_written():
     again = json.loads(json.dumps(dataclasses.asdict(edit())))
-    assert archscale.Edit(**again) == edit()
+    assert archscale.contrib.Edit(**again) == edit()
 
 
 # What it chooses.
@@ -121,12 +123,12 @@ def test_units_take_turns():
 
 
 def test_turns_pass_over_those_that_are_full():
-    schedule = archscale.GrowthSchedule(most={"b": 4})
+    schedule = archscale.contrib.GrowthSchedule(most={"b": 4})
     assert [list(choose(schedule, growth)) for growth in range(4)] == [["a"], ["c"], ["c"], ["a"]]
     # Beyond the end the first is next.
-    schedule = archscale.GrowthSchedule(most={"c": 4})
+    schedule = archscale.contrib.GrowthSchedule(most={"c": 4})
     assert list(choose(schedule, 2)) == ["a"]
-    schedule = archscale.GrowthSchedule(most={"b": 4, "c": 3})
+    schedule = archscale.contrib.GrowthSchedule(most={"b": 4, "c": 3})
     assert {tuple(choose(schedule, growth)) for growth in range(8)} == {("a",)}
 
 
@@ -155,7 +157,7 @@ def test_the_largest_relative_bottleneck_of_a_reader_decides():
     # It does not matter how many growths there were, but who is full does.
     measured = bottlenecks(b=0.9, c=0.3, d=0.2)
     assert all(choose(LARGEST, growth, measured=measured) == {"a": 4} for growth in range(8))
-    full = archscale.GrowthSchedule("largest", most={"a": 4})
+    full = archscale.contrib.GrowthSchedule("largest", most={"a": 4})
     assert choose(full, 0, measured=measured) == {"b": 4}
 
 
@@ -183,7 +185,7 @@ def test_all_at_once():
     ],
 )
 def test_limits_for_all_and_by_name(most, expected):
-    schedule = archscale.GrowthSchedule("all", most=most)
+    schedule = archscale.contrib.GrowthSchedule("all", most=most)
     assert choose(schedule, 0, a=1, b=4, c=10) == expected
 
 
@@ -192,13 +194,13 @@ def test_limits_for_all_and_by_name(most, expected):
     [(2.0, 1, 1), (2, 7, 7), (1.5, 1, 1), (1.5, 2, 1), (1.5, 3, 2), (1.001, 5, 1), (3.7, 10, 27)],
 )
 def test_factors_are_rounded_up(factor, neurons, number):
-    schedule = archscale.GrowthSchedule("all", factor=factor)
-    assert archscale.choose_growth(schedule, 0, [A], {"a": neurons}) == {"a": number}
+    schedule = archscale.contrib.GrowthSchedule("all", factor=factor)
+    assert archscale.contrib.choose_growth(schedule, 0, [A], {"a": neurons}) == {"a": number}
 
 
 def test_factors_are_not_rounded_up_for_the_rounding_of_floats():
-    schedule = archscale.GrowthSchedule("all", factor=1.1)
-    assert archscale.choose_growth(schedule, 0, [A], {"a": 50}) == {"a": 5}
+    schedule = archscale.contrib.GrowthSchedule("all", factor=1.1)
+    assert archscale.contrib.choose_growth(schedule, 0, [A], {"a": 50}) == {"a": 5}
 
 
 def test_a_plan_ends():
@@ -206,7 +208,7 @@ def test_a_plan_ends():
         measured = bottlenecks(b=1.0, c=1.0, d=1.0)
         assert choose(schedule, 7, measured=measured) != {}
         assert choose(schedule, 8, measured=measured) == choose(schedule, 100) == {}
-    assert choose(archscale.GrowthSchedule(growths=0), 0) == {}
+    assert choose(archscale.contrib.GrowthSchedule(growths=0), 0) == {}
 
 
 @given(
@@ -219,7 +221,7 @@ def test_a_plan_ends():
 )  # fmt: skip
 def test_whole_runs(order, factor, most, counts, relative):
     """Growth by growth: within the limits, by the factor, until nothing can grow or the end."""
-    schedule = archscale.GrowthSchedule(order, growths=12, factor=factor, most=most)
+    schedule = archscale.contrib.GrowthSchedule(order, growths=12, factor=factor, most=most)
     measured = bottlenecks(**dict(zip("bcd", relative, strict=True)))
     neurons = dict(zip("abc", counts, strict=True))
     for growth in itertools.count():
@@ -247,10 +249,10 @@ RATIOS = st.floats(1.05, 8)
 
 
 def test_powers_of_2():
-    rooms = archscale.geometric()
+    rooms = archscale.contrib.geometric()
     assert [rooms(neurons) for neurons in range(10)] == [1, 1, 2, 4, 4, 8, 8, 8, 8, 16]
     assert len({rooms(neurons) for neurons in range(1, 65)}) == 7
-    assert [archscale.geometric(1.5)(neurons) for neurons in range(1, 9)] == [
+    assert [archscale.contrib.geometric(1.5)(neurons) for neurons in range(1, 9)] == [
         1, 2, 3, 4, 6, 6, 8, 8,
     ]  # fmt: skip
 
@@ -258,14 +260,14 @@ def test_powers_of_2():
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.0, -2.0, math.inf, math.nan])
 def test_ratios_that_are_refused(ratio):
     with pytest.raises(ValueError, match=f"ratio must be above 1 and finite, found {ratio}"):
-        archscale.geometric(ratio)
+        archscale.contrib.geometric(ratio)
 
 
 @given(ratio=RATIOS, neurons=st.integers(1, 5000))
 @example(ratio=2.0, neurons=1)
 @example(ratio=1.05, neurons=5000)
 def test_rooms_suffice_and_are_not_many_more(ratio, neurons):
-    rooms = archscale.geometric(ratio)
+    rooms = archscale.contrib.geometric(ratio)
     found = rooms(neurons)
     assert neurons <= found < ratio * max(neurons - 1, 1 / ratio) + 1 + 1e-9 * neurons
     assert rooms(found) == found  # what has been made is full at as many neurons
@@ -275,7 +277,7 @@ def test_rooms_suffice_and_are_not_many_more(ratio, neurons):
 
 @given(ratio=RATIOS, most=st.integers(2, 2000))
 def test_shapes_are_few(ratio, most):
-    rooms = archscale.geometric(ratio)
+    rooms = archscale.contrib.geometric(ratio)
     shapes = {rooms(neurons) for neurons in range(1, most + 1)}
     assert len(shapes) <= math.log(most) / math.log(ratio) + 2 + 1e-9
     powers = {math.ceil(ratio**power) for power in range(math.ceil(math.log(most, ratio)) + 2)}

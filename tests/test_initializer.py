@@ -10,12 +10,12 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from archscale_jax.architecture import Architecture, Parameter, Role
-from archscale_jax.initializer import initialize
-from archscale_jax.models import DagCNN, DagMLP
+from archscale_jax._architecture import Architecture, Parameter, Role
+from archscale_jax._initialize import initialize
+from archscale_jax._spaces import dag_graph
+from archscale_jax._trees import map_with_names, named_leaves
 from archscale_jax.rules import WeightVariances, weight_standard_deviations
-from archscale_jax.spaces import dag_graph
-from archscale_jax.trees import map_with_names, named_leaves
+from experiments.lab.models import DagCNN, DagMLP
 
 KEY = jax.random.key(7)
 

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from archscale_jax.sweeps import ProcessExecutor
+from experiments.lab.sweeps import ProcessExecutor
 
 ROOT = pathlib.Path(__file__).parents[1]
 START = """
 import atexit, os, signal, sys, threading, time
-from experiments import interrupts
+from experiments.lab import interrupts
 
 atexit.register(print, "torn down")
 

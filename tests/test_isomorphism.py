@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from archscale_jax.spaces import canonical_cell, cell_function, cell_graph
+from archscale_jax._spaces import canonical_cell, cell_function, cell_graph
 
 NAMES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 CODES = ["{}_{}{}_{}{}{}".format(*digits) for digits in itertools.product("01234", repeat=6)]

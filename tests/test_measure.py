@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from archscale_jax import initialize, measure_update, predict_learning_rate
-from archscale_jax.models import DagCNN, DagMLP
-from archscale_jax.spaces import dag_graph
-from archscale_jax.training import cross_entropy
+from archscale_jax._spaces import dag_graph
+from experiments.lab.models import DagCNN, DagMLP
+from experiments.lab.training import cross_entropy
 
 LABELS = jnp.array([0, 1, 2, 1])
 

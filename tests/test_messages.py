@@ -14,12 +14,12 @@ import pytest
 from flax import linen, nnx
 
 import archscale_jax as archscale
-from archscale_jax import progress
-from archscale_jax.datasets import load
-from archscale_jax.files import locked
-from archscale_jax.models import DagMLP
-from archscale_jax.progress import progress_of
-from archscale_jax.refusals import unknown
+from archscale_jax._errors import unknown
+from experiments.lab import progress
+from experiments.lab.datasets import load
+from experiments.lab.files import locked
+from experiments.lab.models import DagMLP
+from experiments.lab.progress import progress_of
 from tests.binaries import run_forked
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,7 +77,9 @@ WRONG = {
     "a base given as a model": (lambda: scaling(base=MODEL), "as base, found DagMLP"),
     "no base": (lambda: scaling(base=None), "pass base, e.g. dag_graph"),
     "architecture and base swapped": (
-        lambda: scaling(GRAPH, ARCHITECTURE), "expected an Architecture, found GraphsTuple; trace"),
+        lambda: scaling(GRAPH, ARCHITECTURE),
+        "expected an Architecture, found GraphsTuple; archscale_jax.trace",
+    ),
     "an architecture for a graph": (
         lambda: archscale.learning_rate_scale(ARCHITECTURE, GRAPH),  # pyright: ignore
         "found Architecture; of an Architecture, pass its graph"),

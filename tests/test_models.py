@@ -13,12 +13,12 @@ import scipy.signal
 from flax import nnx
 from hypothesis import strategies
 
-from archscale_jax.architecture import Role
-from archscale_jax.graph import Operator, Space, build_graph
-from archscale_jax.models import DagCNN, DagMLP, create_network
+from archscale_jax._architecture import Role
+from archscale_jax._graph import Operator, Space, build_graph
+from archscale_jax._spaces import cell_graph, dag_graph
+from archscale_jax._trees import named_leaves
 from archscale_jax.rules import learning_rate_scale, weight_standard_deviations
-from archscale_jax.spaces import cell_graph, dag_graph
-from archscale_jax.trees import named_leaves
+from experiments.lab.models import DagCNN, DagMLP, create_network
 
 pytestmark = pytest.mark.quick_compilation
 

@@ -99,7 +99,7 @@ def test_find_a_learning_rate(shell):
 def test_trace_and_check(shell):
     namespace, images = run(shell, tiny("trace_and_check"))
     assert len(images) == 3
-    assert max(archscale.flatness(namespace["curves"]["scaled"]).values()) < 3
+    assert max(archscale.tuning.flatness(namespace["curves"]["scaled"]).values()) < 3
     assert list(namespace["checks"]) == ["scaled"]
     assert set(namespace["checks"]["scaled"].searches) == {(1, 16), (1, 32)}
 
@@ -110,7 +110,7 @@ def test_grow_a_network(shell):
     grown, curve, edits = namespace["runs"][0]
     assert len(edits) == 2
     assert all(after <= before for _, growth in edits for before, after in [growth.losses])
-    neurons = archscale.count_neurons(grown, namespace["units"])
+    neurons = archscale.contrib.count_neurons(grown, namespace["units"])
     added = sum(number for _, growth in edits for number in growth.numbers.values())
     assert sum(neurons.values()) == 4 * len(neurons) + added
     assert (np.diff(curve[:, 0]) > 0).all()

@@ -48,25 +48,8 @@ tx = optax.chain(optax.sgd(0.1), scale_by_architecture(arch, base))
 updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
 print(report(arch, base), file=sys.stderr)
 
-import archscale_jax.sweeps.ray_executor
-from archscale_jax import benchmark_tables, datasets
-
-def module(name):
-    return lambda: __import__(f"archscale_jax.{name}")
-
 errors = []
-for use in (
-    lambda: draw(arch),
-    lambda: draw_graph(dag_graph("2")),
-    module("models"),
-    module("training"),
-    module("checkpoints"),
-    lambda: datasets.load("digits"),
-    lambda: datasets.load("cifar10"),
-    lambda: benchmark_tables.read_nats_bench(".", dataset="cifar10", split="test"),
-    archscale_jax.sweeps.ray_executor.RayExecutor,
-    archscale_jax.sweeps.ray_executor.connected().__enter__,
-):
+for use in (lambda: draw(arch), lambda: archscale_jax._draw.draw_graph(dag_graph("2"))):
     try:
         use()
     except ImportError as error:
@@ -84,14 +67,6 @@ print(json.dumps({
 EXTRAS = [  # the package that is missing, a part of who needs it, the extra
     ("matplotlib", "archscale_jax.draw ", "plot"),
     ("matplotlib", "archscale_jax.draw_graph ", "plot"),
-    ("flax", "archscale_jax.models ", "models"),
-    ("flax", "archscale_jax.training ", "models"),
-    ("orbax", "archscale_jax.checkpoints ", "experiments"),
-    ("sklearn", "the data set digits ", "experiments"),
-    ("tensorflow_datasets", "the data set cifar10 ", "data"),
-    ("nats_bench", "read_nats_bench ", "nats"),
-    ("ray", "RayExecutor ", "ray"),
-    ("ray", "a study on a Ray cluster ", "ray"),
 ]
 
 

@@ -16,8 +16,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from experiments import page, panels
-from experiments.inline_svg import inline_svg
+from experiments.lab import page, panels
+from experiments.lab.inline_svg import inline_svg
 
 HOSTILE = """</table><script>document.title = "broken"</script><img src=x onerror="1"> & 'quoted'"""
 PAPER = {"light": (255, 255, 255), "dark": (20, 20, 20)}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.graph import JOIN_OPERATORS, Operator, build_graph
-from archscale_jax.paths import PathStatistics, batched_path_statistics, path_statistics
-from archscale_jax.spaces import cell_graph, chain_string, dag_graph, random_sparse_dag
+from archscale_jax._graph import JOIN_OPERATORS, Operator, build_graph
+from archscale_jax._paths import PathStatistics, batched_path_statistics, path_statistics
+from archscale_jax._spaces import cell_graph, chain_string, dag_graph, random_sparse_dag
 
 pytestmark = pytest.mark.quick_compilation
 

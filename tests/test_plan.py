@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archscale_jax import chain_string, files
-from archscale_jax.sweeps import trial_hash
+from archscale_jax._spaces import chain_string
+from experiments.lab import files
+from experiments.lab.sweeps import trial_hash
 from experiments.plan_estimate import (
     Cost,
     advice,

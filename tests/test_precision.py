@@ -22,14 +22,14 @@ import pytest
 from flax import linen, nnx
 
 import archscale_jax as archscale
-from archscale_jax import training
-from archscale_jax.datasets import load
-from archscale_jax.files import read_records
-from archscale_jax.growth.bottleneck import layer_statistics
-from archscale_jax.growth.measured import measure
-from archscale_jax.growth.solve import predicted_decrease, solve
-from archscale_jax.models import DagMLP
+from archscale_jax.contrib._growth.bottleneck import layer_statistics
+from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.solve import predicted_decrease, solve
 from archscale_jax.tracing.layers import layer_kinds
+from experiments.lab import training
+from experiments.lab.datasets import load
+from experiments.lab.files import read_records
+from experiments.lab.models import DagMLP
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -325,7 +325,7 @@ def test_sharpness_in_low_precision():
         return params.astype(dtype) @ matrix.astype(dtype) @ params.astype(jnp.float32) / 2
 
     for of_params, computed in ((jnp.float16, jnp.float32), (jnp.float32, jnp.bfloat16)):
-        found = archscale.sharpness(quadratic, jnp.ones(6, of_params), computed)
+        found = archscale.tuning.sharpness(quadratic, jnp.ones(6, of_params), computed)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, 300, rtol=1e-5 if computed == jnp.float32 else 2.0**-7)
 
@@ -333,7 +333,7 @@ def test_sharpness_in_low_precision():
 @functools.cache
 def growth(mode):
     one = case(Perceptron, mode)
-    found = archscale.find_units(one.loss, one.params, one.batch)
+    found = archscale.contrib.find_units(one.loss, one.params, one.batch)
     units = [unit for unit in found if not unit.obstacle]
     measured = measure(one.loss, one.params, [one.batch], units)
     neurons = solve(one.params, measured, units)
@@ -370,7 +370,7 @@ def test_neurons_are_found_behind_a_mean_over_positions():
 
     params = {"a": jnp.full((2, 3), 0.5), "b": jnp.full((3, 2), 0.5)}
     inputs = jax.random.normal(KEY, (2, 196, 2))
-    found = archscale.find_units(
+    found = archscale.contrib.find_units(
         lambda params, batch: jnp.mean(outputs(params, batch).astype(jnp.float32)), params, inputs
     )
     assert [(one.obstacle, one.joint("b")) for one in found[:1]] == [(None, "mean")]
@@ -393,7 +393,9 @@ def test_a_grown_network_keeps_its_precision():
         return jnp.mean(losses)  # in bfloat16, too
 
     found = [
-        unit for unit in archscale.find_units(loss, one.params, one.batch) if not unit.obstacle
+        unit
+        for unit in archscale.contrib.find_units(loss, one.params, one.batch)
+        if not unit.obstacle
     ]
     grown = archscale.grow(loss, one.params, [one.batch], one.batch, found[1:], number=2)
     assert grown.losses[1] <= grown.losses[0]

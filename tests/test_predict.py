@@ -9,17 +9,12 @@ import optax
 import pytest
 from flax import nnx
 
-from archscale_jax import (
-    UpdateSize,
-    learning_rate_scale,
-    measure_update,
-    predict_learning_rate,
-    register_measured_rule,
-)
-from archscale_jax.models import DagMLP
-from archscale_jax.predict import MEASURED_RULES
+from archscale_jax import learning_rate_scale, measure_update, predict_learning_rate
+from archscale_jax._spaces import dag_graph
 from archscale_jax.rules import LEARNING_RATE_RULES
-from archscale_jax.spaces import dag_graph
+from archscale_jax.tuning import UpdateSize, register_measured_rule
+from archscale_jax.tuning._predict import MEASURED_RULES
+from experiments.lab.models import DagMLP
 
 
 def size(*sizes):

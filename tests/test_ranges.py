@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from absl import flags
 
-from experiments import data_flags, ranges
+from experiments.lab import data_flags, ranges
 from tests.binaries import FORKS, run_forked
 
 ROOT = pathlib.Path(__file__).parents[1]

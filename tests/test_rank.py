@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax.architecture import named_leaves
-from archscale_jax.models import CellNetwork
-from archscale_jax.spaces import canonical_cell, cell_graph
-from experiments import rank_recipes, rank_study
+from archscale_jax._architecture import named_leaves
+from archscale_jax._spaces import canonical_cell, cell_graph
+from experiments.lab.models import CellNetwork
+from experiments.nasbench import rank_recipes, rank_study
 
 SMALL = rank_study.PRESETS["small"] | {"dataset": "digits", "downscale": 1, "cell": []}
 SMALL |= {"recipe": list(rank_recipes.RECIPES), "num_cells": 5, "num_seeds": 2, "batch_size": 100}
@@ -59,7 +59,7 @@ def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, factor):
 def test_measured_rates_are_of_the_vertices_on_paths():
     def measured(standardized, live):
         rows = np.array([standardized, standardized], object)
-        sizes = {name: rows.tolist() for name in archscale.UpdateSize._fields}
+        sizes = {name: rows.tolist() for name in archscale.tuning.UpdateSize._fields}
         return sizes | {"live": live}
 
     measurements = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import rank_figures, rank_report
+from experiments.nasbench import rank_figures, rank_report
 
 CELLS = ["1_00_100", "2_03_100", "3_03_103", "3_00_130", "0_00_300", "3_33_333",
          "2_13_124", "1_11_111", "4_40_004", "3_34_131", "0_30_031", "2_22_222"]  # fmt: skip

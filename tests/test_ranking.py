@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import strategies
 from hypothesis.extra import numpy as arrays
 
-from archscale_jax import gains, ranking
+from experiments.nasbench import gains, ranking
 
 
 def column(*values):

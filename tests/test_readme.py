@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from archscale_jax.predict import MEASURED_RULES
 from archscale_jax.rules import INITIALIZATION_RULES, LEARNING_RATE_RULES
+from archscale_jax.tuning._predict import MEASURED_RULES
 
 pytestmark = pytest.mark.quick_compilation
 

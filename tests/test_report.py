@@ -19,8 +19,8 @@ from rich.cells import cell_len
 
 import archscale_jax as archscale
 from archscale_jax import Architecture, Parameter, Report, Role, report
-from archscale_jax.reporting.names import count_text, merged_names, range_of
-from archscale_jax.reporting.table import MAX_ROWS, rows_of
+from archscale_jax._reporting.names import count_text, merged_names, range_of
+from archscale_jax._reporting.table import MAX_ROWS, rows_of
 from archscale_jax.rules import INITIALIZATION_RULES, LEARNING_RATE_RULES, WeightVariances
 from tests import zoo_linen, zoo_nnx_sequences, zoo_plain
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from archscale_jax.graph import Operator, build_graph
-from archscale_jax.rules.learning_rate import shortest_path_length
-from archscale_jax.rules.residual import depth_factors, residual_branches
-from archscale_jax.trees import parameter_name
+from archscale_jax._graph import Operator, build_graph
+from archscale_jax._trees import parameter_name
+from archscale_jax.rules._learning_rate import shortest_path_length
+from archscale_jax.rules._residual import depth_factors, residual_branches
 
 RELU = jax.nn.relu
 

@@ -18,10 +18,10 @@ import pytest
 from flax import nnx
 from hypothesis import strategies
 
-from archscale_jax.architecture import Architecture, Arrangement, Parameter, Role
-from archscale_jax.graph import Operator, build_graph
-from archscale_jax.initializer import initialize
-from archscale_jax.models.dag import DagCNN, DagMLP
+from archscale_jax._architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax._graph import Operator, build_graph
+from archscale_jax._initialize import initialize
+from archscale_jax._spaces import cell_graph, chain_string, dag_graph, random_dag_string
 from archscale_jax.rules import (
     INITIALIZATION_RULES,
     LEARNING_RATE_RULES,
@@ -36,8 +36,8 @@ from archscale_jax.rules import (
     weight_standard_deviations,
     width_factors,
 )
-from archscale_jax.rules.residual import residual_branches
-from archscale_jax.spaces import cell_graph, chain_string, dag_graph, random_dag_string
+from archscale_jax.rules._residual import residual_branches
+from experiments.lab.models.dag import DagCNN, DagMLP
 
 PRE_ACTIVATION, ACTIVATION = Arrangement.PRE_ACTIVATION, Arrangement.ACTIVATION
 RELU_MEAN = 1 / math.sqrt(2 * math.pi)

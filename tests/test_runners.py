@@ -13,10 +13,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.files import read_records
-from archscale_jax.sweeps import ProcessExecutor, WorkerLostError, run_study
-from archscale_jax.sweeps.processes import share_cores
-from archscale_jax.sweeps.versions import differing_versions, source_digest, versions
+from experiments.lab.files import read_records
+from experiments.lab.sweeps import ProcessExecutor, WorkerLostError, run_study
+from experiments.lab.sweeps.processes import share_cores
+from experiments.lab.sweeps.versions import differing_versions, source_digest, versions
 from tests.trials import about_process, work
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -179,7 +179,7 @@ class TestAddresses:
     """No address may cost more than ten seconds, or the journal."""
 
     def refused(self, address, error):
-        from archscale_jax.sweeps.ray_executor import connected
+        from experiments.lab.sweeps.ray_executor import connected
 
         start = time.monotonic()
         with pytest.raises(error) as found, connected(address):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscale_jax import Run, find_learning_rate, summarise_runs
-from archscale_jax.search import excess_loss, find_basin
+from archscale_jax import find_learning_rate
+from archscale_jax.tuning import Run, summarise_runs
+from archscale_jax.tuning._search import excess_loss, find_basin
 
 GRID = np.geomspace(1e-3, 4, 13).tolist()
 STEP = math.log(GRID[1] / GRID[0])

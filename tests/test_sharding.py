@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import archscale_jax as archscale
-from archscale_jax.architecture import named_leaves
+from archscale_jax._architecture import named_leaves
 from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation

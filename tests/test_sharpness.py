@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from archscale_jax import initialize, sharpness
-from archscale_jax.models import DagMLP
-from archscale_jax.spaces import dag_graph
-from archscale_jax.training import cross_entropy
+from archscale_jax import initialize
+from archscale_jax._spaces import dag_graph
+from archscale_jax.tuning import sharpness
+from experiments.lab.models import DagMLP
+from experiments.lab.training import cross_entropy
 
 
 def quadratic(params, matrix):

@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 from hypothesis import strategies
 
-from archscale_jax.graph import Operator, Space, build_graph, is_weight, live_vertices
-from archscale_jax.spaces import (
+from archscale_jax._graph import Operator, Space, build_graph, is_weight, live_vertices
+from archscale_jax._spaces import (
     cell_code,
     cell_graph,
     cell_string,

@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from archscale_jax.files import append_record, read_records, write_records
-from archscale_jax.sweeps import missing_trials, run_study, run_trial, trial_hash
+from experiments.lab.files import append_record, read_records, write_records
+from experiments.lab.sweeps import missing_trials, run_study, run_trial, trial_hash
 
 KILLS = 6
 PACKAGE = pathlib.Path(__file__).parents[1] / "archscale_jax"
@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inh
 package = types.ModuleType("archscale_jax")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["archscale_jax"] = package
-from archscale_jax.sweeps import run_study
+from experiments.lab.sweeps import run_study
 
 def run(trial):
     os.write(1, b"%d\\n" % trial["index"])

@@ -12,11 +12,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import archscale_jax as archscale
-from archscale_jax.architecture import Role
-from archscale_jax.graph import Operator, live_vertices
-from archscale_jax.models import DagCNN, DagMLP
+from archscale_jax._architecture import Role
+from archscale_jax._graph import Operator, live_vertices
+from archscale_jax._spaces import random_dag_string
 from archscale_jax.rules import INITIALIZATION_RULES
 from archscale_jax.tracing import TraceError, trace
+from experiments.lab.models import DagCNN, DagMLP
 
 RELU = jax.nn.relu
 
@@ -88,7 +89,7 @@ def is_told_apart(graph):
 LIVE = [
     text
     for seed in range(400)
-    for text in [archscale.random_dag_string(seed, 3 + seed % 5)]
+    for text in [random_dag_string(seed, 3 + seed % 5)]
     if is_told_apart(archscale.dag_graph(text))
 ]
 

@@ -159,4 +159,4 @@ def test_losses_between_trained_rates_are_interpolated_in_log_rate():
         0.5: math.inf,
         9.0: math.inf,
     }.items():
-        assert archscale.loss_at(rate, losses) == pytest.approx(loss)
+        assert archscale.tuning.loss_at(rate, losses) == pytest.approx(loss)

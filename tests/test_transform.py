@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
-from archscale_jax.architecture import Architecture, Parameter, Role
-from archscale_jax.models import DagCNN, DagMLP
-from archscale_jax.spaces import cell_graph, dag_graph
-from archscale_jax.transform import learning_rate_factors, scale_by_architecture
-from archscale_jax.trees import named_leaves
+from archscale_jax._architecture import Architecture, Parameter, Role
+from archscale_jax._optax import learning_rate_factors, scale_by_architecture
+from archscale_jax._spaces import cell_graph, dag_graph
+from archscale_jax._trees import named_leaves
+from experiments.lab.models import DagCNN, DagMLP
 
 BASE = dag_graph("2")
 # The paths of 2_02_212 have depths 1, 1 and 3; that of the base has depth 1 [AAS Eq. 9].

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from jax import lax
 
 import archscale_jax as archscale
-from archscale_jax.growth.extension import extend, extended
-from archscale_jax.growth.measured import measure
-from archscale_jax.growth.solve import predicted_decrease, solve
-from archscale_jax.growth.units import Link, Units
-from archscale_jax.growth.widen import taken
-from archscale_jax.trees import named_leaves
+from archscale_jax._trees import named_leaves
+from archscale_jax.contrib._growth.extension import extend, extended
+from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.solve import predicted_decrease, solve
+from archscale_jax.contrib._growth.units import Link, Units
+from archscale_jax.contrib._growth.widen import taken
 from tests import growing
 from tests.growing import convolve, draw
 
@@ -58,7 +58,7 @@ squared = functools.cache(growing.squared)  # what is compiled for a loss is fou
 
 
 def find(outputs, params, batch=VECTORS) -> dict[str, Units]:
-    found = archscale.find_units(squared(outputs), params, batch)
+    found = archscale.contrib.find_units(squared(outputs), params, batch)
     assert [one.name for one in found] == [one.producers[0] for one in found]
     assert hash(found) == hash(found)
     return {one.name: one for one in found}
@@ -74,7 +74,7 @@ def hidden(between, params, inputs):
 
 def test_a_chain_of_dense_layers():
     network = growing.chain()
-    assert archscale.find_units(network.loss, network.params, network.batch) == (
+    assert archscale.contrib.find_units(network.loss, network.params, network.batch) == (
         Units("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None),
         Units("w2", ("w2",), (("b2", 0, "zero"),), (Link("w2", "w3", "same", 1.0),), None),
         Units("w3", ("w3",), (), (), LAST),
@@ -155,7 +155,7 @@ def test_vectors_and_what_a_new_neuron_begins_with():
         ("log_scale", 0, "mean"),
     }  # fmt: skip
     assert units.slope == pytest.approx(1.5 * 0.6, abs=1e-3)
-    wide, _ = archscale.widen(params, {"w1": 6}, [units])
+    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [units])
     np.testing.assert_allclose(wide["scale"][4:], 1.5)
     np.testing.assert_array_equal(wide["offset"][4:], 0)
     np.testing.assert_allclose(wide["alpha"][4:], 0.2)
@@ -185,7 +185,7 @@ def test_biases_do_not_hide_features(activation, bias):
 
 def test_residual_streams_join_producers_and_consumers_in_layer_order():
     network = growing.residual()
-    found = archscale.find_units(network.loss, network.params, network.batch)
+    found = archscale.contrib.find_units(network.loss, network.params, network.batch)
     assert [(one.producers, one.consumers) for one in found] == [
         (("stem", "a2"), ("a1", "skip", "b1")),
         (("a1",), ("a2",)),
@@ -220,7 +220,7 @@ def test_two_readouts():
         return jnp.mean(jnp.square(policy - batch[1])) + jnp.mean(jnp.square(value))
 
     params = draw(0, w1=(5, 4), policy=(4, 2), value=(4, 1))
-    found = archscale.find_units(loss, params, VECTORS)
+    found = archscale.contrib.find_units(loss, params, VECTORS)
     assert [one.obstacle for one in found] == [None, LAST, LAST]
     assert found[0].consumers == ("policy", "value")
 
@@ -375,7 +375,7 @@ def test_transformations_and_types_do_not_matter():
 def test_bfloat16():
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (CHAIN, VECTORS))
     loss = squared(functools.partial(hidden, jnp.tanh))
-    units = archscale.find_units(loss, params, batch)[:1]
+    units = archscale.contrib.find_units(loss, params, batch)[:1]
     growth = archscale.grow(loss, params, [batch], batch, units, number=1)
     assert {leaf.dtype for leaf in jax.tree.leaves(growth.params)} == {jnp.dtype(jnp.bfloat16)}
     assert growth.losses[1] < growth.losses[0]
@@ -417,7 +417,7 @@ def test_embeddings_are_read_but_not_grown():
     batch = (jnp.arange(40) % 7, VECTORS[0]), VECTORS[1]
     units = find(added, params, batch)["w1"]
     assert units.vectors == (("table", 1, "mean"),) and units.obstacle is None
-    wide, _ = archscale.widen(params, {"w1": 6}, [units])
+    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [units])
     assert wide["table"].shape == (7, 6)
 
 
@@ -485,13 +485,13 @@ def check_growth(outputs, params, batch, units):
     held_out, before, after = step(growth.params, growth.optimizer_state)
     np.testing.assert_allclose(growth.losses[1], held_out, rtol=1e-6)
     assert after < before
-    counts = [archscale.count_neurons(one, units) for one in (params, growth.params)]
+    counts = [archscale.contrib.count_neurons(one, units) for one in (params, growth.params)]
     assert counts[1] == {name: count + 1 for name, count in counts[0].items()}
     return growth
 
 
 def check_rooms(outputs, params, inputs, units):
-    wide, _ = archscale.widen(
+    wide, _ = archscale.contrib.widen(
         params, {one.name: len(taken(params, one)) + 2 for one in units}, units
     )
     outputs = jax.jit(outputs)
@@ -537,7 +537,7 @@ def test_a_linen_module_of_fixed_features():
     params = jax.tree.map(np.array, full)
     params["Dense_0"]["kernel"][:, 3:] = params["Dense_1"]["kernel"][3:] = 0
     units = [find(outputs, params)["Dense_0/kernel"]]
-    assert archscale.count_neurons(params, units) == {"Dense_0/kernel": 3}
+    assert archscale.contrib.count_neurons(params, units) == {"Dense_0/kernel": 3}
     growth = check_growth(outputs, params, VECTORS, units)
     assert jax.tree.map(jnp.shape, growth.params) == jax.tree.map(jnp.shape, params)
     batch = jax.tree.map(lambda leaf: leaf[::2], VECTORS)
@@ -696,11 +696,11 @@ def equal(tree, other):
 @given(data=st.data())
 def test_laws_of_rooms(rooms_case, data):
     params, units = rooms_case
-    counts = archscale.count_neurons(params, units)
+    counts = archscale.contrib.count_neurons(params, units)
     chosen = data.draw(st.lists(st.sampled_from(sorted(counts)), unique=True))
     extra = {name: data.draw(st.integers(0, 4)) for name in chosen}
     rooms = {name: counts[name] + extra[name] for name in chosen}
-    wide, state = archscale.widen(params, rooms, units)
+    wide, state = archscale.contrib.widen(params, rooms, units)
     assert state is None
     leaves = named_leaves(wide)
     for one in units:
@@ -709,15 +709,15 @@ def test_laws_of_rooms(rooms_case, data):
         assert all(leaves[name].shape[axis] == room for name, axis, _ in one.vectors)
     # Nothing is taken, counted or lost.
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert archscale.count_neurons(wide, units) == counts
-    assert archscale.count_parameters(wide, units) == size
-    back = archscale.compact(wide, units)
+    assert archscale.contrib.count_neurons(wide, units) == counts
+    assert archscale.contrib.count_parameters(wide, units) == size
+    back = archscale.contrib.compact(wide, units)
     equal(jax.tree.map(jnp.asarray, back), params)
     # One after the other is as good as all at once, and less as good as more.
     step = params
     for name in chosen:
-        step, _ = archscale.widen(step, {name: counts[name] + extra[name] // 2}, units)
-        step, _ = archscale.widen(step, {name: rooms[name]}, units)
+        step, _ = archscale.contrib.widen(step, {name: counts[name] + extra[name] // 2}, units)
+        step, _ = archscale.contrib.widen(step, {name: rooms[name]}, units)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), step, wide)
 
 
@@ -736,7 +736,7 @@ def test_compact_takes_out_what_is_empty_wherever_it_is(first, second):
     ]
     # A neuron that others read has its fan-out left, whatever its own fan-in is.
     np.testing.assert_array_equal(taken(params, units[0]), left)
-    small = archscale.compact(params, units)
+    small = archscale.contrib.compact(params, units)
     assert small["w2"].shape == (left.sum(), right.sum())
     np.testing.assert_array_equal(small["b1"], params["b1"][left])
 
@@ -745,7 +745,7 @@ def test_compact_takes_out_what_is_empty_wherever_it_is(first, second):
         return np.tanh(hidden @ params["w2"] + params["b2"]) @ params["w3"]
 
     np.testing.assert_allclose(outputs(small), outputs(params), atol=1e-12)
-    assert archscale.count_parameters(params, units) == sum(map(np.size, small.values()))
+    assert archscale.contrib.count_parameters(params, units) == sum(map(np.size, small.values()))
 
 
 def test_one_neuron_is_enough():
@@ -778,7 +778,7 @@ def defect(reason: str, error: type[Exception] = AssertionError):
 def check_derivative(outputs, params, batch=VECTORS):
     """What is predicted is -½ d²L/dγ² at γ = 0, and a fall."""
     loss = squared(outputs)
-    units = archscale.find_units(loss, params, batch)[:1]
+    units = archscale.contrib.find_units(loss, params, batch)[:1]
     measured = measure(loss, params, [batch], units)
     neurons = solve(params, measured, units, number=1)
     extension, _ = extend(params, units, neurons, measured)
@@ -876,14 +876,14 @@ def test_keys_and_scalars_in_batches():
 
     batch = {"x": VECTORS[0], "y": VECTORS[1], "key": jax.random.key(0), "weight": jnp.ones(())}
     with pytest.raises(ValueError, match="a batch holds"):
-        archscale.find_units(loss, draw(0, w1=(5, 4), w2=(4, 2)), batch)
+        archscale.contrib.find_units(loss, draw(0, w1=(5, 4), w2=(4, 2)), batch)
 
 
 def test_moments_of_one_neuron():
     params = draw(0, w1=(5, 1), w2=(1, 2)) | {"b1": jnp.ones(1)}
     units = Units("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None)
     optimizer = optax.adam(1e-3)
-    wide, state = archscale.widen(
+    wide, state = archscale.contrib.widen(
         params, {"w1": 3}, [units], optimizer_state=optimizer.init(params)
     )
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(wide))
@@ -892,8 +892,8 @@ def test_moments_of_one_neuron():
 def test_readouts_of_0_are_kept():
     params = CHAIN | {"w2": jnp.zeros((4, 2))}
     found = find(functools.partial(hidden, jnp.tanh), params).values()
-    assert archscale.compact(params, found)["w2"].shape == (4, 2)
-    assert archscale.count_parameters(params, found) == 5 * 4 + 4 + 4 * 2
+    assert archscale.contrib.compact(params, found)["w2"].shape == (4, 2)
+    assert archscale.contrib.count_parameters(params, found) == 5 * 4 + 4 + 4 * 2
 
 
 def test_rooms_that_change_the_function_are_refused():
@@ -905,7 +905,7 @@ def test_rooms_that_change_the_function_are_refused():
 
     params = draw(0, w1=(5, 4), w2=(4, 2)) | {"scale": jnp.array([1.0, 2.0])}
     loss = squared(outputs)
-    units = archscale.find_units(loss, params, VECTORS)[:1]
+    units = archscale.contrib.find_units(loss, params, VECTORS)[:1]
     with pytest.raises(ValueError, match="depends on the number of features|cannot grow"):
         archscale.grow(loss, params, [VECTORS], VECTORS, units, number=2)
 
@@ -916,7 +916,7 @@ def test_penalties_on_weights_leave_the_growth_as_it_is():
     def loss(params, batch):
         return plain(params, batch) + 1e-3 * sum(jnp.sum(leaf**2) for leaf in params.values())
 
-    units = archscale.find_units(loss, CHAIN, VECTORS)[:1]
+    units = archscale.contrib.find_units(loss, CHAIN, VECTORS)[:1]
     grown, expected = (
         archscale.grow(one, CHAIN, [VECTORS], VECTORS, units, number=1) for one in (loss, plain)
     )

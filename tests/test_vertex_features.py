@@ -8,7 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import archscale_jax as archscale
-from archscale_jax.models import DagCNN, DagMLP
+from experiments.lab.models import DagCNN, DagMLP
 
 pytestmark = pytest.mark.quick_compilation
 

@@ -10,9 +10,9 @@ import pytest
 from flax import linen
 
 import archscale_jax as archscale
-from archscale_jax.architecture import Parameter, Role
+from archscale_jax._architecture import Parameter, Role
 from archscale_jax.rules import width_factors
-from archscale_jax.rules.width import WIDTH_RULES
+from archscale_jax.rules._width import WIDTH_RULES
 
 pytestmark = pytest.mark.quick_compilation
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import archscale_jax as archscale
 from archscale_jax import Architecture, Operator, Role
-from archscale_jax.rules.width import features
+from archscale_jax.rules._width import features
 from tests.test_zoo import EXAMPLES
 from tests.zoo import Example
 

@@ -1,20 +1,20 @@
 """The equations, one small function each, by name."""
 
-from archscale_jax.rules import in_degree, second_moment  # noqa: F401  # which register rules
-from archscale_jax.rules.initialization import second_moments, weight_standard_deviations
-from archscale_jax.rules.learning_rate import (
+from archscale_jax.rules import _in_degree, _second_moment  # noqa: F401  # which register rules
+from archscale_jax.rules._initialization import second_moments, weight_standard_deviations
+from archscale_jax.rules._learning_rate import (
     LEARNING_RATE_RULES,
     kernel_size_factor,
     learning_rate_scale,
     register_learning_rate_rule,
     shortest_path_length,
 )
-from archscale_jax.rules.variances import (
+from archscale_jax.rules._variances import (
     INITIALIZATION_RULES,
     WeightVariances,
     register_initialization_rule,
 )
-from archscale_jax.rules.width import (
+from archscale_jax.rules._width import (
     WIDTH_RULES,
     muon_dimension_numbers,
     register_width_rule,

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from archscale_jax.architecture import Arrangement, Parameter, ParameterUse, Role
-from archscale_jax.graph import Operator, live_edges
+from archscale_jax._architecture import Arrangement, Parameter, ParameterUse, Role
+from archscale_jax._graph import Operator, live_edges
 from archscale_jax.tracing.flow import Edge, Kind
 from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.state import State

@@ -13,8 +13,8 @@ import functools
 
 import numpy as np
 
-from archscale_jax.architecture import OUTPUT
-from archscale_jax.expressions import (
+from archscale_jax._architecture import OUTPUT
+from archscale_jax._expressions import (
     ZERO,
     Expression,
     Moments,
@@ -24,8 +24,8 @@ from archscale_jax.expressions import (
     substituted,
     variables,
 )
-from archscale_jax.graph import WEIGHT_OPERATORS, Operator
-from archscale_jax.quadrature import is_affine, slope
+from archscale_jax._graph import WEIGHT_OPERATORS, Operator
+from archscale_jax._quadrature import is_affine, slope
 
 
 class Kind(enum.StrEnum):

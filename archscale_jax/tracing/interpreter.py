@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     Constant,
     Expression,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.tracing.interpreter import Layer
 from archscale_jax.tracing.trace import Reading, read
 from archscale_jax.tracing.values import TraceError
-from archscale_jax.trees import PyTree, named_leaves
 
 Loss = Callable[[PyTree, Any], Float[Array, ""]]
 

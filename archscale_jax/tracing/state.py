@@ -8,14 +8,14 @@ from typing import Any
 
 from jax.extend import core
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     Constant,
     Expression,
     Statistic,
     Unknown,
     Variable,
 )
-from archscale_jax.graph import Operator
+from archscale_jax._graph import Operator
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Edge, Flow, Kind
 from archscale_jax.tracing.starts import Start
@@ -340,7 +340,7 @@ def mixture(state: State, parts: Sequence[tuple[Expression, int]]) -> Expression
     """Returns what an entry is that is one of several expressions, in these proportions."""
     import numpy as np
 
-    from archscale_jax.expressions import apply
+    from archscale_jax._expressions import apply
 
     if len(parts) == 1:
         return parts[0][0]

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jraph
 import numpy as np
 
-from archscale_jax.architecture import Arrangement, Role
-from archscale_jax.expressions import (
+from archscale_jax._architecture import Arrangement, Role
+from archscale_jax._expressions import (
     Constant,
     Expression,
     Variable,
     substituted,
     variables,
 )
-from archscale_jax.graph import WEIGHT_OPERATORS, Operator, build_graph
+from archscale_jax._graph import WEIGHT_OPERATORS, Operator, build_graph
 from archscale_jax.tracing.flow import Edge, Flow, Kind
 from archscale_jax.tracing.values import TraceError
 

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from archscale_jax.architecture import (
+from archscale_jax._architecture import (
     Architecture,
     Arrangement,
     EdgeFunction,
     Parameter,
     Role,
 )
-from archscale_jax.expressions import (
+from archscale_jax._errors import unknown as unknown_name
+from archscale_jax._expressions import (
     Apply,
     Constant,
     Expression,
@@ -24,8 +25,8 @@ from archscale_jax.expressions import (
     Variable,
     variables,
 )
-from archscale_jax.graph import live_vertices
-from archscale_jax.refusals import unknown as unknown_name
+from archscale_jax._graph import live_vertices
+from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.tracing.binding import Binding, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
 from archscale_jax.tracing.interpreter import Evaluation, Interpreter
@@ -33,7 +34,6 @@ from archscale_jax.tracing.starts import Start, starting_values
 from archscale_jax.tracing.state import State
 from archscale_jax.tracing.structure import Built, Structure, graph_of
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight
-from archscale_jax.trees import PyTree, named_leaves
 
 
 def trace(
@@ -76,10 +76,30 @@ def trace(
       TraceError: something that cannot be read; the message names all parameters, operations and
         lines, and what to do.
     """
+    starts = starting_values(named_leaves(params))
+    return trace_with_starts(
+        function, params, inputs, starts, roles=roles, arrangement=arrangement, unknown=unknown
+    )
+
+
+def trace_with_starts(
+    function: Callable[..., Any],
+    params: PyTree,
+    inputs: tuple[PyTree, ...],
+    starts: Mapping[str, Start],
+    *,
+    roles: Mapping[str, Role | str] | None = None,
+    arrangement: Arrangement | str | None = None,
+    unknown: Literal["error", "warn"] = "error",
+) -> Architecture:
+    """Does what `trace` does, with values before training that are known though params are shapes.
+
+    Raises:
+      TypeError, ValueError, TraceError: see `trace`.
+    """
     if unknown not in ("error", "warn"):
         raise ValueError(f"unknown is {unknown!r}; accepted are 'error' and 'warn'")
     declared = _declared(roles or {}, list(named_leaves(params)))
-    starts = starting_values(named_leaves(params))
     reading = read(function, params, inputs, declared, unknown=unknown, starts=starts)
     state = reading.state
     structure = Structure.of(state.flow, reading.outputs, state.contracted, arrangement)

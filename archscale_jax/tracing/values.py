@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from archscale_jax.expressions import UNKNOWN, Expression, Variable
+from archscale_jax._expressions import UNKNOWN, Expression, Variable
 from archscale_jax.tracing.flow import Edge
 
 Labels = frozenset[Any]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import archscale_jax as archscale
-from archscale_jax.architecture import Architecture, Parameter
+from archscale_jax._architecture import Architecture, Parameter
 
 KEY = jax.random.key(0)
 

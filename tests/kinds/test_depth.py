@@ -17,7 +17,7 @@ import pytest
 from flax import linen as nn
 
 import archscale_jax as archscale
-from archscale_jax.rules.residual import residual_branches
+from archscale_jax.rules._residual import residual_branches
 from tests.kinds.helpers import (
     Model,
     equinox_model,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     ZERO,
     Apply,
@@ -19,7 +19,7 @@ from archscale_jax.expressions import (
     times,
     variables,
 )
-from archscale_jax.quadrature import slope
+from archscale_jax._quadrature import slope
 from archscale_jax.tracing.axes import joined
 from archscale_jax.tracing.flow import Kind, standard
 from archscale_jax.tracing.primitives.registry import HANDLERS, register_primitive

@@ -5,14 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     Apply,
     Expression,
     Variable,
     apply,
     variables,
 )
-from archscale_jax.graph import Operator
+from archscale_jax._graph import Operator
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import neutral_value
 from archscale_jax.tracing.sharding import whole_shape

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     ZERO,
     Constant,
@@ -15,7 +15,7 @@ from archscale_jax.expressions import (
     times,
     variables,
 )
-from archscale_jax.quadrature import moments
+from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.state import Call, State, mean_over

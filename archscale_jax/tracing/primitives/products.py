@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     Constant,
     Expression,
     Variable,
     multiplied,
 )
-from archscale_jax.graph import Operator
+from archscale_jax._graph import Operator
 from archscale_jax.tracing.axes import dot_axes, free_axes, gathered
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params, neutral_value

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     Constant,
     Expression,
@@ -14,8 +14,8 @@ from archscale_jax.expressions import (
     times,
     variables,
 )
-from archscale_jax.graph import Operator
-from archscale_jax.quadrature import moments
+from archscale_jax._graph import Operator
+from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import dtype_of, moved, shape_of
 from archscale_jax.tracing.flow import Kind
 from archscale_jax.tracing.primitives.elementwise import made_of_params

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from archscale_jax.expressions import (
+from archscale_jax._expressions import (
     UNKNOWN,
     Constant,
     Expression,
@@ -337,7 +337,7 @@ def _of_all_positions(state: State, expression: Expression) -> Expression:
 
 
 def _without_sign(expression: Expression) -> Expression:
-    from archscale_jax.expressions import Apply
+    from archscale_jax._expressions import Apply
 
     if isinstance(expression, Apply) and expression.name == "neg":
         return expression.operands[0]

@@ -1,0 +1,404 @@
+"""From a model to its parametrization, in one call: `parametrize`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from archscale_jax._architecture import Architecture, Role
+from archscale_jax._errors import unknown as unknown_name
+from archscale_jax._frameworks import PureModel, dynamic, pure_model
+from archscale_jax._initialize import initialize
+from archscale_jax._optax import explained_factors, scale_by_architecture
+from archscale_jax._report import Report, report
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax.rules._choice import Choice, chosen
+from archscale_jax.rules._initialization import weight_standard_deviations
+from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
+from archscale_jax.rules._width import muon_dimension_numbers, with_widths
+from archscale_jax.tracing.trace import trace_with_starts
+
+
+def parametrize(
+    model: Any,
+    *inputs: PyTree,
+    params: PyTree | None = None,
+    base: Any = None,
+    optimizer: str = "adam",
+    depth_exponent: float | None = None,
+    initialization: str | None = None,
+    width_rule: str | None = "auto",
+    depth_rule: str | None = "auto",
+    base_inputs: tuple[PyTree, ...] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    roles: Mapping[str, Role | str] | None = None,
+    unknown: Literal["error", "warn"] = "error",
+) -> "Parametrization":
+    """Reads how a model must be initialized and trained, so that a smaller one's rate serves it.
+
+        plan = archscale.parametrize(large, tokens, base=small, optimizer="adamw")
+        params = plan.init(jax.random.key(0))
+        tx = plan.optimizer(learning_rate=3e-3, weight_decay=0.1)
+
+    The rate that was tuned on `base`, parametrized by the same call without a base, is the rate of
+    this model. Nothing is computed or drawn: shapes suffice.
+
+    Args:
+      model: a Flax linen or NNX module, an Equinox module, what `haiku.transform` returns, a
+        function `apply(params, *inputs)`, or a pair `(apply, params)`. Modules are called as
+        `module(*inputs)`, as they are in training: an Equinox module that takes one example gets
+        one, batch normalization is switched to training by `model_kwargs`.
+      *inputs: trees of arrays or `jax.ShapeDtypeStruct`.
+      params: of a function, its params, arrays or shapes. Arrays tell the values before training
+        of what is not drawn, and which weights start at 0.
+      base: the network on which the rate is tuned: a smaller model of the same kind (a pair
+        `(apply, params)` for functions), its `Parametrization`, its `Architecture`, or
+        `{width: base width}` of the widths that differ. None: this is the base.
+      optimizer: `sgd` (with or without momentum), `adam`, `adamw` or `muon`.
+      depth_exponent: α: residual branches shrink by m^(-α) in m times as many; None takes 1/2.
+      initialization: initialization rule, see `archscale_jax.initialize`; None takes the one that
+        fits the graph.
+      width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
+      depth_rule: `auto`, None, `residual` (depth multipliers of residual stacks), or a rule of
+        `archscale_jax.rules.LEARNING_RATE_RULES`.
+      base_inputs: inputs of the base, where they differ.
+      model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
+      roles: roles of leaves that the function does not tell, by name.
+      unknown: see `archscale_jax.trace`.
+
+    Returns:
+      The parametrization. Print it: it says what every parameter gets, by which equation, and
+      first what could not be known.
+
+    Raises:
+      TypeError: a model, base or params of another type.
+      ValueError: an unknown optimizer or rule; a base to which a rule does not apply.
+      TraceError: a model that cannot be read.
+    """
+    if optimizer not in OPTIMIZERS:
+        hint = "; of any other optimizer take plan.scale() behind it, if it is like one of these"
+        raise ValueError(unknown_name("optimizer", optimizer, OPTIMIZERS) + hint)
+    options: dict[str, Any] = {"roles": roles, "unknown": unknown}
+    keywords = model_kwargs or {}
+    pure = pure_model(model, inputs, params, keywords)
+    architecture = _traced(pure, inputs, options)
+    compared = _base_architecture(
+        base, architecture, optimizer, base_inputs or inputs, keywords, options
+    )
+    choice = chosen(
+        architecture,
+        compared,
+        OPTIMIZERS[optimizer],
+        initialization=initialization,
+        width_rule=width_rule,
+        depth_rule=depth_rule,
+        depth_exponent=depth_exponent,
+    )
+    return Parametrization(architecture, compared, optimizer, choice, pure)
+
+
+def _traced(
+    pure: PureModel, inputs: tuple[PyTree, ...], options: Mapping[str, Any]
+) -> Architecture:
+    function, arrays = dynamic(pure.apply, inputs)
+    try:
+        return trace_with_starts(function, pure.params, arrays, pure.starts, **options)
+    except TypeError as error:
+        if pure.framework != "function":
+            error.add_note(
+                f"the {pure.framework} model is called as module(*inputs, **model_kwargs) with the "
+                "inputs that parametrize got; a module of one example wants one, without a batch"
+            )
+        raise
+
+
+def _base_architecture(
+    base: Any,
+    architecture: Architecture,
+    optimizer: str,
+    inputs: tuple[PyTree, ...],
+    keywords: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Architecture | None:
+    if base is None or isinstance(base, Architecture):
+        return base
+    if isinstance(base, Parametrization):
+        if base.base is not None:
+            raise ValueError(
+                "base is a parametrization that has a base itself; pass the network on which the "
+                "rate was tuned, whose parametrization has none"
+            )
+        if OPTIMIZERS[base.optimizer_name] != OPTIMIZERS[optimizer]:
+            raise ValueError(
+                f"base was parametrized for optimizer {base.optimizer_name!r}, this model for "
+                f"{optimizer!r}; a rate serves one of them"
+            )
+        return base.architecture
+    if isinstance(base, Mapping) and base and all(isinstance(size, int) for size in base):
+        return with_widths(architecture, base)
+    if type(base).__name__ == "function":
+        raise TypeError(
+            "base is a function: pass the pair (apply, params) of the small network, or its "
+            "Parametrization"
+        )
+    try:
+        pure = pure_model(base, inputs, None, keywords)
+    except TypeError as error:
+        error.add_note(
+            "raised by base; accepted are a smaller model of the same kind, a pair (apply, params),"
+            " a Parametrization, an Architecture, or {width: base width}"
+        )
+        raise
+    return _traced(pure, inputs, options)
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Parametrization:
+    """How a model is initialized and trained, parameter by parameter.
+
+    An update of a parameter W is -η·(û + λ·W), û what the optimizer makes of the gradient, with
+    η and λ the multipliers below times the learning rate and the weight decay of the user.
+
+    Attributes:
+      architecture: the graph of the model, with the parameters bound to it.
+      base: that of the network on which the rate is tuned; None where this is the base.
+      optimizer_name: `sgd`, `adam`, `adamw` or `muon`.
+      choice: the rules that were taken, and why.
+    """
+
+    architecture: Architecture
+    base: Architecture | None
+    optimizer_name: str
+    choice: Choice
+    _model: PureModel
+
+    def __post_init__(self) -> None:
+        # Bases that do not fit raise here, where they are given.
+        self._of_leaves(self._factors())
+
+    # Initial weights.
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Draws the weights, and sets what is not drawn to what the model starts with.
+
+        Pure: works under `jax.jit`, `jax.eval_shape` and `jax.vmap`. Leaves go where the
+        shardings of the model's own params say.
+
+        Args:
+          key: a JAX random key.
+
+        Returns:
+          A tree of the kind that the model's own initialization gives: of linen `{"params": …}`,
+          of NNX the state of its `Param`, of Equinox the module with None where nothing is
+          trained, of Haiku its params.
+
+        Raises:
+          TypeError, ValueError: see `archscale_jax.initialize`.
+        """
+        names = [
+            one.name
+            for one in self.architecture.parameters
+            if not one.is_drawn and not isinstance(self._model.starts.get(one.name), float)
+        ]
+        params = self._model.params
+        if names and self._model.initial is not None:
+            found = self._model.initial(key, names)
+            params = map_with_names(lambda name, leaf: found.get(name, leaf), params)
+        return initialize(
+            key,
+            params,
+            self.architecture,
+            self.choice.initialization,
+            **self.choice.initialization_options,
+        )
+
+    @property
+    def init_std(self) -> PyTree:
+        """Standard deviations, a tree like params; None where nothing is drawn.
+
+        An array that broadcasts over the leaf where the slices of a stack differ.
+        """
+        found = weight_standard_deviations(
+            self.architecture, self.choice.initialization, **self.choice.initialization_options
+        )
+        return self._of_leaves({one.name: found.get(one.name) for one in self._leaves})
+
+    # Multipliers.
+
+    @property
+    def learning_rate(self) -> PyTree:
+        """Multipliers of the learning rate, a tree like params of floats."""
+        return self._of_leaves(self._factors())
+
+    @property
+    def weight_decay(self) -> PyTree:
+        """Multipliers of the weight decay, a tree like params of floats; 0 for gains and biases.
+
+        They leave the product η·λ of weights, tables and readouts as it is in the base.
+        """
+        return self._of_leaves(decay_multipliers(self.architecture, self._factors()))
+
+    @property
+    def epsilon(self) -> PyTree:
+        """Multipliers of Adam's epsilon, a tree like params: 1, no rule changes it yet."""
+        return self._of_leaves(dict.fromkeys((one.name for one in self._leaves), 1.0))
+
+    def scale(self) -> optax.GradientTransformation:
+        """Returns the multipliers of the learning rate as an optax transformation.
+
+        Put it behind the optimizer, `optax.chain(optax.adam(3e-3), plan.scale())`; see
+        `archscale_jax.scale_by_architecture` for what that does to decoupled weight decay.
+        """
+        return scale_by_architecture(
+            self.architecture, self.base, self.choice.rule, **self._rate_options()
+        )
+
+    def optimizer(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        weight_decay: float | jax.Array = 0.0,
+        **options: Any,
+    ) -> optax.GradientTransformation:
+        """Returns the whole optimizer: the optax one with every multiplier in its place.
+
+        Args:
+          learning_rate: that of the base, a number or an optax schedule.
+          weight_decay: that of the base, decoupled: added to what the optimizer makes of the
+            gradient, as `optax.adamw` does.
+          **options: of the optimizer: `momentum` and `nesterov` of sgd; those of
+            `optax.scale_by_adam` (b1, b2, eps, mu_dtype, nesterov) and of `optax.contrib.muon`.
+
+        Returns:
+          A transformation for trees like params, to be chained with clipping and the like.
+
+        Raises:
+          TypeError: an option that the optimizer does not have.
+        """
+        kind = OPTIMIZERS[self.optimizer_name]
+        numbers = (
+            muon_dimension_numbers(self.architecture, self._shapes) if kind == "muon" else None
+        )
+        make: Callable[..., optax.GradientTransformation] = _BARE[kind]
+        decay = self.weight_decay
+        decayed = optax.GradientTransformation(
+            lambda params: optax.EmptyState(),
+            lambda updates, state, params=None: (
+                _with_decay(updates, params, decay, weight_decay),
+                state,
+            ),
+        )
+        return optax.chain(
+            make(numbers, **options),
+            decayed if not _is_zero(weight_decay) else optax.identity(),
+            self.scale(),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    # The model, and what is said of it.
+
+    def apply(self, params: PyTree, *inputs: PyTree) -> Any:
+        """Evaluates the model: outputs alone, of a model with state those with its initial one."""
+        return self._model.apply(params, *inputs)
+
+    def report(self) -> Report:
+        """Returns one record a parameter, and the table of them that `print` shows."""
+        found = report(
+            self.architecture,
+            self.base,
+            self.choice.rule,
+            initialization=self.choice.initialization,
+            initialization_options=self.choice.initialization_options,
+            **self._rate_options(),
+        )
+        decay = decay_multipliers(self.architecture, self._factors())
+        records = [
+            {**one, "weight_decay_factor": decay[one["path"]], "epsilon_factor": 1.0}
+            for one in found.records
+        ]
+        header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
+        notes = [*self._model.notes, *found.notes]
+        return dataclasses.replace(found, records=records, header=header, notes=notes)
+
+    def __str__(self) -> str:
+        return str(self.report())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
+    # Parts.
+
+    @property
+    def _leaves(self) -> tuple:
+        return self.architecture.parameters
+
+    @property
+    def _shapes(self) -> PyTree:
+        return self._model.params
+
+    def _rate_options(self) -> dict[str, Any]:
+        muon = OPTIMIZERS[self.optimizer_name] == "muon"
+        return {
+            "width_rule": self.choice.width_rule,
+            "depth_rule": self.choice.depth_rule,
+            "depth_exponent": self.choice.depth_exponent,
+            **({"dimension_numbers": True} if muon and self.choice.width_rule == "muon" else {}),
+        }
+
+    def _factors(self) -> dict[str, float]:
+        found = explained_factors(
+            self.architecture, self.base, self.choice.rule, **self._rate_options()
+        )
+        return {name: one.value for name, one in found.items()}
+
+    def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
+        return map_with_names(lambda name, leaf: values[name], self._model.params)
+
+
+def _sgd(
+    numbers: None, momentum: float | None = None, nesterov: bool = False
+) -> optax.GradientTransformation:
+    del numbers
+    return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
+
+
+def _adam(numbers: None, **options: Any) -> optax.GradientTransformation:
+    del numbers
+    return optax.scale_by_adam(**options)
+
+
+def _muon(numbers: PyTree, **options: Any) -> optax.GradientTransformation:
+    from optax.contrib import muon
+
+    # A function, since a tree may be a module that optax would call. Sign and rate follow behind.
+    orthogonalized = muon(1.0, muon_weight_dimension_numbers=lambda params: numbers, **options)
+    return optax.chain(orthogonalized, optax.scale(-1.0))
+
+
+_BARE: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "muon": _muon,
+}
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def _with_decay(updates: PyTree, params: PyTree, multipliers: PyTree, weight_decay: Any) -> PyTree:
+    if params is None:
+        raise ValueError("weight decay needs params: call update(gradients, state, params)")
+    by_name, weights = named_leaves(multipliers), named_leaves(params)
+
+    def decayed(name: str, update: Any) -> Any:
+        # A multiplier of 0 leaves the update as it is, bit for bit.
+        factor = by_name[name]
+        if isinstance(update, optax.MaskedNode) or not factor:
+            return update
+        return update + (factor * weight_decay * weights[name]).astype(update.dtype)
+
+    return map_with_names(decayed, updates)

@@ -1,0 +1,64 @@
+"""The header of a report: the graph and the rules."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jraph
+
+from archscale_jax._architecture import Architecture, Arrangement
+from archscale_jax._graph import is_weight, number_of_vertices
+from archscale_jax._paths import PathStatistics, path_statistics
+from archscale_jax._reporting.names import count_text
+from archscale_jax.rules._registry import Description, Explained
+from archscale_jax.rules._width import WIDTH_RULES
+
+
+def graph_lines(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None,
+    paths: PathStatistics,
+) -> list[str]:
+    """Returns what there is in the network, and the statistics of its paths and the base's."""
+    graph = architecture.graph
+    edges, weights = len(graph.senders), int(is_weight(graph).sum())
+    sizes = [math.prod(parameter.shape) for parameter in architecture.parameters]
+    summed = {
+        Arrangement.PRE_ACTIVATION: "pre-activations",
+        Arrangement.ACTIVATION: "activations",
+    }[architecture.arrangement]
+    lines = [
+        f"{count_text(sum(sizes))} parameters in {len(sizes)} leaves; {number_of_vertices(graph)} "
+        f"vertices, which sum {summed}; {edges} edges, {weights} with weights",
+        f"paths: {_paths_text(paths)}",
+    ]
+    if base is not None:
+        base_graph = base.graph if isinstance(base, Architecture) else base
+        lines.append(f"paths of the base: {_paths_text(path_statistics(base_graph))}")
+    return lines
+
+
+def _paths_text(paths: PathStatistics) -> str:
+    count, first, third = map(count_text, (paths.count, paths.depth_sum, paths.depth_cubed_sum))
+    return f"{count}, ΣL = {first}, ΣL³ = {third}, L from {paths.min_depth} to {paths.max_depth}"
+
+
+def rate_lines(
+    rule: Description, factors: Mapping[str, Explained], options: Mapping[str, Any]
+) -> list[str]:
+    """Returns the rules of the learning rate; with the reason of the factor, if all have one."""
+    lines = [rule_line("learning rate", rule)]
+    if options.get("width_rule") is not None:
+        line = rule_line("width", WIDTH_RULES.describe(options["width_rule"]))
+        lines.append(f"{line}; r, s: fan-in, fan-out over the base's")
+    if options.get("depth_rule") is not None:
+        lines.append(f"depth {options['depth_rule']}; m: residual additions over the base's")
+    reasons = {factor.reason for factor in factors.values()}
+    if len(reasons) == 1:
+        lines.append(f"factor of all parameters: {reasons.pop()}")
+    return lines
+
+
+def rule_line(kind: str, rule: Description, remark: str = "") -> str:
+    """Returns a rule and its equation."""
+    return f"{kind} {rule.name}{remark}" + (f": {rule.summary}" if rule.summary else "")

@@ -1,0 +1,27 @@
+"""Networks that grow where they lack expressivity [TINY] (theory §8)."""
+
+from archscale_jax.contrib._growth.architecture import grown_architecture
+from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
+from archscale_jax.contrib._growth.grow import Growth, grow
+from archscale_jax.contrib._growth.schedule import Edit, GrowthSchedule, choose_growth, geometric
+from archscale_jax.contrib._growth.units import Link, Units, find_units
+from archscale_jax.contrib._growth.widen import compact, count_neurons, count_parameters, widen
+
+__all__ = [
+    "Bottleneck",
+    "Edit",
+    "Growth",
+    "GrowthSchedule",
+    "Link",
+    "Units",
+    "bottleneck",
+    "choose_growth",
+    "compact",
+    "count_neurons",
+    "count_parameters",
+    "find_units",
+    "geometric",
+    "grow",
+    "grown_architecture",
+    "widen",
+]

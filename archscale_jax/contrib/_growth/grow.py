@@ -1,0 +1,207 @@
+"""Grows a network where it lacks expressivity: new neurons in closed form [TINY] (theory §8)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from archscale_jax._architecture import Architecture
+from archscale_jax._errors import unknown
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib._growth import candidates
+from archscale_jax.contrib._growth.architecture import grown_architecture
+from archscale_jax.contrib._growth.bottleneck import Bottleneck
+from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
+from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.solve import predicted_decrease, solve
+from archscale_jax.contrib._growth.units import Units
+from archscale_jax.tracing import trace
+
+Loss = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+class Growth(NamedTuple):
+    """A network that has grown.
+
+    Attributes:
+      params: its parameters; the old ones where no amplitude lowered the held-out loss.
+      optimizer_state: its optimizer's state, moments of old entries carried over, 0 of new ones.
+      architecture: its architecture; empty rooms count in shapes, not in fans.
+      numbers: of new neurons, by the names of units.
+      amplitude: γ, which multiplies their fan-ins and fan-outs.
+      losses: held-out loss before and after.
+      predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured; with
+        ReLU, of the mean of its two slopes.
+      singular_values: λ of the new neurons, by the names of units.
+      bottlenecks: of the layers that read the units, before, by the names of weights.
+    """
+
+    params: PyTree
+    optimizer_state: Any
+    architecture: Architecture
+    numbers: dict[str, int]
+    amplitude: float
+    losses: tuple[float, float]
+    predicted: float
+    singular_values: dict[str, np.ndarray]
+    bottlenecks: dict[str, Bottleneck]
+
+
+def grow(
+    loss_fn: Loss,
+    params: PyTree,
+    batches: Sequence[Any],
+    held_out: Any,
+    units: Sequence[Units],
+    *,
+    number: int | Mapping[str, int] | None = None,
+    threshold: float = 1e-3,
+    budget: int | None = None,
+    method: str = "tiny",
+    restricted: bool = False,
+    normalize: bool = False,
+    update: bool = False,
+    amplitudes: Sequence[float] = AMPLITUDES,
+    rooms: Callable[[int], int] | None = None,
+    cutoff: float = 1e-6,
+    key: Array | None = None,
+    optimizer_state: Any = None,
+) -> Growth:
+    """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
+
+    Empty rooms are filled first; if there are too few, arrays are widened, and `loss_fn` must take
+    the wider ones: Flax NNX, Equinox and plain functions do; of a linen module build the module in
+    it from the shapes of params. Pure: nothing is changed in place.
+
+    Args:
+      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar. Programs
+        are compiled once for it and every shape of params.
+      params: tree of arrays.
+      batches: trees of arrays, examples along their first axes; read twice.
+      held_out: a batch on which the amplitude is chosen.
+      units: the neurons to add to, of `find_units`.
+      number: the most new neurons of each units, or by their names; None, or a name that is
+        missing, for no limit.
+      threshold: the smallest λ of `tiny`, whose square is what a neuron gains at amplitude 1. The
+        best neuron is taken in any case that a budget allows.
+      budget: the most new parameters, all units together.
+      method: `tiny`; for comparison `gradmax`, whose new neurons have fan-ins of 0, fan-outs of the
+        size of the others' and no amplitude, and `random`.
+      restricted: new neurons write through the middle of a kernel only: less to compute.
+      normalize: bring new neurons to the size of the others before the amplitude is chosen; always
+        done for `gradmax` and `random`, whose sizes mean nothing.
+      update: change the layers that read the neurons by γ² δW* too.
+      amplitudes: to choose from.
+      rooms: from the neurons that units need to the rooms that they get, where arrays are widened;
+        by default as many. See `geometric`.
+      cutoff: eigenvalues of covariances below this part of the largest count as 0.
+      key: random key of `random`.
+      optimizer_state: of the optimizer, to be carried over; see `widen`.
+
+    Raises:
+      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
+      ValueError: units with an obstacle, or whose layers are dead (read or pass back nothing but
+        0); too few examples for the statistics; no batch; statistics or losses that are not finite;
+        a function that does not take wider arrays; an option outside its range.
+    """
+    _check(units, batches, number, budget, method, amplitudes, key)
+    trace(loss_fn, params, batches[0])  # raises what it would raise in the end
+    measured = measure(loss_fn, params, batches, units, restricted=restricted, cutoff=cutoff)
+    neurons = solve(
+        params,
+        measured,
+        units,
+        method=method,
+        restricted=restricted,
+        normalize=normalize,
+        number=number,
+        threshold=threshold,
+        budget=budget,
+        cutoff=cutoff,
+        key=key,
+    )
+    extension, state = extend(
+        params,
+        units,
+        neurons,
+        measured,
+        restricted=restricted,
+        update=update,
+        rooms=rooms or int,
+        optimizer_state=optimizer_state,
+    )
+    _check_shapes(loss_fn, extension.params, batches[0])
+    if method == "gradmax":  # nothing but fan-outs, which change nothing yet
+        amplitudes = (1.0,)
+    before, losses = search_amplitude(extension, amplitudes, held_out, loss_fn=loss_fn)
+    _check_unchanged(loss_fn, params, extension.params, held_out, before)
+    best = int(np.nanargmin(losses))
+    amplitude = amplitudes[best]
+    if amplitude == 0:
+        grown, state = params, optimizer_state
+    else:
+        grown = extended(extension, jnp.float32(amplitude))
+    return Growth(
+        grown,
+        state,
+        grown_architecture(loss_fn, grown, batches[0], units),
+        {name: len(one.singular_values) * (amplitude != 0) for name, one in neurons.items()},
+        amplitude,
+        (before, losses[best]),
+        predicted_decrease(neurons, measured, units, update=update),
+        {name: one.singular_values for name, one in neurons.items()},
+        measured.bottlenecks,
+    )
+
+
+def _check(units, batches, number, budget, method, amplitudes, key) -> None:
+    if not units:
+        raise ValueError("grow needs units to add to, found none; find_units lists them")
+    for one in units:
+        if one.obstacle is not None:
+            raise ValueError(f"units {one.name!r} cannot grow: {one.obstacle}")
+    if not len(batches):
+        raise ValueError("grow needs a batch, found none: batches is empty")
+    if method not in candidates.METHODS:
+        raise ValueError(unknown("method", method, candidates.METHODS))
+    numbers = number.values() if isinstance(number, Mapping) else [number]
+    for name in number if isinstance(number, Mapping) else ():
+        if name not in [one.name for one in units]:
+            raise ValueError(unknown("units in number", name, [one.name for one in units]))
+    for name, value in (*(("number", one) for one in numbers), ("budget", budget)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be None or at least 1, found {value}")
+    if method == "random" and (key is None or (number is None and budget is None)):
+        raise ValueError("method 'random' needs a key, and a number or a budget")
+    if not len(amplitudes) or not all(0 <= one < math.inf for one in amplitudes):
+        raise ValueError(f"amplitudes must be finite and not negative, found {tuple(amplitudes)}")
+
+
+def _check_unchanged(
+    loss_fn: Loss, params: PyTree, wide: PyTree, held_out: Any, before: float
+) -> None:
+    """What else depends on the number of features is seen here alone."""
+    if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wide):
+        return
+    loss = float(jax.jit(loss_fn)(params, held_out))
+    if not math.isclose(loss, before, rel_tol=1e-2, abs_tol=1e-3):
+        raise ValueError(
+            f"the held-out loss is {loss} and with empty rooms {before}: something in the function "
+            "depends on the number of features"
+        )
+
+
+def _check_shapes(loss_fn: Loss, params: PyTree, batch: Any) -> None:
+    try:
+        jax.eval_shape(loss_fn, params, batch)
+    except Exception as error:
+        shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
+        raise ValueError(
+            f"the function does not take the wider arrays {shapes}: {type(error).__name__}: "
+            f"{error}. Build the model inside the function from the shapes of params, or begin "
+            "with empty rooms (rows and columns of 0)"
+        ) from error

@@ -1,0 +1,187 @@
+"""Sums over examples for pairs of layers, from which neurons between them follow (theory §8)."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.contrib._growth.bottleneck import desired_change
+from archscale_jax.contrib._growth.patches import EXACT, product, rows_of, slices, sum_over_examples
+from archscale_jax.contrib._growth.units import Units
+from archscale_jax.tracing.layers import LayerGradient, LayerKind, layer_gradients
+
+Loss = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+class PairStatistics(NamedTuple):
+    """Sums over n examples and positions, for neurons with A inputs and O outputs.
+
+    The inputs of all layers that make a neuron are stacked, a 1 for every bias included, and so
+    are the outputs of all that read it, those of a convolution by rows and columns of its kernel.
+
+    Attributes:
+      examples: n.
+      positions: rows of B⁻ in all, examples times positions.
+      before: Σ B⁻ B⁻ᵀ, [A, A].
+      targets: Σ B⁻ Vᵀ, [A, O].
+      projected: Σ B⁻ V_projᵀ, [A, O].
+    """
+
+    examples: Float[Array, ""]
+    positions: Float[Array, ""]
+    before: Float[Array, "a a"]
+    targets: Float[Array, "a o"]
+    projected: Float[Array, "a o"]
+
+
+class Block(NamedTuple):
+    """The part of a layer in `PairStatistics`.
+
+    Attributes:
+      weight: name of the layer's weight.
+      bias: name of its bias or None.
+      entries: which of its entries along all axes but those of inputs and outputs it writes through
+        (positions of a kernel, or joined positions); all of one that makes neurons.
+      size: its rows along A, or columns along O.
+    """
+
+    weight: str
+    bias: str | None
+    entries: tuple[int, ...]
+    size: int
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds", "units", "restricted"))
+def pair_statistics(
+    params: PyTree,
+    batch: Any,
+    updates: Mapping[str, Float[Array, "r o"]],
+    *,
+    loss_fn: Loss,
+    kinds: tuple[LayerKind, ...],
+    units: tuple[Units, ...],
+    restricted: bool,
+) -> dict[str, PairStatistics]:
+    """Returns the sums of one batch by the names of units.
+
+    Args:
+      params: tree of arrays.
+      batch: tree of arrays, examples along their first axes.
+      updates: δW* of the layers that read the neurons, [rows, outputs], by the names of weights;
+        what V asks for beyond it is summed.
+      loss_fn: `(params, batch)` to the mean loss over the examples.
+      kinds: of the layers of the function.
+      units: the neurons, without obstacles.
+      restricted: a new neuron writes through the middle of the kernels that read it only.
+    """
+    _, gradients = layer_gradients(loss_fn, params, batch)
+    by_name = {kind.weight: kind for kind in kinds}
+    return {one.name: _pair_sums(one, by_name, gradients, updates, restricted) for one in units}
+
+
+def _pair_sums(
+    units: Units,
+    kinds: Mapping[str, LayerKind],
+    gradients: Mapping[str, LayerGradient],
+    updates: Mapping[str, Array],
+    restricted: bool,
+) -> PairStatistics:
+    names = units.producers, units.consumers
+    arrays = (
+        {name: gradients[name].inputs for name in (*names[0], *names[1])},
+        {name: desired_change(gradients[name].outputs) for name in names[1]},
+    )
+    grid = gradients[units.producers[0]].outputs.shape[1:-1]
+
+    def sums(inputs: dict[str, Array], targets: dict[str, Array]) -> tuple[Array, Array, Array]:
+        rows = {name: rows_of(kinds[name], inputs[name]) for name in names[0]}
+        stacked = jnp.concatenate([rows[name] for name in names[0]], axis=-1)
+        wanted, rest = [], []
+        for name in names[1]:
+            # A layer that does not reach this one has no part in what it reads.
+            slopes = [units.slope_between(producer, name) / units.slope for producer in names[0]]
+            sizes = [rows[producer].shape[-1] for producer in names[0]]
+            read = stacked * np.repeat(slopes, sizes).astype(stacked.dtype)
+            target = targets[name].reshape(len(targets[name]), -1, targets[name].shape[-1])
+            projected = target - product(rows_of(kinds[name], inputs[name]), updates[name])
+            seen = functools.partial(_seen, kinds[name], units.joint(name), read, grid, restricted)
+            wanted.append(seen(target))
+            rest.append(seen(projected))
+        flat = stacked.reshape(-1, stacked.shape[-1])
+        return product(flat.T, flat), jnp.concatenate(wanted, axis=1), jnp.concatenate(rest, axis=1)
+
+    convolutional = any(kinds[name].window is not None for name in (*names[0], *names[1]))
+    found = sum_over_examples(sums, arrays, one_by_one=convolutional)
+    count = len(arrays[0][units.producers[0]])
+    positions = count * math.prod(grid)
+    return PairStatistics(jnp.float32(count), jnp.float32(positions), *found)
+
+
+def _seen(
+    kind: LayerKind,
+    joint: str,
+    rows: Float[Array, "n p a"],
+    grid: tuple[int, ...],
+    restricted: bool,
+    rest: Float[Array, "n q o"],
+) -> Float[Array, "a w"]:
+    """Σ over examples and positions of what a layer's weight entries see times what they change."""
+    einsum = functools.partial(jnp.einsum, precision=EXACT)
+    if joint == "mean":
+        return einsum("na,nqo->ao", rows.mean(axis=1), rest)
+    if joint == "flat":
+        return einsum("npa,nqo->apo", rows, rest).reshape(rows.shape[-1], -1)
+    if kind.window is None:
+        return einsum("npa,npo->ao", rows, rest)
+    images = rows.reshape(len(rows), *grid, rows.shape[-1])
+    middle = _middle(kind)
+    found = [
+        einsum("npa,npo->ao", part.reshape(len(rows), -1, rows.shape[-1]), rest)
+        for place, part in enumerate(slices(images, kind.window))
+        if not restricted or place == middle
+    ]
+    return jnp.stack(found, axis=1).reshape(rows.shape[-1], -1)
+
+
+def _middle(kind: LayerKind) -> int:
+    """The number of the middle entry of a kernel, by rows and columns."""
+    assert kind.window is not None
+    rows, columns = kind.window.size
+    return (rows // 2) * columns + columns // 2
+
+
+def blocks(
+    units: Units, kinds: tuple[LayerKind, ...], params: PyTree, restricted: bool = False
+) -> tuple[list[Block], list[Block]]:
+    """Returns the layers stacked along A and along O in the `PairStatistics` of units.
+
+    Args:
+      units: the neurons.
+      kinds: of the layers.
+      params: of which the statistics are.
+      restricted: as for `pair_statistics`.
+    """
+    by_name = {kind.weight: kind for kind in kinds}
+    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
+    count = shapes[units.producers[0]][-1]
+
+    def maker(name: str) -> Block:
+        *kernel, _ = shapes[name]
+        bias = by_name[name].bias
+        entries = tuple(range(math.prod(kernel[:-1])))
+        return Block(name, bias, entries, math.prod(kernel) + (bias is not None))
+
+    def reader(name: str) -> Block:
+        *kernel, inputs, outputs = shapes[name]
+        entries = tuple(range(math.prod(kernel) * inputs // count))
+        if restricted and by_name[name].window is not None:
+            entries = (_middle(by_name[name]),)
+        return Block(name, None, entries, len(entries) * outputs)
+
+    return [maker(name) for name in units.producers], [reader(name) for name in units.consumers]

@@ -1,0 +1,148 @@
+"""Which rules fit a network: what `parametrize` takes where the user says nothing."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from archscale_jax._architecture import Architecture, Role
+from archscale_jax._errors import unknown
+from archscale_jax._graph import Operator, live_edges
+from archscale_jax._paths import path_statistics
+from archscale_jax.rules._learning_rate import LEARNING_RATE_RULES
+from archscale_jax.rules._residual import Optimizer, residual_branches
+from archscale_jax.rules._width import WIDTH_RULES, features
+
+_BRANCHING = (Operator.CONCATENATION, Operator.PRODUCT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The rules of a parametrization.
+
+    Attributes:
+      initialization: name of the initialization rule.
+      initialization_options: its options.
+      rule: learning-rate rule of the whole network, `none` where the depth rule is one of residual
+        stacks or there is none.
+      width_rule: name of the width rule, or None.
+      depth_rule: optimizer of the depth multipliers of residual stacks, or None.
+      depth_exponent: their α.
+      reasons: why, one sentence a choice.
+    """
+
+    initialization: str
+    initialization_options: dict[str, Any]
+    rule: str
+    width_rule: str | None
+    depth_rule: Optimizer | None
+    depth_exponent: float
+    reasons: tuple[str, ...]
+
+    def lines(self, optimizer: str, has_base: bool) -> list[str]:
+        """Returns the first lines of a report."""
+        first = (
+            f"parametrization for {optimizer}: use the base's learning rate"
+            if has_base
+            else f"parametrization for {optimizer} of a base: tune the rate on it, and pass it as "
+            "base= of larger networks"
+        )
+        return [first, *self.reasons]
+
+
+def chosen(
+    architecture: Architecture,
+    base: Architecture | None,
+    kind: Any,
+    *,
+    initialization: str | None,
+    width_rule: str | None,
+    depth_rule: str | None,
+    depth_exponent: float | None,
+) -> Choice:
+    """Returns the rules that fit a network and its base, or those that the user names.
+
+    Args:
+      architecture: the network to train.
+      base: the network on which the rate is tuned; None where this is it.
+      kind: `sgd`, `adam` or `muon`.
+      initialization: name of an initialization rule, or None.
+      width_rule: name of a width rule, `auto` or None.
+      depth_rule: `auto`, None, `residual`, or the name of a learning-rate rule.
+      depth_exponent: α, or None.
+
+    Raises:
+      ValueError: a rule that there is not, or one that is asked for without a base.
+    """
+    reasons: list[str] = []
+    exponent = 0.5 if depth_exponent is None else depth_exponent
+    width = kind if width_rule == "auto" else width_rule
+    if width is not None:
+        WIDTH_RULES.resolve(width)
+    depth = _depth_rule(architecture, base, kind, depth_rule, reasons)
+    residual = depth == "residual"
+    options: dict[str, Any] = {}
+    rule = initialization or "second_moment"
+    if rule in ("second_moment", "moment"):
+        options = {"depth_exponent": exponent}
+        if fan := _base_readout(base or architecture):
+            options["readout_gain"] = math.sqrt(fan)
+            reasons.append(f"readout: 1/√n at the base's n = {fan}, and 1/n beyond it [μP]")
+    return Choice(
+        rule,
+        options,
+        rule="none" if residual or depth is None else depth,
+        width_rule=width if base is not None else None,
+        depth_rule=kind if residual else None,
+        depth_exponent=exponent,
+        reasons=tuple(reasons),
+    )
+
+
+def _depth_rule(
+    architecture: Architecture,
+    base: Architecture | None,
+    kind: str,
+    depth_rule: str | None,
+    reasons: list[str],
+) -> str | None:
+    """`residual`, the name of a learning-rate rule, or None."""
+    if depth_rule not in ("auto", "residual", None):
+        if depth_rule not in LEARNING_RATE_RULES:
+            raise ValueError(
+                unknown("depth_rule", depth_rule, ("auto", "residual", *LEARNING_RATE_RULES))
+            )
+        return depth_rule if base is not None else None
+    if base is None or depth_rule is None:
+        return None
+    counts = [len(residual_branches(one)) for one in (architecture, base)]
+    if depth_rule == "residual" or (all(counts) and counts[0] != counts[1]):
+        reasons.append(
+            f"depth: {counts[0]} residual additions, {counts[1]} in the base: multipliers by place"
+        )
+        return "residual"
+    depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
+    if all(counts) or depths[0] == depths[1]:
+        return None
+    what = f"depth: {depths[0]} layers, {depths[1]} in the base"
+    if any(_is_chain_like(one) for one in (architecture, base)) and kind == "sgd":
+        reasons.append(f"{what}: rule path_sum of networks without residual stream")
+        return "path_sum"
+    reasons.append(
+        f"{what}: no rule answers for it in this network under {kind}; measure the rate, or pass "
+        f"depth_rule= ({', '.join(LEARNING_RATE_RULES)})"
+    )
+    return None
+
+
+def _is_chain_like(architecture: Architecture) -> bool:
+    """Whether layers are summed alone: no concatenations, products or residual additions."""
+    graph = architecture.graph
+    operators = graph.edges["operator"][live_edges(graph)]
+    return not np.isin(operators, [int(one) for one in _BRANCHING]).any()
+
+
+def _base_readout(base: Architecture) -> int:
+    """Inputs of the largest readout of a base, 0 without one."""
+    return max((features(one)[0] for one in base.parameters if one.role == Role.READOUT), default=0)

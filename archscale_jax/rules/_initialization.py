@@ -1,0 +1,302 @@
+"""Initialization: the standard deviation of every leaf from its place in the graph (theory §3, §9).
+
+A rule says C of every edge (modules `_in_degree` and `_second_moment`); what that means for a
+leaf, which may be the weight of several layers or of a stack, is said here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from archscale_jax._architecture import (
+    Architecture,
+    Arrangement,
+    Parameter,
+    ParameterUse,
+    Role,
+    check_architecture,
+)
+from archscale_jax._graph import in_degrees
+from archscale_jax._moments import (
+    leaf_distribution,
+    leaf_kernel,
+    vertex_moments,
+)
+from archscale_jax.rules._registry import Description, Explained
+from archscale_jax.rules._variances import (
+    INITIALIZATION_RULES,
+    Deviation,
+    InitializationRule,
+    WeightVariances,
+    embedding_deviation,
+    stem_numerator,
+)
+
+
+def weight_standard_deviations(
+    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
+) -> dict[str, Deviation]:
+    """Returns the standard deviation of every input, hidden and readout weight by name.
+
+    Rows of an embedding table are chosen one at a time, so that its entries have standard deviation
+    1; those of a table that is the readout too are scaled to rows of norm 1, which fits both, and
+    so are those of positions that are added to it.
+
+    Args:
+      architecture: the graph with its parameters.
+      rule: name of a rule, or a function `(architecture) -> WeightVariances`. None takes the rule
+        that measurably preserves the flow: `target` where vertices sum pre-activations,
+        `source` where they sum activations (docs/initialization.md).
+      **options: passed to the rule, e.g. `branch_share` of `second_moment`.
+
+    Returns:
+      A number for every leaf that is drawn; for one that holds the layers of a stack, as scanned
+      layers are, or both halves of a gate, an array with the leaf's number of axes if they differ.
+
+    Raises:
+      TypeError: no architecture.
+      ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or a
+        layer that reads what has no finite second moment.
+    """
+    check_architecture(architecture)
+    rule = default_rule(architecture) if rule is None else rule
+    variances = INITIALIZATION_RULES.resolve(rule)(architecture, **options)
+    description = INITIALIZATION_RULES.describe(rule)
+    return {
+        parameter.name: standard_deviation(parameter, architecture, variances, description).value
+        for parameter in architecture.parameters
+        if parameter.is_drawn
+    }
+
+
+def default_rule(architecture: Architecture) -> str:
+    """Returns the name of the rule that fits what the vertices sum."""
+    return DEFAULT_RULES[architecture.arrangement]
+
+
+DEFAULT_RULES = {
+    Arrangement.PRE_ACTIVATION: "target",
+    Arrangement.ACTIVATION: "source",
+}
+
+
+def start_values(
+    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
+) -> dict[str, Deviation]:
+    """Returns the values of the leaves that a rule sets without drawing them, by name.
+
+    These are the gains of normalizations that end a residual branch, under `second_moment`: they,
+    and not the layer before them, decide what the branch adds.
+
+    Raises:
+      TypeError, ValueError: see `weight_standard_deviations`.
+    """
+    check_architecture(architecture)
+    rule = default_rule(architecture) if rule is None else rule
+    gains = INITIALIZATION_RULES.resolve(rule)(architecture, **options).gains
+    found: dict[str, Deviation] = {}
+    for parameter in architecture.parameters:
+        neutral = parameter.neutral_value
+        if parameter.role != Role.SCALE or not parameter.start_known:
+            continue
+        if parameter.given not in (None, neutral):
+            continue  # as a gain that the model starts at 0
+        offset = 1.0 - neutral  # of 1 + w, w
+        by_use = [
+            (use, [gains[edge] - offset for edge in use.ends if edge in gains])
+            for use in parameter.uses
+            if use.kind == "scale"
+        ]
+        values = [(use, min(own)) for use, own in by_use if own]
+        if values:
+            found[parameter.name] = _by_slice(parameter, values)
+    return found
+
+
+def standard_deviation(
+    parameter: Parameter,
+    architecture: Architecture,
+    variances: WeightVariances,
+    rule: Description,
+) -> Explained:
+    """Returns the standard deviation of a parameter that is drawn, and its reason.
+
+    Args:
+      parameter: the parameter.
+      architecture: the network that it is part of.
+      variances: what the rule says of the graph.
+      rule: what the registry tells of the rule.
+
+    Raises:
+      ValueError: a variance that is not finite or negative.
+    """
+    if parameter.role == Role.EMBEDDING:
+        return embedding_deviation(parameter, architecture)
+    uses = [use for use in parameter.uses if use.kind == "weight"] or [
+        ParameterUse("weight", edge=edge, layer=parameter.layer, fan_in=parameter.fan_in)
+        for edge in dict.fromkeys((parameter.edge, *parameter.further_edges))
+    ]
+    linear: list[tuple[ParameterUse, float]] = []
+    others: list[tuple[ParameterUse, float]] = []
+    reasons: dict[str, None] = {}
+    for use in uses:
+        layer = use.layer if parameter.uses else parameter.role
+        deviation, reason = _kernel_deviation(parameter, architecture, use, layer, variances, rule)
+        kernel = leaf_kernel(use.expression, parameter.name, leaf_distribution(architecture))
+        if not kernel.linear:
+            reason += ", as if its kernel were linear in it"
+        if kernel.factor not in (0.0, 1.0):
+            deviation /= kernel.factor
+            reason += f", over the constant {kernel.factor:.4g} in front"
+        deviation = _finite(parameter, deviation, rule)
+        for part, factor in _slices_of_use(use, variances):
+            (linear if kernel.linear else others).append((part, deviation * math.sqrt(factor)))
+            reasons[reason if factor == 1 else f"{reason}, C times {factor:.4g}"] = None
+    # What a square of a weight brings, as the norm of its columns, follows from its other uses.
+    found = linear or others
+    value: Any = _by_slice(parameter, _steps_of_loops(architecture, found, variances.free))
+    reason = next(iter(reasons))
+    if len(reasons) > 1:
+        reason += " (the smallest of its uses)" if isinstance(value, float) else " (first slice)"
+    return Explained(value, reason)
+
+
+def _kernel_deviation(
+    parameter: Parameter,
+    architecture: Architecture,
+    use: ParameterUse,
+    layer: Role,
+    variances: WeightVariances,
+    rule: Description,
+) -> tuple[float, str]:
+    fan = use.fan_in if variances.fan == "fan_in" and parameter.uses else getattr(
+        parameter, variances.fan
+    )  # fmt: skip
+    if layer == Role.READOUT and any(one.layer != Role.READOUT for one in parameter.uses):
+        return fan**-0.5, f"another layer's weight and readout: rows of norm 1, n = {fan}"
+    if layer == Role.READOUT:
+        gain = variances.readout_gain
+        return gain / fan, f"readout: C = {gain**2:.4g}, N(0, C/n²), n = {fan} [AAS Eq. 2]"
+    if use.edge is None:
+        numerator = stem_numerator(architecture, parameter.name)
+        return math.sqrt(numerator / fan), f"stem: C = {numerator:.4g}, n = {fan} [AAS Eq. 4]"
+    numerator = float(variances.edges[use.edge])
+    if numerator < 0:
+        raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
+    reason = f"{rule.name}: C = {numerator:.4g}, n = {fan} {rule.source}".rstrip()
+    return math.sqrt(numerator / fan), reason
+
+
+def _steps_of_loops(
+    architecture: Architecture,
+    values: list[tuple[ParameterUse, float]],
+    free: Collection[int],
+) -> list[tuple[ParameterUse, float]]:
+    """Of a line that is run again and again, as by a loop over time, one use.
+
+    It is the first of those whose vertex has the most contributions: the first step of a loop reads
+    a state of zeros, and later ones differ by what has settled meanwhile.
+    """
+    if len(values) == 1:
+        return values
+    degrees = in_degrees(architecture.graph)[architecture.graph.receivers]
+
+    def contributions(use: ParameterUse) -> int:
+        return 0 if use.edge is None else int(degrees[use.edge])
+
+    bound = [one for one in values if one[0].edge not in free]
+
+    def bounded(group: list[tuple[ParameterUse, float]]) -> tuple[ParameterUse, float]:
+        use, value = max(group, key=lambda one: contributions(one[0]))
+        if len(group) > 1 and use.edge is not None and use.layer == Role.HIDDEN:
+            # What a weight is applied to again and again must not grow: at most He's variance.
+            value = min(value, math.sqrt(2 / max(contributions(use), 1) / use.fan_in))
+        return use, value
+
+    groups: dict[Any, list[tuple[ParameterUse, float]]] = {}
+    for use, value in bound or values:
+        key = (use.source, use.slices) if use.source else id(use)
+        groups.setdefault(key, []).append((use, value))
+    return [bounded(group) for group in groups.values()]
+
+
+def _by_slice(parameter: Parameter, values: list[tuple[ParameterUse, float]]) -> Deviation:
+    """One value for a leaf, the smallest of its uses; or one for every slice of a stack."""
+    values = [(use, float(f"{value:.12g}")) for use, value in values]
+    axes = {axis for use, _ in values for axis, _ in use.slices}
+    smallest = min(value for _, value in values)
+    if not axes or np.allclose([value for _, value in values], smallest, rtol=1e-9):
+        return smallest
+    shape = tuple(size if axis in axes else 1 for axis, size in enumerate(parameter.shape))
+    stacked = np.full(shape, np.inf)
+    for use, value in values:
+        place: list[Any] = [slice(None)] * len(shape)
+        for axis, entry in use.slices:
+            place[axis] = entry
+        stacked[tuple(place)] = np.minimum(stacked[tuple(place)], value)
+    stacked[np.isinf(stacked)] = smallest  # a slice that nothing reads
+    return stacked
+
+
+def _slices_of_use(
+    use: ParameterUse, variances: WeightVariances
+) -> list[tuple[ParameterUse, float]]:
+    """A use with the factor 1; or every slice of it that a rule draws by itself with its own."""
+    slices = variances.slices.get(use.edge, ()) if use.edge is not None else ()
+    return [
+        (dataclasses.replace(use, slices=use.slices | {(axis, entries)}), factor)
+        for axis, entries, factor in slices
+    ] or [(use, 1.0)]
+
+
+def _finite(parameter: Parameter, deviation: Deviation, rule: Description) -> Any:
+    if not np.all(np.isfinite(deviation)):
+        raise ValueError(
+            f"initialization rule {rule.name!r} gives {parameter.name!r} the standard deviation "
+            f"{deviation}"
+        )
+    return deviation
+
+
+def second_moments(
+    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
+) -> dict[int, float]:
+    """Returns the second moment of every vertex that a rule promises (theory §9).
+
+    That of an entry before normalization and activation, as `vertex_features` gives it, at infinite
+    width, averaged over positions. What is averaged over positions, by a pool or by attention, is
+    promised as if all positions held the same, and is less where they differ. It holds for inputs
+    of second moment 1. At width n, with d layers before it, a draw deviates from it by about
+    √(d/n), relative.
+
+        promised = second_moments(arch, "second_moment")
+        measured = {v: jnp.mean(z**2) for v, z in vertex_features(apply, params, x).items()}
+
+    Args:
+      architecture: the network.
+      rule: initialization rule, see `weight_standard_deviations`.
+      **options: passed to the rule.
+
+    Raises:
+      TypeError, ValueError: see `weight_standard_deviations`; a vertex without a finite moment.
+    """
+    deviations = weight_standard_deviations(architecture, rule, **options)
+    starts = start_values(architecture, rule, **options)
+    parameters = tuple(
+        dataclasses.replace(one, given=float(np.mean(starts[one.name])))
+        if one.name in starts
+        else one
+        for one in architecture.parameters
+    )
+    architecture = dataclasses.replace(architecture, parameters=parameters)
+    found = vertex_moments(architecture, deviations)
+    unknown = [vertex for vertex in sorted(found) if not math.isfinite(found[vertex].second)]
+    if unknown:
+        raise ValueError(
+            f"vertex {unknown[0]} has no finite second moment for normal features, as the "
+            "logarithm or root of what may be negative has none; measure vertex_features instead"
+        )
+    return {vertex: found[vertex].second for vertex in sorted(found)}

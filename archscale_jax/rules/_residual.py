@@ -1,0 +1,453 @@
+"""Depth factors of residual stacks (theory §5, §11): depth-μP, CompleteP without multipliers.
+
+A stack of n residual additions whose branches are multiplied by m^(-α), m = n / base n, keeps its
+rate, whatever the depth. Without multipliers the factor sits in the weights that end a branch,
+which the initialization rule `second_moment` draws smaller by n^(-α), and in the rates:
+
+| optimizer   | what ends a branch | the rest of a branch | all else |
+|-------------|--------------------|----------------------|----------|
+| SGD         | 1/m · K_b/K        | m^(2α-1) · K_b/K     | 1        |
+| Adam, Muon  | 1/m                | m^(α-1)              | 1        |
+
+Of a branch that ends in a product of n layers each takes an n-th of its factor: m^(2α-1-2α/n) for
+SGD, m^(α-1-α/n) for Adam. K is how often a leaf is used, K_b how often in the base. A rate η of a
+weight that a multiplier a follows is a rate η·a² of their product for SGD and η·a for Adam; with L
+layers that change a feature together, the change is η·a²·L or η·a·L. A multiplier that the model
+has already counts.
+
+What ends a branch is the last layer that enters the sum linearly; behind a normalization it is the
+gain of that normalization, since it undoes the size of the layer.
+"""
+
+import collections
+from typing import Literal
+
+import jraph
+
+from archscale_jax._architecture import OUTPUT, Architecture, Parameter, ParameterUse, Role
+from archscale_jax._errors import unknown
+from archscale_jax._expressions import (
+    Expression,
+    Moments,
+    Variable,
+    replaced,
+    statistics,
+    variables,
+)
+from archscale_jax._graph import Operator, is_weight, live_edges
+from archscale_jax._moments import Propagation
+from archscale_jax._quadrature import slope
+from archscale_jax.rules._registry import Explained
+
+Optimizer = Literal["sgd", "adam", "muon"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
+
+_WEIGHTLESS = (Operator.SKIP, Operator.AVG_POOL)
+
+
+def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, set[int]]:
+    """Returns the edges of the branches that end in every residual addition, by vertex.
+
+    A vertex is a residual addition where an edge without weight brings what another way with
+    layers, the branch, brings too. A skip around a stack of such additions, or around the whole
+    network and what it holds, makes no block; nor does an addition inside of another's branch.
+    What only a branch reads, as keys and values of cross-attention are, belongs to it. Two slices
+    of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
+    around no layer that reads the other.
+    """
+    graph, slices = (
+        (network.graph, _slices(network)) if isinstance(network, Architecture) else (network, {})
+    )
+    live = live_edges(graph)
+    weight = is_weight(graph)
+    incoming: dict[int, list[int]] = collections.defaultdict(list)
+    outgoing: dict[int, list[int]] = collections.defaultdict(list)
+    for edge in live.nonzero()[0].tolist():
+        incoming[int(graph.receivers[edge])].append(edge)
+        outgoing[int(graph.senders[edge])].append(edge)
+    branches: dict[int, set[int]] = {}
+    sources: dict[int, set[int]] = {}
+    for vertex, edges in incoming.items():
+        skips = [edge for edge in edges if graph.edges["operator"][edge] in _WEIGHTLESS]
+        for skip in skips:
+            source = int(graph.senders[skip])
+            others = {
+                edge
+                for edge in outgoing[source]
+                if slices.get(skip) and slices.get(edge) and not slices[skip] & slices[edge]
+            }
+            around = _edges_between(graph, incoming, source, vertex, others) - {skip}
+            if any(weight[edge] for edge in around):
+                branches.setdefault(vertex, set()).update(around)
+                sources.setdefault(vertex, set()).add(source)
+    blocks = _blocks(graph, branches, sources)
+    for vertex in blocks:
+        _extend(graph, branches[vertex], incoming, outgoing, vertex, set(branches))
+    return {vertex: branches[vertex] for vertex in blocks}
+
+
+def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
+    """By edge, which slices of its source it reads; nothing where it reads all of it."""
+    found = {}
+    for edge, function in enumerate(architecture.functions or ()):
+        parts = {one.part for one in variables(function.before) if one.kind == "vertex"}
+        found[edge] = set() if () in parts else parts
+    return found
+
+
+def _blocks(
+    graph: jraph.GraphsTuple, branches: dict[int, set[int]], sources: dict[int, set[int]]
+) -> list[int]:
+    """The additions that make a stack, see `residual_branches`."""
+    last = int(graph.n_node[0]) - 1
+
+    def inside(vertex: int) -> list[int]:
+        return [
+            other
+            for other, edges in branches.items()
+            if other != vertex and edges < branches[vertex]
+        ]
+
+    nested = {vertex: inside(vertex) for vertex in branches}
+    around = {
+        vertex
+        for vertex, held in nested.items()
+        if held
+        and (
+            (vertex == last and 0 in sources[vertex])
+            or any(other in sources[one] for one in held for other in held)
+        )
+    }
+    left = [vertex for vertex in branches if vertex not in around]
+    return [vertex for vertex in left if not any(vertex in nested[other] for other in left)]
+
+
+def _extend(
+    graph: jraph.GraphsTuple,
+    branch: set[int],
+    incoming: dict[int, list[int]],
+    outgoing: dict[int, list[int]],
+    end: int,
+    additions: set[int],
+) -> None:
+    """Adds to a branch what is read nowhere else, back to the next addition, in place."""
+    interior = {int(graph.receivers[edge]) for edge in branch} - {end}
+    wanted = sorted(interior)
+    while wanted:
+        vertex = wanted.pop()
+        for edge in incoming[vertex]:
+            branch.add(edge)
+            source = int(graph.senders[edge])
+            if source in interior or source in additions or source == 0:
+                continue
+            if {int(graph.receivers[one]) for one in outgoing[source]} <= interior:
+                interior.add(source)
+                wanted.append(source)
+
+
+def _edges_between(
+    graph: jraph.GraphsTuple,
+    incoming: dict[int, list[int]],
+    source: int,
+    target: int,
+    left_out: set[int],
+) -> set[int]:
+    """The edges on paths from one vertex to another that do not begin with one left out."""
+    reached, wanted = {source}, [target]
+    behind: dict[int, list[int]] = {}
+    while wanted:  # back from the target, not beyond the source
+        vertex = wanted.pop()
+        if vertex in behind or vertex <= source:
+            continue
+        behind[vertex] = incoming[vertex]
+        wanted.extend(int(graph.senders[edge]) for edge in incoming[vertex])
+    found: set[int] = set()
+    for vertex in sorted(behind):
+        here = {
+            edge
+            for edge in behind[vertex]
+            if int(graph.senders[edge]) in reached and edge not in left_out
+        }
+        if here:
+            reached.add(vertex)
+            found |= here
+    return found if target in reached else set()
+
+
+# What ends a branch.
+
+
+def branch_ends(
+    architecture: Architecture, branches: dict[int, set[int]] | None = None
+) -> dict[int, dict[int, float]]:
+    """Returns the last layers that every residual addition takes linearly, as edges by vertex.
+
+    Every layer comes with the part of a factor that it takes: 1, or in a product of n layers, as of
+    a gate and a branch, 1/n.
+
+    Raises:
+      ValueError: a branch that ends in no layer that it enters linearly; the message says where.
+    """
+    branches = residual_branches(architecture) if branches is None else branches
+    propagation = Propagation(architecture)
+    found: dict[int, dict[int, float]] = {}
+    for vertex, branch in branches.items():
+        found[vertex] = {}
+        for edge in propagation.incoming[vertex]:
+            if edge in branch:
+                found[vertex] |= _last_layers(propagation, edge, branch, vertex)
+    return found
+
+
+def _last_layers(
+    propagation: Propagation, edge: int, branch: set[int], end: int
+) -> dict[int, float]:
+    found = _linear_layers(propagation, edge, branch)
+    if not found:
+        source = propagation.senders[edge]
+        behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
+        names = [name for one in behind for name in propagation.functions[one].weights]
+        shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
+        raise ValueError(
+            f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
+            "through no layer that it enters linearly, so that no weight can take m^(-α). "
+            "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
+            "it by m^(-α) in the model and take depth_rule=None for it"
+        )
+    return found
+
+
+def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dict[int, float]:
+    """The last layers of a branch on the way back from an edge; empty if none enters linearly."""
+    if propagation.layers[edge]:
+        return {edge: 1.0}
+    source = propagation.senders[edge]
+    parts = len(linear_slices(propagation.functions[edge].before, source))
+    if not parts:
+        return {}
+    edges = [one for one in propagation.incoming[source] if one in branch]
+    expression = propagation.architecture.expressions.get(source)
+    is_product = expression is not None or (
+        edges and propagation.operators[edges[0]] == Operator.PRODUCT
+    )
+    linear = [
+        one
+        for one in edges
+        if not expression or linear_slices(expression, propagation.senders[one])
+    ]
+    ways = [_linear_layers(propagation, one, branch) for one in linear]
+    if not is_product and not all(ways):
+        return {}
+    ways = [way for way in ways if way]
+    share = parts * (len(ways) if is_product else 1)
+    return {one: part / share for way in ways for one, part in way.items()}
+
+
+def linear_slices(expression: Expression, source: int) -> list[Variable]:
+    """Returns the slices of a vertex in which an expression is linear.
+
+    A mean is linear; what is divided by a mean of its own squares, as by a normalization, is not.
+    """
+    opened = _opened(expression)
+    own = [one for one in variables(opened) if one.kind == "vertex" and one.source == source]
+    return [one for one in own if slope(opened, one, _special)]
+
+
+def _opened(expression: Expression) -> Expression:
+    """An expression with means replaced by what they are taken of."""
+    means = [one for one in statistics(expression) if one.name == "mean"]
+    if not means:
+        return expression
+    return _opened(replaced(expression, {one: one.operand for one in means}))
+
+
+def _special(variable: Variable) -> Moments | float:
+    return 1.0 if variable.kind == "leaf" else Moments(0.0, 1.0)
+
+
+# Factors.
+
+
+def depth_factors(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple,
+    optimizer: Optimizer,
+    *,
+    exponent: float = 0.5,
+) -> dict[str, Explained]:
+    """Returns the depth factor of every parameter by name, see above, and which one it is.
+
+    Use it with weights from the initialization rule `second_moment` and its `depth_exponent`.
+
+    Args:
+      architecture: the network to train.
+      base: the network on which the rate was tuned, or its graph.
+      optimizer: `sgd`, `adam` or `muon`.
+      exponent: α, 1/2 for depth-μP, 1 for CompleteP.
+
+    Raises:
+      ValueError: another optimizer, a network without residual additions, or a branch that no layer
+        enters linearly, so that no weight can take the factor.
+    """
+    check_optimizer(optimizer)
+    branches = residual_branches(architecture)
+    counts = len(branches), len(residual_branches(base))
+    if not all(counts):
+        raise ValueError(
+            f"depth rule: the network has {counts[0]} residual additions and the base {counts[1]}; "
+            "both need some. Chains have the rules depth and path_sum"
+        )
+    places = Places(architecture, branches)
+    ratio = counts[0] / counts[1]
+    sgd = optimizer == "sgd"
+    power = 2 * exponent - 1 if sgd else exponent - 1
+    numbers = f"m = {ratio:.4g}, α = {exponent:g}"
+    found = {
+        "inside": Explained(ratio**power, f"in a branch: m^({power:g}), {numbers}"),
+        "outside": Explained(1.0, "in no branch"),
+    }
+
+    def end(part: float) -> Explained:
+        own = power - part * exponent * (2 if sgd else 1)
+        how = "1/m" if part == 1 else f"m^({own:g}), one of {round(1 / part)} factors"
+        return Explained(ratio**own, f"ends a branch: {how}, {numbers}")
+
+    own = places.multiplier
+    theirs = Places(base).multiplier if isinstance(base, Architecture) else own
+    base_uses = {one.name: number_of_uses(one) for one in base.parameters} if isinstance(
+        base, Architecture
+    ) else {}  # fmt: skip
+
+    def factor(parameter: Parameter) -> Explained:
+        place, part = places.of(parameter)
+        value, reason = end(part) if place == "end" else found[place]
+        if place == "end" and own != theirs and parameter.role == Role.HIDDEN:
+            times = (own / theirs) ** (2 if sgd else 1)
+            value, reason = value / times, f"{reason}, the model has the multiplier {own:.4g}"
+        uses = number_of_uses(parameter)
+        before = base_uses.get(parameter.name, uses)
+        if sgd and place != "outside" and uses != before:
+            value *= before / uses
+            reason += f", used {uses} times, {before} in the base"
+        return Explained(value, reason)
+
+    return {parameter.name: factor(parameter) for parameter in architecture.parameters}
+
+
+class Places:
+    """Where the parameters of a network stand: `end` of a branch, `inside` one, or `outside`.
+
+    Attributes:
+      branches: edges of the branches by the vertex of their addition.
+      ends: edges of the layers that end them, and the part of the factor that each takes.
+      inside: edges of all branches.
+      skips: edges around the branches.
+      normalized: those of the ends behind which a normalization stands.
+      multiplier: the constant by which the model multiplies what ends its branches.
+    """
+
+    def __init__(self, architecture: Architecture, branches: dict[int, set[int]] | None = None):
+        graph = architecture.graph
+        self.branches = residual_branches(architecture) if branches is None else branches
+        self.propagation = Propagation(architecture)
+        self.ends = {
+            edge: part
+            for layers in branch_ends(architecture, self.branches).values()
+            for edge, part in layers.items()
+        }
+        self.inside: set[int] = set().union(*self.branches.values())
+        self.normalized = {edge for edge in self.ends if self.propagation.ends_in_norm(edge)}
+        self.skips = {
+            edge
+            for vertex, branch in self.branches.items()
+            for edge in self.propagation.incoming[vertex]
+            if edge not in branch
+        }
+        self.interior = {int(graph.receivers[edge]) for edge in self.inside} - set(self.branches)
+        self._add_what_blocks_read()
+        slopes = [
+            slope(self.propagation.functions[edge].after, OUTPUT, self.propagation.distribution)
+            for edge in sorted(self.ends.keys() - self.normalized)
+        ]
+        self.multiplier = next((abs(one) for one in slopes if one), 1.0)
+
+    def _add_what_blocks_read(self) -> None:
+        """Counts as inside what only some of the branches read, as a layer that modulates a block.
+
+        What all of them read, as a condition or the features of an encoder, stands outside.
+        """
+        branches_of: dict[int, set[int]] = collections.defaultdict(set)
+        for end, branch in self.branches.items():
+            for edge in branch:
+                branches_of[self.propagation.receivers[edge]].add(end)
+        targets: dict[int, set[int]] = collections.defaultdict(set)
+        for source, target in zip(
+            self.propagation.senders, self.propagation.receivers, strict=True
+        ):
+            targets[source].add(target)
+        for vertex in sorted(targets, reverse=True):
+            if vertex == 0 or vertex in self.branches or not targets[vertex] <= self.interior:
+                continue
+            reading = set().union(*(branches_of[target] for target in targets[vertex]))
+            if len(reading) < len(self.branches):
+                self.interior.add(vertex)
+                self.inside |= set(self.propagation.incoming[vertex])
+                branches_of[vertex] |= reading
+
+    def of(self, parameter: Parameter) -> tuple[str, float]:
+        """Returns where a parameter stands, and of an end the part of the factor that it takes.
+
+        Of several places it is the one nearest to an end.
+        """
+        found = (
+            {self._of_use(use) for use in parameter.uses}
+            if parameter.uses
+            else {self._by_edges(parameter)}
+        )
+        place = next(place for place in ("end", "inside", "outside") if place in found)
+        edges = {parameter.edge, *parameter.further_edges}
+        edges |= {edge for use in parameter.uses for edge in (use.edge, *use.ends)}
+        parts = [part for edge, part in self.ends.items() if edge in edges]
+        return place, max(parts, default=1.0)
+
+    def _by_edges(self, parameter: Parameter) -> str:
+        if parameter.layer != Role.HIDDEN or parameter.role == Role.EMBEDDING:
+            return "outside"
+        edges = {parameter.edge, *parameter.further_edges} - {None}
+        if edges & self.ends.keys():
+            return "end"
+        return "inside" if edges <= self.inside else "outside"
+
+    def _of_use(self, use: ParameterUse) -> str:
+        if use.kind in ("scale", "offset", "value") and set(use.ends) & self.ends.keys():
+            return "end" if set(use.ends) & self.normalized else "inside"
+        if use.kind in ("scale", "offset", "value") and (use.edges or use.edge is None):
+            edges = {*use.edges, *use.ends}
+            return "inside" if edges and edges <= self.inside else "outside"
+        if use.kind == "bias" and any(edge in self.skips for edge in use.edges):
+            return "end"
+        if use.edge is not None:
+            if use.edge in self.ends:
+                return "inside" if use.edge in self.normalized else "end"
+            return "inside" if use.edge in self.inside else "outside"
+        if use.vertex in self.branches and use.kind == "bias":
+            return "end"
+        return "inside" if use.vertex in self.interior else "outside"
+
+
+def number_of_uses(parameter: Parameter) -> int:
+    """Returns how often an entry of a leaf is used: by layers that are no slices of it."""
+    edges = collections.Counter(
+        use.slices for use in parameter.uses if use.kind in ("weight", "scale", "bias", "offset")
+    )
+    return max(edges.values(), default=1)
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Checks that a depth rule has this name.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(unknown("depth rule", optimizer, OPTIMIZERS))

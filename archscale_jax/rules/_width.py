@@ -1,0 +1,584 @@
+"""Width factors [μP] in the form without forward multipliers (theory §5, §10).
+
+For every use of a parameter the traced operation tells which of its axes are summed over and which
+are written; an axis whose size differs from the base's is a width. With k inputs that one unit
+reads, N output features of the whole layer (all groups, all heads), r = k / base k and
+s = N / base N, the learning rate of a parameter is multiplied by
+
+| optimizer | vector-like: writes a width | matrix-like: reads and writes one | readout: reads one |
+|-----------|-----------------------------|-----------------------------------|--------------------|
+| SGD       | s                           | s/r                               | 1/r                |
+| Adam      | 1                           | 1/r                               | 1/r                |
+| Muon      | see `muon`                  | see `muon`                        | see `muon`         |
+
+and by 1 where no axis is a width. Input weights, embeddings, biases, gains, depthwise kernels and
+kernels of groups or heads of a fixed size are vector-like. Of several uses the strictest counts, so
+that a table that is the readout's weight too follows the readout.
+
+The factors suppose weights whose sizes follow [μP], as `initialize` draws them: a readout of size
+1/n, not 1/√n as frameworks draw it.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from archscale_jax._architecture import (
+    Architecture,
+    Parameter,
+    ParameterUse,
+    Role,
+    check_architecture,
+)
+from archscale_jax._graph import Operator
+from archscale_jax.rules._registry import Explained, Registry
+
+WidthRule = Callable[[Parameter, float, float], float]
+
+WIDTH_RULES: Registry[WidthRule] = Registry("width rule")
+register_width_rule = WIDTH_RULES.register
+
+_MATRICES = (Role.HIDDEN, Role.READOUT)
+
+
+@register_width_rule("sgd")
+def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
+    """Hidden weights s/r, readout 1/r, all else s: SGD with or without momentum [μP]."""
+    if parameter.role == Role.HIDDEN:
+        return fan_out_ratio / fan_in_ratio
+    if parameter.is_tied:
+        return 1 / fan_out_ratio
+    if parameter.role == Role.READOUT:
+        return 1 / fan_in_ratio
+    # The outputs of a network have no width, whatever their number.
+    return 1.0 if parameter.layer == Role.READOUT else fan_out_ratio
+
+
+@register_width_rule("adam")
+def adam(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
+    """Hidden weights and readout 1/r, all else 1: Adam and others that divide by gradients [μP]."""
+    if parameter.is_tied:
+        return 1 / fan_out_ratio
+    return 1 / fan_in_ratio if parameter.role in _MATRICES else 1.0
+
+
+@register_width_rule("muon")
+def muon(
+    parameter: Parameter,
+    fan_in_ratio: float,
+    fan_out_ratio: float,
+    *,
+    base_shape: tuple[int, ...] | None = None,
+    consistent_rms: float | None = None,
+    dimension_numbers: bool = False,
+) -> float:
+    """Spectral size √(out/in) of every update, over optax's own: `optax.contrib.muon` (theory §10).
+
+    Without dimension numbers optax orthogonalizes every leaf of two axes, tables and stacked
+    vectors too, scales it by sqrt(max(1, columns/rows)), and leaves the rest to Adam. A matrix
+    that maps i to o features should change by sqrt(o/i) in spectral norm, a vector or table by
+    entries of one size.
+
+    Args:
+      parameter: the leaf, in the role of one of its uses.
+      fan_in_ratio: r.
+      fan_out_ratio: s.
+      base_shape: of the leaf in the base; None divides the axes by r and s.
+      consistent_rms: as given to `optax.contrib.muon`.
+      dimension_numbers: whether optax is given `muon_dimension_numbers(architecture, params)`.
+    """
+    matrix = parameter.role in (*_MATRICES, Role.INPUT)
+    use = parameter.uses[0] if parameter.uses else None
+    hidden = parameter.role == Role.HIDDEN  # what muon_dimension_numbers leaves to Muon
+    orthogonalized = hidden if dimension_numbers else len(parameter.shape) == 2
+    if not orthogonalized:
+        return adam(parameter, fan_in_ratio, fan_out_ratio)
+    shape = parameter.shape
+    if dimension_numbers or use is None:
+        own = parameter.fan_in, parameter.fan_out
+        base = own[0] / fan_in_ratio, own[1] / fan_out_ratio
+        if use is not None:
+            base = own = (1.0, 1.0)
+            own = _in_and_out(use, shape)
+            base = own[0] / fan_in_ratio, own[1] / fan_out_ratio
+        seen = own, base
+    else:
+        seen = shape, base_shape or shape
+    sizes = [_optax_size(one, consistent_rms) for one in seen]
+    if use is None or matrix:
+        inputs, outputs = _in_and_out(use, shape) if use else (parameter.fan_in, parameter.fan_out)
+        wanted = math.sqrt(outputs / inputs)
+        return (sizes[1] / sizes[0]) * wanted / (wanted * math.sqrt(fan_in_ratio / fan_out_ratio))
+    rms = [
+        size * math.sqrt(min(one)) / math.sqrt(math.prod(one))
+        for size, one in zip(sizes, seen, strict=True)
+    ]
+    return rms[1] / rms[0]
+
+
+def _optax_size(shape: tuple[float, ...], consistent_rms: float | None) -> float:
+    """Spectral norm of optax's update of a matrix of this shape."""
+    if consistent_rms is not None:
+        return math.sqrt(max(shape)) * consistent_rms
+    return math.sqrt(max(1.0, shape[1] / shape[0]))
+
+
+def _in_and_out(use: ParameterUse, shape: tuple[int, ...]) -> tuple[float, float]:
+    inputs = math.prod(shape[axis] for axis in use.contracted)
+    outputs = math.prod(shape[axis] for axis in {*use.output, *use.batch} - set(use.contracted))
+    return float(inputs), float(outputs)
+
+
+def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
+    """Returns what `optax.contrib.muon` takes as `muon_weight_dimension_numbers`.
+
+    Matrices that read and write features are Muon's, with the axes that the trace found, whatever
+    their order and number; tables, vectors, readouts and input layers are left to Adam, and so are
+    depthwise kernels, kernels of heads and stacks of layers.
+
+        numbers = muon_dimension_numbers(arch, params)
+        tx = optax.contrib.muon(3e-3, muon_weight_dimension_numbers=numbers)
+
+    Args:
+      architecture: the network.
+      params: tree of arrays or shapes.
+
+    Returns:
+      A tree like `params` of `optax.contrib.MuonDimensionNumbers`, None for what is Adam's.
+
+    Raises:
+      TypeError, ValueError: params that are not those of the architecture.
+    """
+    from optax.contrib import MuonDimensionNumbers
+
+    from archscale_jax._architecture import check_parameters
+    from archscale_jax._trees import map_with_names
+
+    check_parameters(architecture, params)
+    by_name = {one.name: one for one in architecture.parameters}
+
+    def numbers(name: str, leaf: Any) -> Any:
+        del leaf
+        parameter = by_name[name]
+        uses = [use for use in parameter.uses if use.kind == "weight"]
+        axes = {(use.contracted, use.output) for use in uses}
+        plain = parameter.role == Role.HIDDEN and len(axes) == 1
+        if not plain or any(use.batch or use.slices or not use.output for use in uses):
+            return None
+        ((contracted, output),) = axes
+        return MuonDimensionNumbers(reduction_axis=contracted, output_axis=output)
+
+    return map_with_names(numbers, params)
+
+
+def width_factors(
+    architecture: Architecture, base: Architecture, rule: str | WidthRule
+) -> dict[str, float]:
+    """Returns the width factor of every parameter by name.
+
+    Networks of one graph are compared parameter by parameter. Otherwise a parameter is compared
+    with those of its role and layer in the base, or with those of them whose names differ from its
+    own in numbers only, and these must be of one width, or of the same widths in one ratio.
+
+    Args:
+      architecture: the network to train.
+      base: the network on which the rate was tuned; of widths alone, `with_widths` makes one.
+      rule: `sgd`, `adam`, `muon`, or a function `(parameter, fan_in_ratio, fan_out_ratio)` to the
+        factor; it sees a parameter of several uses once for every use, in the role of that use.
+
+    Raises:
+      ValueError: an unknown rule, or a parameter without a counterpart in the base, or with several
+        of different widths, so that there is no one width to compare with.
+    """
+    found = explained_width_factors(architecture, base, rule)
+    return {name: factor.value for name, factor in found.items()}
+
+
+def explained_width_factors(
+    architecture: Architecture, base: Architecture, rule: str | WidthRule
+) -> dict[str, Explained]:
+    """Returns what `width_factors` does, with the ratios that each comes from."""
+    function, description = WIDTH_RULES.resolve(rule), WIDTH_RULES.describe(rule)
+    compare = _counterparts(architecture, base)
+    factors = {}
+    for parameter in architecture.parameters:
+        compared = [
+            (seen, r, s, _call(function, seen, r, s, base_shape))
+            for seen, r, s, base_shape in _views(parameter, *compare(parameter))
+        ]
+        seen, r, s, factor = min(compared, key=lambda one: one[3])
+        role = "tied table" if parameter.is_tied else seen.role
+        reason = f"width {description.name}, {role}: {factor:.4g} at r = {r:.4g}, s = {s:.4g}"
+        factors[parameter.name] = Explained(factor, f"{reason} {description.source}".rstrip())
+    return factors
+
+
+def _call(
+    function: WidthRule, parameter: Parameter, r: float, s: float, base_shape: tuple[int, ...]
+) -> float:
+    rule: Any = function
+    options: dict[str, Any] = {}
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    if rule is muon:
+        options["base_shape"] = base_shape
+    return float(function(parameter, r, s, **options))
+
+
+def _views(
+    parameter: Parameter, shape: tuple[int, ...], fans: tuple[float, float]
+) -> list[tuple[Parameter, float, float, tuple[int, ...]]]:
+    """A parameter in the role of every one of its uses, with r and s, and its shape in the base."""
+    if not parameter.uses:
+        own = features(parameter)
+        return [(parameter, own[0] / fans[0], own[1] / fans[1], shape)]
+    found = {}
+    for use in parameter.uses:
+        contracted = set(use.contracted) - set(use.positions)
+        written = {*use.output, *use.batch} - set(use.positions) - contracted
+        sliced = {axis for axis, _ in use.slices}
+        r = _ratio(parameter.sizes, shape, contracted - sliced)
+        s = _ratio(parameter.sizes, shape, written - sliced)
+        if use.layer == Role.INPUT:
+            r = 1.0  # inputs have no width
+        if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):
+            s = 1.0  # nor has the result
+        if use.kind != "weight":
+            role = Role.EMBEDDING if parameter.role == Role.EMBEDDING else parameter.role
+            role = Role.SCALE if role in _MATRICES else role
+        elif r == 1:
+            role = Role.INPUT
+        else:
+            role = Role.READOUT if s == 1 else Role.HIDDEN
+        if use.kind == "weight" and use.layer != Role.INPUT and _no_width(parameter.sizes, shape):
+            role = use.layer if use.layer in _MATRICES else Role.HIDDEN
+        layer = Role.HIDDEN if role in (Role.INPUT, Role.EMBEDDING) else use.layer
+        seen = dataclasses.replace(parameter, role=role, layer=layer, uses=(use,))
+        found[role, r, s, use.contracted, use.output] = (seen, r, s, shape)
+    return list(found.values())
+
+
+def _no_width(shape: tuple[int, ...], base: tuple[int, ...]) -> bool:
+    return shape == base
+
+
+def _ratio(shape: tuple[int, ...], base: tuple[int, ...], axes: set[int]) -> float:
+    return math.prod(shape[axis] / base[axis] for axis in axes)
+
+
+def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tuple[float, float]]:
+    """Returns r and s of every parameter by name, see above; of several uses the largest.
+
+    Raises:
+      ValueError: see `width_factors`.
+    """
+    compare = _counterparts(architecture, base)
+    ratios = {}
+    for parameter in architecture.parameters:
+        views = _views(parameter, *compare(parameter))
+        ratios[parameter.name] = max(view[1] for view in views), max(view[2] for view in views)
+    return ratios
+
+
+# Bases that were never built.
+
+
+def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Architecture:
+    """Returns the same network at other widths, to compare with as a base that was never built.
+
+        with_widths(arch, {1024: 256, 4096: 1024})  # tuned at a quarter of both widths
+
+    Axes of features count, alone or several together, as heads and their features; axes of
+    positions do not, whatever their size. Features that were flattened or merged from several
+    positions are a number of their own: list it too, `{64: 32, 1024: 512}`.
+
+    Args:
+      architecture: the network to train.
+      widths: what every number of features that scales is in the base. The features that enter and
+        leave the network stay as they are.
+
+    Raises:
+      TypeError: no architecture, or widths that are no mapping.
+      ValueError: a width below 1, one that no parameter has, or one that is left out beside a
+        listed one in the same hidden layers; `{512: 512}` says that it stays.
+    """
+    check_architecture(architecture)
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths must map width to base width, as {{1024: 256}}, found {widths!r}")
+    for width, base_width in widths.items():
+        if base_width < 1:
+            raise ValueError(f"widths map {width} to {base_width}; accepted are integers from 1")
+    unused, left_out = set(widths), {}
+    parameters = tuple(
+        _narrowed(parameter, widths, unused, left_out) for parameter in architecture.parameters
+    )
+    if unused:
+        inner = sorted({size for one in architecture.parameters for size in features(one)})
+        raise ValueError(
+            f"widths name {sorted(unused)}, which no layer of the network has; its layers read and "
+            f"write {', '.join(map(str, inner))} features"
+        )
+    if left_out:
+        width, name = max(left_out.items())
+        raise ValueError(
+            f"widths list {sorted(widths)} and leave out {width}, which {name!r} and layers like "
+            f"it have beside a listed width; add {width}: base width, or {{{width}: {width}}} if "
+            "it stays"
+        )
+    narrowed = dataclasses.replace(architecture, parameters=parameters)
+    _check_joined(architecture, narrowed, widths)
+    return narrowed
+
+
+def _check_joined(
+    architecture: Architecture, narrowed: Architecture, widths: Mapping[int, int]
+) -> None:
+    """Checks that layers behind a concatenation read what its parts became."""
+    graph, functions = architecture.graph, architecture.functions
+    if functions is None:
+        return
+    sizes = {
+        one.name: (features(one), features(other))
+        for one, other in zip(architecture.parameters, narrowed.parameters, strict=True)
+    }
+    written: dict[int, float | None] = {0: _stem_ratio(architecture, sizes)}
+    parts: dict[int, list[tuple[int, float | None]]] = {}
+    for edge in np.argsort(graph.receivers, kind="stable").tolist():
+        source, target = int(graph.senders[edge]), int(graph.receivers[edge])
+        if graph.edges["operator"][edge] == Operator.CONCATENATION:
+            parts.setdefault(target, []).append((functions[edge].count, written.get(source)))
+        joined = parts.get(source, [])
+        ratios = [ratio for _, ratio in joined if ratio is not None]
+        for name in functions[edge].weights:
+            before, after = sizes[name]
+            written[target] = after[1] / before[1]
+            if not joined or len(ratios) < len(joined):
+                continue
+            part = sum(count * ratio for (count, _), ratio in zip(joined, ratios, strict=True))
+            made = round(before[0] * part / sum(count for count, _ in joined))
+            if made != after[0]:
+                raise ValueError(
+                    f"widths list {sorted(widths)}: the {before[0]} joined features that {name!r} "
+                    f"reads become {made}, of which it would read {after[0]}; list the widths of "
+                    f"all that is joined, and {before[0]} with their sum"
+                )
+
+
+def _stem_ratio(architecture: Architecture, sizes: Mapping[str, Any]) -> float | None:
+    names = [name for function in architecture.stems for name in function.weights]
+    ratios = {sizes[name][1][1] / sizes[name][0][1] for name in names}
+    return ratios.pop() if len(ratios) == 1 else None
+
+
+def _narrowed(
+    parameter: Parameter, widths: Mapping[int, int], unused: set[int], left_out: dict[int, str]
+) -> Parameter:
+    shape = list(parameter.shape)
+    ratios = {"in": 1.0, "out": 1.0}
+    uses = parameter.uses or (_supposed_use(parameter),)
+    done: set[int] = set()
+    for use in uses:
+        positions = {*use.positions, *(axis for axis, _ in use.slices)}
+        sides = {
+            "in": [] if use.layer == Role.INPUT else list(use.contracted),
+            "out": [*use.output, *use.batch],
+        }
+        if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):
+            sides["out"] = []
+        listed = {}
+        for side, axes in sides.items():
+            axes = [axis for axis in dict.fromkeys(axes) if axis not in positions]
+            if not axes or any(axis in done for axis in axes):
+                continue
+            size = math.prod(parameter.shape[axis] for axis in axes)
+            found = _base_sizes(parameter.shape, axes, widths, unused)
+            listed[side] = size, bool(found)
+            for axis, base in found.items():
+                ratios[side] *= parameter.shape[axis] / base
+                shape[axis] = base
+            done.update(found)
+        if len(listed) == 2 and use.kind == "weight" and use.layer == Role.HIDDEN:
+            _note_left_out(parameter, listed, widths, left_out)
+    if not parameter.uses:
+        fan_in, fan_out = _fans_of(parameter, widths, unused)
+        return dataclasses.replace(parameter, fan_in=fan_in, fan_out=fan_out)
+    return dataclasses.replace(
+        parameter,
+        shape=tuple(shape),
+        fan_in=max(1, round(parameter.fan_in / ratios["in"])),
+        fan_out=max(1, round(parameter.fan_out / ratios["out"])),
+    )
+
+
+def _base_sizes(
+    shape: tuple[int, ...], axes: list[int], widths: Mapping[int, int], unused: set[int]
+) -> dict[int, int]:
+    """Sizes of axes in the base: of single ones that are listed, or of several together."""
+    whole = math.prod(shape[axis] for axis in axes)
+    if len(axes) > 1 and whole in widths:
+        unused.discard(whole)
+        ratio = whole / widths[whole]
+        for axis in axes:
+            if ratio >= 1 and shape[axis] % ratio == 0:
+                return {axis: int(shape[axis] / ratio)}
+            if ratio < 1:
+                return {axis: round(shape[axis] / ratio)}
+    found = {axis: widths[shape[axis]] for axis in axes if shape[axis] in widths}
+    unused.difference_update(shape[axis] for axis in found)
+    return found
+
+
+def _note_left_out(
+    parameter: Parameter,
+    listed: Mapping[str, tuple[int, bool]],
+    widths: Mapping[int, int],
+    left_out: dict[int, str],
+) -> None:
+    (one, one_listed), (other, other_listed) = listed.values()
+    if one_listed == other_listed:
+        return
+    size, listed_size = (other, one) if one_listed else (one, other)
+    if 2 * size >= listed_size:  # less is a rank, a number of experts or the like
+        left_out[size] = parameter.name
+
+
+def _supposed_use(parameter: Parameter) -> ParameterUse:
+    """No use was read off a function: fans alone are known."""
+    return ParameterUse("weight", layer=parameter.layer)
+
+
+def _fans_of(parameter: Parameter, widths: Mapping[int, int], unused: set[int]) -> tuple[int, int]:
+    inner = (parameter.role, parameter.layer)
+    scales = (
+        Role.INPUT not in inner and parameter.role != Role.EMBEDDING,
+        Role.READOUT not in inner or parameter.is_tied,
+    )
+    found = []
+    for fan, own in zip((parameter.fan_in, parameter.fan_out), scales, strict=True):
+        size = fan // parameter.kernel_positions
+        if own and size in widths:
+            unused.discard(size)
+            size = widths[size]
+        found.append(size * parameter.kernel_positions)
+    return found[0], found[1]
+
+
+def features(parameter: Parameter) -> tuple[int, int]:
+    """Returns how many features a parameter's layer reads and writes, positions left out."""
+    uses = [use for use in parameter.uses if use.kind in ("weight", "embedding")]
+    if not uses:
+        positions = parameter.kernel_positions
+        return max(1, parameter.fan_in // positions), max(1, parameter.fan_out // positions)
+    left_out = {*uses[0].positions, *(axis for axis, _ in uses[0].slices)}
+    sizes = parameter.sizes
+    return (
+        math.prod(sizes[axis] for axis in uses[0].contracted if axis not in left_out),
+        math.prod(sizes[axis] for axis in {*uses[0].output, *uses[0].batch} - left_out),
+    )
+
+
+# Counterparts in the base.
+
+_Sizes = tuple[tuple[int, ...], tuple[int, int]]
+"""Shape and fans of a parameter."""
+
+
+def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[Parameter], _Sizes]:
+    """Returns a function from a parameter to the shape and the fans that it has in the base."""
+    exact = {parameter.name: parameter for parameter in base.parameters}
+    if _same_graph(architecture, base) and exact.keys() == architecture.shapes.keys():
+        return lambda parameter: _sizes(exact[parameter.name], parameter)
+    kinds = (_kind, lambda parameter: (*_kind(parameter), _pattern(parameter)))
+    groups = [(kind, _members(architecture, kind), _members(base, kind)) for kind in kinds]
+
+    def counterpart(parameter: Parameter) -> _Sizes:
+        for kind, ours, theirs in reversed(groups):
+            key = kind(parameter)
+            matched = _matched(ours[key], theirs.get(key, {}), parameter)
+            if matched is not None:
+                return matched
+        found = sorted({one[1] for one in groups[0][2].get(_kind(parameter), ())})
+        raise ValueError(
+            f"the width factor of {parameter.name!r} needs one base fan for {parameter.role} "
+            f"parameters of the {parameter.layer} layer(s); the base network has "
+            f"{found or 'none'} (fan-in, fan-out). Pass a base that differs in width or in depth "
+            "alone, or with_widths(architecture, {width: base width})"
+        )
+
+    return counterpart
+
+
+def _sizes(base: Parameter, parameter: Parameter) -> _Sizes:
+    """Shape and fans of a counterpart; the sizes of a stack's own axes are the parameter's."""
+    shape = _unstacked(base)
+    own = list(parameter.sizes)
+    free = [axis for axis in range(len(own)) if axis not in _stacked_axes(parameter)]
+    if len(shape) == len(free):
+        for axis, size in zip(free, shape, strict=True):
+            own[axis] = size
+    return tuple(own), features(base)
+
+
+def _stacked_axes(parameter: Parameter) -> set[int]:
+    return {axis for use in parameter.uses for axis, _ in use.slices}
+
+
+def _unstacked(parameter: Parameter) -> tuple[int, ...]:
+    stacked = _stacked_axes(parameter)
+    return tuple(size for axis, size in enumerate(parameter.sizes) if axis not in stacked)
+
+
+def _same_graph(architecture: Architecture, base: Architecture) -> bool:
+    columns = (
+        (one.senders, one.receivers, one.edges["operator"])
+        for one in (architecture.graph, base.graph)
+    )
+    return all(np.array_equal(ours, theirs) for ours, theirs in zip(*columns, strict=True))
+
+
+def _kind(parameter: Parameter) -> tuple[str, ...]:
+    return parameter.role, parameter.layer
+
+
+def _pattern(parameter: Parameter) -> str:
+    """The name without numbers, which tell layers of one kind apart."""
+    return re.sub(r"\d+", "#", parameter.name)
+
+
+def _members(
+    architecture: Architecture, kind: Callable[[Parameter], tuple[str, ...]]
+) -> dict[tuple[str, ...], dict[_Sizes, Parameter]]:
+    """Parameters of every kind by their sizes."""
+    found: dict[tuple[str, ...], dict[_Sizes, Parameter]] = {}
+    for one in architecture.parameters:
+        sizes = _unstacked(one), features(one)
+        found.setdefault(kind(one), {}).setdefault(sizes, one)
+    return found
+
+
+def _matched(
+    ours: Mapping[_Sizes, Parameter], theirs: Mapping[_Sizes, Parameter], parameter: Parameter
+) -> _Sizes | None:
+    """The one counterpart, or the one of the same place where all sizes are in one ratio."""
+    rank = len(_unstacked(parameter))
+    candidates = [one for sizes, one in theirs.items() if len(sizes[0]) == rank]
+    if len(candidates) == 1:
+        return _sizes(candidates[0], parameter)
+    if len(ours) != len(theirs) or not theirs:
+        return None
+    pairs = list(zip(sorted(ours), sorted(theirs), strict=True))
+    ratios = {
+        tuple(a / b for a, b in zip((*mine[0], *mine[1]), (*other[0], *other[1]), strict=True))
+        if len(mine[0]) == len(other[0])
+        else ()
+        for mine, other in pairs
+    }
+    if len(ratios) != 1:
+        return None
+    by_sizes = dict(pairs)
+    return _sizes(theirs[by_sizes[_unstacked(parameter), features(parameter)]], parameter)

@@ -1,0 +1,43 @@
+"""Learning rates by search and by measurement, and checks that one rate serves all sizes."""
+
+from archscale_jax.tuning._coordinate import (
+    Coordinate,
+    coordinate_check,
+    coordinate_curves,
+    flatness,
+)
+from archscale_jax.tuning._measure import UpdateSize, measure_update
+from archscale_jax.tuning._predict import predict_learning_rate, register_measured_rule
+from archscale_jax.tuning._search import (
+    Basin,
+    RateSearch,
+    Run,
+    find_learning_rate,
+    loss_at,
+    mean_losses,
+    summarise_runs,
+)
+from archscale_jax.tuning._sharpness import sharpness
+from archscale_jax.tuning._transfer_check import TransferCheck, summarise_transfer, transfer_check
+
+__all__ = [
+    "Basin",
+    "Coordinate",
+    "RateSearch",
+    "Run",
+    "TransferCheck",
+    "UpdateSize",
+    "coordinate_check",
+    "coordinate_curves",
+    "find_learning_rate",
+    "flatness",
+    "loss_at",
+    "mean_losses",
+    "measure_update",
+    "predict_learning_rate",
+    "register_measured_rule",
+    "sharpness",
+    "summarise_runs",
+    "summarise_transfer",
+    "transfer_check",
+]
