@@ -1,24 +1,21 @@
 """Files that are whole or not there."""
 
-import os
 import pathlib
-import tempfile
+import secrets
 from collections.abc import Callable
 
 
 def write_atomically(path: str | pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then moves the file into place.
 
-    The folder is made where it is missing. Where `write` fails, nothing is left behind.
+    The folder is made where it is missing. Where `write` fails, nothing is left behind; a process
+    that is killed meanwhile leaves `.NAME-XXXXXXXX.tmp.SUFFIX`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner reads
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

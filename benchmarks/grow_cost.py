@@ -281,7 +281,7 @@ def study_run(name: str, changes: dict[str, Any], data_dir: str | None) -> dict[
     found: dict[str, Any] = {"steps": trial["steps"]}
     for turn in ("cold", "again"):
         with Clock() as clock, clock.watching():
-            result = grow_study.run(trial, data_dir)
+            result = grow_study.run(trial, data_dir=data_dir)
         found[turn] = clock.summary()
         found |= {"growths": len(result["edits"]), "neurons": result["neurons"]}
     return found

@@ -13,8 +13,7 @@ import math
 import pathlib
 import statistics
 import sys
-import threading
-from collections.abc import Iterator
+from types import NoneType
 
 from absl import flags
 from rich import box
@@ -23,9 +22,20 @@ from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax.tuning import _search as search
-from experiments.lab import common, datasets, display, files, interrupts, page, ranges, runners
+from experiments.lab import (
+    common,
+    display,
+    files,
+    interrupts,
+    page,
+    ranges,
+    recipe,
+    runners,
+    training,
+)
+from experiments.lab.datasets import Dataset
 from experiments.lab.panels import save
-from experiments.lab.progress import Advance
+from experiments.lab.sweeps import Journal
 
 FLAGS = flags.FLAGS
 
@@ -46,7 +56,7 @@ ranges.define(
     "margin", 0.25, "An adaptive search trains losses this close to the smallest.", "fraction"
 )
 ranges.define("refine", 1, "How often the grid is halved in the basin.")
-ranges.define("workers", 1, "Runs at a time, in threads.")
+runners.define_flags(workers=1)
 
 EXTENSIBLE = ("adaptive", "base_rate", "margin", "max_rate", "min_rate", "num_rates", "num_seeds",
               "refine", "start", "tolerance")  # fmt: skip
@@ -55,42 +65,26 @@ EXTENSIBLE = ("adaptive", "base_rate", "margin", "max_rate", "min_rate", "num_ra
 
 def run() -> None:
     """Searches, prints and draws."""
-    rates = common.rate_grid()
-    graph = common.parse_graph(FLAGS.architecture)
-    dataset = common.load_dataset()
-    total_steps = common.count_steps(dataset, FLAGS.epochs)
-    network = common.build_network(graph, dataset)
-    common.check_training(network, total_steps)
+    rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
+    settings = common.settings()
+    dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
+    recipe.check_dataset(settings, dataset)
+    display.note(f"{dataset!r}")
+    examples = len(dataset.train_images)
+    total_steps = training.count_steps(examples, FLAGS.batch_size, settings.pop("epochs"))
+    network = recipe.build_network(settings, FLAGS.architecture, dataset)
+    recipe.check_training(settings, network, total_steps)
     start = FLAGS.start
     if start is None and FLAGS.base_rate is not None:
-        start = _predicted(network, dataset)
+        start = _predicted(settings, network, dataset)
     elif start is None and FLAGS.adaptive:
         start = math.sqrt(FLAGS.min_rate * FLAGS.max_rate)
-    workdir = common.claim_directory(
-        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
-    )
-    train = common.rate_trainer(
-        functools.partial(common.initial_state, network),
-        lambda rate: common.build_optimizer(rate, total_steps),
-        dataset,
-        graphdef=network.graphdef,
-        batch_size=FLAGS.batch_size,
-        total_steps=total_steps,
-        flip=FLAGS.flip,
-        padding=FLAGS.padding,
-    )
-    # How many runs it takes is found on the way.
-    with interrupts.announced(runners.WAITING), display.progress("runs", None) as advance:
-        found = archscale.find_learning_rate(
-            _remembered(train, workdir / "results.jsonl", advance),
-            rates,
-            seeds=range(FLAGS.num_seeds),
-            start=start,
-            tolerance=FLAGS.tolerance,
-            margin=FLAGS.margin,
-            refine=FLAGS.refine,
-            workers=FLAGS.workers,
+    trial = settings | {"architecture": FLAGS.architecture, "steps": total_steps}
+    with runners.runner() as options:
+        workdir = common.claim_directory(
+            FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
         )
+        found = _search(trial, rates, start, workdir / "results.jsonl", options)
     answer = (
         f"learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
@@ -105,8 +99,7 @@ def run() -> None:
     remarks = [f"{answer[0].upper()}{answer[1:]}."]
     if FLAGS.start is None and FLAGS.base_rate is not None:
         remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
-    console = Console()
-    console.print(_table(lines))
+    Console().print(_table(lines))
     if not all(found.basin.closed):
         remarks.append(
             "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
@@ -119,51 +112,58 @@ def run() -> None:
         tables={"Training loss (nats) by rate; * marks the rates in the basin.": lines},
         figures={figure: "Training loss of every run against its learning rate, with the basin."},
     )
-    console.print(*remarks[1:], sep="\n", end="\n" if remarks[1:] else "")
-    console.print(f"{answer}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
+    print(*remarks[1:], answer, f"figure:  {figure}", f"report:  {report}", sep="\n")
 
 
-def _predicted(network: common.Network, dataset: datasets.Dataset) -> float:
+def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, options):
+    """Searches; each run is a trial of a journal. How many it takes is found on the way."""
+    run = functools.partial(recipe.last_loss, data_dir=FLAGS.data_dir)
+    with (
+        interrupts.announced(runners.WAITING),  # it searches in threads
+        Journal.open(
+            path, holds={"loss": float | NoneType}, retry_failed=options["retry_failed"]
+        ) as journal,
+        display.progress("runs", None) as advance,
+    ):
+
+        def train(rate: float, seed: int) -> list[float]:
+            one = trial | {"rate": rate, "seed": seed}
+            record = journal.run(one, run, options.get("executor"))
+            runners.check_finished([record], path)
+            loss = record["result"]["loss"]
+            advance(note=f"rate {rate:.3g}: loss {_loss(math.inf if loss is None else loss)}")
+            return [math.inf if loss is None else loss]
+
+        found = archscale.find_learning_rate(
+            train,
+            rates,
+            seeds=range(FLAGS.num_seeds),
+            start=start,
+            tolerance=FLAGS.tolerance,
+            margin=FLAGS.margin,
+            refine=FLAGS.refine,
+            workers=FLAGS.workers,
+        )
+        journal.order(trial | {"rate": one.rate, "seed": one.seed} for one in found.runs)
+    return found
+
+
+def _predicted(settings, network: recipe.Network, dataset: Dataset) -> float:
     """Returns the rate that measuring predicts from --base_rate."""
-    base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
-    optimizer = common.build_optimizer(1.0, 1)
+    base = recipe.build_network(settings, FLAGS.base_architecture, dataset)
+    optimizer = recipe.build_optimizer(settings, 1.0, 1)
     batches = [
         common.first_batch(dataset, FLAGS.batch_size, seed) for seed in range(FLAGS.num_seeds)
     ]
-    sizes = []
-    for one in (network, base):
-        sizes.append(
-            common.measure_seeds(
-                common.measurer(one.graphdef, one.model_state, optimizer),
-                lambda seed, one=one: common.initial_state(one, optimizer, seed).params,
-                batches,
-            )
+    sizes = [
+        common.measure_seeds(
+            common.measurer(one.graphdef, one.model_state, optimizer),
+            lambda seed, one=one: recipe.initial_state(settings, one, optimizer, seed).params,
+            batches,
         )
+        for one in (network, base)
+    ]
     return archscale.predict_learning_rate(sizes[0], sizes[1], FLAGS.base_rate)
-
-
-def _remembered(train: search.Train, journal: pathlib.Path, advance: Advance) -> search.Train:
-    """Returns `train` with its ends kept in a journal: what is there is not trained again."""
-    lock = threading.Lock()
-    losses = {(one["rate"], one["seed"]): one["loss"] for one in files.read_records(journal)}
-
-    def remembered(rate: float, seed: int) -> Iterator[float]:
-        if (rate, seed) in losses:
-            loss = losses[rate, seed]
-            advance()
-            yield math.inf if loss is None else loss
-            return
-        loss = math.inf
-        for loss in train(rate, seed):
-            if not math.isfinite(loss):
-                break
-            yield loss
-        with lock:
-            files.append_record(journal, {"rate": rate, "seed": seed, "loss": loss})
-            advance(note=f"rate {rate:.3g}: loss {_loss(loss)}")
-        yield loss
-
-    return remembered
 
 
 def _standard_error(found: search.RateSearch) -> str:

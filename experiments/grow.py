@@ -71,8 +71,8 @@ def run() -> None:
     )
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, settings)
-        partial = workdir.absolute() / "partial"  # a worker may be in another folder
-        run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir, partial=partial)
+        options |= {"checkpoints": workdir / "checkpoints"}
+        run_trial = functools.partial(grow_study.run, data_dir=FLAGS.data_dir)
         records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
         if "scratch" in FLAGS.arm:
             trials += grow_study.scratch_trials(records)

@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,9 +19,8 @@ from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._growth.extension import AMPLITUDES
 from experiments import grow_cost, transfer_study
 from experiments.grow_networks import NETWORKS
-from experiments.lab import checkpoints, files
+from experiments.lab import checkpoints
 from experiments.lab.datasets import Dataset
-from experiments.lab.sweeps import trial_hash
 
 Trial = Mapping[str, Any]
 
@@ -293,13 +290,13 @@ class Run:
     curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def run(trial: Trial, data_dir: str | None = None, partial: pathlib.Path | None = None) -> dict:
+def run(trial: Trial, saves: pathlib.Path | None = None, data_dir: str | None = None) -> dict:
     """Trains one network, growing or not; JSON values.
 
     Args:
       trial: settings.
+      saves: folder of its checkpoints; those that grow save one at every growth, and go on from it.
       data_dir: folder of the data set.
-      partial: folder in which trials that grow leave their state at every growth.
     """
     problem = build(trial["network"], trial["dataset"], data_dir, trial["downscale"])
     if trial["arm"] == "large":
@@ -309,13 +306,7 @@ def run(trial: Trial, data_dir: str | None = None, partial: pathlib.Path | None 
     if trial["arm"] == "scratch":
         wide, _ = archscale.contrib.widen(params, trial["neurons"], problem.units)
         params = problem.draw(wide, trial["seed"])
-    folder = None
-    if partial is not None and trial["arm"] in METHODS:
-        folder = partial / trial_hash(trial)
-    found = _train(problem, params, trial, folder)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return _train(problem, params, trial, saves if trial["arm"] in METHODS else None)
 
 
 def _train(problem: Problem, start: PyTree, trial: Trial, folder: pathlib.Path | None) -> dict:
@@ -502,33 +493,31 @@ def _factors(problem: Problem, start: PyTree, params: PyTree, trial: Trial) -> d
 
 
 def _save(folder: pathlib.Path, trial: Trial, now: Run) -> None:
-    """Saves a run after a growth; the log first, so that it is never shorter than the state."""
+    """Saves a run after a growth."""
     log = {
         "edits": [dataclasses.asdict(edit) for edit in now.edits],
         "curve": now.curve,
         "flops": now.flops,
         "growth_flops": now.growth_flops,
     }
-    growth = len(now.edits)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / f"growth_{growth}.json", files.strict_json(log))
     tree = {"params": now.params, "optimizer_state": now.optimizer_state}
-    checkpoints.save_checkpoint(folder / f"growth_{growth}", now.step, tree, {**trial}, keep=1)
-    shutil.rmtree(folder / f"growth_{growth - 1}", ignore_errors=True)
+    checkpoints.save_checkpoint(folder, now.step, tree, trial, log=log)
 
 
 def _restored(folder: pathlib.Path, trial: Trial, fresh: Run, problem: Problem) -> Run | None:
-    logs = sorted(folder.glob("growth_*.json"), key=lambda path: int(path.stem.split("_")[1]))
-    for path in logs[::-1]:
-        log = json.loads(path.read_text())
-        edits = [archscale.contrib.Edit(**edit) for edit in log["edits"]]
+    def like(log: Any) -> PyTree:
         params, state = archscale.contrib.widen(
-            fresh.params, edits[-1].rooms, problem.units, optimizer_state=fresh.optimizer_state
+            fresh.params,
+            log["edits"][-1]["rooms"],
+            problem.units,
+            optimizer_state=fresh.optimizer_state,
         )
-        like = {"params": params, "optimizer_state": state}
-        found = checkpoints.restore_checkpoint(folder / path.stem, like, {**trial})
-        if found is not None:
-            step, tree = found
-            return Run(step, tree["params"], tree["optimizer_state"], log["flops"],
-                       log["growth_flops"], edits, log["curve"])  # fmt: skip
-    return None
+        return {"params": params, "optimizer_state": state}
+
+    found = checkpoints.restore_checkpoint(folder, like, trial)
+    if found is None:
+        return None
+    step, tree, log = found
+    edits = [archscale.contrib.Edit(**edit) for edit in log["edits"]]
+    return Run(step, tree["params"], tree["optimizer_state"], log["flops"], log["growth_flops"],
+               edits, log["curve"])  # fmt: skip

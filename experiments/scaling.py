@@ -9,15 +9,14 @@ report.html, and prints the table. A run that was cut off goes on where it stopp
 --workdir takes more rules, networks and seeds later.
 """
 
-import collections
+import functools
 import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
-import optax
 from absl import flags
 from rich.console import Console
 
@@ -25,8 +24,8 @@ import archscale_jax as archscale
 from archscale_jax._spaces import chain_string, random_dag_string
 from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments import scaling_report
-from experiments.lab import common, display, files, page, ranges
-from experiments.lab.datasets import Dataset
+from experiments.lab import common, display, files, page, ranges, recipe, runners, training
+from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
 
@@ -55,6 +54,7 @@ ranges.define("num_rates", 12, "Rates of the search, a log grid.")
 ranges.define("search_epochs", 1.0, "Epochs of a trial of the search.", "epochs")
 ranges.define("base_rate", None, "Rate of the base network; leave out to search it.", "rate")
 ranges.define("num_seeds", 3, "Seeds of every trial.")
+runners.define_flags(workers=1)
 
 EXTENSIBLE = (
     "architecture",
@@ -66,50 +66,85 @@ EXTENSIBLE = (
     "rules",
 )
 """Flags that only say which trials a study has; results of the others stay valid."""
+HOLDS = {"rate": float, "train_loss": float | NoneType, "test_accuracy": float, "diverged": float}
+"""What the report takes of a trial."""
 
 
 def run() -> None:
     """Searches, trains what is missing, prints and draws."""
     networks = _networks()
-    rules = FLAGS.rules
+    settings = common.settings()
     if not networks:
         raise ValueError(
             "nothing to train: give a network by --architecture, --chain_depths or --num_random"
         )
-    for rule in rules:  # every factor is known to exist before the first step is trained
+    parse = functools.partial(recipe.parse_graph, settings)
+    for rule in FLAGS.rules:  # every factor is known to exist before the first step is trained
         for text in networks.values():
-            _scale(text, rule)
-    rates = [] if FLAGS.base_rate is not None else common.rate_grid()
-    dataset = common.load_dataset()
-    search_steps = common.count_steps(dataset, FLAGS.search_epochs)
-    total_steps = common.count_steps(dataset, FLAGS.epochs)
-    base = common.build_network(common.parse_graph(FLAGS.base_architecture), dataset)
-    for steps in (search_steps, total_steps):
-        common.check_training(base, steps)
-    workdir = common.claim_directory(
-        FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
-    )
-    journal = workdir / "results.jsonl"
-
-    searched = [(FLAGS.base_architecture, "none", rate) for rate in rates]
-    _train_missing(journal, "search", dataset, searched, search_steps)
-    records = files.read_records(journal)
-    seeds = range(FLAGS.num_seeds)
-    base_rate = FLAGS.base_rate or best_rate(
-        [r for r in records if r["phase"] == "search" and r["seed"] in seeds]
-    )
-    trials = [(text, rule, base_rate) for text in networks.values() for rule in rules]
-    _train_missing(journal, "transfer", dataset, trials, total_steps)
-
-    transferred = [
-        r
-        for r in files.read_records(journal)
-        if r["phase"] == "transfer" and r["base_rate"] == base_rate and r["seed"] in seeds
-    ]
+            archscale.learning_rate_scale(parse(text), parse(FLAGS.base_architecture), rule)
+    rates = []
+    if FLAGS.base_rate is None:
+        rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
+    dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
+    recipe.check_dataset(settings, dataset)
+    display.note(f"{dataset!r}")
+    base = recipe.build_network(settings, FLAGS.base_architecture, dataset)
+    steps = {}
+    for phase, epochs in {
+        "search": FLAGS.search_epochs,
+        "transfer": settings.pop("epochs"),
+    }.items():
+        steps[phase] = training.count_steps(len(dataset.train_images), FLAGS.batch_size, epochs)
+        recipe.check_training(settings, base, steps[phase])
+    with runners.runner() as options:
+        workdir = common.claim_directory(
+            FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
+        )
+        base_rate, records = _train(settings, networks, rates, steps, workdir, options)
     rows = scaling_report.summarise(
-        networks, common.parse_graph, rules, transferred, math.log(dataset.num_classes)
+        networks, parse, FLAGS.rules, records, math.log(dataset.num_classes)
     )
-    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    _report(rows, dataset.name, base_rate, workdir)
+
+
+def _train(
+    settings: dict[str, Any],
+    networks: dict[str, str],
+    rates: list[float],
+    steps: dict[str, int],
+    workdir: pathlib.Path,
+    options: dict[str, Any],
+) -> tuple[float, list[dict[str, Any]]]:
+    """Searches, and trains the networks; returns the base rate, and what came of the networks."""
+
+    def study(trials: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
+        run_trial = functools.partial(recipe.last_metrics, data_dir=FLAGS.data_dir)
+        journal = workdir / "results.jsonl"
+        records = run_study(
+            trials, run_trial, journal, holds=HOLDS, description=f"{phase} trials", **options
+        )
+        runners.check_finished(records, journal)
+        return [one["trial"] | one["result"] for one in records]
+
+    def trials_of(phase: str, text: str, rule: str, rate: float) -> list[dict[str, Any]]:
+        trial = {"phase": phase, "architecture": text, "rule": rule, "base_rate": rate}
+        trial |= settings | {"steps": steps[phase]}
+        return [trial | {"seed": seed} for seed in range(FLAGS.num_seeds)]
+
+    searched = []
+    for rate in rates:
+        searched += trials_of("search", FLAGS.base_architecture, "none", rate)
+    base_rate = FLAGS.base_rate or best_rate(study(searched, "search"))
+    trials = list(searched)
+    for text in networks.values():
+        for rule in FLAGS.rules:
+            trials += trials_of("transfer", text, rule, base_rate)
+    return base_rate, study(trials, "transfer")[len(searched) :]
+
+
+def _report(rows, name: str, base_rate: float, workdir: pathlib.Path) -> None:
+    rules, journal = FLAGS.rules, workdir / "results.jsonl"
+    title = f"{name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
     table = scaling_report.table(rows, rules, title)
     console = Console()
     unbounded = console.options.update(max_width=1000)
@@ -122,7 +157,7 @@ def run() -> None:
     scaling_report.draw(rows, rules, title, figure)
     report = page.write(
         workdir,
-        f"Gains of scaled learning rates on {dataset.name}",
+        f"Gains of scaled learning rates on {name}",
         __doc__,
         remarks=[
             f"Base rate {base_rate:.3g}, tuned on the network {FLAGS.base_architecture}.",
@@ -136,7 +171,7 @@ def run() -> None:
         },
         figures={figure: "Training loss of every network under every rule, a mark a seed."},
     )  # fmt: skip
-    console.print(f"results: {journal}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
+    print(f"results: {journal}\nfigure:  {figure}\nreport:  {report}")
 
 
 def _networks() -> dict[str, str]:
@@ -162,11 +197,6 @@ def _networks() -> dict[str, str]:
     return {name: text for text, name in names.items()}
 
 
-def _scale(text: str, rule: str) -> float:
-    base = common.parse_graph(FLAGS.base_architecture)
-    return archscale.learning_rate_scale(common.parse_graph(text), base, rule)
-
-
 def best_rate(records: list[dict[str, Any]]) -> float:
     """Returns the largest rate with the smallest training loss, mean over seeds [AAS protocol].
 
@@ -185,77 +215,6 @@ def best_rate(records: list[dict[str, Any]]) -> float:
             "lower --min_rate"
         )
     return max(rate for rate, loss in means.items() if loss == smallest)
-
-
-Trial = tuple[str, str, float]  # DAG string, rule, base rate
-
-
-def _train_missing(
-    journal: pathlib.Path, phase: str, dataset: Dataset, trials: list[Trial], total_steps: int
-) -> None:
-    """Trains every trial and seed that the journal lacks, and appends a record for each."""
-    done = {_identity(record) for record in files.read_records(journal)}
-    missing_of = {
-        (text, rule): [
-            (rate, seed)
-            for rate in rates
-            for seed in range(FLAGS.num_seeds)
-            if (phase, text, rule, rate, seed) not in done
-        ]
-        for text, rule, rates in _grouped(trials)
-    }
-    total = len(trials) * FLAGS.num_seeds
-    recorded = total - sum(map(len, missing_of.values()))
-    with display.progress(f"{phase} trials", total, done=recorded) as advance:
-        for (text, rule), missing in missing_of.items():
-            for record in _train(dataset, text, rule, missing, total_steps):
-                files.append_record(journal, {"phase": phase, **record})
-                advance(note=f"{text} by {rule}" if rule != "none" else f"{text} unscaled")
-
-
-def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(record[k] for k in ("phase", "architecture", "rule", "base_rate", "seed"))
-
-
-def _grouped(trials: list[Trial]) -> Iterator[tuple[str, str, list[float]]]:
-    """One entry for each network and rule, which share a compiled program."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for text, rule, rate in trials:
-        groups.setdefault((text, rule), []).append(rate)
-    for (text, rule), rates in groups.items():
-        yield text, rule, rates
-
-
-def _train(
-    dataset: Dataset,
-    text: str,
-    rule: str,
-    rates_and_seeds: list[tuple[float, int]],
-    total_steps: int,
-) -> Iterator[dict[str, Any]]:
-    """Trains one network by one rule at base rates and seeds; compiles once."""
-    if not rates_and_seeds:
-        return
-    network = common.build_network(common.parse_graph(text), dataset)
-    optimizer = optax.chain(
-        optax.inject_hyperparams(lambda rate: common.build_optimizer(rate, total_steps))(rate=1.0),
-        archscale.scale_by_architecture(
-            network.architecture, common.parse_graph(FLAGS.base_architecture), rule
-        ),
-    )
-    for rate, seed in rates_and_seeds:
-        state = common.initial_state(network, optimizer, seed)
-        state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
-        epochs = common.fit(state, dataset, network, optimizer, total_steps)
-        _, metrics = collections.deque(epochs, maxlen=1).pop()  # holds one state at a time
-        yield {
-            "architecture": text,
-            "rule": rule,
-            "base_rate": rate,
-            "seed": seed,
-            "rate": rate * _scale(text, rule),
-            **metrics,
-        }
 
 
 if __name__ == "__main__":

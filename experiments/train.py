@@ -3,13 +3,15 @@
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
 Writes config.json, results.jsonl (a line an epoch), checkpoints, train.png and report.html, and
-prints a table. The same command with --resume goes on after a kill and ends bit for bit where it
-would have ended.
+prints a table. Killed and started again it goes on from the last checkpoint and ends bit for bit
+where it would have ended.
 """
 
 import math
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import optax
 from absl import flags
@@ -19,7 +21,8 @@ from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments.lab import checkpoints, common, display, files, interrupts, page, ranges
+from experiments.lab import checkpoints, common, display, files, page, ranges, recipe, training
+from experiments.lab.datasets import Dataset
 from experiments.lab.panels import create_panels, save
 
 FLAGS = flags.FLAGS
@@ -32,51 +35,34 @@ flags.DEFINE_bool("autoscale", True, "Scale the rate from the base network by --
 flags.DEFINE_enum("rule", "path_sum", list(LEARNING_RATE_RULES), "Learning-rate rule.")
 ranges.define("steps", None, "Updates in all, instead of --epochs.")
 ranges.define("seed", 0, "Seed of weights, batches and augmentation.")
-flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in --workdir.")
+flags.DEFINE_bool("resume", False, "Has no effect any more: every run goes on.")
 
 
 def run() -> None:
-    """Trains, checkpoints and prints, as the flags say."""
+    """Trains and prints, as the flags say."""
     settings = common.settings(sys.argv[0])
-    workdir = pathlib.Path(FLAGS.workdir)
-    results = workdir / "results.jsonl"
-    saves = workdir / "checkpoints"
-    _check_fresh(workdir)
-    graph, base = (
-        common.parse_graph(FLAGS.architecture),
-        common.parse_graph(FLAGS.base_architecture),
+    dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
+    recipe.check_dataset(settings, dataset)
+    display.note(f"{dataset!r}")
+    steps = FLAGS.steps or training.count_steps(
+        len(dataset.train_images), FLAGS.batch_size, FLAGS.epochs
     )
     rule = FLAGS.rule if FLAGS.autoscale else "none"
-    scale = archscale.learning_rate_scale(graph, base, rule)
-
-    dataset = common.load_dataset()
-    network = common.build_network(graph, dataset)
-    total_steps = FLAGS.steps or common.count_steps(dataset, FLAGS.epochs)
+    network = recipe.build_network(settings, FLAGS.architecture, dataset)
+    base = recipe.parse_graph(settings, FLAGS.base_architecture)
+    scale = archscale.learning_rate_scale(
+        recipe.parse_graph(settings, FLAGS.architecture), base, rule
+    )
     optimizer = optax.chain(
-        common.build_optimizer(FLAGS.base_rate, total_steps),
+        recipe.build_optimizer(settings, FLAGS.base_rate, steps),
         archscale.scale_by_architecture(network.architecture, base, rule),
     )
-    state = common.initial_state(network, optimizer, FLAGS.seed)
+    recipe.check_training(settings, network, steps)
 
-    common.claim_directory(workdir, settings)
-    _check_fresh(workdir)  # another process may have begun meanwhile
-    saved = checkpoints.restore_checkpoint(saves, state, settings)
-    if saved:
-        state = saved[1]
-    _keep_records(results, int(state.epoch))
-    console = Console()
-    display.note(
-        f"{FLAGS.architecture} on {dataset.name}: rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
-        + (f", resumed after epoch {int(state.epoch)}" if saved else "")
-    )
-    epochs = math.ceil(total_steps / max(len(dataset.train_images) // FLAGS.batch_size, 1))
-    with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
-        for after, metrics in common.fit(state, dataset, network, optimizer, total_steps):
-            with interrupts.later():
-                files.append_record(results, metrics)
-                checkpoints.save_checkpoint(saves, int(after.epoch), after, settings)
-            advance(note=_line(metrics))
-    records = files.read_records(results)
+    workdir = common.claim_directory(FLAGS.workdir, settings)
+    rate = f"rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
+    display.note(f"{FLAGS.architecture} on {dataset.name}: {rate}")
+    records = train(settings, dataset, network, optimizer, steps, workdir)
     title = f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}"
     lines = _lines(records)
     figure = workdir / "train.png"
@@ -85,29 +71,42 @@ def run() -> None:
         workdir,
         title,
         __doc__,
-        remarks=[f"Rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})."],
+        remarks=[f"R{rate[1:]}."],
         tables={"Loss (nats) and accuracy after every epoch.": lines},
         figures={figure: "Loss and accuracy after every epoch."},
     )
-    console.print(_table(title, lines))
-    console.print(f"results: {results}\nfigure:  {figure}\nreport:  {report}", soft_wrap=True)
+    Console().print(_table(title, lines), markup=False)
+    print(f"results: {workdir / 'results.jsonl'}\nfigure:  {figure}\nreport:  {report}")
 
 
-def _check_fresh(workdir: pathlib.Path) -> None:
-    held = any((workdir / name).exists() for name in ("results.jsonl", "checkpoints"))
-    if held and not FLAGS.resume:
-        raise ValueError(f"{workdir} holds a run; pass --resume, or choose another --workdir")
+def train(
+    settings: Mapping[str, Any],
+    dataset: Dataset,
+    network: recipe.Network,
+    optimizer: optax.GradientTransformation,
+    total_steps: int,
+    workdir: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Trains from the last checkpoint in a folder; returns the metrics of all epochs.
 
-
-def _keep_records(results: pathlib.Path, epochs: int) -> None:
-    """Keeps the records up to the checkpoint; a kill before a checkpoint leaves one too many."""
-    records = [record for record in files.read_records(results) if record["epoch"] <= epochs]
-    if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
-        raise ValueError(
-            f"{results} lacks epochs up to {epochs}, which the checkpoint has; start anew in "
-            "another --workdir"
-        )
+    The checkpoint has those so far, so results.jsonl never says more or less than it.
+    """
+    results, saves = workdir / "results.jsonl", workdir / "checkpoints"
+    state = recipe.initial_state(settings, network, optimizer, settings["seed"])
+    records = files.read_records(results)[:0]  # raises where the file is another's
+    if found := checkpoints.restore_checkpoint(saves, state, settings):
+        _, state, records = found
+        display.note(f"resumed after epoch {int(state.epoch)}")
     files.write_records(results, records)
+    options = recipe.batching(settings) | {"graphdef": network.graphdef, "optimizer": optimizer}
+    epochs = math.ceil(total_steps / max(len(dataset.train_images) // settings["batch_size"], 1))
+    with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
+        for after, metrics in training.fit(state, dataset, total_steps=total_steps, **options):
+            records.append(files.strict_json(metrics))
+            checkpoints.save_checkpoint(saves, int(after.epoch), after, settings, log=records)
+            files.append_record(results, metrics)
+            advance(note=_line(metrics))
+    return records
 
 
 def _line(metrics: dict) -> str:

@@ -1,14 +1,16 @@
 """Checkpoints of any pytree, through orbax: atomic, typed by name, bound to their settings.
 
-A leaf is stored under its key path, so that a checkpoint that does not fit says which leaf. A save
-that is cut off leaves a temporary folder that nothing reads.
+Checkpoint 3 is the folder `3` with the leaves, each under its key path, and the file `3.json`,
+which is written last and removed first: a folder without it was cut off, and counts for nothing.
 """
 
 import json
+import logging
 import pathlib
+import shutil
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 
 from archscale_jax._extras import needed_by
 from archscale_jax._trees import PyTree
-from experiments.lab.files import different_settings
+from experiments.lab import files, interrupts
 
 with needed_by("experiments.lab.checkpoints", "experiments"):
     import orbax.checkpoint as ocp
@@ -24,10 +26,25 @@ with needed_by("experiments.lab.checkpoints", "experiments"):
 Settings = Mapping[str, Any]
 
 _SCALARS = (np.generic, bool, int, float, complex)
+_RECORD = {"settings": dict, "checksum": int, "leaves": dict}
+
+
+class Restored(NamedTuple):
+    """What `restore_checkpoint` found: the number, the tree, and the log that was saved with it."""
+
+    step: int
+    tree: PyTree
+    log: Any
 
 
 def save_checkpoint(
-    directory: str | pathlib.Path, step: int, tree: PyTree, settings: Settings, *, keep: int = 2
+    directory: str | pathlib.Path,
+    step: int,
+    tree: PyTree,
+    settings: Settings,
+    *,
+    log: Any = None,
+    keep: int = 2,
 ) -> None:
     """Saves a tree; returns when it is on disk.
 
@@ -38,6 +55,7 @@ def save_checkpoint(
         NumPy and Python (bool, int, float, complex).
       settings: JSON values that say what the tree belongs to; `restore_checkpoint` compares them.
         NaN equals NaN.
+      log: JSON values to restore beside the tree; NaN and infinities become None.
       keep: how many checkpoints stay.
 
     Raises:
@@ -45,80 +63,96 @@ def save_checkpoint(
       ValueError: a tree without a number to save, or an int beyond 64 bits, by name.
     """
     stored = _stored(tree)
-    full, empty = _parted(stored)
+    full = _with_elements(stored)
     if not full:
         raise ValueError(
-            f"tree holds no numbers, found {len(empty)} leaves, all empty; accepted are trees with "
-            "one array at least that is not empty"
+            f"tree holds no numbers, found {len(stored)} leaves, all empty; accepted are trees "
+            "with one array at least that is not empty"
         )
-    record = {"settings": _json(settings), "checksum": _checksum(full), "empty": empty}
-    arguments = ocp.args.Composite(
-        tree=ocp.args.StandardSave(full), record=ocp.args.JsonSave(record)
-    )
-    with _manager(directory, keep) as manager:
-        manager.save(step, args=arguments, force=True)
-        manager.wait_until_finished()
+    record = {
+        "settings": _json(settings),
+        "log": files.strict_json(log),
+        "checksum": _checksum(full),
+        "leaves": {name: _kind(leaf) for name, leaf in stored.items()},
+    }
+    directory = pathlib.Path(directory).absolute()
+    with interrupts.later():  # orbax does not bear a save that is cut
+        (directory / f"{step}.json").unlink(missing_ok=True)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            orbax.save(directory / str(step) / "tree", args=ocp.args.StandardSave(full), force=True)
+        files.write_json(directory / f"{step}.json", record)
+        for old in _steps(directory)[:-keep]:
+            (directory / f"{old}.json").unlink()
+            shutil.rmtree(directory / str(old), ignore_errors=True)
 
 
 def restore_checkpoint(
-    directory: str | pathlib.Path, like: PyTree, settings: Settings
-) -> tuple[int, PyTree] | None:
-    """Restores the last finished checkpoint.
+    directory: str | pathlib.Path, like: PyTree | Callable[[Any], PyTree], settings: Settings
+) -> Restored | None:
+    """Restores the last checkpoint that is whole.
+
+    One that is damaged is told in the log of the process, and the one before it is taken.
 
     Args:
       directory: folder of the checkpoints of one run.
-      like: tree of the structure, shapes and dtypes to restore; random keys must be arrays,
-        scalars scalars of the type to restore, the rest may be `jax.ShapeDtypeStruct`.
+      like: tree of the structure, shapes and dtypes to restore, or a function that makes it of the
+        log; random keys must be arrays, scalars scalars of the type to restore, the rest may be
+        `jax.ShapeDtypeStruct`.
       settings: must equal those saved.
 
     Returns:
-      The step and the tree, bit for bit as saved; None where there is no finished checkpoint.
+      The tree bit for bit as saved; None where no checkpoint was finished.
 
     Raises:
       TypeError: `like` or `settings` hold what `save_checkpoint` does not take, by name.
-      ValueError: the checkpoint was saved under other settings, holds other leaves, shapes or
-        dtypes (by name), or is damaged.
+      ValueError: the checkpoint was saved under other settings, or holds other leaves, shapes or
+        dtypes (by name); all checkpoints are damaged; `directory` is a file.
     """
-    if not pathlib.Path(directory).is_dir():
-        return None
-    with _manager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is not a folder of checkpoints; remove it")
+    damaged = None
+    for step in reversed(_steps(directory)):
         where = f"checkpoint {step} in {directory}"
         try:
-            found = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-            saved_settings, checksum = found["record"]["settings"], found["record"]["checksum"]
-            saved = manager.item_metadata(step)["tree"]
-            shapes = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in saved.items()}
-            for name, (shape, dtype) in found["record"].get("empty", {}).items():
-                shapes[name] = (tuple(shape), jnp.dtype(dtype))
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise ValueError(_damaged(where, error)) from error
-        _check_settings(where, saved_settings, settings)
-        expected = _stored(like)
-        _check_leaves(where, shapes, expected)
+            record = files.read_json(directory / f"{step}.json")
+            files.check_fields(record, _RECORD, f"{step}.json")
+        except (OSError, ValueError) as error:
+            damaged = _damaged(where, error)
+            continue
+        if different := files.different_settings(record["settings"], _json(settings)):
+            raise ValueError(f"{where} belongs to another run: it was saved with {different}")
+        wanted = like(record["log"]) if callable(like) else like
+        expected = _stored(wanted)
+        _check_leaves(where, record["leaves"], expected)
         try:
-            restore = ocp.args.StandardRestore(_parted(expected)[0])
-            restored = manager.restore(step, args=ocp.args.Composite(tree=restore))["tree"]
-            if _checksum(restored) != checksum:
+            found = _read_leaves(directory / str(step) / "tree", _with_elements(expected))
+            if _checksum(found) != record["checksum"]:
                 raise ValueError("its leaves are not those that were saved")
-        except Exception as error:
-            raise ValueError(_damaged(where, error)) from error
-    return step, _rebuilt(expected | restored, like)
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            damaged = _damaged(where, error)
+            continue
+        return Restored(step, _rebuilt(expected | found, wanted), record["log"])
+    if damaged is not None:
+        raise ValueError(damaged)
+    return None
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """The numbers of the finished checkpoints, rising."""
+    return sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
 
 
 def _damaged(where: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{where} is damaged; remove its folder to go on from the one before it ({reason})"
+    message = f"{where} is damaged; remove its folder to start anew ({reason})"
+    logging.getLogger(__name__).warning(message)
+    return message
 
 
-def _manager(directory: str | pathlib.Path, keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    handlers = {"tree": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(
-        pathlib.Path(directory).absolute(), options=options, item_handlers=handlers
-    )
+def _read_leaves(path: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        return orbax.restore(path, args=ocp.args.StandardRestore(dict(like)))
 
 
 def _stored(tree: PyTree) -> dict[str, Any]:
@@ -150,15 +184,13 @@ def _array(name: str, leaf: Any) -> Any:
     )
 
 
-def _parted(stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves with elements, and of the others, which orbax does not save, shape and dtype."""
-    full = {name: leaf for name, leaf in stored.items() if 0 not in leaf.shape}
-    empty = {
-        name: [list(leaf.shape), jnp.dtype(leaf.dtype).name]
-        for name, leaf in stored.items()
-        if name not in full
-    }
-    return full, empty
+def _with_elements(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves with elements; orbax does not save the others."""
+    return {name: leaf for name, leaf in stored.items() if 0 not in leaf.shape}
+
+
+def _kind(leaf: Any) -> list[Any]:
+    return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
 
 
 def _json(settings: Settings) -> dict[str, Any]:
@@ -198,19 +230,14 @@ def _rebuilt(stored: Mapping[str, Any], like: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(pick, like)
 
 
-def _check_settings(where: str, saved: Settings, settings: Settings) -> None:
-    if different := different_settings(saved, _json(settings)):
-        raise ValueError(f"{where} belongs to another run: it was saved with {different}")
-
-
 def _check_leaves(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, leaf in expected.items():
         if name not in saved:
             raise ValueError(f"{where} lacks the leaf {name!r}")
-        if saved[name] != (leaf.shape, leaf.dtype):
+        if saved[name] != _kind(leaf):
             raise ValueError(
                 f"{where} holds {name!r} with shape and dtype {saved[name]}; expected are "
-                f"{(leaf.shape, leaf.dtype)}"
+                f"{_kind(leaf)}"
             )
     for name in saved:
         if name not in expected:

@@ -1,16 +1,16 @@
-"""What the binaries share: the flags of a network and its training, and what they build."""
+"""What the binaries share: the flags of a network and its training, start and end, measuring."""
 
 import contextlib
 import functools
+import io
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jraph
 import numpy as np
 import optax
 from absl import app, flags, logging
@@ -21,19 +21,13 @@ from archscale_jax._trees import PyTree
 from archscale_jax.rules import INITIALIZATION_RULES
 from experiments.lab import display, files, interrupts, provenance, ranges, runners, training
 from experiments.lab.data_flags import define_data_flags
-from experiments.lab.datasets import Dataset, load
-from experiments.lab.models import ACTIVATIONS, NORMALIZATIONS, create_network
+from experiments.lab.datasets import Dataset
+from experiments.lab.models import ACTIVATIONS, NORMALIZATIONS
 
 FLAGS = flags.FLAGS
 
 NOT_SETTINGS = ("workdir", "data_dir", "resume", "workers")
 """Flags that do not change what a run computes."""
-
-PRECISIONS = {
-    "mixed": {"dtype": jnp.bfloat16, "param_dtype": jnp.float32},
-    "bfloat16": {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
-}
-"""What a network computes in, and its parameters' dtype, where that is not float32."""
 
 
 def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
@@ -60,7 +54,7 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
     flags.DEFINE_enum(
         "precision",
         None,
-        list(PRECISIONS),
+        ["mixed", "bfloat16"],
         "mixed: compute in bfloat16, train float32 weights; bfloat16: both. Leave out for float32.",
     )
     ranges.define(
@@ -101,12 +95,32 @@ def run_binary(run: Callable[[], None]) -> None:
         try:
             with interrupts.answered(_kept):
                 run()
-        except (ValueError, OSError, ImportError, runners.FailedTrialsError) as error:
+                sys.stdout.flush()
+        except _TOLD as error:
             if logging.level_debug():
                 raise
-            sys.exit(f"error: {error}")
+            with contextlib.suppress(OSError):  # what cannot be written would be tried again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(f"error: {_told(error)}")
 
+    for stream in (sys.stdout, sys.stderr):  # a locale may lack the letters of a name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app.run(main, flags_parser=_parse_flags)
+
+
+_TOLD = (
+    *(ValueError, OSError, ImportError, MemoryError, jax.errors.JaxRuntimeError),
+    runners.FailedTrialsError,
+)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, BrokenPipeError):
+        return f"who reads the output has ended; what is finished is kept in {FLAGS.workdir}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"memory is short ({error}); take smaller networks or batches, or fewer --workers"
+    return str(error)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -123,12 +137,15 @@ def _kept() -> str:
     """What an interrupted binary leaves, and the command that goes on."""
     command = provenance.command()
     workdir = pathlib.Path(FLAGS.workdir)
-    if command not in [one["command"] for one in provenance.read_commands(workdir)[-1:]]:
+    try:
+        last = provenance.read_commands(workdir)[-1:]
+    except (OSError, ValueError):
+        last = []  # nor has it been claimed
+    if command not in [one["command"] for one in last]:
         return "nothing was written"
-    resume = " --resume" if "resume" in FLAGS and not FLAGS.resume else ""
     here = os.path.relpath(sys.executable)  # the environment may not be the shell's
     python = here if not here.startswith("..") else sys.executable
-    again = provenance.command(python) + resume
+    again = provenance.command(python)
     return f"what is finished is kept in {workdir}, go on with: {again}"
 
 
@@ -143,10 +160,18 @@ def _hold(workdir: str) -> contextlib.ExitStack:
 def claim_directory(
     workdir: str | pathlib.Path, config: dict[str, Any], *, extensible: Sequence[str] = ()
 ) -> pathlib.Path:
-    """`files.claim_directory`, with a line for this command in the folder's journal of them."""
-    resumed = (pathlib.Path(workdir) / "config.json").exists()
-    folder = files.claim_directory(workdir, config, extensible=extensible)
-    _hold(os.path.abspath(folder))
+    """`files.claim_directory`, once no other process has the folder.
+
+    The folder's journal of commands gets a line for this one.
+    """
+    try:
+        _hold(os.path.abspath(workdir))
+        resumed = (pathlib.Path(workdir) / "config.json").exists()
+        folder = files.claim_directory(workdir, config, extensible=extensible)
+    except OSError as error:
+        text = f"{error.strerror}; choose another --workdir"
+        raise OSError(error.errno, text, error.filename) from error
+    provenance.read_commands(folder)  # a damaged journal is told now, not when all is done
     computes_here = "runner" not in FLAGS or FLAGS.runner in ("local", "devices")
     provenance.record_command(
         folder, resumed=resumed, devices=jax.devices() if computes_here else ()
@@ -154,33 +179,16 @@ def claim_directory(
     return folder
 
 
-def settings(module: str) -> dict[str, Any]:
+def settings(*modules: str) -> dict[str, Any]:
     """Returns the values of the flags that decide what a run computes, by name.
 
     Args:
-      module: name of the binary's module (`sys.argv[0]` under absl), whose own flags count too.
+      *modules: whose flags count beside those of `define_flags`: the binary's, `sys.argv[0]`.
     """
     by_module = FLAGS.flags_by_module_dict()
-    names = (module, __name__)
+    names = (*modules, __name__)
     values = {flag.name: flag.value for name in names for flag in by_module.get(name, ())}
     return {name: values[name] for name in sorted(values) if name not in NOT_SETTINGS}
-
-
-def load_dataset() -> Dataset:
-    """Loads the data set of the flags, and tells what it is.
-
-    Raises:
-      ValueError: a --padding or a --batch_size that it is too small for.
-    """
-    dataset = load(FLAGS.dataset, data_dir=FLAGS.data_dir)
-    check_padding(dataset, FLAGS.padding)
-    examples = len(dataset.train_images)
-    if FLAGS.batch_size > examples:
-        raise ValueError(
-            f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples; lower it"
-        )
-    display.note(f"{dataset!r}")
-    return dataset
 
 
 def check_padding(dataset: Dataset, padding: int) -> None:
@@ -192,73 +200,15 @@ def check_padding(dataset: Dataset, padding: int) -> None:
         )
 
 
-def check_training(network: "Network", total_steps: int) -> None:
-    """Checks that the flags make an optimizer and draw weights, before anything is written.
-
-    Raises:
-      ValueError: --nesterov without --momentum, a warm-up as long as the training, or an
-        --initialization that does not fit the network.
-    """
-    optimizer = build_optimizer(1.0, total_steps)
-    jax.eval_shape(lambda seed: initial_state(network, optimizer, seed).params, 0)
-
-
-def parse_graph(text: str) -> jraph.GraphsTuple:
-    """Parses a DAG string with the kernel size of the flags."""
-    return archscale.dag_graph(text, kernel_size=FLAGS.kernel_size)
-
-
-class Network(NamedTuple):
-    """A Flax network taken apart, with its architecture."""
-
-    graphdef: nnx.GraphDef
-    params: PyTree
-    model_state: PyTree
-    architecture: archscale.Architecture
-
-
-def build_network(graph: jraph.GraphsTuple, dataset: Dataset) -> Network:
-    """Builds the network of a graph for a data set, as the flags say."""
-    height, width, channels = dataset.train_images.shape[1:]
-    network = create_network(
-        graph,
-        (height, width, channels),
-        FLAGS.width,
-        dataset.num_classes,
-        activation=FLAGS.activation,
-        normalization=None if FLAGS.normalization == "none" else FLAGS.normalization,
-        arrangement=FLAGS.arrangement,
-        rngs=nnx.Rngs(0),
-        **PRECISIONS.get(FLAGS.precision, {}),
-    )
-    graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
-    return Network(graphdef, params, model_state, network.architecture())
-
-
-def build_optimizer(learning_rate: Any, total_steps: int) -> optax.GradientTransformation:
-    """Returns SGD with the schedule, momentum and weight decay of the flags."""
-    schedule = training.create_schedule(
-        learning_rate, total_steps, kind=FLAGS.schedule, warmup_steps=FLAGS.warmup_steps
-    )
-    return training.create_optimizer(
-        schedule,
-        momentum=FLAGS.momentum,
-        nesterov=FLAGS.nesterov,
-        weight_decay=FLAGS.weight_decay,
-    )
-
-
-def rate_grid() -> list[float]:
+def rate_grid(low: float, high: float, number: int) -> list[float]:
     """Returns the log grid of --min_rate, --max_rate and --num_rates.
 
     Raises:
       ValueError: rates in another order.
     """
-    if FLAGS.min_rate >= FLAGS.max_rate:
-        raise ValueError(
-            f"--min_rate={FLAGS.min_rate:g} must be below --max_rate={FLAGS.max_rate:g}"
-        )
-    return np.geomspace(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates).tolist()
+    if low >= high:
+        raise ValueError(f"--min_rate={low:g} must be below --max_rate={high:g}")
+    return np.geomspace(low, high, number).tolist()
 
 
 def first_batch(dataset: Dataset, batch_size: int, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -293,45 +243,6 @@ def measure_seeds(
     """Measures the params that `draw` gives the seeds 0, 1, …, each on its batch; stacked."""
     sizes = [measure(draw(seed), batch) for seed, batch in enumerate(batches)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sizes)
-
-
-def count_steps(dataset: Dataset, epochs: float) -> int:
-    """Returns the number of updates in so many epochs of the flags' batch size.
-
-    Raises:
-      ValueError: see `training.count_steps`.
-    """
-    return training.count_steps(len(dataset.train_images), FLAGS.batch_size, epochs)
-
-
-def initial_state(
-    network: Network, optimizer: optax.GradientTransformation, seed: int
-) -> training.TrainState:
-    """Draws the initial weights of a seed by the rule of the flags."""
-    weights_key, batches_key = jax.random.split(jax.random.key(seed))
-    rule = None if FLAGS.initialization == "auto" else FLAGS.initialization
-    params = archscale.initialize(weights_key, network.params, network.architecture, rule)
-    return training.create_train_state(params, network.model_state, optimizer, batches_key)
-
-
-def fit(
-    state: training.TrainState,
-    dataset: Dataset,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    total_steps: int,
-) -> Iterator[tuple[training.TrainState, dict[str, float]]]:
-    """`training.fit` with batches and augmentation of the flags."""
-    return training.fit(
-        state,
-        dataset,
-        graphdef=network.graphdef,
-        optimizer=optimizer,
-        batch_size=FLAGS.batch_size,
-        total_steps=total_steps,
-        flip=FLAGS.flip,
-        padding=FLAGS.padding,
-    )
 
 
 def rate_trainer(

@@ -1,4 +1,8 @@
-"""Files that are whole or not there: atomic writes, and a journal that survives a cut."""
+"""Files that are whole or not there: bounded reads, atomic writes, a journal that survives a cut.
+
+What is read may have been damaged or may be another's: errors name the file, and no file is waited
+for or read into memory without a bound.
+"""
 
 import contextlib
 import fcntl
@@ -7,20 +11,105 @@ import json
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from archscale_jax._files import write_atomically
 
+MOST_BYTES = 2**30
+"""What is read of a configuration or a journal; of data sets see `experiments.lab.datasets`."""
+MOST_NESTED = 100
+"""How deep lists and objects of JSON may lie in each other."""
+
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
-    """Writes text in UTF-8, whatever the locale, atomically."""
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+    """Writes text in UTF-8, whatever the locale, atomically; what UTF-8 lacks is escaped."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda target: target.write_bytes(content))
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    write_atomically(path, lambda target: target.write_text(json.dumps(value, indent=2) + "\n"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def open_regular(path: str | pathlib.Path, flags: int = os.O_RDONLY) -> io.FileIO:
+    """Opens a file by the flags of `os.open`, and waits for nobody, as a pipe would.
+
+    Raises:
+      OSError: it cannot be opened.
+      ValueError: it is a folder, a pipe or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file; accepted are files on a disk")
+    return io.FileIO(descriptor, "r+" if flags & os.O_RDWR else "r")
+
+
+def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
+    """Reads a regular file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: see `open_regular`; or it holds more bytes than `most`.
+    """
+    with open_regular(path) as file:
+        return read_bounded(file, path, most)
+
+
+def read_bounded(file: BinaryIO | io.RawIOBase, name: object, most: int) -> bytes:
+    """Reads an open file, which may unpack as it is read, to its end.
+
+    Raises:
+      ValueError: it holds more bytes than `most`.
+    """
+    parts, room = [], most
+    while part := file.read(min(room + 1, 2**24)):
+        parts.append(part)
+        if (room := room - len(part)) < 0:
+            raise ValueError(f"{name} holds more than the {most} bytes that are accepted")
+    return b"".join(parts)
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it holds something else; the message names it.
+    """
+    return _parse(read_bytes(path), str(path))
+
+
+def _parse(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object, but {type(value).__name__}")
+    level, depth = [value], 0
+    while level := [
+        item
+        for one in level
+        if isinstance(one, dict | list)
+        for item in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+        if depth > MOST_NESTED:
+            raise ValueError(f"{where} is nested more than {MOST_NESTED} deep")
+    return value
+
+
+def check_fields(value: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a field is missing, or not of its type, as `isinstance` takes it."""
+    for name, kind in fields.items():
+        if not isinstance(found := value.get(name, "nothing"), kind):
+            raise ValueError(f"{where} has {found!r} as {name!r}, which must be of {kind}")
 
 
 def different_settings(found: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -52,13 +141,19 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: the line could not be written, as on a full disk; the lines before it are kept.
+      ValueError: what is there is not a journal, and is left alone.
     """
     path = pathlib.Path(path)
+    line = _line(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("ab+", buffering=0) as journal:
-            journal.truncate(_end_of_last_line(journal))
-            line = _line(record).encode()
+        with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as journal:
+            end = _end_of_last_line(journal)
+            journal.seek(end)
+            if _last_record(read_bounded(journal, path, MOST_BYTES), path) is not None:
+                line = b"\n" + line  # its newline alone is missing
+            else:
+                journal.truncate(end)
             while line:  # a disk that is nearly full takes a part
                 line = line[journal.write(line) :]
             os.fsync(journal.fileno())
@@ -80,15 +175,32 @@ def _end_of_last_line(journal: io.FileIO, block: int = 4096) -> int:
     return 0
 
 
+def _last_record(tail: bytes, path: pathlib.Path) -> dict[str, Any] | None:
+    """The record behind the last newline; None where a kill or a lost block has cut it.
+
+    Raises:
+      ValueError: it is neither, so the file is not a journal.
+    """
+    if not (cut := tail.strip(b"\0")):
+        return None
+    with contextlib.suppress(ValueError):
+        return _parse(tail, str(path))
+    if cut.startswith(b"{") and b"\r" not in cut:
+        return None
+    raise ValueError(
+        f"{path} is not a journal of ours: it ends in {cut[:40]!r}; remove it, or choose another"
+    )
+
+
 def write_records(path: str | pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replaces a JSON-lines journal atomically; one that holds just these lines is left alone.
 
     A number that is not finite is written as null.
     """
     path = pathlib.Path(path)
-    text = "".join(map(_line, records))
-    if not path.exists() or path.read_bytes() != text.encode():
-        write_atomically(path, lambda target: target.write_text(text))
+    content = b"".join(map(_line, records))
+    if not path.exists() or read_bytes(path) != content:
+        write_atomically(path, lambda target: target.write_bytes(content))
 
 
 def strict_json(value: Any) -> Any:
@@ -102,30 +214,25 @@ def strict_json(value: Any) -> Any:
     return value
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _line(record: Mapping[str, Any]) -> bytes:
     """One line of strict JSON."""
-    return json.dumps(strict_json(record), allow_nan=False) + "\n"
+    return json.dumps(strict_json(record), allow_nan=False).encode() + b"\n"
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """Reads a JSON-lines journal; an unfinished last line is left out.
 
     Raises:
-      ValueError: a finished line that is no JSON object, by number.
+      OSError: it cannot be read.
+      ValueError: it is not a regular file, or a line is not a JSON object, by number.
     """
     path = pathlib.Path(path)
     if not path.exists():
         return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ValueError(f"{path} line {number} is no JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number} is no JSON object, but {type(record).__name__}")
-        records.append(record)
-    return records
+    *lines, tail = read_bytes(path).split(b"\n")
+    records = [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    last = _last_record(tail, path)
+    return records if last is None else [*records, last]
 
 
 @contextlib.contextmanager
@@ -136,11 +243,12 @@ def locked(journal: str | pathlib.Path) -> Iterator[None]:
     process might lock the old file and another a new one.
 
     Raises:
-      ValueError: another process holds the lock.
+      OSError: the folder cannot be made, or the lock not be written.
+      ValueError: another process holds the lock, or its file is not a regular one.
     """
     journal = pathlib.Path(journal)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.with_name(journal.name + ".lock").open("a") as lock:
+    with open_regular(journal.with_name(journal.name + ".lock"), os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,35 +261,30 @@ def claim_directory(
 ) -> pathlib.Path:
     """Makes a run's folder with its `config.json`, or checks that it belongs to the same run.
 
+    What killed writers of `write_atomically` left there is removed.
+
     Args:
-      directory: the folder.
+      directory: the folder, to which no other process writes.
       config: JSON values that decide what the run computes.
       extensible: settings that may differ from those found, since they only say which trials are
         run; the new ones are written.
 
     Raises:
       OSError: the folder cannot be made or written.
-      ValueError: the folder holds the results of a run with another config; the message names the
-        settings that differ.
+      ValueError: the folder holds the results of a run with another config, whose settings that
+        differ are named, or a config that cannot be read.
     """
     directory = pathlib.Path(directory)
     path = directory / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} holds no JSON object, but {type(found).__name__}")
+        found = read_json(path)
         fixed = ({k: v for k, v in one.items() if k not in extensible} for one in (found, config))
         if different := different_settings(*fixed):
             raise ValueError(
                 f"{directory} holds a run with {different}; choose another --workdir or remove it"
             )
-    try:
-        write_json(path, config)
-    except OSError as error:
-        text = f"{error.strerror}; choose another --workdir"
-        raise OSError(error.errno, text, error.filename) from error
+    for left in directory.glob(".*-????????.tmp*"):
+        left.unlink()
+    write_json(path, config)
     return directory

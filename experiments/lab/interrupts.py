@@ -100,7 +100,10 @@ def announced(sentence: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def later() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done: orbax's threads do not bear a save that is cut."""
+    """Holds Ctrl-C back until the block is done; other threads than the first never hear it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     held: list[tuple[int, types.FrameType | None]] = []
     previous = signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
     try:

@@ -18,6 +18,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matplotlib")
 
 Command = dict[str, Any]
 
+_FIELDS = {"command": str, "started": str, "resumed": bool, "machine": str, "devices": list,
+           "versions": dict}  # fmt: skip
+
 
 def record_command(workdir: pathlib.Path, *, resumed: bool, devices: Sequence[Any] = ()) -> None:
     """Appends this process to the journal of the commands that worked in a folder.
@@ -45,8 +48,15 @@ def command(python: str = "python") -> str:
 
 
 def read_commands(workdir: pathlib.Path) -> list[Command]:
-    """Returns the commands that worked in a folder, oldest first."""
-    return files.read_records(workdir / JOURNAL)
+    """Returns the commands that worked in a folder, oldest first.
+
+    Raises:
+      ValueError: the journal holds something else; the message names it.
+    """
+    commands = files.read_records(workdir / JOURNAL)
+    for number, one in enumerate(commands, start=1):
+        files.check_fields(one, _FIELDS, f"{workdir / JOURNAL} line {number}")
+    return commands
 
 
 def now() -> str:

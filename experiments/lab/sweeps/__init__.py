@@ -2,6 +2,7 @@
 
 from experiments.lab.sweeps.processes import ProcessExecutor
 from experiments.lab.sweeps.study import (
+    Journal,
     WorkerLostError,
     missing_trials,
     run_study,
@@ -10,6 +11,7 @@ from experiments.lab.sweeps.study import (
 )
 
 __all__ = [
+    "Journal",
     "ProcessExecutor",
     "WorkerLostError",
     "missing_trials",
