@@ -1,6 +1,7 @@
 """Binaries: `python -m experiments.NAME --flag=value`."""
 
 import importlib.util
+import resource
 import sys
 
 from experiments.lab import interrupts
@@ -8,6 +9,12 @@ from experiments.lab import interrupts
 _STARTS = sys.argv[:1] == ["-m"]  # what Python makes of `python -m` while it imports this
 if _STARTS:
     interrupts.answer_while_importing()
+    _space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= _space < 3 * 2**30:  # XLA would end the process where it is at an end
+        sys.exit(
+            f"error: `ulimit -v` leaves {_space / 2**30:.1f} GiB of addresses, and JAX takes 3 GiB "
+            "alone; lift it"
+        )
 
 _NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]

@@ -1,8 +1,11 @@
 """Checkpoints: bit for bit, bound to their settings, never half read."""
 
 import gc
+import itertools
+import os
 import pathlib
 import shutil
+import time
 from typing import NamedTuple
 
 import jax
@@ -76,8 +79,8 @@ class TestRoundTrip:
         save_checkpoint(tmp_path / "new" / "folder", 3, state(), SETTINGS)
         found = restore_checkpoint(tmp_path / "new" / "folder", state(1), SETTINGS)
         assert found is not None
-        step, tree = found
-        assert step == 3
+        step, tree, log = found
+        assert (step, log) == (3, None)
         same(tree, state())
         assert jax.random.normal(tree.key) == jax.random.normal(state().key)
 
@@ -262,29 +265,48 @@ class TestDamage:
         jax.tree.map(np.testing.assert_array_equal, found[1], TREE)
         return False
 
-    def test_of_a_save_that_was_cut_off_is_not_seen(self, saved, tmp_path):
-        directory = shutil.copytree(saved, tmp_path / "copy")
-        shutil.copytree(saved / "1", directory / "2.orbax-checkpoint-tmp")
-        (directory / "2.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
-        found = self.restore(directory)
-        assert found is not None
-        assert found[0] == 1
-        shutil.rmtree(directory / "1")
+    @pytest.mark.parametrize("cut", ["1.orbax-checkpoint-tmp", "1"])
+    def test_of_a_save_that_was_cut_off_is_not_seen(self, saved, tmp_path, cut):
+        """Nor of a removal: the record goes first. What goes on writes over it."""
+        directory = tmp_path / "copy"
+        shutil.copytree(saved / "1", directory / cut)
+        (directory / cut / "tree" / "manifest.ocdbt").unlink()
         assert self.restore(directory) is None
+        save_checkpoint(directory, 1, jax.tree.map(jnp.asarray, TREE), SETTINGS)
+        assert not self.refuses_or_is_right(directory)
 
-    def test_going_on_after_a_cut_off_save(self, saved, tmp_path):
+    def test_a_kill_while_an_old_one_is_removed_costs_nothing(self, saved, tmp_path, monkeypatch):
         directory = shutil.copytree(saved, tmp_path / "copy")
-        shutil.copytree(saved / "1", directory / "2.orbax-checkpoint-tmp")
-        save_checkpoint(directory, 2, jax.tree.map(jnp.asarray, TREE), SETTINGS)
+        trees = [{"weights": TREE["weights"] + step, "count": TREE["count"]} for step in range(4)]
+        save_checkpoint(directory, 2, trees[2], SETTINGS)
+
+        def killed(path, **options):
+            (path / "tree" / "manifest.ocdbt").unlink()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(directory, 3, trees[3], SETTINGS)
+        assert not (directory / "1.json").exists() and (directory / "1").exists()
         found = self.restore(directory)
-        assert found is not None
-        assert found[0] == 2
+        assert found is not None and found.step == 3
+        np.testing.assert_array_equal(found.tree["weights"], trees[3]["weights"])
+
+    def test_of_the_last_one_leaves_the_one_before(self, saved, tmp_path, caplog):
+        directory = shutil.copytree(saved, tmp_path / "copy")
+        save_checkpoint(directory, 2, jax.tree.map(jnp.asarray, TREE), SETTINGS, log=[np.inf])
+        (directory / "2.json").write_text("{")
+        found = self.restore(directory)
+        assert found is not None and (found.step, found.log) == (1, None)
+        assert "checkpoint 2 in" in caplog.text and "is damaged" in caplog.text
 
     @COROUTINES
     @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "gone"])
     def test_of_any_file_is_refused_or_does_not_matter(self, saved, tmp_path, damage):
         refused = set()
-        names = [p.relative_to(saved) for p in sorted((saved / "1").rglob("*")) if p.is_file()]
+        names = [p.relative_to(saved) for p in sorted(saved.rglob("*")) if p.is_file()]
+        if damage == "gone":
+            names.remove(pathlib.Path("1.json"))  # it is what makes a checkpoint
         for number, name in enumerate(names):
             directory = shutil.copytree(saved, tmp_path / str(number))
             path = directory / name
@@ -296,7 +318,7 @@ class TestDamage:
                     {"empty": b"", "garbage": b"\xff" * len(content), "cut": content[:-9]}[damage]
                 )
             if self.refuses_or_is_right(directory):
-                refused.add(pathlib.Path(*name.parts[1:]))
+                refused.add(name)
         gc.collect()
         assert refused
 
@@ -314,7 +336,34 @@ class TestDamage:
         gc.collect()
         assert any(refused)
 
-    def test_of_an_empty_folder_is_refused(self, tmp_path):
-        (tmp_path / "1").mkdir()
-        with pytest.raises(ValueError, match="checkpoint 1 in .* is damaged; remove its folder"):
-            self.restore(tmp_path)
+    @pytest.mark.parametrize(
+        "record",
+        [
+            "[" * 100_000,
+            '{"settings": [1], "checksum": 1, "leaves": {}}',
+            '{"settings": {}, "checksum": 1, "leaves": {"a": 3}}',
+            '{"checksum": 1}',
+            None,
+        ],
+    )
+    def test_of_the_record_is_refused(self, saved, tmp_path, record):
+        directory = shutil.copytree(saved, tmp_path / "copy")
+        (directory / "1.json").unlink()
+        if record is None:
+            os.mkfifo(directory / "1.json")
+        else:
+            (directory / "1.json").write_text(record)
+        assert self.refuses_or_is_right(directory)
+
+    def test_a_file_in_place_of_the_folder_is_told(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="file is not a folder of checkpoints"):
+            self.restore(tmp_path / "file")
+
+
+def test_a_clock_that_goes_backwards_holds_nothing_up(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(ticks))
+    for step in range(3):
+        save_checkpoint(tmp_path, step, TREE, SETTINGS)
+    assert steps(tmp_path) == [1, 2]

@@ -5,11 +5,15 @@ import functools
 import gzip
 import io
 import itertools
+import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
+import zipfile
 from typing import Any
 
 import hypothesis
@@ -21,7 +25,7 @@ from hypothesis import strategies
 
 from experiments.lab import datasets
 from experiments.lab.data_flags import DatasetParser
-from experiments.lab.datasets import fashion_mnist
+from experiments.lab.datasets import arrays, fashion_mnist
 from experiments.lab.datasets.dataset import channel_statistics
 
 FILE_NAMES = (
@@ -105,8 +109,8 @@ WELL_FORMED = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
         (b"\x00\x00\x08\xff" + bytes(4 * 255), "found 255 dimensions"),
         (WELL_FORMED[:12], "found 12 bytes, expected a header of 16"),
         (WELL_FORMED[:-1], "found 39 bytes, expected 40"),
-        (WELL_FORMED + b"\x00", "found 41 bytes, expected 40"),
-        (b"\x00\x00\x0e\x20" + b"\xff" * 128, "found 132 bytes, expected "),
+        (WELL_FORMED + b"\x00", "found more than 40 bytes, expected 40"),
+        (b"\x00\x00\x0e\x20" + b"\xff" * 128, "expected .* accepted are 4294967296 bytes"),
     ],
 )
 @pytest.mark.parametrize("compressed", [False, True])
@@ -138,6 +142,22 @@ def test_idx_damaged_gzip_is_reported(tmp_path, position):
     path.write_bytes(gzip.compress(WELL_FORMED) + b"more")
     with pytest.raises(ValueError, match="damaged gzip stream"):
         datasets.read_idx(path)
+
+
+def test_idx_bomb_is_unpacked_no_further_than_its_header_says(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(WELL_FORMED + bytes(2**27), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="found more than 40 bytes, expected 40"):
+        datasets.read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_idx_of_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        datasets.read_idx(tmp_path / "pipe")
 
 
 def test_idx_missing_file(tmp_path):
@@ -636,7 +656,10 @@ def test_own_arrays_are_standardised_and_read_from_a_file(tmp_path):
         ({"train_labels": np.full(12, -1)}, "labels reach from -1 to 2"),
         ({"train_labels": np.arange(12) % 4 + 1, "test_labels": np.ones(6, int)}, "class 0 has no"),
         ({"train_labels": np.append(np.arange(11), 2**40)}, "labels reach from 0 to 1099511627776"),
-        ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)}, "at least 2, found"),
+        (
+            {"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)},
+            "from 2 to 65536, found 1",
+        ),
         ({"test_images": np.zeros((6, 3, 5, 2))}, "uint8, test_images of float64; both must be on"),
         ({"num_classes": 3}, "train_labels: label 3 of example 3"),
     ],
@@ -670,3 +693,79 @@ def test_a_file_that_changes_under_its_name_is_noticed(tmp_path):
             datasets.load(str(path))
     with pytest.raises(ValueError, match="is no file; make it by numpy.savez"):
         DatasetParser().parse("absent.npz")
+
+
+def claim(number):
+    """The header of an array of so many examples, without their numbers."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (number, 3, 5, 2)}
+    )
+    return header.getvalue()
+
+
+def in_headers(content, offset, value):
+    """Sets a number of two bytes in the headers of all members of an archive."""
+    changed = bytearray(content)
+    for magic, place in ((b"PK\3\4", offset), (b"PK\1\2", offset + 2)):
+        for found in re.finditer(re.escape(magic), content):
+            struct.pack_into("<H", changed, found.start() + place, value)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: in_headers(content, 6, 1), "encrypted"),
+        (lambda content: in_headers(content, 8, 97), "compression"),
+        (lambda content: content[:200] + content[201:], "cannot be read"),
+    ],
+)
+def test_archives_that_cannot_be_unpacked_are_named(tmp_path, spoil, message):
+    path = tmp_path / "mine.npz"
+    np.savez_compressed(path, **own_arrays())
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"mine.npz' cannot be read: .*{message}|{message}"):
+        datasets.load(str(path))
+
+
+def test_arrays_that_do_not_hold_what_they_claim_take_no_memory(tmp_path, monkeypatch):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **own_arrays())
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the name that is there twice
+        archive.writestr("train_images.npy", claim(10**12))
+    with pytest.raises(ValueError, match=r"claims uint8 of shape \(10+, 3, 5, 2\), and holds 0"):
+        datasets.load(str(path))
+    np.savez_compressed(path, **own_arrays() | {"train_images": np.zeros((12, 99, 99, 9))})
+    monkeypatch.setattr(arrays, "MOST_BYTES", 100_000)
+    with pytest.raises(ValueError, match="its arrays take .* bytes; accepted are 100000"):
+        datasets.load(str(path))
+
+
+@pytest.mark.parametrize("value", [np.inf, 2j, [4, 4], "4", True, 4.0, 1, 2**40])
+def test_a_number_of_classes_is_one_integer(tmp_path, value):
+    np.savez(tmp_path / "mine.npz", **own_arrays(), num_classes=value)
+    with pytest.raises(ValueError, match="num_classes (is array|must be from 2 to 65536)"):
+        datasets.load(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a$\\foo$c", "[red]a", "a\x1b[1m", "a\udcff", "a|b", "a,b", "a\n"]
+)
+def test_names_that_figures_or_terminals_would_change_are_told(tmp_path, name):
+    path = tmp_path / f"{name}.npz"
+    np.savez(path, **own_arrays())
+    with pytest.raises(ValueError, match="accepted are letters, digits, spaces"):
+        DatasetParser().parse(str(path))
+    path.rename(tmp_path / "größe 2 (a).npz")
+    DatasetParser().parse(str(tmp_path / "größe 2 (a).npz"))
+
+
+@pytest.mark.parametrize("factors", [(1, 1e300), (1, 1e-310), (1e300, 1e300), (1e-310, 1e-310)])
+def test_images_on_another_scale_are_told(factors):
+    given = own_arrays()
+    for split, factor in zip(("train", "test"), factors, strict=True):
+        given[f"{split}_images"] = given[f"{split}_images"] * np.float64(factor)
+    with pytest.raises(ValueError, match="channel 0 of (train_images deviates|test_images holds)"):
+        datasets.from_arrays(**given)

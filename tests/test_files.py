@@ -8,9 +8,11 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
+from experiments.lab import files
 from experiments.lab.files import (
     append_record,
     claim_directory,
+    locked,
     read_records,
     write_atomically,
     write_json,
@@ -89,7 +91,7 @@ class TestJournal:
         write_records(path, RECORDS)
         content = path.read_bytes()[:cut]
         path.write_bytes(content)
-        whole = content.count(b"\n")
+        whole = content.count(b"\n") + content.endswith(b"}")  # its newline alone is missing
         assert read_records(path) == RECORDS[:whole]
         append_record(path, {"epoch": 3})
         assert read_records(path) == [*RECORDS[:whole], {"epoch": 3}]
@@ -99,10 +101,10 @@ class TestJournal:
     def test_finds_its_last_line_however_long_the_lines_are(self, tmp_path, whole, torn):
         path = tmp_path / "results.jsonl"
         line = json.dumps({"text": "x" * whole}) + "\n"
-        path.write_text(line * 2 + "y" * torn)
+        path.write_text(line * 2 + ("{" + "y" * torn)[:torn])
         append_record(path, {"epoch": 3})
         assert path.read_text() == line * 2 + '{"epoch": 3}\n'
-        path.write_text("y" * torn)
+        path.write_text(("{" + "y" * torn)[:torn])
         append_record(path, {"epoch": 3})
         assert path.read_text() == '{"epoch": 3}\n'
 
@@ -112,7 +114,7 @@ class TestJournal:
         file = path.stat().st_ino
         write_records(path, read_records(path))
         assert path.stat().st_ino == file
-        path.write_bytes(path.read_bytes() + b"torn")
+        path.write_bytes(path.read_bytes() + b"{torn")
         write_records(path, RECORDS)
         assert path.stat().st_ino != file
         assert path.read_text() == "".join(json.dumps(record) + "\n" for record in RECORDS)
@@ -132,10 +134,10 @@ class TestJournal:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            (b"{", "is no JSON: "),
-            (b"", "is no JSON: "),
-            (b'"\xff"', "is no JSON: "),
-            (b"[1]", "is no JSON object"),
+            (b"{", "is not JSON: "),
+            (b"", "is not JSON: "),
+            (b'"\xff"', "is not JSON: "),
+            (b"[1]", "is not a JSON object"),
         ],
     )
     def test_numbers_a_bad_line(self, tmp_path, line, message):
@@ -143,6 +145,104 @@ class TestJournal:
         path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
         with pytest.raises(ValueError, match=f"results.jsonl line 2 {message}"):
             read_records(path)
+
+    @pytest.mark.parametrize("tail", [b"\0\0\0", b'{"a": 1', b'{"a": "\0\0'])
+    def test_cuts_off_what_a_kill_or_a_lost_block_leaves(self, tmp_path, tail):
+        path = tmp_path / "results.jsonl"
+        path.write_bytes(b'{"a": 1}\n' + tail)
+        append_record(path, {"a": 2})
+        assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+
+    @pytest.mark.parametrize(
+        "content", [b"a text of mine", b'{"a": 1}\r{"a": 2}\r', b'{"a": 1}\n\x89PNG', b"[1, 2]"]
+    )
+    def test_does_not_touch_what_is_not_ours(self, tmp_path, content):
+        path = tmp_path / "mine.txt"
+        path.write_bytes(content)
+        for use in (read_records, lambda path: append_record(path, {"a": 3})):
+            with pytest.raises(ValueError, match="mine.txt is not a journal of ours: it ends in"):
+                use(path)
+        assert path.read_bytes() == content
+
+
+NOT_JSON = {
+    "nested": b'{"a":' * 100_000,
+    "nested, and closed": b'{"a":' * 200 + b"1" + b"}" * 200,
+    "Latin-1": '{"a": "é"}'.encode("latin-1"),
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "a list": b"[1]",
+}
+
+
+@pytest.mark.parametrize("case", NOT_JSON)
+@pytest.mark.parametrize("use", ["journal", "config"])
+def test_what_is_not_json_is_named(tmp_path, case, use):
+    path = tmp_path / ("results.jsonl" if use == "journal" else "config.json")
+    path.write_bytes(NOT_JSON[case] + b"\n")
+    with pytest.raises(ValueError, match=f"{path}( line 1)? is (not (JSON|a JSON)|nested)"):
+        read_records(path) if use == "journal" else claim_directory(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+@pytest.mark.parametrize("use", ["read", "append", "lock", "config"])
+def test_nothing_waits_for_a_file_that_is_not_one(tmp_path, kind, use):
+    names = {"read": "j", "append": "j", "lock": "j.lock", "config": "config.json"}
+    path = tmp_path / names[use]
+    make = {"a pipe": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/full"),
+            "a folder": os.mkdir}  # fmt: skip
+    make[kind](path)
+    uses = {
+        "read": lambda: read_records(path),
+        "append": lambda: append_record(path, {}),
+        "lock": lambda: locked(tmp_path / "j").__enter__(),
+        "config": lambda: claim_directory(tmp_path, CONFIG),
+    }
+    with pytest.raises(
+        (ValueError, OSError), match="is not a regular file|Is a directory"
+    ) as error:
+        uses[use]()
+    assert str(path) in str(error.value)
+
+
+def test_a_file_of_any_size_is_read_to_a_bound(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no space
+    with pytest.raises(ValueError, match="results.jsonl holds more than the 1000 bytes"):
+        files.read_bytes(path, 1000)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o027, 0o077])
+def test_files_are_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        append_record(tmp_path / "a.jsonl", {})
+        write_records(tmp_path / "b.jsonl", [{}])
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    seen = []
+
+    def write(target):
+        seen.append(target.name)
+        target.write_text("half")
+
+    write_atomically(tmp_path / "figure.png", write)
+    for name in (seen[0], ".mine-and-short.tmp"):
+        (tmp_path / name).touch()
+    claim_directory(tmp_path, CONFIG)
+    assert sorted(os.listdir(tmp_path)) == [".mine-and-short.tmp", "config.json", "figure.png"]
+
+
+def test_names_that_are_not_utf_8_are_written_escaped(tmp_path):
+    files.write_text(tmp_path / "page.html", "run-\udcff")
+    assert (tmp_path / "page.html").read_text() == "run-\\udcff"
 
 
 CONFIG = {"dataset": "digits", "depths": (2, 4), "rate": 0.1}
@@ -184,7 +284,7 @@ class TestClaimDirectory:
 
     def test_names_a_damaged_config(self, tmp_path):
         (tmp_path / "config.json").write_text("{")
-        with pytest.raises(ValueError, match="config.json is no JSON"):
+        with pytest.raises(ValueError, match="config.json is not JSON"):
             claim_directory(tmp_path, CONFIG)
 
 

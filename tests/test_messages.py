@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import time
 
@@ -297,11 +298,13 @@ class TestBinaries:
                 re.match(message, done.stderr.splitlines()[-1]) and "Traceback" not in done.stderr
             )
 
-    def test_a_folder_that_another_process_writes_to_is_refused(self, tmp_path, run_again):
+    def test_a_folder_that_another_process_writes_to_is_left_alone(self, tmp_path, run_again):
+        (tmp_path / "config.json").write_text("{}")
         with locked(tmp_path / "commands.jsonl"):
             done = run_again("train", tmp_path, "--steps=1")
         assert done.returncode == 1
         assert "error: another process writes to this journal" in done.stderr
+        assert (tmp_path / "config.json").read_text() == "{}"
         assert not (tmp_path / "results.jsonl").exists()
 
     def test_an_interrupt_tells_what_is_kept_and_how_to_go_on(self, tmp_path):
@@ -314,7 +317,57 @@ class TestBinaries:
         assert said == f"interrupted; what is finished is kept in {tmp_path / 'run'}"
         python, *arguments = command.split()
         assert os.path.abspath(python) == sys.executable
-        assert arguments == ["-m", "experiments.train", *flags, "--resume"]
+        assert arguments == ["-m", "experiments.train", *flags]
+
+    def test_damaged_commands_are_told_before_anything_is_trained(self, tmp_path, run_again):
+        (tmp_path / "commands.jsonl").write_text('{"command": 3}\n')
+        done = run_again("train", tmp_path, "--steps=1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"error: {tmp_path}/commands.jsonl line 1 has 3 as 'command'" in done.stderr
+        assert not (tmp_path / "checkpoints").exists()
+
+    @pytest.mark.parametrize("name", ["find_lr", "train"])
+    def test_any_workdir_is_written_to_and_named_as_it_is(self, name, tmp_path, run_again):
+        workdir = tmp_path / "[red][/x] :warning: é"
+        flags = ["--width=4", "--batch_size=512", "--epochs=0.4"]
+        done = run_again(name, workdir, *flags, *["--num_rates=2"] * (name == "find_lr"))
+        assert done.returncode == 0, done.stderr
+        assert f"report:  {workdir / 'report.html'}\n" in done.stdout
+        assert (workdir / "report.html").exists()
+
+
+SMALL = "--width=4 --batch_size=512 --steps=1 --quiet"
+ENDS = {
+    "a reader that is gone": ("{} | true", "error: who reads the output has ended"),
+    "a full disk for the output": ("{} > /dev/full", "error: [Errno 28] No space left on device"),
+    "a limit of the size of files": ("ulimit -f 1; {}", "File too large"),
+    "a limit of memory": ("ulimit -v 2000000; {}", "error: `ulimit -v` leaves 1.9 GiB"),
+    "a locale without letters": (
+        "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}", "no text in the encoding ascii"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_whatever_the_shell_does_a_binary_ends_in_one_sentence(case, tmp_path, binary_environment):
+    shell, message = ENDS[case]
+    command = shell.format(f"{sys.executable} -m experiments.train --workdir=é {SMALL}")
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; cd {tmp_path}; {command}"],
+        env=binary_environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert message in (done.stderr.splitlines() or [""])[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["[/x]", "[red]x", "[link=https://a]y", ":warning:"])
+def test_a_bar_shows_markup_as_it_is(text, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_of(text, 2, note=text) as advance:
+        advance(note=text)
+    assert capsys.readouterr().err.count(text) >= 2
 
 
 def test_a_transformed_function_is_no_module():

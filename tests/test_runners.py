@@ -4,12 +4,14 @@ import concurrent.futures
 import functools
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import time
 
 import hypothesis
+import psutil
 import pytest
 from hypothesis import strategies
 
@@ -95,6 +97,18 @@ def test_cores_are_shared_evenly(cores, workers):
         assert used == list(range(100, 100 + cores))
 
 
+PARENT = """
+import sys
+from experiments.lab.sweeps import ProcessExecutor
+from tests.trials import work
+
+if __name__ == "__main__":
+    with ProcessExecutor(2) as executor:
+        for index in range(2):
+            executor.submit(work, {"index": index, "seconds": 60}, sys.argv[1])
+"""
+
+
 @pytest.fixture(scope="module")
 def processes():
     with ProcessExecutor(2) as executor:
@@ -133,6 +147,19 @@ class TestProcesses:
         assert first["error"].startswith("WorkerLostError: 3 worker processes died")
         assert "result" in second
         assert starts_in(starts) == {0: 3, 1: 1}
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+    def test_end_with_the_process_that_started_them(self, tmp_path, number):
+        with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT) as parent:
+            while len(starts := list(tmp_path.iterdir())) < 2:
+                assert parent.poll() is None
+                time.sleep(0.05)
+            parent.send_signal(number)
+        workers = [int(path.name.split("_")[1]) for path in starts]
+        deadline = time.monotonic() + 10
+        while left := [one for one in workers if psutil.pid_exists(one)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
 
     def test_refuse_what_cannot_be_sent(self, processes, tmp_path):
         with pytest.raises(TypeError, match="top of a module"):

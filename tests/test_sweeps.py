@@ -225,9 +225,50 @@ class TestRunStudy:
     def test_keeps_other_records_behind_its_own(self, tmp_path):
         journal = tmp_path / "results.jsonl"
         other = [{"hash": trial_hash({"x": x}), "trial": {"x": x}, "result": {}} for x in (2, 1)]
-        write_records(journal, [other[0], {"note": "no trial"}, other[1]])
+        write_records(journal, other)
         records = study(journal)
-        assert read_records(journal) == [*records, other[0], {"note": "no trial"}, other[1]]
+        assert read_records(journal) == [*records, *other]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"trial": None}, "None as 'trial'"),
+            ({"hash": 3}, "3 as 'hash'"),
+            ({"hash": "0123456789abcdef"}, "hash '0123456789abcdef' of another trial"),
+            ({"trial": {"index": 9}}, "of another trial"),
+            ({"result": [1]}, r"\[1\] as 'result'"),
+            ({"result": {}}, "'nothing' as 'square'"),
+            ({"result": {"square": "4"}}, "'4' as 'square'"),
+            ({"error": 3}, "3 as 'error'"),
+        ],
+    )
+    def test_names_what_is_not_the_record_of_a_trial(self, tmp_path, changed, message):
+        journal = tmp_path / "results.jsonl"
+        records = study(journal)
+        write_records(journal, [records[0], records[1] | changed, *records[2:]])
+        before = journal.read_bytes()
+        with pytest.raises(ValueError, match=f"results.jsonl line 2 is not the .*{message}"):
+            study(journal, holds={"square": int})
+        assert journal.read_bytes() == before
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_long_trials_have_a_folder_until_they_are_recorded(self, tmp_path, workers):
+        saves = tmp_path / "checkpoints"
+
+        def run(trial, folder):
+            assert folder == saves / trial_hash(trial)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "step").touch()
+            if trial["index"] == 5:
+                raise OSError("disk")
+            return square(trial)
+
+        study(tmp_path / "results.jsonl", run, checkpoints=saves, workers=workers)
+        assert [path.name for path in saves.iterdir()] == [trial_hash(TRIALS[5])]
+        left = saves / trial_hash(TRIALS[2])  # as a kill leaves it after the record
+        left.mkdir()
+        study(tmp_path / "results.jsonl", run, checkpoints=saves, retry_failed=True)
+        assert not left.exists()
 
     @pytest.mark.parametrize("torn", [b"{", b'{"hash": "0123', b'{"trial": "\xc3'])
     def test_cuts_off_a_torn_last_line(self, tmp_path, torn):
@@ -285,7 +326,7 @@ class TestRunStudy:
 
     def test_names_a_damaged_journal(self, tmp_path):
         (tmp_path / "results.jsonl").write_text("{\n")
-        with pytest.raises(ValueError, match="results.jsonl line 1 is no JSON"):
+        with pytest.raises(ValueError, match="results.jsonl line 1 is not JSON"):
             study(tmp_path / "results.jsonl")
 
     def test_shows_a_bar_with_failures_unless_told_not_to(self, tmp_path, capsys, terminal):

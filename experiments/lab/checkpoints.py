@@ -73,7 +73,9 @@ def save_checkpoint(
         "settings": _json(settings),
         "log": files.strict_json(log),
         "checksum": _checksum(full),
-        "leaves": {name: _kind(leaf) for name, leaf in stored.items()},
+        "leaves": {
+            name: [list(leaf.shape), jnp.dtype(leaf.dtype).name] for name, leaf in stored.items()
+        },
     }
     directory = pathlib.Path(directory).absolute()
     with interrupts.later():  # orbax does not bear a save that is cut
@@ -117,14 +119,17 @@ def restore_checkpoint(
         try:
             record = files.read_json(directory / f"{step}.json")
             files.check_fields(record, _RECORD, f"{step}.json")
-        except (OSError, ValueError) as error:
+            leaves = {
+                name: (tuple(one[0]), jnp.dtype(one[1])) for name, one in record["leaves"].items()
+            }
+        except (OSError, ValueError, TypeError, LookupError) as error:
             damaged = _damaged(where, error)
             continue
         if different := files.different_settings(record["settings"], _json(settings)):
             raise ValueError(f"{where} belongs to another run: it was saved with {different}")
         wanted = like(record["log"]) if callable(like) else like
         expected = _stored(wanted)
-        _check_leaves(where, record["leaves"], expected)
+        _check_leaves(where, leaves, expected)
         try:
             found = _read_leaves(directory / str(step) / "tree", _with_elements(expected))
             if _checksum(found) != record["checksum"]:
@@ -144,7 +149,7 @@ def _steps(directory: pathlib.Path) -> list[int]:
 
 
 def _damaged(where: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     message = f"{where} is damaged; remove its folder to start anew ({reason})"
     logging.getLogger(__name__).warning(message)
     return message
@@ -189,10 +194,6 @@ def _with_elements(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in stored.items() if 0 not in leaf.shape}
 
 
-def _kind(leaf: Any) -> list[Any]:
-    return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
-
-
 def _json(settings: Settings) -> dict[str, Any]:
     """Settings as JSON gives them back."""
     for name, value in settings.items():
@@ -234,10 +235,10 @@ def _check_leaves(where: str, saved: Mapping[str, Any], expected: Mapping[str, A
     for name, leaf in expected.items():
         if name not in saved:
             raise ValueError(f"{where} lacks the leaf {name!r}")
-        if saved[name] != _kind(leaf):
+        if saved[name] != (leaf.shape, leaf.dtype):
             raise ValueError(
                 f"{where} holds {name!r} with shape and dtype {saved[name]}; expected are "
-                f"{_kind(leaf)}"
+                f"{(leaf.shape, leaf.dtype)}"
             )
     for name in saved:
         if name not in expected:

@@ -89,13 +89,16 @@ def run_binary(run: Callable[[], None]) -> None:
 
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax logs every step of a save
+            logging.set_verbosity(logging.WARNING)
+            logging.get_absl_logger().setLevel("CRITICAL")  # orbax logs, and raises what it logs
         if len(arguments) > 1:
             sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
         try:
             with interrupts.answered(_kept):
                 run()
                 sys.stdout.flush()
+        except SystemExit as ended:  # with 1: Rich's answer where nobody reads what it prints
+            sys.exit(ended.code if ended.code != 1 else f"error: {_told(BrokenPipeError())}")
         except _TOLD as error:
             if logging.level_debug():
                 raise
@@ -164,6 +167,13 @@ def claim_directory(
 
     The folder's journal of commands gets a line for this one.
     """
+    try:
+        str(workdir).encode()  # orbax takes text alone
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--workdir={str(workdir)!a} has bytes that are no text in the encoding "
+            f"{sys.getfilesystemencoding()}; choose another, or set LC_ALL=C.UTF-8"
+        ) from None
     try:
         _hold(os.path.abspath(workdir))
         resumed = (pathlib.Path(workdir) / "config.json").exists()

@@ -56,20 +56,18 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
       ValueError: see `open_regular`; or it holds more bytes than `most`.
     """
     with open_regular(path) as file:
-        return read_bounded(file, path, most)
+        content = read_at_most(file, most)
+    if len(content) > most:
+        raise ValueError(f"{path} holds more than the {most} bytes that are accepted")
+    return content
 
 
-def read_bounded(file: BinaryIO | io.RawIOBase, name: object, most: int) -> bytes:
-    """Reads an open file, which may unpack as it is read, to its end.
-
-    Raises:
-      ValueError: it holds more bytes than `most`.
-    """
-    parts, room = [], most
-    while part := file.read(min(room + 1, 2**24)):
+def read_at_most(file: BinaryIO | io.RawIOBase, most: int) -> bytes:
+    """Reads an open file, which may unpack as it is read; one byte more where there are more."""
+    parts, left = [], most + 1
+    while left and (part := file.read(min(left, 2**24))):
         parts.append(part)
-        if (room := room - len(part)) < 0:
-            raise ValueError(f"{name} holds more than the {most} bytes that are accepted")
+        left -= len(part)
     return b"".join(parts)
 
 
@@ -150,7 +148,7 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
         with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as journal:
             end = _end_of_last_line(journal)
             journal.seek(end)
-            if _last_record(read_bounded(journal, path, MOST_BYTES), path) is not None:
+            if _last_record(read_at_most(journal, MOST_BYTES), path) is not None:
                 line = b"\n" + line  # its newline alone is missing
             else:
                 journal.truncate(end)

@@ -63,10 +63,10 @@ def _bar(console, description: str, total: int | None, done: int, note: str) -> 
     from rich import progress
 
     columns = (
-        "{task.description}",
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        "{task.fields[note]}",
+        progress.TextColumn("{task.fields[note]}", markup=False),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )

@@ -1,8 +1,10 @@
 """Data sets of one's own: from arrays, and from a .npz file that holds them."""
 
 import hashlib
+import math
 import os
 import pathlib
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,6 +19,9 @@ from experiments.lab.datasets.dataset import (
 )
 
 SUFFIX = ".npz"
+MOST_BYTES = 2**32
+"""What the arrays of a file may take; what they become lies on the device."""
+MOST_CLASSES = 2**16
 _MARK = "#sha256="
 _DIGITS = 16  # hexadecimal, of the digest
 
@@ -71,8 +76,10 @@ def from_arrays(
         )
     if num_classes is None:
         num_classes = _count_classes(splits, name)
-    if num_classes < 2:
-        raise ValueError(f"{name}: num_classes must be at least 2, found {num_classes}")
+    if not 2 <= num_classes <= MOST_CLASSES:
+        raise ValueError(
+            f"{name}: num_classes must be from 2 to {MOST_CLASSES}, found {num_classes}"
+        )
     for split, _, labels in pairs:
         check_labels(labels, num_classes, f"{name}: {split}_labels")
     return standardised_dataset(name, num_classes, splits)
@@ -125,9 +132,15 @@ def with_digest(path: str | os.PathLike[str]) -> str:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a digest is given already, and the file's is another.
+      ValueError: a digest is given already, and the file's is another; or the name has characters
+        that figures and terminals take for something else.
     """
     plain, mark, expected = os.path.expanduser(path).partition(_MARK)
+    if strange := re.sub(r"[\w.+@() -]", "", os.path.basename(plain)):
+        raise ValueError(
+            f"the name of the data set {plain!r} has {strange[0]!r}; accepted are letters, digits, "
+            "spaces and _.+@()-: rename the file"
+        )
     if not pathlib.Path(plain).is_file():
         raise FileNotFoundError(
             f"the data set {plain!r} is no file; make it by numpy.savez({plain!r}, train_images=…, "
@@ -165,6 +178,8 @@ def read_arrays(name: str, data_dir: str | os.PathLike[str] | None = None) -> Da
     if not zipfile.is_zipfile(path):
         raise ValueError(f"the data set {path!r} is no .npz file, as numpy.savez writes them")
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive)
         with np.load(path, allow_pickle=False) as file:
             missing = [field for field in RawSplits._fields if field not in file]
             if missing:
@@ -173,10 +188,39 @@ def read_arrays(name: str, data_dir: str | os.PathLike[str] | None = None) -> Da
                     f"accepted are {', '.join(RawSplits._fields)}"
                 )
             arrays = [_read(file, field) for field in RawSplits._fields]
-            num_classes = int(file["num_classes"]) if "num_classes" in file else None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            num_classes = _number(file["num_classes"]) if "num_classes" in file else None
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError),
+    ) as error:
+        # RuntimeError: the archive is encrypted, or compressed in a way that Python does not know.
         raise ValueError(f"the data set {path!r} cannot be read: {error}") from None
     return from_arrays(*arrays, num_classes=num_classes, name=name)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for what would take more memory than it should, before it is read."""
+    members = [one for one in archive.infolist() if one.filename[:-4] in RawSplits._fields]
+    if (total := sum(one.file_size for one in members)) > MOST_BYTES:
+        raise ValueError(f"its arrays take {total} bytes; accepted are {MOST_BYTES}")
+    for one in members:
+        with archive.open(one) as member:
+            read = {(1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0}  # fmt: skip
+            version = np.lib.format.read_magic(member)
+            if version not in read:
+                raise ValueError(f"{one.filename} has the format version {version} of numpy.save")
+            shape, _, dtype = read[version](member)
+            held = one.file_size - member.tell()
+        if math.prod(shape) * dtype.itemsize != held and not dtype.hasobject:
+            raise ValueError(
+                f"{one.filename} claims {dtype} of shape {shape}, and holds {held} bytes"
+            )
+
+
+def _number(value: np.ndarray) -> int:
+    if value.ndim or value.dtype.kind not in "iu":
+        raise ValueError(f"num_classes is {value!r}; accepted is one integer")
+    return int(value)
 
 
 def _read(file: Mapping[str, np.ndarray], field: str) -> np.ndarray:

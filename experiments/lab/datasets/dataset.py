@@ -80,8 +80,14 @@ def standardised_dataset(name: str, num_classes: int, splits: RawSplits) -> Data
 
     Returns:
       The data set; see `Dataset` for shapes and for what standardising means.
+
+    Raises:
+      ValueError: numbers too large or too small to be standardised, or test images on another scale
+        than the training images.
     """
-    mean, std = channel_statistics(splits.train_images)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        mean, std = channel_statistics(splits.train_images)
+    _check_scale(name, splits, mean, std)
     return Dataset(
         name=name,
         num_classes=num_classes,
@@ -108,6 +114,28 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = (images.min((0, 1, 2)).astype(float), images.max((0, 1, 2)).astype(float))
     constant = low == high  # not std == 0, which rounding of the mean hides in fractions
     return np.where(constant, low, mean), np.where(constant, 1.0, np.sqrt(squares / pixels))
+
+
+def _check_scale(name: str, splits: RawSplits, mean: np.ndarray, std: np.ndarray) -> None:
+    train, test = ((one.min((0, 1, 2)).astype(float), one.max((0, 1, 2)).astype(float))
+                   for one in (splits.train_images, splits.test_images))  # fmt: skip
+    varies = train[0] < train[1]
+    low, high = 1e-150, 1e150  # what can be squared
+    if splits.train_images.dtype.kind == "f":
+        low = max(low, float(np.finfo(splits.train_images.dtype).smallest_normal))
+    if wrong := np.flatnonzero(varies & ~((low < std) & (std < high))).tolist():
+        raise ValueError(
+            f"{name}: channel {wrong[0]} of train_images deviates by {std[wrong[0]]:.3g}; accepted "
+            f"are {low:.3g} to {high:.3g}: scale the images"
+        )
+    spread = (test[1] - test[0]) / std
+    far = np.maximum(np.abs(test[0] - mean), np.abs(test[1] - mean)) / std
+    if wrong := np.flatnonzero((far > 1e6) | (varies & (spread > 0) & (spread < 1e-6))).tolist():
+        raise ValueError(
+            f"{name}: channel {wrong[0]} of test_images holds {test[0][wrong[0]]:.3g} to "
+            f"{test[1][wrong[0]]:.3g}, that of train_images {train[0][wrong[0]]:.3g} to "
+            f"{train[1][wrong[0]]:.3g}; both must be on one scale, that of the training set"
+        )
 
 
 def _standardise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -5,12 +5,15 @@ big-endian uint32 per dimension, and then the elements, big-endian, last dimensi
 """
 
 import gzip
+import io
 import math
 import os
-import pathlib
 import zlib
+from typing import BinaryIO
 
 import numpy as np
+
+from experiments.lab import files
 
 _ELEMENT_TYPES = {
     0x08: np.dtype(">u1"),
@@ -23,6 +26,8 @@ _ELEMENT_TYPES = {
 # What every NumPy can hold; the format itself would allow 255.
 _MAX_DIMENSIONS = 32
 _GZIP_MAGIC = b"\x1f\x8b"
+MOST_BYTES = 2**32
+"""What an array may take."""
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -43,7 +48,20 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         type, no dimension or more than 32, fewer or more bytes than the header declares, a damaged
         or truncated gzip stream. The message names the file, what was found, what is expected.
     """
-    content = _uncompressed(pathlib.Path(path))
+    with files.open_regular(path) as raw:
+        is_compressed = raw.read(2) == _GZIP_MAGIC
+        raw.seek(0)
+        try:
+            return _read(gzip.GzipFile(fileobj=raw) if is_compressed else raw, path)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{path}: found a damaged gzip stream ({error}), expected a complete one"
+            ) from error
+
+
+def _read(file: BinaryIO | io.RawIOBase, path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads no more than the header claims, whatever a file would unpack to."""
+    content = file.read(4 + 4 * _MAX_DIMENSIONS) or b""
     if len(content) < 4:
         raise ValueError(
             f"{path}: found {len(content)} bytes, expected an IDX header of at least 4"
@@ -69,22 +87,12 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         )
     shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
     expected_size = header_size + math.prod(shape) * element_type.itemsize
+    where = f"{expected_size} for shape {shape} of {element_type.itemsize}-byte elements"
+    if expected_size > MOST_BYTES:
+        raise ValueError(f"{path}: expected {where}, accepted are {MOST_BYTES} bytes")
+    content += files.read_at_most(file, max(expected_size - len(content), -1))
     if len(content) != expected_size:
-        raise ValueError(
-            f"{path}: found {len(content)} bytes, expected {expected_size} for shape {shape} "
-            f"of {element_type.itemsize}-byte elements"
-        )
+        found = len(content) if len(content) < expected_size else f"more than {expected_size}"
+        raise ValueError(f"{path}: found {found} bytes, expected {where}")
     elements = np.ndarray(shape, element_type, buffer=content, offset=header_size)
     return elements.astype(element_type.newbyteorder("="))
-
-
-def _uncompressed(path: pathlib.Path) -> bytes:
-    content = path.read_bytes()
-    if not content.startswith(_GZIP_MAGIC):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(
-            f"{path}: found a damaged gzip stream ({error}), expected a complete one"
-        ) from error

@@ -124,6 +124,14 @@ def _available_cores() -> list[int]:
 def _settle(cores: list[int]) -> None:
     """Begins a worker process, before JAX starts its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's: it waits for the trial
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     os.environ["NPROC"] = str(len(cores))  # sizes XLA's thread pools
+
+
+def _end_with_parent() -> None:
+    """Ends this worker process as soon as the one that started it has ended, however it did."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
