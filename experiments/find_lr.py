@@ -31,7 +31,6 @@ from experiments.lab import (
     ranges,
     recipe,
     runners,
-    training,
 )
 from experiments.lab.datasets import Dataset
 from experiments.lab.panels import save
@@ -68,10 +67,8 @@ def run() -> None:
     rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
     settings = common.settings()
     dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
-    recipe.check_dataset(settings, dataset)
     display.note(f"{dataset!r}")
-    examples = len(dataset.train_images)
-    total_steps = training.count_steps(examples, FLAGS.batch_size, settings.pop("epochs"))
+    total_steps = recipe.count_steps(settings, dataset, settings.pop("epochs"))
     network = recipe.build_network(settings, FLAGS.architecture, dataset)
     recipe.check_training(settings, network, total_steps)
     start = FLAGS.start

@@ -24,7 +24,7 @@ import archscale_jax as archscale
 from archscale_jax._spaces import chain_string, random_dag_string
 from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments import scaling_report
-from experiments.lab import common, display, files, page, ranges, recipe, runners, training
+from experiments.lab import common, display, files, page, ranges, recipe, runners
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
@@ -86,7 +86,6 @@ def run() -> None:
     if FLAGS.base_rate is None:
         rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
     dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
-    recipe.check_dataset(settings, dataset)
     display.note(f"{dataset!r}")
     base = recipe.build_network(settings, FLAGS.base_architecture, dataset)
     steps = {}
@@ -94,7 +93,7 @@ def run() -> None:
         "search": FLAGS.search_epochs,
         "transfer": settings.pop("epochs"),
     }.items():
-        steps[phase] = training.count_steps(len(dataset.train_images), FLAGS.batch_size, epochs)
+        steps[phase] = recipe.count_steps(settings, dataset, epochs)
         recipe.check_training(settings, base, steps[phase])
     with runners.runner() as options:
         workdir = common.claim_directory(

@@ -42,11 +42,9 @@ def run() -> None:
     """Trains and prints, as the flags say."""
     settings = common.settings(sys.argv[0])
     dataset = recipe.load_dataset(FLAGS.dataset, FLAGS.data_dir)
-    recipe.check_dataset(settings, dataset)
     display.note(f"{dataset!r}")
-    steps = FLAGS.steps or training.count_steps(
-        len(dataset.train_images), FLAGS.batch_size, FLAGS.epochs
-    )
+    steps = recipe.count_steps(settings, dataset, FLAGS.epochs)
+    steps = FLAGS.steps or steps
     rule = FLAGS.rule if FLAGS.autoscale else "none"
     network = recipe.build_network(settings, FLAGS.architecture, dataset)
     base = recipe.parse_graph(settings, FLAGS.base_architecture)

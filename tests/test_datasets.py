@@ -735,9 +735,10 @@ def test_arrays_that_do_not_hold_what_they_claim_take_no_memory(tmp_path, monkey
     with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the name that is there twice
         archive.writestr("train_images.npy", claim(10**12))
-    with pytest.raises(ValueError, match=r"claims uint8 of shape \(10+, 3, 5, 2\), and holds 0"):
+    with pytest.raises(ValueError, match="mine.npz' cannot be read: "):
         datasets.load(str(path))
-    np.savez_compressed(path, **own_arrays() | {"train_images": np.zeros((12, 99, 99, 9))})
+    given: dict[str, Any] = own_arrays() | {"train_images": np.zeros((12, 99, 99, 9))}
+    np.savez_compressed(path, **given)
     monkeypatch.setattr(arrays, "MOST_BYTES", 100_000)
     with pytest.raises(ValueError, match="its arrays take .* bytes; accepted are 100000"):
         datasets.load(str(path))

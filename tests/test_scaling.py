@@ -27,6 +27,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
     journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
     records, result = journal.read_text(), table.read_text()
     trials = [json.loads(line) for line in records.splitlines()]
+    trials = [one["trial"] | one["result"] for one in trials]
     assert len(trials) == 2 * 2 + 2 * 2 * 2  # rates x seeds, networks x rules x seeds
     for trial in trials:
         scale = archscale.learning_rate_scale(

@@ -12,8 +12,8 @@ import math
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from archscale_jax._files import write_atomically
 
@@ -34,7 +34,7 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def open_regular(path: str | pathlib.Path, flags: int = os.O_RDONLY) -> io.FileIO:
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> io.FileIO:
     """Opens a file by the flags of `os.open`, and waits for nobody, as a pipe would.
 
     Raises:
@@ -56,16 +56,16 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
       ValueError: see `open_regular`; or it holds more bytes than `most`.
     """
     with open_regular(path) as file:
-        content = read_at_most(file, most)
+        content = read_at_most(file.read, most)
     if len(content) > most:
         raise ValueError(f"{path} holds more than the {most} bytes that are accepted")
     return content
 
 
-def read_at_most(file: BinaryIO | io.RawIOBase, most: int) -> bytes:
-    """Reads an open file, which may unpack as it is read; one byte more where there are more."""
+def read_at_most(read: Callable[[int], bytes | None], most: int) -> bytes:
+    """Reads by a file's `read`, which may unpack meanwhile; one byte more where there are more."""
     parts, left = [], most + 1
-    while left and (part := file.read(min(left, 2**24))):
+    while left and (part := read(min(left, 2**24))):
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
@@ -148,7 +148,7 @@ def append_record(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
         with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as journal:
             end = _end_of_last_line(journal)
             journal.seek(end)
-            if _last_record(read_at_most(journal, MOST_BYTES), path) is not None:
+            if _last_record(read_at_most(journal.read, MOST_BYTES), path) is not None:
                 line = b"\n" + line  # its newline alone is missing
             else:
                 journal.truncate(end)

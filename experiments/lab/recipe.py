@@ -123,12 +123,17 @@ def load_dataset(name: str, data_dir: str | None) -> Dataset:
     return datasets.load(name, data_dir=data_dir)
 
 
-def check_dataset(settings: Settings, dataset: Dataset) -> None:
-    """Raises ValueError for padding or a batch that a data set is too small for."""
+def count_steps(settings: Settings, dataset: Dataset, epochs: float) -> int:
+    """Returns the updates in so many epochs, of a data set that fits the settings.
+
+    Raises:
+      ValueError: padding or a batch that the data set is too small for.
+    """
     common.check_padding(dataset, settings["padding"])
     size, examples = settings["batch_size"], len(dataset.train_images)
     if size > examples:
         raise ValueError(f"--batch_size={size} exceeds the {examples} training examples; lower it")
+    return training.count_steps(examples, size, epochs)
 
 
 def batching(settings: Settings) -> dict[str, Any]:

@@ -5,11 +5,10 @@ big-endian uint32 per dimension, and then the elements, big-endian, last dimensi
 """
 
 import gzip
-import io
 import math
 import os
 import zlib
-from typing import BinaryIO
+from collections.abc import Callable
 
 import numpy as np
 
@@ -52,16 +51,17 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         is_compressed = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
         try:
-            return _read(gzip.GzipFile(fileobj=raw) if is_compressed else raw, path)
+            file = gzip.GzipFile(fileobj=raw) if is_compressed else raw
+            return _read(file.read, path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
                 f"{path}: found a damaged gzip stream ({error}), expected a complete one"
             ) from error
 
 
-def _read(file: BinaryIO | io.RawIOBase, path: str | os.PathLike[str]) -> np.ndarray:
+def _read(read: Callable[[int], bytes | None], path: str | os.PathLike[str]) -> np.ndarray:
     """Reads no more than the header claims, whatever a file would unpack to."""
-    content = file.read(4 + 4 * _MAX_DIMENSIONS) or b""
+    content = read(4 + 4 * _MAX_DIMENSIONS) or b""
     if len(content) < 4:
         raise ValueError(
             f"{path}: found {len(content)} bytes, expected an IDX header of at least 4"
@@ -90,7 +90,7 @@ def _read(file: BinaryIO | io.RawIOBase, path: str | os.PathLike[str]) -> np.nda
     where = f"{expected_size} for shape {shape} of {element_type.itemsize}-byte elements"
     if expected_size > MOST_BYTES:
         raise ValueError(f"{path}: expected {where}, accepted are {MOST_BYTES} bytes")
-    content += files.read_at_most(file, max(expected_size - len(content), -1))
+    content += files.read_at_most(read, max(expected_size - len(content), -1))
     if len(content) != expected_size:
         found = len(content) if len(content) < expected_size else f"more than {expected_size}"
         raise ValueError(f"{path}: found {found} bytes, expected {where}")

@@ -96,7 +96,7 @@ class Journal:
     def __init__(self, path: pathlib.Path, holds: Mapping[str, Any], retry_failed: bool) -> None:
         self.path, self._holds, self._retry_failed = path, holds, retry_failed
         self._lock = threading.Lock()
-        self._finished = _latest(_read(path, holds))
+        self.latest = _latest(_read(path, holds))
 
     @classmethod
     @contextlib.contextmanager
@@ -111,16 +111,12 @@ class Journal:
         with files.locked(path):
             yield cls(pathlib.Path(path), holds or {}, retry_failed)
 
-    def record(self, name: str) -> Record | None:
-        """Returns the record of a hash; None where it is missing, or failed and is run again."""
-        record = self._finished.get(name)
-        return None if record and self._retry_failed and "error" in record else record
-
     def run(
         self, trial: Trial, run: Run, executor: concurrent.futures.Executor | None = None
     ) -> Record:
         """Returns the record of a trial; one that is missing is run, here or in an executor."""
-        if (record := self.record(trial_hash(trial))) is None:
+        record = self.latest.get(trial_hash(trial))
+        if record is None or (self._retry_failed and "error" in record):
             if executor is None:
                 record = run_trial(trial, run)
             else:
@@ -132,7 +128,7 @@ class Journal:
         """Writes the record of a trial."""
         with self._lock:
             files.append_record(self.path, record)
-            self._finished[record["hash"]] = record
+            self.latest[record["hash"]] = record
 
     def order(self, trials: Iterable[Trial]) -> list[Record]:
         """Brings the records into the order of trials, others behind; returns those of the trials.
@@ -201,8 +197,9 @@ def run_study(
     by_hash = _by_hash(trials)
     saves = None if checkpoints is None else pathlib.Path(checkpoints).absolute()
     with Journal.open(journal, holds=holds, retry_failed=retry_failed) as records:
-        done = [one for name in by_hash if (one := records.record(name))]
-        missing = [trial for name, trial in by_hash.items() if not records.record(name)]
+        latest = records.latest
+        missing = missing_trials(by_hash.values(), latest.values(), retry_failed=retry_failed)
+        done = [latest[name] for name in by_hash.keys() - _by_hash(missing).keys()]
         failed = sum("error" in record for record in done)
         with progress_of(
             description, len(by_hash), done=len(done), note=f"{failed} failed", visible=progress

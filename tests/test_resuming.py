@@ -1,0 +1,57 @@
+"""Binaries whose writing fails in the middle, and that go on, end with the bytes of undisturbed ones."""
+
+import errno
+import importlib
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+
+from experiments.lab import files
+from tests.binaries import FORKS
+
+SMALL = ["--width=4", "--batch_size=512", "--quiet"]
+BINARIES = {
+    "train": ["--epochs=4"],
+    "find_lr": ["--epochs=0.4", "--num_rates=3", "--num_seeds=2", "--workers=2"],
+    "scaling": ["--epochs=0.4", "--search_epochs=0.4", "--num_rates=2", "--num_seeds=1",
+                "--chain_depths=2", "--num_random=0"],
+}  # fmt: skip
+
+
+def disturbed_and_not(name, folder, number):
+    """Runs a binary twice, once while a write of its journal fails, in a process of its own."""
+    module = importlib.import_module(f"experiments.{name}")
+    sys.argv = [module.__name__, *SMALL, *BINARIES[name], f"--workdir={folder / 'disturbed'}"]
+    flags.FLAGS(sys.argv)
+    append, calls = files.append_record, []
+
+    def failing(path, record):
+        if path.name == "results.jsonl":
+            calls.append(record)
+            if len(calls) == 3:
+                with path.open("ab") as journal:
+                    journal.write(b'{"hash": "01')
+                raise OSError(number, "no")
+        append(path, record)
+
+    files.append_record = failing
+    try:
+        module.run()
+        raise AssertionError("it did not fail")
+    except OSError as error:
+        assert error.errno == number
+    module.run()
+    flags.FLAGS.workdir = str(folder / "undisturbed")
+    module.run()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE], ids=["full", "stale"])
+@pytest.mark.parametrize("name", BINARIES)
+def test_a_write_that_fails_changes_nothing_in_the_end(name, number, tmp_path: pathlib.Path):
+    with FORKS.Pool(1) as pool:
+        pool.apply(disturbed_and_not, (name, tmp_path, number))
+    for file in ("results.jsonl", "config.json", "table.md")[: 2 if name == "train" else 3]:
+        one, other = (tmp_path / folder / file for folder in ("disturbed", "undisturbed"))
+        assert one.read_bytes() == other.read_bytes(), file
