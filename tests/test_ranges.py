@@ -135,6 +135,8 @@ UNFIT = {
     "a shift out of the image": (
         "train", "--padding=9", "--padding=9 exceeds the images, 8 x 8 pixels"),
     "momentum that is missing": ("scaling", "--nesterov", "nesterov=True needs a momentum above 0"),
+    "a network that no memory holds": (
+        "find_lr", "--width=16384 --kernel_size=255", "of --width=16384 and --kernel_size=255 has"),
     "a warm-up without an end": ("scaling", "--warmup_steps=100", "found 100 of 44"),
     "more networks than there are": (
         "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),

@@ -1,4 +1,4 @@
-"""Binaries whose writing fails in the middle, and that go on, end with the bytes of undisturbed ones."""
+"""Binaries whose writing fails in the middle end, once they go on, with undisturbed bytes."""
 
 import errno
 import importlib
@@ -55,3 +55,13 @@ def test_a_write_that_fails_changes_nothing_in_the_end(name, number, tmp_path: p
     for file in ("results.jsonl", "config.json", "table.md")[: 2 if name == "train" else 3]:
         one, other = (tmp_path / folder / file for folder in ("disturbed", "undisturbed"))
         assert one.read_bytes() == other.read_bytes(), file
+
+
+def test_a_search_has_the_same_bytes_wherever_its_trials_run(tmp_path, run_again):
+    found = set()
+    for runner in ("local", "devices", "processes"):
+        flags = [*SMALL, *BINARIES["find_lr"], f"--runner={runner}"]
+        done = run_again("find_lr", tmp_path / runner, *flags)
+        assert done.returncode == 0, done.stderr
+        found.add((tmp_path / runner / "results.jsonl").read_bytes())
+    assert len(found) == 1

@@ -132,8 +132,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     except flags.Error as error:
         sys.exit(f"error: {error}; see --help")
     except SystemExit:  # absl has printed the help, and would end with 1
-        sys.stdout.flush()
-        sys.exit(0)
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(0)
 
 
 def _kept() -> str:
