@@ -73,13 +73,13 @@ HOLDS = {"rate": float, "train_loss": float | NoneType, "test_accuracy": float, 
 def run() -> None:
     """Searches, trains what is missing, prints and draws."""
     networks = _networks()
-    settings = common.settings()
+    rules, settings = FLAGS.rules, common.settings()
     if not networks:
         raise ValueError(
             "nothing to train: give a network by --architecture, --chain_depths or --num_random"
         )
     parse = functools.partial(recipe.parse_graph, settings)
-    for rule in FLAGS.rules:  # every factor is known to exist before the first step is trained
+    for rule in rules:  # every factor is known to exist before the first step is trained
         for text in networks.values():
             archscale.learning_rate_scale(parse(text), parse(FLAGS.base_architecture), rule)
     rates = []
@@ -99,51 +99,13 @@ def run() -> None:
         workdir = common.claim_directory(
             FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
         )
-        base_rate, records = _train(settings, networks, rates, steps, workdir, options)
-    rows = scaling_report.summarise(
-        networks, parse, FLAGS.rules, records, math.log(dataset.num_classes)
-    )
-    _report(rows, dataset.name, base_rate, workdir)
-
-
-def _train(
-    settings: dict[str, Any],
-    networks: dict[str, str],
-    rates: list[float],
-    steps: dict[str, int],
-    workdir: pathlib.Path,
-    options: dict[str, Any],
-) -> tuple[float, list[dict[str, Any]]]:
-    """Searches, and trains the networks; returns the base rate, and what came of the networks."""
-
-    def study(trials: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
-        run_trial = functools.partial(recipe.last_metrics, data_dir=FLAGS.data_dir)
         journal = workdir / "results.jsonl"
-        records = run_study(
-            trials, run_trial, journal, holds=HOLDS, description=f"{phase} trials", **options
-        )
-        runners.check_finished(records, journal)
-        return [one["trial"] | one["result"] for one in records]
+        base_rate, transferred = _train(settings, networks, rates, steps, journal, options)
 
-    def trials_of(phase: str, text: str, rule: str, rate: float) -> list[dict[str, Any]]:
-        trial = {"phase": phase, "architecture": text, "rule": rule, "base_rate": rate}
-        trial |= settings | {"steps": steps[phase]}
-        return [trial | {"seed": seed} for seed in range(FLAGS.num_seeds)]
-
-    searched = []
-    for rate in rates:
-        searched += trials_of("search", FLAGS.base_architecture, "none", rate)
-    base_rate = FLAGS.base_rate or best_rate(study(searched, "search"))
-    trials = list(searched)
-    for text in networks.values():
-        for rule in FLAGS.rules:
-            trials += trials_of("transfer", text, rule, base_rate)
-    return base_rate, study(trials, "transfer")[len(searched) :]
-
-
-def _report(rows, name: str, base_rate: float, workdir: pathlib.Path) -> None:
-    rules, journal = FLAGS.rules, workdir / "results.jsonl"
-    title = f"{name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    rows = scaling_report.summarise(
+        networks, parse, rules, transferred, math.log(dataset.num_classes)
+    )
+    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
     table = scaling_report.table(rows, rules, title)
     console = Console()
     unbounded = console.options.update(max_width=1000)
@@ -156,7 +118,7 @@ def _report(rows, name: str, base_rate: float, workdir: pathlib.Path) -> None:
     scaling_report.draw(rows, rules, title, figure)
     report = page.write(
         workdir,
-        f"Gains of scaled learning rates on {name}",
+        f"Gains of scaled learning rates on {dataset.name}",
         __doc__,
         remarks=[
             f"Base rate {base_rate:.3g}, tuned on the network {FLAGS.base_architecture}.",
@@ -214,6 +176,40 @@ def best_rate(records: list[dict[str, Any]]) -> float:
             "lower --min_rate"
         )
     return max(rate for rate, loss in means.items() if loss == smallest)
+
+
+def _train(
+    settings: dict[str, Any],
+    networks: dict[str, str],
+    rates: list[float],
+    steps: dict[str, int],
+    journal: pathlib.Path,
+    options: dict[str, Any],
+) -> tuple[float, list[dict[str, Any]]]:
+    """Searches, and trains the networks; returns the base rate, and what came of the networks."""
+
+    def study(trials: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
+        run_trial = functools.partial(recipe.last_metrics, data_dir=FLAGS.data_dir)
+        records = run_study(
+            trials, run_trial, journal, holds=HOLDS, description=f"{phase} trials", **options
+        )
+        runners.check_finished(records, journal)
+        return [one["trial"] | one["result"] for one in records]
+
+    def trials_of(phase: str, text: str, rule: str, rate: float) -> list[dict[str, Any]]:
+        trial = {"phase": phase, "architecture": text, "rule": rule, "base_rate": rate}
+        trial |= settings | {"steps": steps[phase]}
+        return [trial | {"seed": seed} for seed in range(FLAGS.num_seeds)]
+
+    searched = []
+    for rate in rates:
+        searched += trials_of("search", FLAGS.base_architecture, "none", rate)
+    base_rate = FLAGS.base_rate or best_rate(study(searched, "search"))
+    trials = list(searched)
+    for text in networks.values():
+        for rule in FLAGS.rules:
+            trials += trials_of("transfer", text, rule, base_rate)
+    return base_rate, study(trials, "transfer")[len(searched) :]
 
 
 if __name__ == "__main__":

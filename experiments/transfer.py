@@ -119,8 +119,9 @@ def _report(studies, records, failed: list[str], workdir: pathlib.Path) -> None:
     console = Console()
     console.print(transfer_report.table(summaries), spread)
     for name in studies:
-        print(f"figure:  {workdir / f'{name}.png'}")
-    print(f"report:  {report}\nresults: {workdir / 'results.jsonl'}")
+        console.print(f"figure:  {workdir / f'{name}.png'}", soft_wrap=True)
+    console.print(f"report:  {report}", soft_wrap=True)
+    console.print(f"results: {workdir / 'results.jsonl'}", soft_wrap=True)
 
 
 if __name__ == "__main__":
