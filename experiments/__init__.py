@@ -12,8 +12,8 @@ if _STARTS:
     _space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if 0 <= _space < 3 * 2**30:  # XLA would end the process where it is at an end
         sys.exit(
-            f"error: `ulimit -v` leaves {_space / 2**30:.1f} GiB of addresses, and JAX takes 3 GiB "
-            "alone; lift it"
+            f"error: `ulimit -v` leaves {_space / 2**30:.1f} GiB of address space; JAX needs 3 GiB "
+            "or more: raise the limit"
         )
 
 _NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")

@@ -338,12 +338,12 @@ class TestBinaries:
 
 SMALL = "--width=4 --batch_size=512 --steps=1 --quiet"
 ENDS = {
-    "a reader that is gone": ("{} | true", "error: who reads the output has ended"),
+    "a reader that is gone": ("{} | true", "error: standard output was closed"),
     "a full disk for the output": ("{} > /dev/full", "error: [Errno 28] No space left on device"),
     "a limit of the size of files": ("ulimit -f 1; {}", "File too large"),
     "a limit of memory": ("ulimit -v 2000000; {}", "error: `ulimit -v` leaves 1.9 GiB"),
     "a locale without letters": (
-        "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}", "no text in the encoding ascii"),
+        "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}", "is not text in the encoding ascii"),
 }  # fmt: skip
 
 

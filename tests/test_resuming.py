@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import pathlib
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ BINARIES = {
 }  # fmt: skip
 
 
-def disturbed_and_not(name, folder, number):
+def disturbed_and_not(name, folder):
     """Runs a binary twice, once while a write of its journal fails, in a process of its own."""
     module = importlib.import_module(f"experiments.{name}")
     sys.argv = [module.__name__, *SMALL, *BINARIES[name], f"--workdir={folder / 'disturbed'}"]
@@ -33,7 +32,7 @@ def disturbed_and_not(name, folder, number):
             if len(calls) == 3:
                 with path.open("ab") as journal:
                     journal.write(b'{"hash": "01')
-                raise OSError(number, "no")
+                raise OSError(errno.ESTALE, "no")
         append(path, record)
 
     files.append_record = failing
@@ -41,17 +40,16 @@ def disturbed_and_not(name, folder, number):
         module.run()
         raise AssertionError("it did not fail")
     except OSError as error:
-        assert error.errno == number
+        assert error.errno == errno.ESTALE
     module.run()
     flags.FLAGS.workdir = str(folder / "undisturbed")
     module.run()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE], ids=["full", "stale"])
 @pytest.mark.parametrize("name", BINARIES)
-def test_a_write_that_fails_changes_nothing_in_the_end(name, number, tmp_path: pathlib.Path):
+def test_a_write_that_fails_changes_nothing_in_the_end(name, tmp_path):
     with FORKS.Pool(1) as pool:
-        pool.apply(disturbed_and_not, (name, tmp_path, number))
+        pool.apply(disturbed_and_not, (name, tmp_path))
     for file in ("results.jsonl", "config.json", "table.md")[: 2 if name == "train" else 3]:
         one, other = (tmp_path / folder / file for folder in ("disturbed", "undisturbed"))
         assert one.read_bytes() == other.read_bytes(), file

@@ -120,9 +120,9 @@ _TOLD = (
 
 def _told(error: Exception) -> str:
     if isinstance(error, BrokenPipeError):
-        return f"who reads the output has ended; what is finished is kept in {FLAGS.workdir}"
+        return f"standard output was closed; what is finished is kept in {FLAGS.workdir}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return f"memory is short ({error}); take smaller networks or batches, or fewer --workers"
+        return f"out of memory ({error}); take smaller networks or batches, or fewer --workers"
     return str(error)
 
 
@@ -172,7 +172,7 @@ def claim_directory(
         str(workdir).encode()  # orbax takes text alone
     except UnicodeEncodeError:
         raise ValueError(
-            f"--workdir={str(workdir)!a} has bytes that are no text in the encoding "
+            f"--workdir={str(workdir)!a} is not text in the encoding "
             f"{sys.getfilesystemencoding()}; choose another, or set LC_ALL=C.UTF-8"
         ) from None
     try:
