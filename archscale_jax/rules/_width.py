@@ -496,12 +496,18 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
     kinds = (_kind, lambda parameter: (*_kind(parameter), _pattern(parameter)))
     groups = [(kind, _members(architecture, kind), _members(base, kind)) for kind in kinds]
 
+    @functools.cache
+    def narrowed() -> dict[str, Parameter]:
+        return {one.name: one for one in _at_widths_of(architecture, base)}
+
     def counterpart(parameter: Parameter) -> _Sizes:
         for kind, ours, theirs in reversed(groups):
             key = kind(parameter)
             matched = _matched(ours[key], theirs.get(key, {}), parameter)
             if matched is not None:
                 return matched
+        if parameter.name in (same := narrowed()):
+            return _sizes(same[parameter.name], parameter)
         found = sorted({one[1] for one in groups[0][2].get(_kind(parameter), ())})
         raise ValueError(
             f"the width factor of {parameter.name!r} needs one base fan for {parameter.role} "
@@ -511,6 +517,25 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
         )
 
     return counterpart
+
+
+def _at_widths_of(architecture: Architecture, base: Architecture) -> tuple[Parameter, ...]:
+    """The parameters at the widths of a base that has all of them, or all in one ratio; or none."""
+    ours, theirs = (sorted(_widths(one)) for one in (architecture, base))
+    if set(ours) <= set(theirs):
+        return architecture.parameters
+    if len(ours) != len(theirs) or len({a / b for a, b in zip(ours, theirs, strict=True)}) > 1:
+        return ()
+    return with_widths(architecture, dict(zip(ours, theirs, strict=True))).parameters
+
+
+def _widths(architecture: Architecture) -> set[int]:
+    """Numbers of features that layers read from layers or write for them."""
+    found: set[int] = set()
+    for one in architecture.parameters:
+        inner = {Role.HIDDEN: (0, 1), Role.INPUT: (1,), Role.READOUT: (0,)}.get(one.role, ())
+        found.update(int(features(one)[side]) for side in inner)
+    return found
 
 
 def _sizes(base: Parameter, parameter: Parameter) -> _Sizes:
