@@ -13,9 +13,7 @@ import sys
 import tempfile
 
 import numpy as np
-from absl import app, flags
-from rich.console import Console
-from rich.table import Table
+from absl import flags
 
 from benchmarks import common
 
@@ -70,29 +68,23 @@ def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     return times
 
 
-def main(_):
-    times = measure(FLAGS.rounds)
+def main() -> None:
+    times = measure(common.sized(FLAGS.rounds, 1))
     results: dict[str, dict] = {}
-    table = Table("imports", *CLOCKS, "added to", *(f"added {clock}" for clock in CLOCKS))
+    lines = [["imports", *CLOCKS, "added to", *(f"added {clock}" for clock in CLOCKS)]]
     for name, sample in times.items():
-        spreads = {clock: common.spread(sample[clock]) for clock in CLOCKS}
-        added, base = {}, BESIDE.get(name, "")
+        found = {clock: common.spread(sample[clock]) for clock in CLOCKS}
+        base, added = BESIDE.get(name), {}
         if base:
-            added = {
-                clock: common.spread(np.subtract(sample[clock], times[base][clock]))
-                for clock in CLOCKS
-            }
-        results[name] = {**spreads, "added_to": base or None, "added": added}
-        cells = [*spreads.values(), base, *added.values()]
-        table.add_row(name, *(c if isinstance(c, str) else f"{c:.3f}" for c in cells))
-    Console(width=160).print(table)
-    common.write_results(
-        "import_time",
-        {"goals": GOALS, "rounds": FLAGS.rounds, "imports": IMPORTS, "measured": results},
-        "optax",
-        "flax",
-    )
+            more = {clock: np.subtract(sample[clock], times[base][clock]) for clock in CLOCKS}
+            added = {clock: common.spread(more[clock]) for clock in CLOCKS}
+        results[name] = {**found, "added_to": base, "added": added}
+        cells = [[f"{one:.3f}" for one in spreads.values()] for spreads in (found, added)]
+        lines.append([name, *cells[0], base or "", *(cells[1] or ["", ""])])
+    common.show("Seconds of importing", lines)
+    settings = {"goals": GOALS, "rounds": FLAGS.rounds, "imports": IMPORTS}
+    common.write_results("import_time", settings | {"measured": results})
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

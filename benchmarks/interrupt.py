@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import common
 
@@ -27,23 +27,18 @@ flags.DEFINE_integer("interrupts", 24, "Interrupts of each, once.", lower_bound=
 flags.DEFINE_integer("bursts", 6, "Interrupts of each, five times in 0.2 s.", lower_bound=0)
 flags.DEFINE_float("latest", 25.0, "Seconds after which the last one comes.", lower_bound=1.0)
 
-ROOT = pathlib.Path(__file__).parents[1]
 FLAGS_OF = {"train": ["--epochs=400"]}
 """Of binaries that are over too soon else."""
 SIGNALLED, GOES_ON = "interrupted; ", "go on with: "
 
 
-def main(arguments: list[str]) -> None:
-    """Interrupts, compares and writes the result."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+def main() -> None:
     found = {}
     for binary in FLAGS.binary:
         with tempfile.TemporaryDirectory() as folder:
             found[binary] = _study(binary, pathlib.Path(folder))
         print(f"{binary}: {found[binary]['summary']}")
-    path = common.write_results("interrupt", found, "flax", "orbax-checkpoint")
-    print(f"results: {path.relative_to(ROOT)}")
+    common.write_results("interrupt", found)
 
 
 def _study(binary: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -66,8 +61,8 @@ def _study(binary: str, folder: pathlib.Path) -> dict[str, Any]:
         for line in errors.splitlines():
             if GOES_ON in line:
                 command = shlex.split(line.partition(GOES_ON)[2])
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    subprocess.run([*start, f"--workdir={folder / 'undisturbed'}"], cwd=ROOT, check=True,
+    subprocess.run(command, cwd=common.ROOT, check=True, capture_output=True)
+    subprocess.run([*start, f"--workdir={folder / 'undisturbed'}"], cwd=common.ROOT, check=True,
                    capture_output=True)  # fmt: skip
     expected = (folder / "undisturbed" / "results.jsonl").read_bytes()
     identical = [(run / "results.jsonl").read_bytes() == expected for run in runs]
@@ -87,7 +82,7 @@ def _study(binary: str, folder: pathlib.Path) -> dict[str, Any]:
 def _interrupt(command: list[str], seconds: float, count: int) -> tuple[dict[str, Any] | None, str]:
     """Interrupts a command; None where it has ended before, and what it wrote to standard error."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
@@ -116,4 +111,4 @@ def _interrupt(command: list[str], seconds: float, count: int) -> tuple[dict[str
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)
