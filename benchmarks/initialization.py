@@ -2,7 +2,6 @@
 
 * Random graphs with weight edges alone and with skips: largest over smallest second moment, by rule
   and by what vertices sum, drawn to `docs/figures/initialization.png`.
-* The same for graphs of five vertices, beside the pilot of theory §3.
 * Width: how much of the ratio is noise of a finite width.
 * `branch_share` of the rule `moment`: growth against what the branches contribute.
 
@@ -42,17 +41,6 @@ PANELS = {  # what vertices sum, and where it is measured
     "activations, at vertices": (Arrangement.ACTIVATION, "vertices"),
     "activations, what layers see": (Arrangement.ACTIVATION, "layers"),
 }
-PILOT = {  # theory §3: target, source, none
-    "pre-activations, at vertices": {
-        "weights alone": (1.03, 2.5, 3.0),
-        "with skips": (2.5, 4.8, 5.0),
-    },
-    "activations, at vertices": {"weights alone": (1.6, 4.1, 4.9), "with skips": (5.1, 6.2, 7.2)},
-    "activations, what layers see": {
-        "weights alone": (2.6, 1.07, 1.07),
-        "with skips": (3.0, 1.07, 1.07),
-    },
-}
 BLOCKS = {  # operators of the two edges of a branch, and what vertices sum
     "18 blocks z + W σ(z)": ("12", Arrangement.PRE_ACTIVATION),
     "18 blocks z + W₂ σ(W₁ σ(z))": ("22", Arrangement.PRE_ACTIVATION),
@@ -79,8 +67,7 @@ def main() -> None:
     size = common.sized(Size(), QUICK)
     results = {
         "settings": size._asdict() | {kind: random_graphs(kind, size.graphs) for kind in KINDS},
-        "rules": compare_rules(size, RULES),
-        "five_vertices": compare_rules(size, RULES[:3], (5,)),
+        "rules": compare_rules(size),
         "widths": compare_widths(size),
         "shares": compare_shares(size),
     }
@@ -92,11 +79,10 @@ def main() -> None:
         write_page(shown)
 
 
-def random_graphs(kind: str, count: int, sizes: tuple[int, ...] = (5, 6, 7, 8)) -> list[str]:
-    """Draws DAG strings of these numbers of vertices in turn, every edge on its own."""
+def random_graphs(kind: str, count: int) -> list[str]:
+    """Draws DAG strings of 5, 6, 7 and 8 vertices in turn, every edge on its own."""
     return [
-        random_dag_string(seed, sizes[seed % len(sizes)], probabilities=KINDS[kind])
-        for seed in range(count)
+        random_dag_string(seed, 5 + seed % 4, probabilities=KINDS[kind]) for seed in range(count)
     ]
 
 
@@ -201,20 +187,18 @@ def summary(moments: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def compare_rules(
-    size: Size, names: tuple[str, ...], vertices: tuple[int, ...] = (5, 6, 7, 8)
-) -> dict:
+def compare_rules(size: Size) -> dict:
     """Measures max/min of random graphs: panel -> kind of graph -> rule -> `summary`."""
-    rules = dict(zip(names, names, strict=True))
+    rules = dict(zip(RULES, RULES, strict=True))
     results: dict = {panel: {} for panel in PANELS}
     for kind, arrangement in itertools.product(KINDS, Arrangement):
-        graphs = random_graphs(kind, size.graphs, vertices)
+        graphs = random_graphs(kind, size.graphs)
         measured = [second_moments(text, arrangement, rules, size) for text in graphs]
         for panel, (summed, place) in PANELS.items():
             if summed == arrangement:
                 results[panel][kind] = {
                     rule: summary([of_graph[rule][place] for of_graph in measured])
-                    for rule in names
+                    for rule in RULES
                 }
     return results
 
@@ -262,31 +246,15 @@ def _smallest_over_he(graph: jraph.GraphsTuple, arrangement: Arrangement, rule) 
 
 def tables(results: dict) -> dict[str, tuple[str, list[list[str]]]]:
     """Lays the results out: by the name of the table, its title, and its lines, heading first."""
-    rules, five, widths, shares = (
-        results[name] for name in ("rules", "five_vertices", "widths", "shares")
-    )
-    summed = ["vertices sum, measured", "graphs"]
-    cases = list(itertools.product(PANELS, KINDS))
+    rules, widths, shares = (results[name] for name in ("rules", "widths", "shares"))
     by_share = [f"share {share:g}" for share in SHARES]
     return {
         "rules": (
             "max/min second moment, median (quartiles) and worst of the graphs",
-            [[*summed, *RULES]]
+            [["vertices sum, measured", "graphs", *RULES]]
             + [
                 [panel, kind, *(_spread(rules[panel][kind][rule]) for rule in RULES)]
-                for panel, kind in cases
-            ],
-        ),
-        "five_vertices": (
-            "the same for five vertices, medians; in brackets the pilot of theory §3",
-            [[*summed, *RULES[:3]]]
-            + [
-                [panel, kind]
-                + [
-                    f"{five[panel][kind][rule]['spread'].median:.2f} ({pilot})"
-                    for rule, pilot in zip(RULES, PILOT[panel][kind], strict=False)
-                ]
-                for panel, kind in cases
+                for panel, kind in itertools.product(PANELS, KINDS)
             ],
         ),
         "widths": (
