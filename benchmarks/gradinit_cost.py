@@ -71,8 +71,7 @@ def main() -> None:
         program_lines(found),
     )
     common.show("Seconds of whole runs", run_lines(found))
-    settings = {"dataset": "fashion_mnist"} | size._asdict()
-    common.write_results("gradinit_cost", {"settings": settings, "iterations": found})
+    common.write_results("gradinit_cost", {"settings": size._asdict(), "iterations": found})
 
 
 def cost_of_network(text: str, size: Size) -> dict[str, Any]:

@@ -32,7 +32,7 @@ ROOMS: dict[str, Callable[[int], int]] = {
     "geometric(4)": archscale.contrib.geometric(4.0),
     "all at the start": int,
 }
-ONE_THREAD = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Size(NamedTuple):
@@ -78,7 +78,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def study_run(name: str, size: Size) -> dict[str, Any]:
     """Trains a network of the study that grows by TINY; the data is there before."""
     settings = {"dataset": "fashion_mnist", "batch_size": 64, "normalize": True, "num_seeds": 1}
-    spec = grow_study.SPECS[name] | size.changes
+    spec = grow_study.SPECS[name] | dict(size.changes)
     trial = grow_study.all_trials({name: spec}, ["tiny"], settings)[0]
     transfer_study.load(trial["dataset"], size.data_dir, trial["downscale"])
     with common.Compilations() as compilations:
@@ -254,7 +254,7 @@ def run_lines(runs: Mapping[str, Any]) -> list[list[str]]:
 def rooms_lines(rooms: Mapping[str, Any]) -> list[list[str]]:
     """Lays out what rooms are worth, the heading first."""
     lines = [["rooms", "shapes", "programs", "compiling, s", "growing, s", "update, ms",
-              "10⁹ operations of training", "total, s", "exact shapes win from, updates"]]  # fmt: skip
+              "10⁹ operations", "total, s", "exact shapes win from, updates"]]  # fmt: skip
     for name, one in rooms.items():
         wins, (every, least) = one["exact_wins_from"], one["flops"].values()
         lines.append([

@@ -189,7 +189,7 @@ def summary(moments: list[np.ndarray]) -> dict[str, Any]:
 
 def compare_rules(size: Size) -> dict:
     """Measures max/min of random graphs: panel -> kind of graph -> rule -> `summary`."""
-    rules = dict(zip(RULES, RULES, strict=True))
+    rules: dict[str, Any] = {rule: rule for rule in RULES}
     results: dict = {panel: {} for panel in PANELS}
     for kind, arrangement in itertools.product(KINDS, Arrangement):
         graphs = random_graphs(kind, size.graphs)

@@ -20,9 +20,7 @@ from experiments.lab import datasets
 from experiments.lab.common import measure_seeds, measurer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum(
-    "dataset", None, datasets.DATASET_NAMES, "Default: fashion_mnist, or digits where it is absent."
-)
+flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
 flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
 flags.DEFINE_string("architecture", chain_string(4), "DAG string of the first network.")
 
@@ -33,19 +31,11 @@ ADAPTIVE = {"margin": 0.02, "tolerance": 0.005, "refine": 0}
 
 
 def main() -> None:
-    name = FLAGS.dataset or _present_dataset()
-    dataset = study.load(name, FLAGS.data_dir, 1)
-    epoch = len(dataset.train_images) // 256
-    width, batch_size, steps, seeds = common.sized((128, 256, epoch, 3), (16, 8, 5, 2))
-    settings = study.DEFAULTS | {
-        "dataset": name,
-        "downscale": 1,
-        "kernel_size": None,
-        "width": width,
-        "batch_size": batch_size,
-        "steps": steps,
-        "seeds": seeds,
-    }
+    epoch = len(study.load(FLAGS.dataset, FLAGS.data_dir, 1).train_images) // 256
+    full = {"width": 128, "batch_size": 256, "steps": epoch, "seeds": 3}
+    tiny = {"width": 16, "batch_size": 8, "steps": 5, "seeds": 2}
+    shared = {"dataset": FLAGS.dataset, "downscale": 1, "kernel_size": None}
+    settings = study.DEFAULTS | shared | common.sized(full, tiny)
     rates = cost_of_rates([FLAGS.architecture, RANDOM_DAG], settings)
     base, goals = rates["base"], (f"{name} <= 1/{1 / goal:.0f}" for name, goal in GOALS.items())
     common.show(
@@ -55,14 +45,6 @@ def main() -> None:
         "adaptive counts the measurement that it starts from.",
     )  # fmt: skip
     common.write_results("lr_cost", {"settings": settings, "goals": GOALS, "rates": rates})
-
-
-def _present_dataset() -> str:
-    try:
-        study.load("fashion_mnist", FLAGS.data_dir, 1)
-    except FileNotFoundError:
-        return "digits"
-    return "fashion_mnist"
 
 
 def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, Any]:
@@ -76,7 +58,7 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
 
     def search(trial: study.Trial, **options) -> tuple[archscale.tuning.RateSearch, dict[str, Any]]:
         train = study.trainer(trial, study.build(trial, FLAGS.data_dir))
-        # A rate that is not lost, so that every part of a run is compiled.
+        # A rate that does not diverge, so that every part of a run is compiled.
         first, again = (common.timed(lambda: list(train(rates[0], 0)))[1] for _ in range(2))
         for seed in range(1, trial["seeds"]):
             next(iter(train(rates[0], seed)))  # draws the weights

@@ -61,22 +61,15 @@ def batch_of_all(num_vertices: int) -> jraph.GraphsTuple:
     )
 
 
-def single_graphs(batch: jraph.GraphsTuple) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Splits a batch into number of vertices, senders, receivers and weight flags of each graph."""
-    cuts = np.cumsum(batch.n_edge)[:-1]
-    offsets = np.repeat(np.cumsum(batch.n_node) - batch.n_node, batch.n_edge)
-    columns = (batch.senders - offsets, batch.receivers - offsets, is_weight(batch))
-    split = (np.split(column, cuts) for column in columns)
-    return list(zip(batch.n_node.tolist(), *split, strict=True))
-
-
-def outgoing_edges(num_vertices, senders, receivers, weight):
-    """Lists (target, 1 for a weight edge) for every vertex."""
-    outgoing = [[] for _ in range(num_vertices)]
-    columns = (column.tolist() for column in (senders, receivers, weight))
-    for sender, receiver, depth in zip(*columns, strict=True):
-        outgoing[sender].append((receiver, depth))
-    return outgoing
+def adjacency_lists(batch: jraph.GraphsTuple) -> list[list[list[tuple[int, bool]]]]:
+    """Lists (target, whether it is a weight edge) for every vertex of every graph."""
+    graphs = [[[] for _ in range(count)] for count in batch.n_node.tolist()]
+    owners = np.repeat(np.arange(len(graphs)), batch.n_edge)
+    first = np.repeat(np.cumsum(batch.n_node) - batch.n_node, batch.n_edge)
+    columns = (owners, batch.senders - first, batch.receivers - first, is_weight(batch))
+    for owner, sender, *edge in zip(*(column.tolist() for column in columns), strict=True):
+        graphs[owner][sender].append(tuple(edge))
+    return graphs
 
 
 def enumerate_paths(outgoing):
@@ -115,33 +108,22 @@ def summed_up(depths):
 
 def enumeration(num_vertices: int, rounds: int, calls: int = 5) -> dict:
     """Compares one batched call with following the paths of every graph."""
-    build = functools.partial(batch_of_all, num_vertices)
-    building = common.alternate({"batch": build}, rounds=rounds)["batch"]
-    host = build()
+    host = batch_of_all(num_vertices)
     device = jax.device_put(host)
-    batched = functools.partial(batched_path_statistics, max_vertices=num_vertices)
-    found, first_call = common.timed(lambda: batched(device))
-    graphs = single_graphs(host)
-    prepared = [outgoing_edges(*graph) for graph in graphs]
-    _check(found, np.array([walk_depths(outgoing) for outgoing in prepared]))
-
-    def batched_calls(graphs):
-        return [jax.block_until_ready(batched(graphs)) for _ in range(calls)]
-
-    times = common.alternate(
-        {
-            "enumeration": lambda: [enumerate_paths(outgoing_edges(*graph)) for graph in graphs],
-            "batched": lambda: batched_calls(device),
-            "walk": lambda: [walk_depths(outgoing) for outgoing in prepared],
-            "batched_from_host": lambda: batched_calls(host),
-        },
-        rounds=rounds,
-    )
-    for name in ("batched", "batched_from_host"):
-        times[name] = [elapsed / calls for elapsed in times[name]]
+    batched = functools.partial(batched_path_statistics, device, max_vertices=num_vertices)
+    found, first_call = common.timed(batched)
+    graphs = adjacency_lists(host)
+    _check(found, np.array([walk_depths(graph) for graph in graphs]))
+    programs = {
+        "building": lambda: batch_of_all(num_vertices),
+        "enumeration": lambda: [enumerate_paths(graph) for graph in graphs],
+        "batched": lambda: [jax.block_until_ready(batched()) for _ in range(calls)],
+        "walk": lambda: [walk_depths(graph) for graph in graphs],
+    }
+    times = common.alternate(programs, rounds=rounds)
+    times["batched"] = [elapsed / calls for elapsed in times["batched"]]
     return {
         "graphs": len(graphs),
-        "building_seconds": common.spread(building),
         "first_call_seconds": first_call,
         **{f"{name}_seconds": common.spread(sample) for name, sample in times.items()},
         "enumeration_over_batched": common.ratio(times["enumeration"], times["batched"]),
@@ -163,13 +145,8 @@ def complete_graph(num_vertices: int, rounds: int) -> dict:
     """Times the complete graph, all of whose edges are linear."""
     senders, receivers = np.triu_indices(num_vertices, k=1)
     graph = build_graph(num_vertices, senders, receivers, np.full(senders.size, Operator.LINEAR))
-    device = jax.device_put(graph)
-    programs = {
-        "exact": lambda: path_statistics(graph),
-        "batched": lambda: batched_path_statistics(device, max_vertices=num_vertices),
-    }
-    times = common.alternate(programs, rounds=rounds)
-    return {f"{name}_seconds": common.spread(sample) for name, sample in times.items()}
+    times = common.alternate({"exact": lambda: path_statistics(graph)}, rounds=rounds)
+    return {"exact_seconds": common.spread(times["exact"])}
 
 
 def large_graph(num_vertices: int, num_edges: int) -> dict:
@@ -227,17 +204,15 @@ def lines(results: dict) -> Iterator[list[str]]:
     every = f"all {five['graphs']:,} DAG strings"
     for what, key in (
         ("building the batch", "building"),
-        ("batched call, arrays on device", "batched"),
-        ("batched call, arrays on host", "batched_from_host"),
+        ("batched call", "batched"),
         ("recursive enumeration in Python", "enumeration"),
-        ("depths only, lists made beforehand", "walk"),
+        ("depths only", "walk"),
     ):
         yield [f"{every}: {what}", f"{five[f'{key}_seconds']:.3g} s"]
     yield [f"{every}: first batched call, compiles", f"{five['first_call_seconds']:.3g} s"]
     yield [f"{every}: enumeration / batched", f"{five['enumeration_over_batched']:.0f}"]
     yield [f"{every}: depths only / batched", f"{five['walk_over_batched']:.0f}"]
     yield ["complete graph: exact", f"{complete['exact_seconds']:.3g} s"]
-    yield ["complete graph: batched call, alone", f"{complete['batched_seconds']:.3g} s"]
     graph = f"{large['vertices']:,} vertices, {large['edges']:,} edges"
     yield [f"{graph}: exact, first call", f"{large['seconds']:.2f} s"]
     peak, imports = (large[key] / 2**30 for key in ("peak_bytes", "peak_bytes_after_imports"))

@@ -52,14 +52,14 @@ def leaf_record(one: LeafSteps) -> dict[str, Any]:
 
 
 def check(network: str, optimizer: str, draws: dict[int, int]) -> dict[str, Any]:
-    """Checks one network with one optimizer; a refusal of the library is a result too."""
+    """Checks one network with one optimizer; an error of the library is a result too."""
     record: dict[str, Any] = {
         "network": network, "optimizer": optimizer, "measured": provenance.now(),
     }  # fmt: skip
     try:
         found = leaf_steps(NETWORKS[network], optimizer, draws)
     except Exception as error:  # of any kind: the network is a network like any other
-        return record | {"refused": f"{type(error).__name__}: {error}"}
+        return record | {"error": f"{type(error).__name__}: {error}"}
     wrong = [one.leaf for one in found if not one.holds]
     return record | {"wrong": wrong, "leaves": [leaf_record(one) for one in found]}
 
@@ -67,8 +67,8 @@ def check(network: str, optimizer: str, draws: dict[int, int]) -> dict[str, Any]
 def show_leaves(record: dict[str, Any]) -> None:
     """Prints the leaves of a network."""
     title = f"{record['network']}, {record['optimizer']}"
-    if "refused" in record:
-        print(f"\n{title}: {record['refused'][:300]}\n", flush=True)
+    if "error" in record:
+        print(f"\n{title}: {record['error'][:300]}\n", flush=True)
         return
     lines = [["leaf", "role", "shape", "factor", "logits ×", "vertex ×", "readout moved:", "holds"]]
     for one in record["leaves"]:
@@ -98,8 +98,8 @@ def summary(records: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _cell(record: dict[str, Any]) -> str:
-    if "refused" in record:
-        return "refused"
+    if "error" in record:
+        return "error"
     count, wrong = len(record["leaves"]), record["wrong"]
     return f"{count - len(wrong)} of {count}"
 

@@ -133,7 +133,7 @@ def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
         found[rule] = {
             "measured": len(told),
             "hold": sum(not is_wrong(one) for one in told),
-            "refused": sum("error" in one for one in told),
+            "errors": sum("error" in one for one in told),
             "smallest_ratio": min(ratios, default=None),
             "largest_ratio": max(ratios, default=None),
         }

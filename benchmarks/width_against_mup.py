@@ -109,11 +109,7 @@ def create_cases(updates: int, seed: int) -> list[dict[str, Any]]:
 
 
 def python_with_mup() -> pathlib.Path:
-    """Returns the Python of the environment of PyTorch and the package, made where it is not there.
-
-    Raises:
-      OSError, subprocess.CalledProcessError: it cannot be made.
-    """
+    """Returns the Python of the environment of PyTorch and the package, made on the first call."""
     python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
