@@ -62,15 +62,13 @@ def initialization(figure: Figure) -> None:
     panels = figure.subplots(1, len(rules), sharey=True)
     looks = {"weights alone": (SHADES[0], "o", -0.18), "with skips": (SHADES[3], "^", 0.18)}
     for axes, (panel, by_kind) in zip(panels, rules.items(), strict=True):
-        for kind, (colour, marker, shift) in looks.items():
+        for kind, (color, marker, shift) in looks.items():
             for place, one in enumerate(by_kind[kind].values()):
                 centre, marks = place + shift, one["by_graph"]
                 places = centre + np.linspace(-0.09, 0.09, len(marks))
-                label = None if place else kind
-                axes.scatter(
-                    places, marks, 14, colour, marker, alpha=0.6, linewidths=0, label=label
-                )
-                axes.hlines(one["spread"]["median"], centre - 0.16, centre + 0.16, colour, lw=2)
+                look = {"color": color, "marker": marker, "label": None if place else kind}
+                axes.scatter(places, marks, s=14, alpha=0.6, linewidths=0, **look)
+                axes.hlines(one["spread"]["median"], centre - 0.16, centre + 0.16, color, lw=2)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(yscale="log", title=panel)
         names = [rule.replace("_", "\n") for rule in by_kind["with skips"]]
