@@ -64,7 +64,6 @@ bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.cell_cost
 	$(PY) -m benchmarks.gradinit_cost
 	$(PY) -m benchmarks.trace
-	$(PY) -m benchmarks.import_time
 
 # The stamps are written last: an interrupted installation is made anew. Binaries need half of what tests do.
 $(READY): pyproject.toml constraints.txt

@@ -2,16 +2,15 @@
 
 * Random graphs with weight edges alone and with skips: largest over smallest second moment, by rule
   and by what vertices sum, drawn to `docs/figures/initialization.png`.
+* The same for graphs of five vertices.
 * Width: how much of the ratio is noise of a finite width.
 * `branch_share` of the rule `moment`: growth against what the branches contribute.
 
-Second moments are means over inputs and features of networks at their initialization. The tables
-are also written into `docs/initialization.md`.
+Second moments are means over inputs and features of networks at their initialization.
 """
 
 import functools
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,10 +27,7 @@ from archscale_jax._spaces import dag_graph, random_dag_string
 from archscale_jax._trees import map_with_names
 from archscale_jax.rules import INITIALIZATION_RULES, weight_standard_deviations
 from benchmarks import common, figures
-from experiments.lab import files
 from experiments.lab.models import DagMLP
-
-PAGE = common.ROOT / "docs" / "initialization.md"
 
 KINDS = {"weights alone": (1 / 2, 0, 1 / 2), "with skips": (1 / 3, 1 / 3, 1 / 3)}
 RULES = ("target", "source", "none", "author_code", "moment")
@@ -68,21 +64,21 @@ def main() -> None:
     results = {
         "settings": size._asdict() | {kind: random_graphs(kind, size.graphs) for kind in KINDS},
         "rules": compare_rules(size),
+        "five_vertices": compare_rules(size, (5,)),
         "widths": compare_widths(size),
         "shares": compare_shares(size),
     }
-    shown = tables(results)
-    for title, lines in shown.values():
+    for title, lines in tables(results).items():
         common.show(title, lines)
     if common.write_results("initialization", results):
         figures.draw(figures.initialization)
-        write_page(shown)
 
 
-def random_graphs(kind: str, count: int) -> list[str]:
-    """Draws DAG strings of 5, 6, 7 and 8 vertices in turn, every edge on its own."""
+def random_graphs(kind: str, count: int, sizes: tuple[int, ...] = (5, 6, 7, 8)) -> list[str]:
+    """Draws DAG strings of these numbers of vertices in turn, every edge on its own."""
     return [
-        random_dag_string(seed, 5 + seed % 4, probabilities=KINDS[kind]) for seed in range(count)
+        random_dag_string(seed, sizes[seed % len(sizes)], probabilities=KINDS[kind])
+        for seed in range(count)
     ]
 
 
@@ -187,12 +183,12 @@ def summary(moments: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def compare_rules(size: Size) -> dict:
+def compare_rules(size: Size, vertices: tuple[int, ...] = (5, 6, 7, 8)) -> dict:
     """Measures max/min of random graphs: panel -> kind of graph -> rule -> `summary`."""
     rules: dict[str, Any] = {rule: rule for rule in RULES}
     results: dict = {panel: {} for panel in PANELS}
     for kind, arrangement in itertools.product(KINDS, Arrangement):
-        graphs = random_graphs(kind, size.graphs)
+        graphs = random_graphs(kind, size.graphs, vertices)
         measured = [second_moments(text, arrangement, rules, size) for text in graphs]
         for panel, (summed, place) in PANELS.items():
             if summed == arrangement:
@@ -244,38 +240,36 @@ def _smallest_over_he(graph: jraph.GraphsTuple, arrangement: Arrangement, rule) 
     return float(np.sqrt(edges[is_weight(graph)].min() / 2))
 
 
-def tables(results: dict) -> dict[str, tuple[str, list[list[str]]]]:
-    """Lays the results out: by the name of the table, its title, and its lines, heading first."""
-    rules, widths, shares = (results[name] for name in ("rules", "widths", "shares"))
+def tables(results: dict) -> dict[str, list[list[str]]]:
+    """Lays the results out: by the title of the table, its lines, heading first."""
+    widths, shares = results["widths"], results["shares"]
     by_share = [f"share {share:g}" for share in SHARES]
     return {
-        "rules": (
-            "max/min second moment, median (quartiles) and worst of the graphs",
-            [["vertices sum, measured", "graphs", *RULES]]
-            + [
-                [panel, kind, *(_spread(rules[panel][kind][rule]) for rule in RULES)]
-                for panel, kind in itertools.product(PANELS, KINDS)
-            ],
-        ),
-        "widths": (
-            "rule moment, pre-activations, weights alone: max/min of one network each",
-            [["width", "median (quartiles), worst"]]
-            + [[f"{width:,}", _spread(one)] for width, one in widths.items()],
-        ),
-        "shares": (
-            "rule moment, with skips, at vertices: max/min by branch share",
-            [["vertices sum", *by_share]]
-            + [
-                [summed.replace("_", "-") + "s", *map(_spread, found.values())]
+        "max/min second moment, median (quartiles) and worst": _rule_lines(results["rules"]),
+        "the same for five vertices": _rule_lines(results["five_vertices"]),
+        "rule moment, pre-activations, weights alone: max/min of one network each": [
+            ["width", "median (quartiles), worst"],
+            *([f"{width:,}", _spread(one)] for width, one in widths.items()),
+        ],
+        "rule moment, with skips, at vertices: max/min by branch share": [
+            ["vertices sum", *by_share],
+            *(
+                [summed, *map(_spread, found.values())]
                 for summed, found in shares["random"].items()
-            ],
-        ),
-        "blocks": (
-            "residual blocks: max/min, part of the output that is new, smallest std over He's",
-            [["network", "rule target", *by_share]]
-            + [[name, *map(_block, found.values())] for name, found in shares["blocks"].items()],
-        ),
+            ),
+        ],
+        "residual blocks: max/min, part of the output that is new, smallest std over He's": [
+            ["network", "rule target", *by_share],
+            *([name, *map(_block, found.values())] for name, found in shares["blocks"].items()),
+        ],
     }
+
+
+def _rule_lines(rules: dict) -> list[list[str]]:
+    lines = [["vertices sum, measured", "graphs", *RULES]]
+    for panel, kind in itertools.product(PANELS, KINDS):
+        lines.append([panel, kind, *(_spread(rules[panel][kind][rule]) for rule in RULES)])
+    return lines
 
 
 def _spread(one: dict) -> str:
@@ -286,23 +280,6 @@ def _spread(one: dict) -> str:
 def _block(one: dict) -> str:
     size = f"{one['ratio']:.2f}" if one["ratio"] < 100 else f"{one['ratio']:,.0f}"
     return f"{size}, {one['new_part']:.0%}, {one['smallest_over_he']:.2f}"
-
-
-def write_page(shown: dict[str, tuple[str, list[list[str]]]]) -> None:
-    """Puts the tables between `<!-- NAME -->` and `<!-- end -->` of the page."""
-    page = PAGE.read_text()
-    for name, (_, lines) in shown.items():
-        rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        page, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda match, text=text: match[1] + text + match[2],
-            page,
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise ValueError(f"{PAGE} has {found} places for the table {name!r}; expected 1")
-    files.write_text(PAGE, page)
 
 
 if __name__ == "__main__":

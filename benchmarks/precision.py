@@ -20,7 +20,7 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax.contrib._growth.measured import measure
 from archscale_jax.contrib._growth.solve import solve
-from benchmarks import common, figures
+from benchmarks import common
 from experiments.lab import datasets, training
 from experiments.lab.models import create_network
 
@@ -63,8 +63,7 @@ def main() -> None:
         "Largest relative difference from float32",
         [what, *(begin + line for begin, line in zip(begins, lines, strict=True))],
     )
-    if common.write_results("precision", {"rows": rows}):
-        figures.draw(figures.precision)
+    common.write_results("precision", {"rows": rows})
 
 
 def _difference(found, exact) -> float:

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import archscale_jax as archscale
 from archscale_jax import _initialize as initializer
 from archscale_jax.contrib import _gradinit_step as gradinit_step
-from benchmarks import common, figures
+from benchmarks import common
 
 LEAST = 2**12
 """Leaves of fewer elements are on every device."""
@@ -107,19 +107,17 @@ CASES = {
 
 
 def main() -> None:
-    results, written = {}, False
+    results = {}
     for name in common.sized(list(CASES), ["8, data"]):
         count = CASES[name].data * CASES[name].model_axis
         devices = {"JAX_NUM_CPU_DEVICES": str(count)}
         results[name] = common.in_fresh_process(measure, name, environment=devices)
-        written = common.write_results("sharding", results)  # what there is so far
+        common.write_results("sharding", results)  # what there is so far
     common.show(
         "Sharded models, compiled", lines(results),
         "MiB a device; largest: elements of the largest array that the program makes, over those "
         "of the largest leaf's shard; whole: divided leaves whose full shape appears.",
     )  # fmt: skip
-    if written:
-        figures.draw(figures.devices)
 
 
 def measure(name: str) -> dict[str, Any]:

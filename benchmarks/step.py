@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import archscale_jax as archscale
-from benchmarks import common, figures
+from benchmarks import common
 from experiments.lab import training
 from experiments.lab.models import create_network
 
@@ -68,8 +68,7 @@ def main() -> None:
         "ratio: of medians (quartiles of rounds), bootstrap 95 %; noise: plain / plain. "
         "Program and state: a -> b where scaling changes them.",
     )
-    if common.write_results("step", {"goal": GOAL, "cases": results}):
-        figures.draw(figures.transform)
+    common.write_results("step", {"goal": GOAL, "cases": results})
 
 
 def compare(case: Case, optimizer_name: str, limits: tuple[int, int]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Traces models on shapes alone, each in a process of its own, and reports seconds (the jaxpr and
 reading it) and the peak memory of the process; and a residual stack of growing depth, for the cost
-of a layer, drawn into docs/figures. Goals: at most 5 seconds and 1.5 GiB a model.
+of a layer. Goals: at most 5 seconds and 1.5 GiB a model.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen
 
 import archscale_jax as archscale
-from benchmarks import common, figures
+from benchmarks import common
 
 GOALS = {"seconds": 5.0, "gibibytes": 1.5}
 DEPTHS = (8, 16, 32, 64, 128, 256)
@@ -129,8 +129,7 @@ def main() -> None:
         f"Goals: {GOALS['seconds']:.0f} s, {GOALS['gibibytes']} GiB. Memory is the peak of the "
         "whole process, JAX and Flax included.",
     )  # fmt: skip
-    if common.write_results("trace", {"goals": GOALS, "models": results}):
-        figures.draw(figures.trace)
+    common.write_results("trace", {"goals": GOALS, "models": results})
 
 
 def cost(name: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks import common, figures
+from benchmarks import common
 from experiments import grow_study, transfer_study
 from experiments.lab.sweeps import ProcessExecutor, run_study
 
@@ -66,8 +66,7 @@ def main() -> None:
         "first_trial_seconds": starting,
         "efficiency": efficiency,
     }
-    if common.write_results(f"workers_{'_'.join(FLAGS.study)}", results):
-        figures.draw(figures.workers)
+    common.write_results(f"workers_{'_'.join(FLAGS.study)}", results)
 
 
 def _rates(seconds: list[float]) -> str:

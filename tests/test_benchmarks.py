@@ -69,7 +69,8 @@ def test_a_benchmark_says_how_it_is_run_and_results_are_of_one():
         assert "common.run(main)" in text
     assert RESULTS
     for result in RESULTS:
-        assert names & {result, result.partition("_")[0]}  # workers_steps is of workers
+        # workers_steps is of workers, kill_study_ray of kill_study.
+        assert any(result == name or result.startswith(f"{name}_") for name in names)
         record = json.loads((common.RESULTS / f"{result}.json").read_text())
         assert set(record) == {"machine", "versions", "command", "date", "results"}
 
@@ -79,4 +80,4 @@ def test_figures_are_drawn_from_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     figures.main()
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert {"devices", "initialization", "paths_scaling", "trace", "workers"} <= drawn
+    assert drawn == {"initialization", "paths_scaling"}
