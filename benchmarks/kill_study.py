@@ -171,9 +171,10 @@ def _study(workdir: pathlib.Path, options: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.transfer", f"--workdir={workdir}"]
     command += ["--study=chains", f"--max_networks={FLAGS.max_networks}", "--width=16"]
     command += ["--batch_size=64", "--num_seeds=2", f"--workers={FLAGS.workers}", *options]
-    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=common.ROOT, env=environment, **nowhere)
+    environment, nowhere = os.environ | {"JAX_PLATFORMS": "cpu"}, subprocess.DEVNULL
+    return subprocess.Popen(
+        command, cwd=common.ROOT, env=environment, stdout=nowhere, stderr=nowhere
+    )
 
 
 def _check(process: subprocess.Popen) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a binary with one sentence and the status 130, whenever and however often it comes."""
+"""Ctrl-C ends a binary with a sentence and the status 130, whenever and however often it comes."""
 
 import os
 import pathlib
