@@ -36,12 +36,12 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from archscale_jax.contrib import find_units
+from archscale_jax.contrib import find_neuron_groups
 from archscale_jax.contrib._growth.bottleneck import layer_statistics
 from archscale_jax.contrib._growth.measured import Measured, measure
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.solve import solve
 from archscale_jax.contrib._growth.statistics import pair_statistics
-from archscale_jax.contrib._growth.units import Units
 from benchmarks import common, torch_process
 from experiments.lab import datasets
 from experiments.lab.common import markdown_table
@@ -207,9 +207,9 @@ def read_case(case: Case, dtype: Any) -> tuple[dict[str, jax.Array], tuple[jax.A
     return jax.block_until_ready((params, batch))
 
 
-def first_units(params: Any, batch: Any) -> Units:
+def first_group(params: Any, batch: Any) -> NeuronGroup:
     """Returns the neurons of the first hidden layer."""
-    units = find_units(loss, params, batch)[0]
+    units = find_neuron_groups(loss, params, batch)[0]
     if (units.producers, units.consumers) != (("w0",), ("w1",)):
         raise RuntimeError(f"the first hidden layer was not found: {units}")
     return units
@@ -218,7 +218,7 @@ def first_units(params: Any, batch: Any) -> Units:
 def ours(case: Case, dtype: Any, cutoff: float, threshold: float) -> Found:
     """Takes a step of ours."""
     params, batch = read_case(case, dtype)
-    units = first_units(params, batch)
+    units = first_group(params, batch)
     measured = measure(loss, params, [batch], [units], cutoff=cutoff)
     layer = measured.bottlenecks["w1"]
     if layer.rank != len(params["w1"]) + 1:
@@ -353,12 +353,12 @@ def race(
 
     Of ours it gives too: the time of the `passes` alone; `compile_seconds`, by which the first
     `measure` took longer than later ones, and how many programs it compiled; and the seconds of the
-    first `find_units` and of another.
+    first `find_neuron_groups` and of another.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
     params, batch = read_case(case, jnp.float32)
-    units, finding = common.timed(lambda: first_units(params, batch))
-    found_again = common.seconds(lambda: first_units(params, batch))
+    units, finding = common.timed(lambda: first_group(params, batch))
+    found_again = common.seconds(lambda: first_group(params, batch))
     with common.Compilations() as compilations:
         _, first, _ = our_step(case, params, batch, units)
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("ours", *THEIRS)}
@@ -392,7 +392,9 @@ def race(
     return found
 
 
-def our_step(case: Case, params: Any, batch: Any, units: Units) -> tuple[Measured, float, float]:
+def our_step(
+    case: Case, params: Any, batch: Any, units: NeuronGroup
+) -> tuple[Measured, float, float]:
     """Takes a step of ours; returns the seconds of the statistics and of solving too."""
     measured, statistics = common.timed(
         lambda: measure(loss, params, [batch], [units], cutoff=case.cutoff)
@@ -405,7 +407,7 @@ def our_step(case: Case, params: Any, batch: Any, units: Units) -> tuple[Measure
     return measured, statistics, solving
 
 
-def our_passes(measured: Measured, params: Any, batch: Any, units: Units) -> Any:
+def our_passes(measured: Measured, params: Any, batch: Any, units: NeuronGroup) -> Any:
     """Runs the compiled passes of `measure` alone."""
     kinds = tuple(kind for kind in measured.kinds if kind.weight in units.consumers)
     layers = layer_statistics(params, batch, loss_fn=loss, kinds=kinds)
@@ -413,7 +415,13 @@ def our_passes(measured: Measured, params: Any, batch: Any, units: Units) -> Any
     updates = {"w1": np.vstack([update["w1"], update["b1"]])}
     # Named as `measure` names them, or it would be compiled again.
     pairs = pair_statistics(
-        params, batch, updates, loss_fn=loss, kinds=measured.kinds, units=(units,), restricted=False
+        params,
+        batch,
+        updates,
+        loss_fn=loss,
+        kinds=measured.kinds,
+        groups=(units,),
+        restricted=False,
     )
     return layers, pairs
 

@@ -100,8 +100,8 @@ class Size(NamedTuple):
 _FEW = {"steps": 4, "statistics": 64, "held_out": 50}
 QUICK = Size(
     {
-        "dag_cnn": _FEW | {"schedule": {"order": "round_robin", "growths": 1, "every": 2}},
-        "resnet18_sixteenth": _FEW | {"schedule": {"order": "all", "growths": 1, "every": 2}},
+        "dag_cnn": _FEW | {"schedule": {"order": "round_robin", "growths": 1, "interval": 2}},
+        "resnet18_sixteenth": _FEW | {"schedule": {"order": "all", "growths": 1, "interval": 2}},
     },
     growths=2,
     every=2,
@@ -336,7 +336,7 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
         final = dict.fromkeys((one.name for one in problem.units), size.most)
         params, state = archscale.contrib.widen(params, final, problem.units, optimizer_state=state)
     schedule = archscale.contrib.GrowthSchedule(
-        growths=size.growths, every=size.every, factor=size.factor, most=size.most
+        growths=size.growths, interval=size.every, factor=size.factor, max_neurons=size.most
     )
     images, labels = trained
     held_out = tuple(array[-size.held_out :] for array in trained)
@@ -358,7 +358,7 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
                 growths.append((params, batch, units))
                 growth = archscale.grow(
                     problem.loss, params, [batch], held_out, units, number=numbers, threshold=0.0,
-                    normalize=True, amplitudes=AMPLITUDES[1:], rooms=ROOMS[name],
+                    normalize=True, amplitudes=AMPLITUDES[1:], capacity=ROOMS[name],
                     optimizer_state=state,
                 )  # fmt: skip
                 params, state = growth.params, growth.optimizer_state
@@ -385,10 +385,10 @@ def start(size: Size, data_dir: str | None) -> tuple[grow_study.Problem, Any, Py
     return problem, trained, params, grow_study.create_optimizer().init(params)
 
 
-def rooms_of(params: PyTree, units: Sequence[archscale.contrib.Units]) -> dict[str, int]:
+def rooms_of(params: PyTree, units: Sequence[archscale.contrib.NeuronGroup]) -> dict[str, int]:
     """Returns the rooms of units by name."""
     leaves = named_leaves(params)
-    return {one.name: leaves[one.producers[0]].shape[-1] for one in units}
+    return {one.name: one.capacity(leaves) for one in units}
 
 
 def run_summary(summary: Mapping[str, Any]) -> dict[str, Any]:

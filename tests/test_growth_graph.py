@@ -104,7 +104,7 @@ def test_graphs_grow_from_nothing(kind, kernel_size):
     np.testing.assert_allclose(loss(params, batch), growth.losses[1], rtol=1e-9)
     # An ordinary network.
     archscale.initialize(jax.random.key(0), params, growth.network.architecture())
-    assert archscale.contrib.find_units(loss, params, batch)
+    assert archscale.contrib.find_neuron_groups(loss, params, batch)
 
 
 @pytest.mark.parametrize("kind", ["edge", "vertex"])

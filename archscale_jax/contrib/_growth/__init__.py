@@ -3,8 +3,8 @@
 from archscale_jax.contrib._growth.architecture import grown_architecture
 from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
 from archscale_jax.contrib._growth.grow import Growth, grow
+from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup, find_neuron_groups
 from archscale_jax.contrib._growth.schedule import Edit, GrowthSchedule, choose_growth, geometric
-from archscale_jax.contrib._growth.units import Link, Units, find_units
 from archscale_jax.contrib._growth.widen import compact, count_neurons, count_parameters, widen
 
 __all__ = [
@@ -13,13 +13,13 @@ __all__ = [
     "Growth",
     "GrowthSchedule",
     "Link",
-    "Units",
+    "NeuronGroup",
     "bottleneck",
     "choose_growth",
     "compact",
     "count_neurons",
     "count_parameters",
-    "find_units",
+    "find_neuron_groups",
     "geometric",
     "grow",
     "grown_architecture",
