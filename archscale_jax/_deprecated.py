@@ -50,7 +50,7 @@ MODULES = {
     "paths": "archscale_jax._paths",
     "predict": "archscale_jax.tuning._predict",
     "ranking": "experiments.nasbench.ranking",
-    "search": "archscale_jax.tuning._search",
+    "search": "archscale_jax.tuning",
     "spaces": "archscale_jax._spaces",
     "sweeps": "experiments.lab.sweeps",
     "training": "experiments.lab.training",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from archscale_jax import find_learning_rate
 from archscale_jax.tuning import Run, summarise_runs
-from archscale_jax.tuning._search import excess_loss, find_basin
+from archscale_jax.tuning._basin import excess_loss, find_basin
 
 GRID = np.geomspace(1e-3, 4, 13).tolist()
 STEP = math.log(GRID[1] / GRID[0])
@@ -49,7 +49,7 @@ class TestBasin:
         assert basin.rate == near(minimum)
         assert basin.loss == min(losses.values())
         assert basin.lower < minimum < basin.upper
-        assert basin.closed == (True, True)
+        assert basin.bracketed == (True, True)
 
     @pytest.mark.parametrize("tolerance", [0.02, 0.5])
     def test_edges_of_a_wedge_are_their_closed_form(self, tolerance):
@@ -69,10 +69,10 @@ class TestBasin:
         assert basin.upper == near(math.sqrt(4 * 8))
         assert basin.lower == near(4 * 2**-0.02)
         assert basin.lower <= basin.rate <= basin.upper
-        assert basin.closed == (True, True)
+        assert basin.bracketed == (True, True)
 
     @pytest.mark.parametrize(
-        ("values", "closed"),
+        ("values", "bracketed"),
         [
             ((1.0, 2.0, 3.0), (False, True)),
             ((3.0, 2.0, 1.0), (True, False)),
@@ -81,11 +81,11 @@ class TestBasin:
             ((1.0, 1.01, math.inf), (False, True)),
         ],
     )
-    def test_is_open_where_the_grid_ends_within_the_tolerance(self, values, closed):
+    def test_is_open_where_the_grid_ends_within_the_tolerance(self, values, bracketed):
         basin = find_basin(dict(zip((1.0, 2.0, 4.0), values, strict=True)))
-        assert basin.closed == closed
-        assert closed[0] or basin.lower == near(1.0)
-        assert closed[1] or basin.upper == near(4.0)
+        assert basin.bracketed == bracketed
+        assert bracketed[0] or basin.lower == near(1.0)
+        assert bracketed[1] or basin.upper == near(4.0)
 
     def test_is_that_of_the_largest_of_equal_rates(self):
         basin = find_basin({0.1: 1.0, 0.3: 2.0, 1.0: 1.0, 3.0: 2.0})
@@ -306,7 +306,7 @@ class TestSigns:
         found = find_learning_rate(train, GRID, start=start)
         assert found.basin.loss == 0.0
         assert 0.04 < found.rate < 0.6
-        assert found.basin.closed == (True, True)
+        assert found.basin.bracketed == (True, True)
 
 
 class TestWalk:

@@ -47,3 +47,7 @@ __all__ = [
     "vertex_groups",
     "widen",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
