@@ -20,7 +20,7 @@ NAMES = {
         "WeightVariances register_initialization_rule register_learning_rate_rule "
         "register_width_rule"
     ),
-    "archscale_jax._draw": "draw_graph",
+    "archscale_jax": "draw_graph",
     "archscale_jax._graph": "validate_graph",
     "archscale_jax._paths": "BatchedPathStatistics batched_path_statistics",
     "archscale_jax._spaces": (
@@ -30,7 +30,11 @@ NAMES = {
 }
 """Names that `archscale_jax` had, by the module that has them."""
 
-RENAMED = {"Units": "NeuronGroup", "find_units": "find_neuron_groups"}
+RENAMED = {
+    "Units": "NeuronGroup",
+    "draw_graph": "draw",
+    "find_units": "find_neuron_groups",
+}
 """What is called otherwise where it is now, by its old name."""
 
 MODULES = {
@@ -39,7 +43,7 @@ MODULES = {
     "checkpoints": "experiments.lab.checkpoints",
     "coordinate": "archscale_jax.tuning._coordinate",
     "datasets": "experiments.lab.datasets",
-    "drawing": "archscale_jax._draw.graph",
+    "drawing": "archscale_jax._draw",
     "expressions": "archscale_jax._expressions",
     "files": "experiments.lab.files",
     "graph": "archscale_jax._graph",
