@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth import NeuronGroup
+from archscale_jax.contrib import NeuronGroup
 from archscale_jax.contrib._growth.statistics import blocks
 from archscale_jax.tracing.layers import layer_kinds, layer_outputs
 

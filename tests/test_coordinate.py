@@ -112,7 +112,7 @@ def test_what_was_lost_is_not_flat(value):
     assert archscale.tuning.flatness({0: {1: 1.0, 2: value}}) == {0: math.inf}
 
 
-def test_empty_arguments_and_unknown_choices_are_refused(batches):
+def test_empty_arguments_and_unknown_choices_raise(batches):
     make = functools.partial(linear_network, rate=0.5, scaled=False)
     for sizes, some, seeds, name in (
         ([], batches, [0], "sizes"), ([4], [], [0], "batches"), ([4], batches, [], "seeds")
@@ -267,6 +267,6 @@ def test_a_start_goes_from_size_to_size():
     assert [rates[0] for rates in tried.values()] == pytest.approx([0.01, 0.1, 10**-1.6])
 
 
-def test_one_size_is_refused():
+def test_one_size_raises():
     with pytest.raises(ValueError, match=r"at least two sizes to compare, found \[8\]"):
         archscale.transfer_check({8: parabola(0.1)}, RATES)

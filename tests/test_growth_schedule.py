@@ -71,7 +71,7 @@ def test_defaults_are_a_plan():
         ({"factor": math.nan}, "factor must be above 1 and finite, found nan"),
     ],
 )
-def test_refusals(options: dict[str, Any], message):
+def test_errors(options: dict[str, Any], message):
     with pytest.raises(ValueError) as caught:
         archscale.contrib.GrowthSchedule(**options)
     assert str(caught.value) == message
@@ -261,7 +261,7 @@ def test_powers_of_2():
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.0, -2.0, math.inf, math.nan])
-def test_ratios_that_are_refused(ratio):
+def test_bad_ratios_raise(ratio):
     with pytest.raises(ValueError, match=f"ratio must be above 1 and finite, found {ratio}"):
         archscale.contrib.geometric(ratio)
 

@@ -455,7 +455,7 @@ REFUSALS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_layers_of_other_forms_are_refused(name):
+def test_layers_of_other_forms_raise(name):
     outputs, shapes, match = REFUSALS[name]
     with pytest.raises(archscale.TraceError, match=match):
         find(outputs, draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS)
@@ -707,7 +707,7 @@ def test_laws_of_rooms(slots_case, data):
         slots = capacity.get(one.name, counts[one.name])
         assert all(leaves[name].shape[-1] == slots for name in one.producers)
         assert all(leaves[name].shape[axis] == slots for name, axis, _ in one.vectors)
-    # Nothing is taken, counted or lost.
+    # Nothing is occupied, counted or lost.
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert archscale.contrib.count_neurons(wide, groups) == counts
     assert archscale.contrib.count_parameters(wide, groups) == size
@@ -768,7 +768,7 @@ def test_one_neuron_is_enough():
     assert found["k1"].links == (Link("k1", "w", "flat", 1.0),)
 
 
-# What was wrong once, and what is known to be refused that could grow.
+# What was wrong once, and what raises although it could grow.
 
 
 def defect(reason: str, error: type[Exception] = AssertionError):
@@ -896,7 +896,7 @@ def test_readouts_of_0_are_kept():
     assert archscale.contrib.count_parameters(params, found) == 5 * 4 + 4 + 4 * 2
 
 
-def test_rooms_that_change_the_function_are_refused():
+def test_slots_that_change_the_function_raise():
     def outputs(params, inputs):
         features = inputs @ params["w1"]
         width = features.shape[-1]

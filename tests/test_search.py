@@ -414,7 +414,7 @@ class TestRuns:
         found = find_learning_rate(lambda rate, seed: [5.0, 0.0, 2.5], [0.1], seeds=[0])
         assert found.runs == (Run(0.1, 0, 2.5),)
 
-    def test_a_run_above_the_largest_loss_is_lost(self):
+    def test_a_run_above_the_largest_loss_has_diverged(self):
         def train(rate, seed):
             return {1.0: [2.0, 1.0], 2.0: [2.1, 0.5], 4.0: [2.0, 2.1]}[rate]
 
@@ -466,21 +466,21 @@ class TestInput:
         "rates",
         [[], [0.0, 1.0], [-1.0], [math.nan], [1.0, math.inf], [1.0, 0.5, 1.0]],
     )
-    def test_refuses_rates(self, rates):
+    def test_bad_rates_raise(self, rates):
         with pytest.raises(ValueError, match="rates must be positive, finite and different"):
             find_learning_rate(parabola(1.0), rates)
 
     @pytest.mark.parametrize("seeds", [[], [1, 1]])
-    def test_refuses_seeds(self, seeds):
+    def test_bad_seeds_raise(self, seeds):
         with pytest.raises(ValueError, match="seeds must be different, and one at least"):
             find_learning_rate(parabola(1.0), GRID, seeds=seeds)
 
     @pytest.mark.parametrize("name", ["start", "tolerance", "margin"])
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-    def test_refuses_what_is_not_positive(self, name, value):
+    def test_what_is_not_positive_raises(self, name, value):
         with pytest.raises(ValueError, match=f"{name} must be positive and finite, found {value}"):
             find_learning_rate(parabola(1.0), GRID, **{name: value})
 
-    def test_refuses_no_workers(self):
+    def test_no_workers_raise(self):
         with pytest.raises(ValueError, match="workers"):
             find_learning_rate(parabola(1.0), GRID, workers=0)

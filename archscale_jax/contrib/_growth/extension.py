@@ -88,15 +88,7 @@ def _changes(
     read: list[Block],
     slots: Int[np.ndarray, " k"],
 ) -> dict[str, np.ndarray]:
-    """Returns what K neurons of amplitude 1 add to leaves, by name, 0 elsewhere.
-
-    Args:
-      neurons: new ones.
-      leaves: arrays by name, with slots for them.
-      made: see `blocks`.
-      read: see `blocks`.
-      slots: where they go.
-    """
+    """Returns what K neurons of amplitude 1, put in slots, add to leaves, by name; 0 elsewhere."""
     capacity = leaves[made[0].weight].shape[-1]
     found: dict[str, np.ndarray] = {}
     parts = np.split(neurons.fan_in, np.cumsum([block.size for block in made])[:-1])

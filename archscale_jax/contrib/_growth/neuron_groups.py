@@ -307,13 +307,9 @@ def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
 def _link(
     producer: str, consumer: str, made: Float[np.ndarray, "n *s"], reads: Sequence[np.ndarray]
 ) -> Link | str:
-    """Returns how a layer reads a neuron, or what blocks it.
+    """Returns how a layer reads a neuron with the entries `made`, or what blocks it.
 
-    Args:
-      producer: name of the weight that makes the neuron.
-      consumer: name of the weight that reads it.
-      made: entries of the neuron at every position.
-      reads: what the layer reads, [n, ..., copies], at 0, `_STEP`, -`_STEP`, 1 and 2 times these.
+    `reads` is what it reads, [n, ..., copies], at 0, `_STEP`, -`_STEP`, 1 and 2 times the entries.
     """
     rest, up, down, once, twice = reads
     if np.any(rest != 0):

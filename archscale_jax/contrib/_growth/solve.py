@@ -115,15 +115,7 @@ def _normalized(
     read: list[Block],
     places: np.ndarray,
 ) -> Neurons:
-    """Gives new neurons the size of those that are: the root mean squares of both sides' norms.
-
-    Args:
-      neurons: new ones.
-      leaves: weights by name.
-      made: see `blocks`.
-      read: see `blocks`.
-      places: the slots that hold a neuron; where there is none, nothing is done.
-    """
+    """Gives new neurons the size of those at `places`: the root mean squares of both norms."""
     if not len(places) or not neurons.number:
         return neurons
     capacity = leaves[made[0].weight].shape[-1]
@@ -155,12 +147,6 @@ def predicted_decrease(
 
     Σ <V, ω σ'(0) α B⁻>/n, and with `update` Σ <V, δW* B>/n too. Of TINY's neurons σ'(0) Σλ² is the
     part beyond δW*; the rest is what they have in common with it.
-
-    Args:
-      neurons: see `solve`.
-      measured: see `measure`.
-      groups: see `grow`.
-      update: as for `grow`.
     """
     total = 0.0
     for group in groups:

@@ -66,17 +66,10 @@ def pair_statistics(
     groups: tuple[NeuronGroup, ...],
     restricted: bool,
 ) -> dict[str, PairStatistics]:
-    """Returns the sums of one batch by the names of groups.
+    """Returns the sums of one batch by the names of groups, which have no blockers; see `grow`.
 
-    Args:
-      params: tree of arrays.
-      batch: tree of arrays, examples along their first axes.
-      updates: δW* of the layers that read the neurons, [rows, outputs], by the names of weights;
-        what V asks for beyond it is summed.
-      loss_fn: `(params, batch)` to the mean loss over the examples.
-      kinds: of the layers of the function.
-      groups: the neurons, without blockers.
-      restricted: a new neuron writes through the middle of the kernels that read it only.
+    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
+    beyond them is summed.
     """
     _, gradients = layer_gradients(loss_fn, params, batch)
     by_name = {kind.weight: kind for kind in kinds}
@@ -157,14 +150,7 @@ def _middle(kind: LayerKind) -> int:
 def blocks(
     group: NeuronGroup, kinds: tuple[LayerKind, ...], params: PyTree, restricted: bool = False
 ) -> tuple[list[Block], list[Block]]:
-    """Returns the layers stacked along A and along O in the `PairStatistics` of group.
-
-    Args:
-      group: the neurons.
-      kinds: of the layers.
-      params: of which the statistics are.
-      restricted: as for `pair_statistics`.
-    """
+    """Returns the layers stacked along A and along O in the `PairStatistics` of a group."""
     by_name = {kind.weight: kind for kind in kinds}
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
     capacity = shapes[group.producers[0]][-1]
