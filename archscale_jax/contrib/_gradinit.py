@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from archscale_jax._architecture import Architecture, Parameter, Role
+from archscale_jax._architecture import Architecture, Parameter, Role, check_architecture
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._gradinit_step import (
@@ -169,7 +169,7 @@ def scale_parameters(params: PyTree, multipliers: Mapping[str, Float[Array, ""] 
 
     Args:
       params: what the multipliers were learned on.
-      multipliers: from the names of tensors to their multipliers.
+      multipliers: by the names of tensors, scalars; the product has the dtype of the tensor.
 
     Raises:
       ValueError: a name that params does not hold.
@@ -187,7 +187,14 @@ def vertex_groups(architecture: Architecture) -> dict[str, str]:
 
     The weights of all edges into a vertex share it, and their biases; so do those of the stem, and
     those of the readout. Scales and biases of normalization keep their own.
+
+    Args:
+      architecture: of the params that `gradinit` shall scale, as `trace` returns it.
+
+    Raises:
+      TypeError: `architecture` is not an `Architecture`.
     """
+    check_architecture(architecture)
     receivers = np.asarray(architecture.graph.receivers)
 
     def group(one: Parameter) -> str:

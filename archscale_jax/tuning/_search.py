@@ -67,7 +67,7 @@ def find_learning_rate(
     max_loss: float = math.inf,
     workers: int = 1,
 ) -> RateSearch:
-    """Finds the learning rate with which a network trains best.
+    """Finds the learning rate with which a network trains best [AAS §4 protocol].
 
     Without `start` every rate is trained with every seed. With it, the first seed expands a bracket
     from there up and down the grid until the loss leaves `margin`, and the other seeds train only

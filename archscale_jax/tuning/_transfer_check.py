@@ -53,7 +53,7 @@ def transfer_check(
     """Searches the best rate of networks of several sizes, trained with one parametrization.
 
     A flat coordinate check says that features change alike at the start; this says whether the best
-    rate transfers.
+    rate transfers [μP].
 
     Args:
       train: by size, first the one on which the rate would be tuned: `(rate, seed)` to training
@@ -77,7 +77,7 @@ def transfer_check(
 
 
 def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:
-    """Returns what searches, by size and in order of size, say about transfer."""
+    """Returns what searches of two or more sizes, by size and in order, say about transfer."""
     found = list(searches.values())
     rates = [search.rate for search in found]
     freedom = sum(len(search.seed_rates) - 1 for search in found)

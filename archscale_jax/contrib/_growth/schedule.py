@@ -79,7 +79,7 @@ def choose_growth(
     neurons: Mapping[str, int],
     bottlenecks: Mapping[str, Bottleneck] | None = None,
 ) -> dict[str, int]:
-    """Returns how many neurons to add, by the names of groups; empty where none may grow.
+    """Returns how many neurons to add [TINY], by the names of groups; empty where none may grow.
 
     Args:
       schedule: the plan.

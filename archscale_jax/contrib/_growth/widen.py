@@ -52,7 +52,9 @@ def widen(
     *,
     optimizer_state: Any = None,
 ) -> tuple[PyTree, Any]:
-    """Adds empty slots, and keeps all else, the optimizer's moments included; on the host.
+    """Adds empty slots, and keeps all else, the optimizer's moments included (theory §8).
+
+    Works on the host, with NumPy.
 
     Args:
       params: tree of arrays.
@@ -133,7 +135,12 @@ def _pad(axis: int, count: int, extra: int, mean: bool) -> Pad:
 def compact(params: PyTree, groups: Iterable[NeuronGroup]) -> PyTree:
     """Returns params without empty slots, as NumPy arrays: the network to keep.
 
-    It computes the same function, up to the order of sums. Groups with a blocker keep their slots.
+    It computes the same function, up to the order of sums (theory §8). Groups with a blocker keep
+    their slots.
+
+    Args:
+      params: tree of arrays.
+      groups: of `find_neuron_groups`, for params of any capacity.
     """
     leaves: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     for group in groups:
