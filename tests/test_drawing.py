@@ -526,3 +526,8 @@ def test_threads_draw_the_same_pictures_as_one(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         tasks = [(name, f"thread-{index}") for index in range(2) for name in names]
         assert [*pool.map(content, tasks)] == alone * 2
+
+
+def test_the_name_of_version_0_1_warns():
+    with pytest.warns(DeprecationWarning, match="draw_graph moved to archscale_jax.draw;"):
+        assert archscale.draw_graph is draw

@@ -117,7 +117,7 @@ def test_edits_that_are_read_equal_those_that_were_written():
 # What it chooses.
 
 
-def test_units_take_turns():
+def test_groups_take_turns():
     assert [choose(ROUND_ROBIN, growth) for growth in range(8)] == [
         {name: 4} for name in "abcabcab"
     ]

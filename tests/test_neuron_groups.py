@@ -922,3 +922,10 @@ def test_penalties_on_weights_leave_the_growth_as_it_is():
     )
     assert grown.numbers == expected.numbers
     assert jax.tree.map(jnp.shape, grown.params) == jax.tree.map(jnp.shape, expected.params)
+
+
+def test_the_names_of_version_0_1_warn():
+    with pytest.warns(DeprecationWarning, match="Units moved to .*contrib.NeuronGroup; .* 0.3"):
+        assert archscale.Units is NeuronGroup
+    with pytest.warns(DeprecationWarning, match="contrib.find_neuron_groups"):
+        assert archscale.find_units is archscale.contrib.find_neuron_groups
