@@ -54,7 +54,7 @@ class Size(NamedTuple):
 
 def main() -> None:
     few = {"steps": 4, "statistics": 64, "held_out": 50}
-    few |= {"schedule": {"order": "round_robin", "growths": 1, "every": 2}}
+    few |= {"schedule": {"order": "round_robin", "growths": 1, "interval": 2}}
     size = common.sized(
         Size(FLAGS.data_dir, {}, FLAGS.rounds),
         Size(FLAGS.data_dir, few, 1, growths=2, every=2, statistics=64, held_out=50, batch_size=8),

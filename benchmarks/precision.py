@@ -103,8 +103,8 @@ def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
         chosen = jax.random.permutation(keys[1], len(data.train_images))
         batch = data.train_images[chosen[:count]], data.train_labels[chosen[:count]]
         if units is None:
-            every = archscale.contrib.find_units(loss, params, batch)
-            units = [one for one in every if not one.obstacle]
+            every = archscale.contrib.find_neuron_groups(loss, params, batch)
+            units = [one for one in every if not one.blocker]
         pairs = measure(loss, params, [batch], units)
         neurons = solve(params, pairs, units)
         bottlenecks = archscale.bottleneck(loss, params, [batch])

@@ -8,7 +8,7 @@ ended with from scratch for the same computation, and the large network. Writes 
 results.jsonl, table.md, figures and report.html, and prints the table. Killed and started again it
 goes on, a network that grows from its last growth; the same --workdir takes more networks, arms and
 seeds later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
---images_downscale=1 --start_width=1 --large_width=64 --growths=6 --every=2000 --steps=60000
+--images_downscale=1 --start_width=1 --large_width=64 --growths=6 --interval=2000 --steps=60000
 --batch_size=128.
 """
 
@@ -48,7 +48,7 @@ ranges.define(
 ranges.define("start_width", None, "Channels or neurons at the start; None: preset.", "width")
 ranges.define("large_width", None, "The same of the large network; None: preset.", "width")
 ranges.define("growths", None, "How many growths; None: preset.")
-ranges.define("every", None, "Updates before each growth; None: preset.", "steps")
+ranges.define("interval", None, "Updates before each growth; None: preset.", "steps")
 ranges.define("steps", None, "Updates in all; None: preset.")
 ranges.define_list("rate", None, "Learning rates; None: preset.", "rate")
 flags.DEFINE_string("workdir", "runs/grow", "Folder for config, results and figures.")

@@ -70,7 +70,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "rates": (0.005, 0.01, 0.02, 0.05),
         "statistics": 1024,
         "held_out": 1000,
-        "schedule": {"order": "round_robin", "growths": 12, "every": 80, "factor": 2.0},
+        "schedule": {"order": "round_robin", "growths": 12, "interval": 80, "factor": 2.0},
     },
     "dag_cnn": {
         "network": "dag_cnn",
@@ -82,18 +82,18 @@ SPECS: dict[str, dict[str, Any]] = {
         "arms": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
         "statistics": 512,
         "held_out": 500,
-        "schedule": {"order": "round_robin", "growths": 8, "every": 60, "factor": 2.0},
+        "schedule": {"order": "round_robin", "growths": 8, "interval": 60, "factor": 2.0},
     },
     "resnet18_sixteenth": {
         **_RESNET,
         "start_width": 1,
-        "schedule": {"order": "all", "growths": 3, "every": 60, "factor": 2.0},
+        "schedule": {"order": "all", "growths": 3, "interval": 60, "factor": 2.0},
     },
     "resnet18_quarter": {
         **_RESNET,
         "start_width": 4,
         "arms": ("tiny", "tiny_width", "random", "scratch"),
-        "schedule": {"order": "all", "growths": 1, "every": 60, "factor": 2.0},
+        "schedule": {"order": "all", "growths": 1, "interval": 60, "factor": 2.0},
     },
 }
 """What grows: from which width, by which schedule, by which arms (all where none are named), and
@@ -115,7 +115,7 @@ class Problem(NamedTuple):
     hits: Callable[[PyTree, Any, Any], jax.Array]  # right answers and summed loss, jitted
     step: Callable[..., tuple[PyTree, Any, jax.Array]]  # one update, jitted
     size: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # of one update, jitted
-    units: tuple[archscale.contrib.Units, ...]
+    units: tuple[archscale.contrib.NeuronGroup, ...]
 
 
 @functools.lru_cache(maxsize=2)
@@ -168,7 +168,9 @@ def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> Prob
 
     batch = data.train_images[:2], data.train_labels[:2]
     units = tuple(
-        one for one in archscale.contrib.find_units(loss, template, batch) if not one.obstacle
+        one
+        for one in archscale.contrib.find_neuron_groups(loss, template, batch)
+        if not one.blocker
     )
 
     def create(width: int, seed: int) -> PyTree:
@@ -195,7 +197,7 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
                           ("large_width", "large_width"), ("steps", "steps")):  # fmt: skip
             if settings[flag] is not None:
                 spec[key] = settings[flag]
-        for key in ("growths", "every"):
+        for key in ("growths", "interval"):
             if settings[key] is not None:
                 spec["schedule"][key] = settings[key]
         if settings["rate"] is not None:
@@ -206,11 +208,11 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:
-    growths, every = spec["schedule"]["growths"], spec["schedule"]["every"]
-    if growths * every >= spec["steps"]:
+    growths, interval = spec["schedule"]["growths"], spec["schedule"]["interval"]
+    if growths * interval >= spec["steps"]:
         raise ValueError(
-            f"--growths={growths} growths, one --every={every} updates, need --steps above "
-            f"{growths * every}, found {spec['steps']}"
+            f"--growths={growths} growths, one --interval={interval} updates, need --steps above "
+            f"{growths * interval}, found {spec['steps']}"
         )
     if spec["start_width"] > spec["large_width"]:
         raise ValueError(
@@ -355,7 +357,7 @@ def _train(problem: Problem, start: PyTree, trial: Trial, folder: pathlib.Path |
 
 
 def _compact_flops(problem: Problem, params: PyTree) -> float:
-    """Operations of a forward pass without empty rooms."""
+    """Operations of a forward pass without empty slots."""
     return grow_cost.forward_flops(
         problem.loss, archscale.contrib.compact(params, problem.units), _example(problem)
     )
@@ -363,7 +365,7 @@ def _compact_flops(problem: Problem, params: PyTree) -> float:
 
 def _is_due(schedule: archscale.contrib.GrowthSchedule, now: Run) -> bool:
     done = len(now.edits)
-    return done < schedule.growths and now.step == schedule.every * (done + 1)
+    return done < schedule.growths and now.step == schedule.interval * (done + 1)
 
 
 def _result(problem: Problem, now: Run, trial: Trial) -> dict[str, Any]:
@@ -460,7 +462,7 @@ def _grow(
         method=method,
         normalize=trial["normalize"],
         update=update,
-        rooms=archscale.contrib.geometric(2.0),
+        capacity=archscale.contrib.geometric(2.0),
         key=jax.random.key(trial["seed"] * 1000 + len(now.edits)),
         optimizer_state=now.optimizer_state,
     )
@@ -473,7 +475,7 @@ def _grow(
             now.step,
             growth.numbers,
             archscale.contrib.count_neurons(now.params, problem.units),
-            {one.name: leaves[one.producers[0]].shape[-1] for one in problem.units},
+            {one.name: one.capacity(leaves) for one in problem.units},
             growth.amplitude,
             [*growth.losses],
             growth.predicted,
@@ -523,7 +525,7 @@ def _restored(folder: pathlib.Path, trial: Trial, fresh: Run, problem: Problem) 
         log = json.loads(path.read_text())
         edits = [archscale.contrib.Edit(**edit) for edit in log["edits"]]
         params, state = archscale.contrib.widen(
-            fresh.params, edits[-1].rooms, problem.units, optimizer_state=fresh.optimizer_state
+            fresh.params, edits[-1].capacity, problem.units, optimizer_state=fresh.optimizer_state
         )
         like = {"params": params, "optimizer_state": state}
         found = checkpoints.restore_checkpoint(folder / path.stem, like, {**trial})

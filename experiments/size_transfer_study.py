@@ -13,7 +13,7 @@ import optax
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
-from archscale_jax.tuning._search import excess_loss
+from archscale_jax.tuning._basin import excess_loss
 from experiments import transfer_study
 from experiments.lab import common, datasets, families, ranges, training
 from experiments.lab.panels import save

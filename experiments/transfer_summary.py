@@ -9,7 +9,7 @@ import numpy as np
 
 import archscale_jax as archscale
 from archscale_jax.rules import LEARNING_RATE_RULES
-from archscale_jax.tuning._search import excess_loss
+from archscale_jax.tuning._basin import excess_loss
 from experiments.lab.sweeps import trial_hash
 from experiments.transfer_study import Trial
 

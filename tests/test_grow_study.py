@@ -13,7 +13,7 @@ from experiments.lab.sweeps import trial_hash
 
 pytestmark = pytest.mark.quick_compilation
 
-SCHEDULE = {"order": "all", "growths": 2, "every": 4, "factor": 2.0}
+SCHEDULE = {"order": "all", "growths": 2, "interval": 4, "factor": 2.0}
 TRIAL = {
     "spec": "mlp", "network": "mlp", "arm": "tiny_width", "dataset": "digits", "downscale": 2,
     "start_width": 4, "large_width": 8, "steps": 12, "rate": 0.02, "seed": 0, "batch_size": 16,
@@ -57,7 +57,7 @@ def counting(drawn):
 
 def test_trials_of_scratch_cost_what_growing_did():
     specs = grow_study.chosen_specs(["mlp"], ["tiny", "scratch"], dict.fromkeys(
-        ("images_downscale", "start_width", "large_width", "steps", "growths", "every", "rate")
+        ("images_downscale", "start_width", "large_width", "steps", "growths", "interval", "rate")
     ))  # fmt: skip
     settings = {"num_seeds": 2, "dataset": "digits", "batch_size": 16, "normalize": True}
     trials = grow_study.all_trials(specs, ["tiny", "scratch"], settings)
@@ -102,7 +102,7 @@ def test_networks_take_any_width():
 def test_the_binary(run_again, tmp_path):
     flags = [
         "--network=mlp", "--arm=tiny,large,scratch", "--dataset=digits", "--images_downscale=2",
-        "--start_width=4", "--large_width=8", "--steps=9", "--growths=2", "--every=3",
+        "--start_width=4", "--large_width=8", "--steps=9", "--growths=2", "--interval=3",
         "--num_seeds=1", "--rate=0.02", "--batch_size=16",
     ]  # fmt: skip
     done = run_again("grow", tmp_path, *flags)

@@ -182,7 +182,7 @@ def test_of_an_optimizer_that_never_moves_is_0():
         predict_learning_rate(frozen, frozen, 0.1, "absolute")
 
 
-def test_refuses_no_update():
+def test_no_update_raises():
     with pytest.raises(ValueError, match="updates must be at least 1, found 0"):
         measure_update(lambda *_: [], lambda *_: jnp.zeros(()), {}, None, optax.sgd(1.0), updates=0)
 

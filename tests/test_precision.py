@@ -333,8 +333,8 @@ def test_sharpness_in_low_precision():
 @functools.cache
 def growth(mode):
     one = case(Perceptron, mode)
-    found = archscale.contrib.find_units(one.loss, one.params, one.batch)
-    units = [unit for unit in found if not unit.obstacle]
+    found = archscale.contrib.find_neuron_groups(one.loss, one.params, one.batch)
+    units = [unit for unit in found if not unit.blocker]
     measured = measure(one.loss, one.params, [one.batch], units)
     neurons = solve(one.params, measured, units)
     every = archscale.bottleneck(one.loss, one.params, [one.batch])
@@ -370,10 +370,10 @@ def test_neurons_are_found_behind_a_mean_over_positions():
 
     params = {"a": jnp.full((2, 3), 0.5), "b": jnp.full((3, 2), 0.5)}
     inputs = jax.random.normal(KEY, (2, 196, 2))
-    found = archscale.contrib.find_units(
+    found = archscale.contrib.find_neuron_groups(
         lambda params, batch: jnp.mean(outputs(params, batch).astype(jnp.float32)), params, inputs
     )
-    assert [(one.obstacle, one.joint("b")) for one in found[:1]] == [(None, "mean")]
+    assert [(one.blocker, one.joint("b")) for one in found[:1]] == [(None, "mean")]
     # The mean of both slopes of ReLU.
     assert abs(found[0].slope - 0.5) < 16 * float(jnp.finfo(dtype).eps)
 
@@ -394,8 +394,8 @@ def test_a_grown_network_keeps_its_precision():
 
     found = [
         unit
-        for unit in archscale.contrib.find_units(loss, one.params, one.batch)
-        if not unit.obstacle
+        for unit in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
+        if not unit.blocker
     ]
     grown = archscale.grow(loss, one.params, [one.batch], one.batch, found[1:], number=2)
     assert grown.losses[1] <= grown.losses[0]

@@ -41,7 +41,7 @@ REFUSED = {  # by the binary: flags, and what is said of them
     "grow": {
         "--rate=0.1,-1": "item '-1': accepted is a number above 0",
         "--growths=-1": "accepted is an integer from 0 to 1000",
-        "--every=0": "accepted is an integer from 1",
+        "--interval=0": "accepted is an integer from 1",
         "--steps=0": "accepted is an integer from 1",
         "--arm=tinny": "unknown arm 'tinny'; accepted are tiny, .*; did you mean 'tiny'?",
     },

@@ -1,5 +1,6 @@
 """Learning rates by search and by measurement, and checks that one rate serves all sizes."""
 
+from archscale_jax.tuning._basin import Basin, loss_at
 from archscale_jax.tuning._coordinate import (
     Coordinate,
     coordinate_check,
@@ -9,11 +10,9 @@ from archscale_jax.tuning._coordinate import (
 from archscale_jax.tuning._measure import UpdateSize, measure_update
 from archscale_jax.tuning._predict import predict_learning_rate, register_measured_rule
 from archscale_jax.tuning._search import (
-    Basin,
     RateSearch,
     Run,
     find_learning_rate,
-    loss_at,
     mean_losses,
     summarise_runs,
 )
@@ -41,3 +40,7 @@ __all__ = [
     "summarise_transfer",
     "transfer_check",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Neurons found in functions that are known by construction, and rooms for them."""
+"""Neurons found in functions that are known by construction, and slots for them."""
 
 import functools
 from typing import Any
@@ -20,9 +20,9 @@ import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.contrib._growth.extension import extend, extended
 from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup
 from archscale_jax.contrib._growth.solve import predicted_decrease, solve
-from archscale_jax.contrib._growth.units import Link, Units
-from archscale_jax.contrib._growth.widen import taken
+from archscale_jax.contrib._growth.widen import occupied
 from tests import growing
 from tests.growing import convolve, draw
 
@@ -57,8 +57,8 @@ with jax.enable_x64(True):
 squared = functools.cache(growing.squared)  # what is compiled for a loss is found again
 
 
-def find(outputs, params, batch=VECTORS) -> dict[str, Units]:
-    found = archscale.contrib.find_units(squared(outputs), params, batch)
+def find(outputs, params, batch=VECTORS) -> dict[str, NeuronGroup]:
+    found = archscale.contrib.find_neuron_groups(squared(outputs), params, batch)
     assert [one.name for one in found] == [one.producers[0] for one in found]
     assert hash(found) == hash(found)
     return {one.name: one for one in found}
@@ -74,10 +74,10 @@ def hidden(between, params, inputs):
 
 def test_a_chain_of_dense_layers():
     network = growing.chain()
-    assert archscale.contrib.find_units(network.loss, network.params, network.batch) == (
-        Units("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None),
-        Units("w2", ("w2",), (("b2", 0, "zero"),), (Link("w2", "w3", "same", 1.0),), None),
-        Units("w3", ("w3",), (), (), LAST),
+    assert archscale.contrib.find_neuron_groups(network.loss, network.params, network.batch) == (
+        NeuronGroup("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None),
+        NeuronGroup("w2", ("w2",), (("b2", 0, "zero"),), (Link("w2", "w3", "same", 1.0),), None),
+        NeuronGroup("w3", ("w3",), (), (), LAST),
     )
 
 
@@ -97,11 +97,11 @@ def test_a_chain_of_dense_layers():
     ids=["linear", "sin", "3tanh", "relu", "relu6", "gelu", "silu", "leaky_relu", "elu"],
 )
 def test_slopes(activation, slope):
-    units = find(functools.partial(hidden, activation), CHAIN)["w1"]
-    assert [link[:3] for link in units.links] == [("w1", "w2", "same")]
-    assert units.links[0].slope == pytest.approx(slope, abs=1e-3)
-    assert units.slope == units.slope_between("w1", "w2") == units.links[0].slope
-    assert units.slope_between("w2", "w1") == 0 and units.joint("w2") == "same"
+    group = find(functools.partial(hidden, activation), CHAIN)["w1"]
+    assert [link[:3] for link in group.links] == [("w1", "w2", "same")]
+    assert group.links[0].slope == pytest.approx(slope, abs=1e-3)
+    assert group.slope == group.slope_between("w1", "w2") == group.links[0].slope
+    assert group.slope_between("w2", "w1") == 0 and group.joint("w2") == "same"
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_slopes(activation, slope):
 )
 def test_positions_that_are_joined(read, rows, joint, slope):
     params = draw(0, k1=(3, 3, 2, 3), w=(rows, 2))
-    units = find(lambda p, x: read(convolve(x, p["k1"])) @ p["w"], params, IMAGES)["k1"]
-    assert units.links == (Link("k1", "w", joint, slope),)
+    group = find(lambda p, x: read(convolve(x, p["k1"])) @ p["w"], params, IMAGES)["k1"]
+    assert group.links == (Link("k1", "w", joint, slope),)
 
 
 def test_strides_and_dilations_leave_positions_to_the_layer():
@@ -130,9 +130,9 @@ def test_strides_and_dilations_leave_positions_to_the_layer():
         )  # fmt: skip
         return jnp.mean(hidden, axis=(1, 2))
 
-    units = find(outputs, CONVOLUTIONS | {"w": CONVOLUTIONS["k2"]}, IMAGES)
-    assert units["k1"].links == (Link("k1", "k2", "same", 1.0),)
-    assert units["k2"].obstacle == LAST
+    groups = find(outputs, CONVOLUTIONS | {"w": CONVOLUTIONS["k2"]}, IMAGES)
+    assert groups["k1"].links == (Link("k1", "k2", "same", 1.0),)
+    assert groups["k2"].blocker == LAST
 
 
 def test_vectors_and_what_a_new_neuron_begins_with():
@@ -149,13 +149,13 @@ def test_vectors_and_what_a_new_neuron_begins_with():
         "gain": jnp.ones(()),
     }
     params = {name: leaf for name, leaf in CHAIN.items() if name != "b1"} | vectors
-    units = find(outputs, params)["w1"]
-    assert set(units.vectors) == {
+    group = find(outputs, params)["w1"]
+    assert set(group.vectors) == {
         ("scale", 0, "mean"), ("offset", 0, "zero"), ("alpha", 0, "mean"),
         ("log_scale", 0, "mean"),
     }  # fmt: skip
-    assert units.slope == pytest.approx(1.5 * 0.6, abs=1e-3)
-    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [units])
+    assert group.slope == pytest.approx(1.5 * 0.6, abs=1e-3)
+    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [group])
     np.testing.assert_allclose(wide["scale"][4:], 1.5)
     np.testing.assert_array_equal(wide["offset"][4:], 0)
     np.testing.assert_allclose(wide["alpha"][4:], 0.2)
@@ -164,12 +164,12 @@ def test_vectors_and_what_a_new_neuron_begins_with():
 
 def test_biases_of_every_position():
     params = draw(0, w1=(4, 3), bias=(5, 3), w2=(3, 2))
-    units = find(
+    groups = find(
         lambda p, x: jnp.mean(jnp.tanh(x @ p["w1"] + p["bias"]) @ p["w2"], axis=1),
         params,
         SEQUENCES,
     )
-    assert units["w1"].vectors == (("bias", 1, "zero"),)
+    assert groups["w1"].vectors == (("bias", 1, "zero"),)
 
 
 def test_biases_with_axes_of_one_entry():
@@ -180,12 +180,12 @@ def test_biases_with_axes_of_one_entry():
 @pytest.mark.parametrize("activation, bias", [(jax.nn.relu, -5.0), (jnp.tanh, 30.0)])
 def test_biases_do_not_hide_features(activation, bias):
     params = CHAIN | {"b1": jnp.array([bias, 0, 0, 0])}
-    assert find(functools.partial(hidden, activation), params)["w1"].obstacle is None
+    assert find(functools.partial(hidden, activation), params)["w1"].blocker is None
 
 
 def test_residual_streams_join_producers_and_consumers_in_layer_order():
     network = growing.residual()
-    found = archscale.contrib.find_units(network.loss, network.params, network.batch)
+    found = archscale.contrib.find_neuron_groups(network.loss, network.params, network.batch)
     assert [(one.producers, one.consumers) for one in found] == [
         (("stem", "a2"), ("a1", "skip", "b1")),
         (("a1",), ("a2",)),
@@ -200,7 +200,7 @@ def test_residual_streams_join_producers_and_consumers_in_layer_order():
     # What is written later is not read earlier.
     assert first.slope_between("a2", "a1") == 0 and first.slope_between("a2", "b1") == 1
     assert found[2].joint("w") == "mean"
-    assert [one.obstacle for one in found] == [None] * 4 + [LAST]
+    assert [one.blocker for one in found] == [None] * 4 + [LAST]
 
 
 def test_a_layer_in_its_own_stream():
@@ -208,9 +208,9 @@ def test_a_layer_in_its_own_stream():
         hidden = inputs @ params["w1"]
         return jnp.tanh(hidden + jnp.tanh(hidden @ params["mix"])) @ params["w2"]
 
-    units = find(outputs, draw(0, w1=(5, 3), mix=(3, 3), w2=(3, 2)))["w1"]
-    assert units.producers == ("w1", "mix") and units.consumers == ("mix", "w2")
-    assert units.slope_between("mix", "mix") == 0
+    groups = find(outputs, draw(0, w1=(5, 3), mix=(3, 3), w2=(3, 2)))["w1"]
+    assert groups.producers == ("w1", "mix") and groups.consumers == ("mix", "w2")
+    assert groups.slope_between("mix", "mix") == 0
 
 
 def test_two_readouts():
@@ -220,8 +220,8 @@ def test_two_readouts():
         return jnp.mean(jnp.square(policy - batch[1])) + jnp.mean(jnp.square(value))
 
     params = draw(0, w1=(5, 4), policy=(4, 2), value=(4, 1))
-    found = archscale.contrib.find_units(loss, params, VECTORS)
-    assert [one.obstacle for one in found] == [None, LAST, LAST]
+    found = archscale.contrib.find_neuron_groups(loss, params, VECTORS)
+    assert [one.blocker for one in found] == [None, LAST, LAST]
     assert found[0].consumers == ("policy", "value")
 
 
@@ -244,7 +244,7 @@ NORMALIZED = "a normalization stands before 'w2'"
 
 
 @pytest.mark.parametrize(
-    "between, rows, obstacle",
+    "between, rows, blocker",
     [
         (functools.partial(normalized, -1), 4, FEATURES),
         (lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True)), 4, FEATURES),
@@ -262,11 +262,11 @@ NORMALIZED = "a normalization stands before 'w2'"
     ids=["layer_norm", "rms_norm", "softmax", "split", "reversed", "slice", "batch_norm",
          "sigmoid", "cos", "shifted", "square", "abs"],
 )  # fmt: skip
-def test_obstacles_between_dense_layers(between, rows, obstacle):
+def test_blockers_between_dense_layers(between, rows, blocker):
     params = CHAIN | {"w2": CHAIN["w2"][:rows]}
     found = find(functools.partial(hidden, between), params)
-    assert found["w1"].obstacle is not None and obstacle in found["w1"].obstacle
-    assert found["w1"].links == () and found["w2"].obstacle == LAST
+    assert found["w1"].blocker is not None and blocker in found["w1"].blocker
+    assert found["w1"].links == () and found["w2"].blocker == LAST
 
 
 @pytest.mark.parametrize(
@@ -281,18 +281,18 @@ def test_obstacles_between_dense_layers(between, rows, obstacle):
     ],
     ids=["max_pool", "avg_pool", "roll", "upsample", "transpose", "weighted"],
 )
-def test_obstacles_between_convolutions(between):
+def test_blockers_between_convolutions(between):
     def outputs(params, inputs):
         hidden = jnp.tanh(convolve(between(jnp.tanh(convolve(inputs, params["k1"]))), params["k2"]))
         return jnp.max(hidden, axis=(1, 2)) @ params["w"]
 
     params = CONVOLUTIONS | {"w": CONVOLUTIONS["w"][:2]}
     found = find(outputs, params, IMAGES)
-    assert found["k1"].obstacle == "positions are pooled or moved between 'k1' and 'k2'"
-    assert found["k2"].obstacle == "positions are pooled or moved between 'k2' and 'w'"
+    assert found["k1"].blocker == "positions are pooled or moved between 'k1' and 'k2'"
+    assert found["k2"].blocker == "positions are pooled or moved between 'k2' and 'w'"
 
 
-def test_obstacles_of_joined_features():
+def test_blockers_of_joined_features():
     def joined(params, inputs):
         both = [jnp.tanh(inputs @ params[name]) for name in ("w1", "w3")]
         return jnp.concatenate(both, axis=-1) @ params["w2"]
@@ -301,14 +301,14 @@ def test_obstacles_of_joined_features():
         params = draw(0, w1=(5, widths[0]), w3=(5, widths[1]), w2=(sum(widths), 2))
         found = find(joined, params)
         assert found["w1"].producers == ("w1", "w3")
-        assert (found["w1"].obstacle or "").startswith(FEATURES)
+        assert (found["w1"].blocker or "").startswith(FEATURES)
 
     def channels_first(params, inputs):
         features = jnp.tanh(convolve(inputs, params["k1"])).transpose(0, 3, 1, 2)
         return features.reshape(len(inputs), -1) @ params["w"]
 
     found = find(channels_first, draw(0, k1=(3, 3, 2, 3), w=(48, 2)), IMAGES)
-    assert (found["k1"].obstacle or "").startswith(FEATURES)
+    assert (found["k1"].blocker or "").startswith(FEATURES)
 
 
 def test_layers_that_nothing_reads_do_not_matter_to_the_others():
@@ -317,8 +317,8 @@ def test_layers_that_nothing_reads_do_not_matter_to_the_others():
         return jnp.tanh(inputs @ params["w1"]) @ params["w2"] + 0 * jnp.sum(inputs @ params["w4"])
 
     found = find(outputs, draw(0, w1=(5, 4), w2=(4, 2), w3=(5, 3), w4=(5, 3)))
-    assert found["w3"].obstacle == found["w4"].obstacle == "no layer reads its outputs"
-    assert found["w1"].obstacle is None
+    assert found["w3"].blocker == found["w4"].blocker == "no layer reads its outputs"
+    assert found["w1"].blocker is None
 
 
 def test_layers_with_different_positions():
@@ -329,7 +329,7 @@ def test_layers_with_different_positions():
     params = draw(0, k1=(3, 3, 2, 3), w1=(2, 3), w2=(3, 2))
     found = find(outputs, params, IMAGES)
     assert found["k1"].producers == ("k1", "w1")
-    assert found["k1"].obstacle == "the layers that make it have different positions"
+    assert found["k1"].blocker == "the layers that make it have different positions"
 
 
 def test_widths_that_the_inputs_fix():
@@ -337,13 +337,13 @@ def test_widths_that_the_inputs_fix():
         return jnp.tanh(inputs + inputs @ params["w1"]) @ params["w2"]
 
     params = draw(0, w1=(5, 5), w2=(5, 2))
-    assert find(outputs, params)["w1"].obstacle == NOT_0
+    assert find(outputs, params)["w1"].blocker == NOT_0
     # Two examples whose first feature is 0, as pixels at an edge, do not tell; widening does.
     batch = VECTORS[0].at[:2, 0].set(0), VECTORS[1]
-    units = find(outputs, params, batch)["w1"]
-    assert units.obstacle is None
+    group = find(outputs, params, batch)["w1"]
+    assert group.blocker is None
     with pytest.raises(ValueError, match=r"does not take the wider arrays .*'w1': \(5, 6\)"):
-        archscale.grow(squared(outputs), params, [batch], batch, [units], number=1)
+        archscale.grow(squared(outputs), params, [batch], batch, [group], number=1)
 
 
 # The same neurons however a function is written.
@@ -375,8 +375,8 @@ def test_transformations_and_types_do_not_matter():
 def test_bfloat16():
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (CHAIN, VECTORS))
     loss = squared(functools.partial(hidden, jnp.tanh))
-    units = archscale.contrib.find_units(loss, params, batch)[:1]
-    growth = archscale.grow(loss, params, [batch], batch, units, number=1)
+    groups = archscale.contrib.find_neuron_groups(loss, params, batch)[:1]
+    growth = archscale.grow(loss, params, [batch], batch, groups, number=1)
     assert {leaf.dtype for leaf in jax.tree.leaves(growth.params)} == {jnp.dtype(jnp.bfloat16)}
     assert growth.losses[1] < growth.losses[0]
 
@@ -389,11 +389,11 @@ def test_lists_of_pairs():
 
     shapes = [(5, 4), (4, 3), (3, 2)]
     params = [(draw(seed, w=shape)["w"], jnp.zeros(shape[1])) for seed, shape in enumerate(shapes)]
-    units = find(outputs, params)
-    assert [one.producers + one.consumers for one in units.values()] == [
+    groups = find(outputs, params)
+    assert [one.producers + one.consumers for one in groups.values()] == [
         ("0/0", "1/0"), ("1/0", "2/0"), ("2/0",),
     ]  # fmt: skip
-    assert units["1/0"].vectors == (("1/1", 0, "zero"),)
+    assert groups["1/0"].vectors == (("1/1", 0, "zero"),)
 
 
 def test_embeddings_are_read_but_not_grown():
@@ -406,18 +406,18 @@ def test_embeddings_are_read_but_not_grown():
         return jnp.mean(embedded + block, axis=1) @ params["w3"]
 
     found = find(outputs, params, tokens)
-    assert found["w1"].consumers == ("w2",) and found["w1"].obstacle is None
-    assert found["w2"].obstacle == NOT_0.replace("'w2'", "'w3'")  # the table has no place for one
-    check_rooms(outputs, params, tokens[0], [found["w1"]])
+    assert found["w1"].consumers == ("w2",) and found["w1"].blocker is None
+    assert found["w2"].blocker == NOT_0.replace("'w2'", "'w3'")  # the table has no place for one
+    check_slots(outputs, params, tokens[0], [found["w1"]])
 
     def added(params, batch):
         return jnp.tanh(params["table"][batch[0]] + batch[1] @ params["w1"]) @ params["w2"]
 
     params = draw(0, w1=(5, 4), w2=(4, 2)) | {"table": jnp.zeros((7, 4))}
     batch = (jnp.arange(40) % 7, VECTORS[0]), VECTORS[1]
-    units = find(added, params, batch)["w1"]
-    assert units.vectors == (("table", 1, "mean"),) and units.obstacle is None
-    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [units])
+    group = find(added, params, batch)["w1"]
+    assert group.vectors == (("table", 1, "mean"),) and group.blocker is None
+    wide, _ = archscale.contrib.widen(params, {"w1": 6}, [group])
     assert wide["table"].shape == (7, 6)
 
 
@@ -455,7 +455,7 @@ REFUSALS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_layers_of_other_forms_are_refused(name):
+def test_layers_of_other_forms_raise(name):
     outputs, shapes, match = REFUSALS[name]
     with pytest.raises(archscale.TraceError, match=match):
         find(outputs, draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS)
@@ -464,7 +464,7 @@ def test_layers_of_other_forms_are_refused(name):
 # Models of other libraries.
 
 
-def check_growth(outputs, params, batch, units):
+def check_growth(outputs, params, batch, groups):
     """A neuron in each lowers the loss on other examples; the network trains on."""
     loss = squared(outputs)
     first, other = (jax.tree.map(lambda leaf: leaf[part::2], batch) for part in (0, 1))  # noqa: B023
@@ -478,21 +478,21 @@ def check_growth(outputs, params, batch, units):
         return loss(params, other), loss(params, first), loss(after, first)
 
     state = jax.jit(optimizer.init)(params)
-    growth = archscale.grow(loss, params, [first], other, units, number=1, optimizer_state=state)
+    growth = archscale.grow(loss, params, [first], other, groups, number=1, optimizer_state=state)
     assert growth.losses[1] < growth.losses[0] and growth.predicted > 0
-    # The network with rooms does what the one without did.
+    # The network with slots does what the one without did.
     np.testing.assert_allclose(growth.losses[0], jax.jit(loss)(params, other), rtol=1e-9)
     held_out, before, after = step(growth.params, growth.optimizer_state)
     np.testing.assert_allclose(growth.losses[1], held_out, rtol=1e-6)
     assert after < before
-    counts = [archscale.contrib.count_neurons(one, units) for one in (params, growth.params)]
+    counts = [archscale.contrib.count_neurons(one, groups) for one in (params, growth.params)]
     assert counts[1] == {name: count + 1 for name, count in counts[0].items()}
     return growth
 
 
-def check_rooms(outputs, params, inputs, units):
+def check_slots(outputs, params, inputs, groups):
     wide, _ = archscale.contrib.widen(
-        params, {one.name: len(taken(params, one)) + 2 for one in units}, units
+        params, {one.name: len(occupied(params, one)) + 2 for one in groups}, groups
     )
     outputs = jax.jit(outputs)
     np.testing.assert_allclose(outputs(wide, inputs), outputs(params, inputs), atol=1e-12)
@@ -508,8 +508,8 @@ class LinenMLP(nn.Module):
         return nn.Dense(2, param_dtype=jnp.float64)(x)
 
 
-def linen_names(units):
-    return {name: (one.vectors, one.consumers) for name, one in units.items() if not one.obstacle}
+def linen_names(groups):
+    return {name: (one.vectors, one.consumers) for name, one in groups.items() if not one.blocker}
 
 
 def test_a_linen_module_built_from_the_shapes_of_params():
@@ -518,17 +518,17 @@ def test_a_linen_module_built_from_the_shapes_of_params():
         return LinenMLP(widths).apply({"params": params}, inputs)
 
     params = jax.jit(LinenMLP((4, 3)).init)(jax.random.key(0), VECTORS[0])["params"]
-    units = find(outputs, params)
-    assert linen_names(units) == {
+    groups = find(outputs, params)
+    assert linen_names(groups) == {
         "Dense_0/kernel": ((("Dense_0/bias", 0, "zero"),), ("Dense_1/kernel",)),
         "Dense_1/kernel": ((("Dense_1/bias", 0, "zero"),), ("Dense_2/kernel",)),
     }
-    growth = check_growth(outputs, params, VECTORS, list(units.values())[:2])
+    growth = check_growth(outputs, params, VECTORS, list(groups.values())[:2])
     assert growth.params["Dense_1"]["kernel"].shape == (5, 4)
 
 
 def test_a_linen_module_of_fixed_features():
-    """It grows where it begins with empty rooms, and says so where it does not."""
+    """It grows where it begins with empty slots, and says so where it does not."""
 
     def outputs(params, inputs):
         return LinenMLP((6,)).apply({"params": params}, inputs)
@@ -536,13 +536,13 @@ def test_a_linen_module_of_fixed_features():
     full = jax.jit(LinenMLP((6,)).init)(jax.random.key(0), VECTORS[0])["params"]
     params = jax.tree.map(np.array, full)
     params["Dense_0"]["kernel"][:, 3:] = params["Dense_1"]["kernel"][3:] = 0
-    units = [find(outputs, params)["Dense_0/kernel"]]
-    assert archscale.contrib.count_neurons(params, units) == {"Dense_0/kernel": 3}
-    growth = check_growth(outputs, params, VECTORS, units)
+    groups = [find(outputs, params)["Dense_0/kernel"]]
+    assert archscale.contrib.count_neurons(params, groups) == {"Dense_0/kernel": 3}
+    growth = check_growth(outputs, params, VECTORS, groups)
     assert jax.tree.map(jnp.shape, growth.params) == jax.tree.map(jnp.shape, params)
     batch = jax.tree.map(lambda leaf: leaf[::2], VECTORS)
-    with pytest.raises(ValueError, match="does not take the wider .* begin with empty rooms"):
-        archscale.grow(squared(outputs), full, [batch], batch, units, number=1)
+    with pytest.raises(ValueError, match="does not take the wider .* begin with empty slots"):
+        archscale.grow(squared(outputs), full, [batch], batch, groups, number=1)
 
 
 def test_a_linen_network_with_normalization():
@@ -554,7 +554,7 @@ def test_a_linen_network_with_normalization():
             x = nn.relu(self.norm()(nn.Dense(4, param_dtype=jnp.float64)(x)))
             return nn.Dense(2, param_dtype=jnp.float64)(x)
 
-    def first(norm) -> Units:
+    def first(norm) -> NeuronGroup:
         model = Network(norm)
         variables = dict(jax.jit(model.init)(jax.random.key(0), VECTORS[0]))
         params = variables.pop("params")
@@ -564,15 +564,15 @@ def test_a_linen_network_with_normalization():
 
         return next(iter(find(outputs, params).values()))
 
-    assert (first(nn.LayerNorm).obstacle or "").startswith(FEATURES)
+    assert (first(nn.LayerNorm).blocker or "").startswith(FEATURES)
     found = first(functools.partial(nn.BatchNorm, use_running_average=False))
-    assert found.obstacle is not None
-    assert found.obstacle.startswith("a normalization stands before 'Dense_1/kernel'")
+    assert found.blocker is not None
+    assert found.blocker.startswith("a normalization stands before 'Dense_1/kernel'")
     assert ("BatchNorm_0/scale", 0, "mean") in found.vectors
     assert ("BatchNorm_0/bias", 0, "zero") in found.vectors
     # With its averages fixed it is a scale.
     found = first(functools.partial(nn.BatchNorm, use_running_average=True))
-    assert found.obstacle is None and found.slope == pytest.approx(0.5, abs=1e-3)
+    assert found.blocker is None and found.slope == pytest.approx(0.5, abs=1e-3)
 
 
 class Affine(eqx.Module):
@@ -596,9 +596,9 @@ def test_equinox():
     def outputs(params, inputs):
         return jax.vmap(eqx.combine(params, static))(inputs)
 
-    units = find(outputs, params)["layers/0/weight"]
-    assert units.vectors == (("layers/0/bias", 0, "zero"),)
-    growth = check_growth(outputs, params, VECTORS, [units])
+    group = find(outputs, params)["layers/0/weight"]
+    assert group.vectors == (("layers/0/bias", 0, "zero"),)
+    growth = check_growth(outputs, params, VECTORS, [group])
     grown = eqx.combine(growth.params, static)
     assert isinstance(grown.layers[0], Affine) and grown.layers[0].weight.shape == (5, 5)
 
@@ -619,14 +619,14 @@ def test_haiku():
         return transformed(widths).apply(params, inputs)
 
     params = jax.jit(transformed([4, 3, 2]).init)(jax.random.key(0), VECTORS[0])
-    units = find(outputs, params)
-    assert linen_names(units) == {
+    groups = find(outputs, params)
+    assert linen_names(groups) == {
         f"mlp/~/linear_{place}/w": (
             ((f"mlp/~/linear_{place}/b", 0, "zero"),), (f"mlp/~/linear_{place + 1}/w",)
         )
         for place in range(2)
     }  # fmt: skip
-    check_growth(outputs, params, VECTORS, [units["mlp/~/linear_1/w"]])
+    check_growth(outputs, params, VECTORS, [groups["mlp/~/linear_1/w"]])
 
 
 def test_nnx_leaves_other_state_alone():
@@ -646,8 +646,8 @@ def test_nnx_leaves_other_state_alone():
     def outputs(params, inputs):
         return nnx.merge(graphdef, params, rest)(inputs)
 
-    units = find(outputs, params)
-    check_rooms(outputs, params, VECTORS[0], [units["first/kernel"]])
+    groups = find(outputs, params)
+    check_slots(outputs, params, VECTORS[0], [groups["first/kernel"]])
 
 
 def transformer(params, inputs):
@@ -671,8 +671,8 @@ def test_transformers_grow_their_feed_forward_blocks():
     assert stream.producers == ("embed", "output", "narrow")
     assert attention.producers == ("query", "key", "value")
     for one in (stream, attention):
-        assert (one.obstacle or "").startswith(FEATURES)
-    able = [one for one in found.values() if one.obstacle is None]
+        assert (one.blocker or "").startswith(FEATURES)
+    able = [one for one in found.values() if one.blocker is None]
     assert [(one.producers, one.consumers) for one in able] == [(("widen",), ("narrow",))]
     check_growth(transformer, params, SEQUENCES, able)
 
@@ -681,7 +681,7 @@ def test_transformers_grow_their_feed_forward_blocks():
 
 
 @pytest.fixture(scope="module", params=growing.NETWORKS)
-def rooms_case(request):
+def slots_case(request):
     with jax.enable_x64(True):
         network = growing.NETWORKS[request.param]()
         yield network.params, growing.growable(network)
@@ -694,30 +694,30 @@ def equal(tree, other):
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_laws_of_rooms(rooms_case, data):
-    params, units = rooms_case
-    counts = archscale.contrib.count_neurons(params, units)
+def test_laws_of_rooms(slots_case, data):
+    params, groups = slots_case
+    counts = archscale.contrib.count_neurons(params, groups)
     chosen = data.draw(st.lists(st.sampled_from(sorted(counts)), unique=True))
     extra = {name: data.draw(st.integers(0, 4)) for name in chosen}
-    rooms = {name: counts[name] + extra[name] for name in chosen}
-    wide, state = archscale.contrib.widen(params, rooms, units)
+    capacity = {name: counts[name] + extra[name] for name in chosen}
+    wide, state = archscale.contrib.widen(params, capacity, groups)
     assert state is None
     leaves = named_leaves(wide)
-    for one in units:
-        room = rooms.get(one.name, counts[one.name])
-        assert all(leaves[name].shape[-1] == room for name in one.producers)
-        assert all(leaves[name].shape[axis] == room for name, axis, _ in one.vectors)
-    # Nothing is taken, counted or lost.
+    for one in groups:
+        slots = capacity.get(one.name, counts[one.name])
+        assert all(leaves[name].shape[-1] == slots for name in one.producers)
+        assert all(leaves[name].shape[axis] == slots for name, axis, _ in one.vectors)
+    # Nothing is occupied, counted or lost.
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert archscale.contrib.count_neurons(wide, units) == counts
-    assert archscale.contrib.count_parameters(wide, units) == size
-    back = archscale.contrib.compact(wide, units)
+    assert archscale.contrib.count_neurons(wide, groups) == counts
+    assert archscale.contrib.count_parameters(wide, groups) == size
+    back = archscale.contrib.compact(wide, groups)
     equal(jax.tree.map(jnp.asarray, back), params)
     # One after the other is as good as all at once, and less as good as more.
     step = params
     for name in chosen:
-        step, _ = archscale.contrib.widen(step, {name: counts[name] + extra[name] // 2}, units)
-        step, _ = archscale.contrib.widen(step, {name: rooms[name]}, units)
+        step, _ = archscale.contrib.widen(step, {name: counts[name] + extra[name] // 2}, groups)
+        step, _ = archscale.contrib.widen(step, {name: capacity[name]}, groups)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), step, wide)
 
 
@@ -730,13 +730,13 @@ def test_compact_takes_out_what_is_empty_wherever_it_is(first, second):
     left, right = np.array(first), np.array(second)
     params |= {"w1": params["w1"] * left, "w3": params["w3"] * right[:, None],
                "w2": params["w2"] * left[:, None] * right}  # fmt: skip
-    units = [
-        Units("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None),
-        Units("w2", ("w2",), (("b2", 0, "zero"),), (Link("w2", "w3", "same", 1.0),), None),
+    groups = [
+        NeuronGroup("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None),
+        NeuronGroup("w2", ("w2",), (("b2", 0, "zero"),), (Link("w2", "w3", "same", 1.0),), None),
     ]
     # A neuron that others read has its fan-out left, whatever its own fan-in is.
-    np.testing.assert_array_equal(taken(params, units[0]), left)
-    small = archscale.contrib.compact(params, units)
+    np.testing.assert_array_equal(occupied(params, groups[0]), left)
+    small = archscale.contrib.compact(params, groups)
     assert small["w2"].shape == (left.sum(), right.sum())
     np.testing.assert_array_equal(small["b1"], params["b1"][left])
 
@@ -745,7 +745,7 @@ def test_compact_takes_out_what_is_empty_wherever_it_is(first, second):
         return np.tanh(hidden @ params["w2"] + params["b2"]) @ params["w3"]
 
     np.testing.assert_allclose(outputs(small), outputs(params), atol=1e-12)
-    assert archscale.contrib.count_parameters(params, units) == sum(map(np.size, small.values()))
+    assert archscale.contrib.count_parameters(params, groups) == sum(map(np.size, small.values()))
 
 
 def test_one_neuron_is_enough():
@@ -757,9 +757,9 @@ def test_one_neuron_is_enough():
             jnp.tanh(jnp.tanh(inputs @ params["w1"] + params["b1"]) @ params["w2"]) @ params["w3"]
         )
 
-    units = find(outputs, params)
-    assert units["w1"].vectors == (("b1", 0, "zero"),) and units["w2"].vectors == ()
-    check_rooms(outputs, params, VECTORS[0], list(units.values())[:2])
+    groups = find(outputs, params)
+    assert groups["w1"].vectors == (("b1", 0, "zero"),) and groups["w2"].vectors == ()
+    check_slots(outputs, params, VECTORS[0], list(groups.values())[:2])
 
     params = draw(0, k1=(3, 3, 2, 1), w=(16, 2))
     found = find(
@@ -768,7 +768,7 @@ def test_one_neuron_is_enough():
     assert found["k1"].links == (Link("k1", "w", "flat", 1.0),)
 
 
-# What was wrong once, and what is known to be refused that could grow.
+# What was wrong once, and what raises although it could grow.
 
 
 def defect(reason: str, error: type[Exception] = AssertionError):
@@ -778,10 +778,10 @@ def defect(reason: str, error: type[Exception] = AssertionError):
 def check_derivative(outputs, params, batch=VECTORS):
     """What is predicted is -½ d²L/dγ² at γ = 0, and a fall."""
     loss = squared(outputs)
-    units = archscale.contrib.find_units(loss, params, batch)[:1]
-    measured = measure(loss, params, [batch], units)
-    neurons = solve(params, measured, units, number=1)
-    extension, _ = extend(params, units, neurons, measured)
+    groups = archscale.contrib.find_neuron_groups(loss, params, batch)[:1]
+    measured = measure(loss, params, [batch], groups)
+    neurons = solve(params, measured, groups, number=1)
+    extension, _ = extend(params, groups, neurons, measured)
 
     @jax.jit
     @jax.grad
@@ -789,7 +789,7 @@ def check_derivative(outputs, params, batch=VECTORS):
     def curvature(amplitude):
         return loss(extended(extension, amplitude), batch)
 
-    predicted = predicted_decrease(neurons, measured, units)
+    predicted = predicted_decrease(neurons, measured, groups)
     assert predicted > 0
     np.testing.assert_allclose(-0.5 * curvature(0.0), predicted, rtol=2e-3)
 
@@ -813,23 +813,23 @@ def test_scales_of_every_position():
     # A neuron has no one slope there.
     scale = jnp.arange(1.0, 6.0)[:, None] * jnp.ones(3)
     params = draw(0, w1=(4, 3), w2=(3, 2)) | {"scale": scale}
-    assert find(outputs, params, SEQUENCES)["w1"].obstacle is not None
+    assert find(outputs, params, SEQUENCES)["w1"].blocker is not None
 
 
 def test_a_bias_that_features_share():
     params = CHAIN | {"b1": jnp.array([0.1])}
-    units = find(functools.partial(hidden, jnp.tanh), params)["w1"]
-    assert units.vectors == () and units.obstacle is not None
+    group = find(functools.partial(hidden, jnp.tanh), params)["w1"]
+    assert group.vectors == () and group.blocker is not None
 
 
 def test_saturated_activations():
-    units = find(functools.partial(hidden, lambda x: jnp.clip(x, -1, 1)), CHAIN)["w1"]
-    assert units.obstacle is None and units.slope == pytest.approx(1)
+    group = find(functools.partial(hidden, lambda x: jnp.clip(x, -1, 1)), CHAIN)["w1"]
+    assert group.blocker is None and group.slope == pytest.approx(1)
 
 
 def test_small_slopes():
-    units = find(functools.partial(hidden, lambda x: 1e-5 * jnp.tanh(x)), CHAIN)["w1"]
-    assert units.obstacle is None and units.slope == pytest.approx(1e-5, rel=1e-3)
+    group = find(functools.partial(hidden, lambda x: 1e-5 * jnp.tanh(x)), CHAIN)["w1"]
+    assert group.blocker is None and group.slope == pytest.approx(1e-5, rel=1e-3)
 
 
 @defect("what an entry of 0 hides is not found")
@@ -846,7 +846,7 @@ def test_branches_that_begin_with_0():
 @defect("what is flat but not even counts as moved")
 @pytest.mark.parametrize("activation", [lambda x: x**3, lambda x: jax.nn.relu(x) ** 2])
 def test_curved_activations_are_flat_at_0(activation):
-    assert find(functools.partial(hidden, activation), CHAIN)["w1"].obstacle == FLAT
+    assert find(functools.partial(hidden, activation), CHAIN)["w1"].blocker == FLAT
 
 
 @defect("a layer that multiplies another, which is 0, counts as normalized")
@@ -855,9 +855,9 @@ def test_gates():
         gate = jax.nn.sigmoid(inputs @ params["gate"])
         return ((inputs @ params["w1"]) * gate) @ params["w2"]
 
-    units = next(iter(find(outputs, draw(0, w1=(5, 4), gate=(5, 4), w2=(4, 2))).values()))
-    assert set(units.producers) == {"w1", "gate"}
-    assert not (units.obstacle or "").startswith("a normalization")
+    group = next(iter(find(outputs, draw(0, w1=(5, 4), gate=(5, 4), w2=(4, 2))).values()))
+    assert set(group.producers) == {"w1", "gate"}
+    assert not (group.blocker or "").startswith("a normalization")
 
 
 def test_positions_among_the_examples():
@@ -865,7 +865,7 @@ def test_positions_among_the_examples():
         features = jnp.tanh(inputs.reshape(-1, 4) @ params["w1"])
         return features.reshape(len(inputs), -1) @ params["w2"]
 
-    assert find(outputs, draw(0, w1=(4, 3), w2=(15, 2)), SEQUENCES)["w1"].obstacle is not None
+    assert find(outputs, draw(0, w1=(4, 3), w2=(15, 2)), SEQUENCES)["w1"].blocker is not None
 
 
 def test_keys_and_scalars_in_batches():
@@ -875,16 +875,16 @@ def test_keys_and_scalars_in_batches():
         return batch["weight"] * jnp.mean(jnp.square(features @ params["w2"] - batch["y"]))
 
     batch = {"x": VECTORS[0], "y": VECTORS[1], "key": jax.random.key(0), "weight": jnp.ones(())}
-    with pytest.raises(ValueError, match="a batch holds"):
-        archscale.contrib.find_units(loss, draw(0, w1=(5, 4), w2=(4, 2)), batch)
+    with pytest.raises(ValueError, match="batch holds"):
+        archscale.contrib.find_neuron_groups(loss, draw(0, w1=(5, 4), w2=(4, 2)), batch)
 
 
 def test_moments_of_one_neuron():
     params = draw(0, w1=(5, 1), w2=(1, 2)) | {"b1": jnp.ones(1)}
-    units = Units("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None)
+    group = NeuronGroup("w1", ("w1",), (("b1", 0, "zero"),), (Link("w1", "w2", "same", 1.0),), None)
     optimizer = optax.adam(1e-3)
     wide, state = archscale.contrib.widen(
-        params, {"w1": 3}, [units], optimizer_state=optimizer.init(params)
+        params, {"w1": 3}, [group], optimizer_state=optimizer.init(params)
     )
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(wide))
 
@@ -896,7 +896,7 @@ def test_readouts_of_0_are_kept():
     assert archscale.contrib.count_parameters(params, found) == 5 * 4 + 4 + 4 * 2
 
 
-def test_rooms_that_change_the_function_are_refused():
+def test_slots_that_change_the_function_raise():
     def outputs(params, inputs):
         features = inputs @ params["w1"]
         width = features.shape[-1]
@@ -905,9 +905,9 @@ def test_rooms_that_change_the_function_are_refused():
 
     params = draw(0, w1=(5, 4), w2=(4, 2)) | {"scale": jnp.array([1.0, 2.0])}
     loss = squared(outputs)
-    units = archscale.contrib.find_units(loss, params, VECTORS)[:1]
+    groups = archscale.contrib.find_neuron_groups(loss, params, VECTORS)[:1]
     with pytest.raises(ValueError, match="depends on the number of features|cannot grow"):
-        archscale.grow(loss, params, [VECTORS], VECTORS, units, number=2)
+        archscale.grow(loss, params, [VECTORS], VECTORS, groups, number=2)
 
 
 def test_penalties_on_weights_leave_the_growth_as_it_is():
@@ -916,9 +916,16 @@ def test_penalties_on_weights_leave_the_growth_as_it_is():
     def loss(params, batch):
         return plain(params, batch) + 1e-3 * sum(jnp.sum(leaf**2) for leaf in params.values())
 
-    units = archscale.contrib.find_units(loss, CHAIN, VECTORS)[:1]
+    groups = archscale.contrib.find_neuron_groups(loss, CHAIN, VECTORS)[:1]
     grown, expected = (
-        archscale.grow(one, CHAIN, [VECTORS], VECTORS, units, number=1) for one in (loss, plain)
+        archscale.grow(one, CHAIN, [VECTORS], VECTORS, groups, number=1) for one in (loss, plain)
     )
     assert grown.numbers == expected.numbers
     assert jax.tree.map(jnp.shape, grown.params) == jax.tree.map(jnp.shape, expected.params)
+
+
+def test_the_names_of_version_0_1_warn():
+    with pytest.warns(DeprecationWarning, match="Units moved to .*contrib.NeuronGroup; .* 0.3"):
+        assert archscale.Units is NeuronGroup
+    with pytest.warns(DeprecationWarning, match="contrib.find_neuron_groups"):
+        assert archscale.find_units is archscale.contrib.find_neuron_groups
