@@ -14,7 +14,7 @@ import archscale_jax
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in DOCS.rglob("*.md")}
-THEORY = PAGES["theory.md"]
+THEORY = PAGES["equations.md"]
 
 
 def documented():
