@@ -21,7 +21,9 @@ CONTRIBUTING, README = "CONTRIBUTING.md", "README.md"
 
 _LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
-_EQUATION = re.compile(r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</\w+>)', re.DOTALL)
+_EQUATION = re.compile(
+    r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</\w+>)', re.DOTALL
+)
 
 
 def on_files(files, config):
