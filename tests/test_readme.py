@@ -11,6 +11,7 @@ pytestmark = pytest.mark.quick_compilation
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
     "README.md": "depth adam; m: residual additions over the base's",
+    "docs/index.md": "parametrization for adamw",
     "docs/quickstart.md": "losses fall: True",
     "docs/tune_small_train_large.md": "large is better: True",
     "docs/your_model.md": "",
