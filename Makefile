@@ -41,7 +41,7 @@ lint: $(READY_TO_TEST)  ## ruff, pyright and import-linter; warnings are errors
 	$(VENV)/bin/lint-imports --no-cache
 
 docs: $(READY_TO_TEST)  ## the documentation site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 # Any Chromium on the PATH serves. Where it cannot be installed, its test is skipped, or fails if CI is set.

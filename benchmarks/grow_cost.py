@@ -152,7 +152,7 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         final = dict.fromkeys((one.name for one in problem.units), size.most)
         params, state = archscale.contrib.widen(params, final, problem.units, optimizer_state=state)
     schedule = archscale.contrib.GrowthSchedule(
-        growths=size.growths, every=size.every, factor=size.factor, most=size.most
+        growths=size.growths, interval=size.every, factor=size.factor, max_neurons=size.most
     )
     held_out = images[-size.held_out :], labels[-size.held_out :]
     generator = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         units = [one for one in problem.units if one.name in numbers]
         growth = archscale.grow(
             problem.loss, params, [batch], held_out, units, number=numbers, threshold=0.0,
-            normalize=True, amplitudes=AMPLITUDES[1:], rooms=ROOMS[name], optimizer_state=state,
+            normalize=True, amplitudes=AMPLITUDES[1:], capacity=ROOMS[name], optimizer_state=state,
         )  # fmt: skip
         return growth.params, growth.optimizer_state
 
@@ -214,7 +214,7 @@ def start(size: Size) -> tuple[grow_study.Problem, Any, PyTree, Any]:
     return problem, examples, params, grow_study.create_optimizer().init(params)
 
 
-def rooms_of(params: PyTree, units: Sequence[archscale.contrib.Units]) -> dict[str, int]:
+def rooms_of(params: PyTree, units: Sequence[archscale.contrib.NeuronGroup]) -> dict[str, int]:
     """Returns the rooms of units by name."""
     leaves = named_leaves(params)
     return {one.name: leaves[one.producers[0]].shape[-1] for one in units}
