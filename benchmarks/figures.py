@@ -20,7 +20,7 @@ SHADES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 
 
 def main() -> None:
-    for draw in (devices, planning, precision, transform, workers):
+    for draw in (devices, precision, transform, workers):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         draw(figure.subplots())
         path = FIGURES / f"{draw.__name__}.png"
@@ -47,21 +47,6 @@ def devices(axes: Axes) -> None:
     axes.set_title(
         "a decoder of 17 million parameters; scale_by_architecture takes none", fontsize=9
     )
-
-
-def planning(axes: Axes) -> None:
-    """Seconds that were planned beside those that it took."""
-    rows = _results("plan_check")["rows"]
-    names = [f"{row['study']}\nlimit: {row['limit']}" for row in rows]
-    _bars(
-        axes,
-        names,
-        {
-            "planned": [row["planned_seconds"] for row in rows],
-            "took": [row["seconds"] for row in rows],
-        },
-    )
-    axes.set(ylabel="seconds")
 
 
 def precision(axes: Axes) -> None:
