@@ -3,22 +3,18 @@
 Every one is an ordinary Flax NNX module; what is known about it, `archscale_jax.trace` reads off.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
 from archscale_jax._spaces import chain_string
-from archscale_jax._trees import PyTree
+from experiments.lab import models
 from experiments.lab.datasets import Dataset
-from experiments.lab.models import create_network
 from experiments.lab.models.convolution import conv_general_dilated
+from experiments.lab.networks import Network, take_apart
 
 FAMILIES = ("mlp", "cnn", "resnet", "transformer")
 PATCH = 7
@@ -115,33 +111,19 @@ def check_transformer(dataset: Dataset, width: int, flag: str) -> None:
         )
 
 
-class Model(NamedTuple):
-    """A network taken apart.
-
-    Attributes:
-      graphdef: its structure.
-      params: as Flax initializes it, the standard parametrization.
-      model_state: what is not trained.
-      architecture: as it is traced.
-    """
-
-    graphdef: nnx.GraphDef
-    params: PyTree
-    model_state: PyTree
-    architecture: archscale.Architecture
-
-
-def create_model(
+def create_network(
     family: str, dataset: Dataset, width: int, depth: int, seed: int = 0, *, abstract: bool = False
-) -> Model:
+) -> Network:
     """Builds a network of a family for a data set.
+
+    It draws by the rule that fits the family: `moment` for residual stacks.
 
     Args:
       family: one of `FAMILIES`.
       dataset: of images.
       width: features of every layer, those within the blocks of a transformer's MLP four times.
       depth: weight layers between stem and readout, or blocks.
-      seed: of Flax's initialization.
+      seed: of Flax's initialization, the standard parametrization.
       abstract: leave the params shapes.
 
     Raises:
@@ -160,57 +142,12 @@ def create_model(
             raise ValueError(unknown("family", family, FAMILIES))
         kernel_size = 3 if family == "cnn" else None
         graph = archscale.dag_graph(chain_string(depth), kernel_size=kernel_size)
-        return create_network(graph, image, width, classes, rngs=rngs)
+        return models.create_network(graph, image, width, classes, rngs=rngs)
 
-    model = nnx.eval_shape(create) if abstract else create()
-    graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
-    inputs = jax.ShapeDtypeStruct((2, *image), jnp.float32)
-    architecture = archscale.trace(applier(graphdef, model_state), params, inputs)
-    return Model(graphdef, params, model_state, architecture)
-
-
-def draw(model: Model, family: str, seed: int) -> PyTree:
-    """Draws params by the rule that fits the family: `moment` for residual stacks."""
-    rule = "moment" if is_residual(family) else None
-    return archscale.initialize(jax.random.key(seed), model.params, model.architecture, rule)
-
-
-def applier(graphdef: nnx.GraphDef, model_state: PyTree) -> Callable[[PyTree, Any], Array]:
-    """Returns the function of params and images that a network is."""
-
-    def apply(params: PyTree, images: Array) -> Array:
-        return nnx.merge(graphdef, params, model_state, copy=True)(images, train=True)
-
-    return apply
-
-
-def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy in nats."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def measurer(
-    model: Model, optimizer: Callable[..., optax.GradientTransformation]
-) -> Callable[..., archscale.tuning.UpdateSize]:
-    """Returns the jitted function of params and batch that measures one update at rate 1."""
-    apply = applier(model.graphdef, model.model_state)
-    return jax.jit(
-        lambda params, batch: archscale.measure_update(
-            lambda params, batch: archscale.vertex_features(apply, params, batch[0]),
-            lambda params, batch: loss(apply(params, batch[0]), batch[1]),
-            params,
-            batch,
-            optimizer(1.0),
-        )
-    )
+    module = nnx.eval_shape(create) if abstract else create()
+    return take_apart(module, dataset, "moment" if is_residual(family) else None)
 
 
 def is_residual(family: str) -> bool:
     """Whether a family is a stack of residual blocks."""
     return family in ("resnet", "transformer")
-
-
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "adam": optax.adam,
-}

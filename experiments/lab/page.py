@@ -19,7 +19,7 @@ import markupsafe
 import archscale_jax as archscale
 from experiments.lab import files, provenance
 from experiments.lab.inline_svg import inline_svg
-from experiments.lab.tables import Table, lines_of
+from experiments.lab.tables import Table, lines_of, markdown
 
 NAME = "report.html"
 MAX_TEXT = 4000
@@ -93,6 +93,29 @@ def write(
     path = workdir / NAME
     files.write_text(path, text + "\n")
     return path
+
+
+def publish(
+    workdir: pathlib.Path,
+    title: str,
+    about: str | None,
+    *,
+    remarks: Sequence[str] = (),
+    tables: Mapping[str, Table],
+    figures: Mapping[pathlib.Path, str],
+) -> None:
+    """Ends a study: prints its tables and the files, and writes them as table.md and `write` does.
+
+    Arguments and errors are those of `write`.
+    """
+    filled = {caption: one for caption, one in tables.items() if len(lines_of(one)) > 1}
+    text = "\n".join(f"{caption}\n\n{markdown(one)}" for caption, one in filled.items())
+    files.write_text(workdir / "table.md", text)
+    print(text, *remarks, sep="\n", end="\n\n")
+    for path in figures:
+        print(f"figure:  {path}")
+    report = write(workdir, title, about, remarks=remarks, tables=filled, figures=figures)
+    print(f"report:  {report}\nresults: {workdir / 'results.jsonl'}")
 
 
 def _shown(value: Any) -> Any:

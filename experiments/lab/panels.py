@@ -1,8 +1,14 @@
 """Figures of equal panels, as the studies draw them."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from experiments.lab import files
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Of Okabe and Ito."""
+GREY = "#777777"
 
 
 def create_panels(number: int, height: float, *, width: float, columns: int, **options):
@@ -31,6 +37,53 @@ def create_panels(number: int, height: float, *, width: float, columns: int, **o
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8, labelbottom=True)
     return figure, list(panels.flat[:number])
+
+
+def finish(
+    figure,
+    path: pathlib.Path,
+    *,
+    across: str = "",
+    up: str = "",
+    columns: int = 0,
+    order: Sequence[str] = (),
+) -> None:
+    """Labels the axes of all panels together, adds one legend of what they name, and saves.
+
+    Args:
+      figure: of panels.
+      path: see `save`.
+      across: what the horizontal axes show.
+      up: what the vertical axes show.
+      columns: of the legend; 0 for no legend.
+      order: labels of the legend that come first.
+    """
+    if across:
+        figure.supxlabel(across, fontsize=9)
+    if up:
+        figure.supylabel(up, fontsize=9)
+    entries: dict[str, Any] = dict.fromkeys(order)
+    for panel in figure.axes if columns else ():
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries[label] = entries.get(label) or handle
+    entries = {label: handle for label, handle in entries.items() if handle is not None}
+    if entries:
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside upper center",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+        )
+    save(figure, path)
+
+
+def plain_sizes(panel, sizes: Sequence[float], **options: Any) -> None:
+    """Marks sizes on a logarithmic horizontal axis by their numbers, and nothing else."""
+    panel.set(xscale="log")
+    panel.set_xticks(sizes, [f"{size:g}" for size in sizes], **options)
+    panel.xaxis.minorticks_off()
 
 
 def save(figure, path: pathlib.Path, *, dpi: float | str = 120) -> None:

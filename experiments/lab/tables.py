@@ -1,8 +1,8 @@
 """Tables of studies: data frames of results, and of the texts that a report shows.
 
-A study puts what it found into a frame (`frame_of`), lets pandas group and reduce it, and ends with
-a frame of texts, which `markdown` prints and `experiments.lab.page` shows. Lists of rows, the
-heading first, do as well.
+A study puts its records into a frame (`frame_of`), lets pandas group and reduce it, and ends with a
+frame of texts, which `markdown` writes and `experiments.lab.page` shows. Lists of rows, the heading
+first, do as well.
 """
 
 import math
@@ -24,7 +24,8 @@ def frame_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Failed trials, whose records hold an `error`, are left out. Of a name that both have, the column
     is the result's.
     """
-    return pd.DataFrame([{**one["trial"], **one["result"]} for one in records if "result" in one])
+    rows = ({**one["trial"], **one["result"]} for one in records if "result" in one)
+    return pd.DataFrame.from_records(list(rows))
 
 
 def lines_of(table: Table, caption: str = "") -> list[list[str]]:
@@ -33,33 +34,30 @@ def lines_of(table: Table, caption: str = "") -> list[list[str]]:
     Raises:
       ValueError: a row of another length than the heading, by the caption.
     """
-    if isinstance(table, pd.DataFrame):
-        heading = list(map(str, table.columns))
-        return [heading, *(list(map(str, row)) for row in table.itertuples(index=False))]
-    heading, *rows = ([str(cell) for cell in row] for row in table)
-    for row in rows:
-        if len(row) != len(heading):
+    if not isinstance(table, Sequence):
+        rows = [list(table.columns), *table.itertuples(index=False)]
+        return [[str(cell) for cell in row] for row in rows]
+    heading, *lines = ([str(cell) for cell in row] for row in table)
+    for line in lines:
+        if len(line) != len(heading):
             raise ValueError(
-                f"table {caption!r} has {len(heading)} columns, and a row of {len(row)}: {row}"
+                f"table {caption!r} has {len(heading)} columns, and a row of {len(line)}: {line}"
             )
-    return [heading, *rows]
+    return [heading, *lines]
 
 
 def markdown(table: Table) -> str:
     """Returns a table as aligned Markdown; its first column holds texts, others numbers."""
-    heading, *rows = (
+    lines = [
         [cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines_of(table)
-    )
-    widths = [max(3, *(len(row[column]) for row in [heading, *rows]))
-              for column in range(len(heading))]  # fmt: skip
+    ]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return "| " + " | ".join(padded) + " |\n"
-
-    return "".join(map(line, [heading, rule, *rows]))
+    text = ""
+    for line in (lines[0], rule, *lines[1:]):
+        cells = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def number(value: float | None, spec: str = ".2f", missing: str = NONE) -> str:
@@ -67,14 +65,11 @@ def number(value: float | None, spec: str = ".2f", missing: str = NONE) -> str:
     return missing if value is None or not math.isfinite(value) else format(value, spec)
 
 
-def spread(values: Sequence[float], spec: str = ".1f", *, ddof: int = 0) -> str:
-    """Returns mean ± standard deviation, of one value the mean alone; – of none.
-
-    A deviation of a population (`ddof=0`) is known of one value too, 0.
-    """
+def spread(values: Sequence[float] | np.ndarray, spec: str = ".1f", *, ddof: int = 0) -> str:
+    """Returns mean ± standard deviation; the mean alone of too few for one, – of no values."""
     if not len(values):
         return NONE
     mean = format(np.mean(values), spec)
     if len(values) <= ddof:
         return mean
-    return f"{mean} ± {format(np.std(values, ddof=ddof), spec.lstrip('+').lstrip('z'))}"
+    return f"{mean} ± {format(np.std(values, ddof=ddof), spec.lstrip('+z'))}"
