@@ -1,4 +1,9 @@
-"""What a trial of the GradInit study does: draw, learn the multipliers, measure, train."""
+"""What a trial of the GradInit study does: draw, learn the multipliers, measure, train.
+
+The networks are those where no formula is sure to fit: deep convolutional networks with and without
+batch normalization, dense graphs of convolutions, and a transformer that normalizes behind every
+addition. Every one is an ordinary Flax NNX module.
+"""
 
 import functools
 import math
@@ -10,16 +15,167 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._gradinit_step import Update
-from experiments import transfer_study
-from experiments.gradinit_networks import NETWORKS
-from experiments.lab import common, families, ranges, training
+from experiments.lab import common, families, networks, ranges, studies, training
 from experiments.lab.datasets import Dataset
+from experiments.lab.families import HEAD_FEATURES, PATCH, patches
+from experiments.lab.models import create_network
+from experiments.lab.models.convolution import conv_general_dilated
+from experiments.lab.networks import Network
 
 Trial = Mapping[str, Any]
+
+# Networks.
+
+STAGES = 3
+"""Stages of a convolutional network; each halves the image and doubles the channels."""
+
+
+class _Layer(nnx.Module):
+    """A 3 x 3 convolution, and batch normalization behind it where asked."""
+
+    def __init__(self, inputs: int, outputs: int, normalized: bool, *, rngs: nnx.Rngs):
+        self.convolution = nnx.Conv(
+            inputs,
+            outputs,
+            (3, 3),
+            padding="SAME",
+            use_bias=not normalized,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.normalization = nnx.BatchNorm(outputs, rngs=rngs) if normalized else None
+
+    def __call__(self, features: Float[Array, "b h w c"], train: bool) -> Array:
+        features = self.convolution(features)
+        if self.normalization is None:
+            return features
+        return self.normalization(features, use_running_average=not train)
+
+
+class PlainNetwork(nnx.Module):
+    """A VGG-style network: `depth` convolutions in three stages, max pooling, one readout."""
+
+    def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+        stages = []
+        inputs = image[-1]
+        for stage in range(STAGES):
+            outputs = width * 2**stage
+            count = depth // STAGES + (stage < depth % STAGES)
+            layers = []
+            for _ in range(count):
+                layers.append(_Layer(inputs, outputs, normalized, rngs=rngs))
+                inputs = outputs
+            stages.append(nnx.List(layers))
+        self.stages = nnx.List(stages)
+        self.readout = nnx.Linear(inputs, classes, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
+        features = images
+        for index, stage in enumerate(self.stages):
+            if index:
+                features = nnx.max_pool(features, (2, 2), (2, 2))
+            for layer in stage:
+                features = nnx.relu(layer(features, train))
+        return self.readout(jnp.mean(features, axis=(1, 2)))
+
+
+class ResidualStages(nnx.Module):
+    """A residual network of three stages: `depth` blocks x + L₂ σ(L₁ σ(x)), and one readout.
+
+    Between stages the skip is pooled and joined by channels of zeros, without parameters.
+    """
+
+    def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+        self.stem = _Layer(image[-1], width, normalized, rngs=rngs)
+        blocks = []
+        for stage in range(STAGES):
+            outputs = width * 2**stage
+            for index in range(depth // STAGES + (stage < depth % STAGES)):
+                inputs = outputs // 2 if stage and not index else outputs
+                layers = [
+                    _Layer(inputs, outputs, normalized, rngs=rngs),
+                    _Layer(outputs, outputs, normalized, rngs=rngs),
+                ]
+                blocks.append(nnx.List(layers))
+        self.blocks = nnx.List(blocks)
+        self.readout = nnx.Linear(width * 2 ** (STAGES - 1), classes, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
+        features = self.stem(images, train)
+        for first, second in self.blocks:
+            added = first.convolution.out_features - features.shape[-1]
+            if added:
+                features = nnx.avg_pool(features, (2, 2), (2, 2))
+            branch = second(nnx.relu(first(nnx.relu(features), train)), train)
+            features = jnp.pad(features, ((0, 0), (0, 0), (0, 0), (0, added))) + branch
+        return self.readout(jnp.mean(nnx.relu(features), axis=(1, 2)))
+
+
+class PostNormTransformer(nnx.Module):
+    """A vision transformer whose layer normalizations follow the additions, as in the original.
+
+    `depth` counts blocks. Without warm-up Adam trains it at small learning rates only.
+    """
+
+    def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+        if not normalized:
+            raise ValueError("normalized must be True: a Post-LN transformer is none without")
+        height, side, channels = image
+        tokens = (height // PATCH) * (side // PATCH)
+        self.stem = nnx.Linear(PATCH * PATCH * channels, width, rngs=rngs)
+        self.positions = nnx.Param(jax.random.normal(rngs.params(), (tokens, width)) * 0.02)
+        self.blocks = nnx.List([_PostNormBlock(width, rngs=rngs) for _ in range(depth)])
+        self.readout = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
+        del train
+        features = self.stem(patches(images)) + self.positions[...]
+        for block in self.blocks:
+            features = block(features)
+        return self.readout(jnp.mean(features, axis=1))
+
+
+class _PostNormBlock(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        heads = max(width // HEAD_FEATURES, 1)
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.after_attention = nnx.LayerNorm(width, rngs=rngs)
+        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+        self.after_mlp = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        features = self.after_attention(features + self.attention(features))
+        return self.after_mlp(features + self.contract(nnx.relu(self.expand(features))))
+
+
+def complete_network(image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+    """A network on a complete DAG: every vertex sums a convolution of each before it."""
+    text = "_".join("2" * vertex for vertex in range(1, depth + 1))
+    return create_network(
+        archscale.dag_graph(text, kernel_size=3),
+        image,
+        width,
+        classes,
+        normalization="batch" if normalized else None,
+        rngs=rngs,
+    )
+
+
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
+    "plain": PlainNetwork,
+    "residual": ResidualStages,
+    "dag": complete_network,
+    "transformer": PostNormTransformer,
+}
+
+
+# Trials.
 
 LEARNED: dict[str, dict[str, Any]] = {
     "none": {},
@@ -142,77 +298,51 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
 
 
 def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
-    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
+    """Checks that the data of trials are there and fit them; see `studies.check_trials`."""
     for sizes in ("images", "patches"):
         mine = [
             trial
             for trial in trials
             if (parse_name(trial["network"]).family == "transformer") == (sizes == "patches")
         ]
-        transfer_study.check_trials(mine, data_dir, f"--{sizes}_downscale")
+        studies.check_trials(mine, data_dir, f"--{sizes}_downscale")
         for trial in mine if sizes == "patches" else ():
-            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            images = studies.load(trial["dataset"], data_dir, trial["downscale"])
             families.check_transformer(images, trial["width"], "--patches_width")
-
-
-class Network(NamedTuple):
-    """A network taken apart, ready to draw, to learn and to train."""
-
-    name: Name
-    dataset: Dataset
-    graphdef: nnx.GraphDef
-    model_state: PyTree
-    architecture: archscale.Architecture
-    create: Callable[[int], PyTree]  # from a seed to the params as Flax draws them
-    loss: Callable[[PyTree, Any], jax.Array]
-    gradient: Callable[[PyTree, Any], PyTree]  # of the loss, jitted
-    measure: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # one update, jitted
 
 
 @functools.lru_cache(maxsize=2)
 def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: int) -> Network:
-    """Builds a network by name, once: trials that share it compile nothing anew."""
+    """Builds a network by name, once; it draws as Flax does."""
     name = parse_name(text)
-    data = transfer_study.load(dataset, data_dir, downscale)
+    data = studies.load(dataset, data_dir, downscale)
     height, side, channels = data.train_images.shape[1:]
-    image = (height, side, channels)
 
-    def split(seed: int):
-        network = NETWORKS[name.family](
-            image, width, name.depth, data.num_classes, name.normalized, rngs=nnx.Rngs(seed)
+    def create(seed: int) -> nnx.Module:
+        return NETWORKS[name.family](
+            (height, side, channels),
+            width,
+            name.depth,
+            data.num_classes,
+            name.normalized,
+            rngs=nnx.Rngs(seed),
         )
-        return nnx.split(network, nnx.Param, ...)
 
-    graphdef, params, model_state = split(0)
-
-    def loss(params: PyTree, batch: Any) -> jax.Array:
-        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
-
-    inputs = jax.ShapeDtypeStruct((2, *image), jnp.float32)
-    apply = families.applier(graphdef, model_state)
-    architecture = archscale.trace(apply, params, inputs)
-    model = families.Model(graphdef, params, model_state, architecture)
-    return Network(
-        name,
-        data,
-        graphdef,
-        model_state,
-        architecture,
-        lambda seed: split(seed)[1],
-        loss,
-        jax.jit(jax.grad(loss)),
-        families.measurer(model, OPTIMIZERS[name.optimizer]),
+    return networks.take_apart(create(0), data)._replace(
+        draw=lambda seed: nnx.state(create(seed), nnx.Param),
+        optimizer=OPTIMIZERS[name.optimizer],
     )
 
 
-def draw(network: Network, start: str, seed: int) -> PyTree:
-    """Draws the params of a seed."""
-    params = network.create(seed)
-    if start == "flax":
+def draw(network: Network, trial: Trial) -> PyTree:
+    """Draws the params of a trial."""
+    params = network.draw(trial["seed"])
+    if trial["start"] == "flax":
         return params
-    residual = network.name.family in ("residual", "transformer")
-    rule = "none" if start == "he" else "moment" if residual else "target"
-    return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
+    residual = parse_name(trial["network"]).family in ("residual", "transformer")
+    rule = "none" if trial["start"] == "he" else "moment" if residual else "target"
+    key = jax.random.key(trial["seed"])
+    return archscale.initialize(key, params, network.architecture, rule)
 
 
 def halves(dataset: Dataset, size: int, seed: int) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -229,6 +359,7 @@ def learn(
     network: Network, params: PyTree, trial: Trial
 ) -> tuple[PyTree, archscale.contrib.GradInitRecord]:
     """GradInit as a trial has it."""
+    optimizer = parse_name(trial["network"]).optimizer
     options = dict(LEARNED[trial["learned"]])
     if trial["learned"] == "penalty":
         options["penalty"] = trial["penalty"]
@@ -238,9 +369,9 @@ def learn(
         network.loss,
         params,
         halves(network.dataset, trial["batch_size"] // 2, trial["seed"]),
-        optimizer=network.name.optimizer,
-        learning_rate=trial[f"{network.name.optimizer}_rate"],
-        max_gradient_norm=trial[f"{network.name.optimizer}_norm"],
+        optimizer=optimizer,
+        learning_rate=trial[f"{optimizer}_rate"],
+        max_gradient_norm=trial[f"{optimizer}_norm"],
         scale_learning_rate=trial["scale_rate"],
         num_steps=trial["gradinit_steps"],
         **options,
@@ -252,13 +383,14 @@ def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     network = build(
         trial["network"], trial["dataset"], data_dir, trial["downscale"], trial["width"]
     )
-    params = draw(network, trial["start"], trial["seed"])
+    params = draw(network, trial)
     found: dict[str, Any] = {"tensors": tensor_sizes(network, params, trial)}
     if trial["learned"] != "none":
         params, record = learn(network, params, trial)
         found["tensors_after"] = tensor_sizes(network, params, trial)
         found["record"] = summary(record)
-    found["measured"] = measure(network, params, trial)
+    batch = common.first_batch(network.dataset, trial["batch_size"], trial["seed"])
+    found["measured"] = networks.as_lists(network.measure(params, batch))
     found["runs"] = [train(network, params, rate, trial) for rate in trial["rates"]]
     return found
 
@@ -274,6 +406,11 @@ def summary(record: archscale.contrib.GradInitRecord) -> dict[str, Any]:
     }
 
 
+@functools.partial(jax.jit, static_argnames="loss")
+def _gradient(loss: Callable[[PyTree, Any], jax.Array], params: PyTree, batch: Any) -> PyTree:
+    return jax.grad(loss)(params, batch)
+
+
 def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
     """Mean size of a tensor's entries, and mean deviation of their gradients over batches.
 
@@ -282,7 +419,7 @@ def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, li
     batches = halves(network.dataset, trial["batch_size"], trial["seed"] + 1000)
     sums: list[dict[str, np.ndarray]] = []
     for _ in range(MEASURED_BATCHES):
-        leaves = named_leaves(network.gradient(params, next(batches)))
+        leaves = named_leaves(_gradient(network.loss, params, next(batches)))
         sums.append({name: np.asarray(leaf, float) for name, leaf in leaves.items()})
     weights = named_leaves(params)
     return {
@@ -295,19 +432,12 @@ def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, li
     }
 
 
-def measure(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
-    """One update as every vertex sees it; see `archscale_jax.measure_update`."""
-    batch = common.first_batch(network.dataset, trial["batch_size"], trial["seed"])
-    sizes = network.measure(params, batch)
-    return {name: np.asarray(one, float).tolist() for name, one in sizes._asdict().items()}
-
-
 def train(network: Network, params: PyTree, rate: float, trial: Trial) -> dict[str, Any]:
     """Trains at one rate without warm-up; the losses of every tenth, and the test accuracy.
 
     A run whose loss is not finite ends there, and has no accuracy.
     """
-    optimizer = _optimizer(network.name.optimizer)
+    optimizer = _optimizer(parse_name(trial["network"]).optimizer)
     key = jax.random.fold_in(jax.random.key(trial["seed"]), 1)
     state = training.create_train_state(params, network.model_state, optimizer, key)
     state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
