@@ -20,8 +20,7 @@ from benchmarks import common
 from benchmarks.cell_programs import Size
 from experiments.lab import training
 from experiments.lab.models import CellNetwork, cell_edge, cell_layers, multiply_adds
-from experiments.nasbench.rank_recipes import RECIPES
-from experiments.nasbench.rank_study import PRESETS
+from experiments.nasbench.rank_study import PRESETS, RECIPES
 
 PAPER = PRESETS["paper"]
 CHANNELS_OF_IMAGES, NUM_CLASSES = 3, 10

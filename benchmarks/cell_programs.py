@@ -23,8 +23,7 @@ from benchmarks import common
 from experiments.lab import training
 from experiments.lab.models import CellNetwork, cell_edge, embed, select_cell
 from experiments.lab.models import cell as cell_module
-from experiments.nasbench.rank_recipes import pytorch_default
-from experiments.nasbench.rank_study import PRESETS
+from experiments.nasbench.rank_study import PRESETS, pytorch_default
 
 CELLS = ("3_33_333", "2_22_222", "1_11_111", "4_44_444", "3_34_014", "1_43_202")
 SMALL = PRESETS["small"]

@@ -47,7 +47,7 @@ def cost_of_network(network: Network, size: Size, ways: Mapping[str, Way]) -> di
     programs, derivatives = {"training step": train}, {}
     triples = gradinit_ways.triples_of(network, size.batch_size, size.iterations, 0)
     for name, way in ways.items():
-        if way.second_order and network.name.optimizer == "adam":
+        if way.second_order and gradinit_ways.optimizer_of(network) == "adam":
             continue  # changes nothing there
         with gradinit_ways.reverse_over_reverse() if way.reverse else contextlib.nullcontext():
             programs[name], costs[name] = gradinit_ways.iterations(

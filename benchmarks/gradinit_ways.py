@@ -16,7 +16,7 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib import _gradinit_step as gradinit_step
 from archscale_jax.contrib._gradinit import DEFAULTS
 from benchmarks import common
-from experiments import gradinit_networks, gradinit_study
+from experiments import gradinit_study
 from experiments.gradinit_study import Network
 
 SIZES = {"plain": (2, 8), "residual": (2, 8), "transformer": (1, 32)}
@@ -90,10 +90,15 @@ def load_network(text: str, data_dir: str | None, *, stock: bool = False) -> Net
         return build(downscale, width)
     gradinit_study.build.cache_clear()  # the same name, another network
     name, theirs = "conv_general_dilated", jax.lax.conv_general_dilated
-    with mock.patch.object(gradinit_networks, name, theirs):
+    with mock.patch.object(gradinit_study, name, theirs):
         network = build(downscale, width)
     gradinit_study.build.cache_clear()
     return network
+
+
+def optimizer_of(network: Network) -> gradinit_step.Update:
+    """Returns the name of what trains a network."""
+    return "adam" if network.optimizer is gradinit_study.OPTIMIZERS["adam"] else "sgd"
 
 
 def triples_of(network: Network, batch_size: int, count: int, seed: int) -> list[Any]:
@@ -151,9 +156,9 @@ def iterations(
     # Another function by its identity, or the trace of the library's way would be used.
     loss = functools.partial(network.loss) if way.reverse else network.loss
     variant = gradinit_step.Variant(
-        loss, tuple(range(count)), network.name.optimizer, way.second_order, way.penalised
+        loss, tuple(range(count)), optimizer_of(network), way.second_order, way.penalised
     )
-    settings = settings_of(way.limit, network.name.optimizer)
+    settings = settings_of(way.limit, optimizer_of(network))
     start = gradinit_step.initial_state(count)
     one_program = way.program == "jitted_step"
     run = gradinit_step.jitted_step if one_program else TWO_PROGRAMS

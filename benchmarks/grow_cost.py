@@ -32,6 +32,7 @@ from benchmarks import common, parts
 from experiments import grow_cost as operations
 from experiments import grow_study, transfer_study
 from experiments.lab.common import markdown_table
+from experiments.lab.networks import Network
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")
@@ -60,6 +61,10 @@ ROOMS: dict[str, Callable[[int], int]] = {
     "all at the start": int,
 }
 FUNCTIONS = (
+    (grow_study, "build", "building"),
+    (grow_study, "create", "building"),
+    (grow_study, "update", "training"),
+    (grow_study, "hits", "evaluation"),
     (archscale, "grow", "rooms"),  # what is left of it: widened arrays, and new neurons in them
     (archscale, "count_neurons", "counting"),
     (archscale, "count_parameters", "counting"),
@@ -191,28 +196,13 @@ class Clock:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Times `FUNCTIONS` and those of the study's problems."""
-        build = grow_study.build
-
-        def watched(*arguments: Any) -> grow_study.Problem:
-            return self.watched(build(*arguments))
-
+        """Times `FUNCTIONS`."""
         with contextlib.ExitStack() as stack:
             for place, name, phase in FUNCTIONS:
                 module = importlib.import_module(place) if isinstance(place, str) else place
                 timed = self.timed(phase, getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, timed))
-            patched = self.timed("building", watched)
-            stack.enter_context(mock.patch.object(grow_study, "build", patched))
             yield
-
-    def watched(self, problem: grow_study.Problem) -> grow_study.Problem:
-        """Returns a problem whose programs belong to phases."""
-        return problem._replace(
-            create=self.timed("building", problem.create),
-            step=self.timed("training", problem.step),
-            hits=self.timed("evaluation", problem.hits),
-        )
 
     def summary(self) -> dict[str, Any]:
         """Returns the seconds in all and by phases, running and compiling; JSON values."""
@@ -331,10 +321,10 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
 
     Neurons are as many as asked for in every growth, so that all choices of rooms grow alike.
     """
-    problem, trained, params, state = start(size, data_dir)
+    network, groups, trained, params, state = start(size, data_dir)
     if name == "all at the start":
-        final = dict.fromkeys((one.name for one in problem.units), size.most)
-        params, state = archscale.contrib.widen(params, final, problem.units, optimizer_state=state)
+        final = dict.fromkeys((one.name for one in groups), size.most)
+        params, state = archscale.contrib.widen(params, final, groups, optimizer_state=state)
     schedule = archscale.contrib.GrowthSchedule(
         growths=size.growths, every=size.every, factor=size.factor, most=size.most
     )
@@ -344,20 +334,17 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
     count = len(images) - grow_study.HELD_OUT
     stretches, growths = [params], []
     with Clock() as clock, clock.watching():
-        step = clock.timed("training", problem.step)
         rates = dict.fromkeys(named_leaves(params), np.float32(size.rate))
         for update in range(size.every * (size.growths + 1)):
             if update and not update % size.every:
                 chosen = generator.permutation(count)[: size.statistics]
                 batch = images[chosen], labels[chosen]
-                neurons = archscale.contrib.count_neurons(params, problem.units)
-                numbers = archscale.contrib.choose_growth(
-                    schedule, len(growths), problem.units, neurons
-                )
-                units = [one for one in problem.units if one.name in numbers]
+                neurons = archscale.contrib.count_neurons(params, groups)
+                numbers = archscale.contrib.choose_growth(schedule, len(growths), groups, neurons)
+                units = [one for one in groups if one.name in numbers]
                 growths.append((params, batch, units))
                 growth = archscale.grow(
-                    problem.loss, params, [batch], held_out, units, number=numbers, threshold=0.0,
+                    network.loss, params, [batch], held_out, units, number=numbers, threshold=0.0,
                     normalize=True, amplitudes=AMPLITUDES[1:], rooms=ROOMS[name],
                     optimizer_state=state,
                 )  # fmt: skip
@@ -365,24 +352,24 @@ def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
                 stretches.append(params)
             chosen = generator.integers(count, size=size.batch_size)
             batch = images[chosen], labels[chosen]
-            params, state, _ = step(params, state, batch, rates)
+            params, state, _ = grow_study.update(network.loss, params, state, batch, rates)
     return run_summary(clock.summary()) | {
-        "flops": count_operations(problem, stretches, growths, size),
-        "rooms": [rooms_of(one, problem.units) for one in stretches],
-        "neurons": [archscale.contrib.count_neurons(one, problem.units) for one in stretches],
-        "loss": float(problem.loss(params, held_out)),
+        "flops": count_operations(network, groups, stretches, growths, size),
+        "rooms": [rooms_of(one, groups) for one in stretches],
+        "neurons": [archscale.contrib.count_neurons(one, groups) for one in stretches],
+        "loss": float(network.loss(params, held_out)),
     }
 
 
-def start(size: Size, data_dir: str | None) -> tuple[grow_study.Problem, Any, PyTree, Any]:
+def start(size: Size, data_dir: str | None) -> tuple[Network, grow_study.Units, Any, PyTree, Any]:
     """Returns the network on a graph, all training examples, its weights and optimizer's state."""
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
     downscale = grow_study.SPECS["dag_cnn"]["downscale"]
-    problem = grow_study.build("dag_cnn", "fashion_mnist", data_dir, downscale)
-    data = problem.dataset
+    network, groups = grow_study.build("dag_cnn", "fashion_mnist", data_dir, downscale)
+    data = network.dataset
     trained = np.asarray(data.train_images), np.asarray(data.train_labels)
-    params = problem.create(size.start_width, 0)
-    return problem, trained, params, grow_study.create_optimizer().init(params)
+    params = grow_study.create("dag_cnn", network, size.start_width, 0)
+    return network, groups, trained, params, grow_study.create_optimizer().init(params)
 
 
 def rooms_of(params: PyTree, units: Sequence[archscale.contrib.Units]) -> dict[str, int]:
@@ -406,23 +393,27 @@ def run_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_operations(
-    problem: grow_study.Problem, stretches: list[PyTree], growths: list[Any], size: Size
+    network: Network,
+    groups: grow_study.Units,
+    stretches: list[PyTree],
+    growths: list[Any],
+    size: Size,
 ) -> dict[str, float]:
     """Counts operations of a run, and those that would be left without empty rooms."""
     found = {}
-    data, examples = problem.dataset, size.batch_size * size.every
+    data, examples = network.dataset, size.batch_size * size.every
     example = data.train_images[:1], data.train_labels[:1]
     for rooms, kept in (
         ("with_rooms", lambda params: params),
-        ("without", lambda params: archscale.contrib.compact(params, problem.units)),
+        ("without", lambda params: archscale.contrib.compact(params, groups)),
     ):
         found[f"training_{rooms}"] = sum(
-            3 * examples * operations.forward_flops(problem.loss, kept(params), example)
+            3 * examples * operations.forward_flops(network.loss, kept(params), example)
             for params in stretches
         )
         found[f"growing_{rooms}"] = sum(
             operations.growth_flops(
-                problem.loss, kept(params), batch, units, len(AMPLITUDES), size.held_out
+                network.loss, kept(params), batch, units, len(AMPLITUDES), size.held_out
             )
             for params, batch, units in growths
         )
@@ -433,13 +424,13 @@ def race_shapes(
     shapes: Sequence[tuple[tuple[str, int], ...]], size: Size, data_dir: str | None
 ) -> dict[tuple[tuple[str, int], ...], common.Spread]:
     """Times an update of networks with so many rooms, in turns; seconds."""
-    problem, (images, labels), params, state = start(size, data_dir)
+    network, groups, (images, labels), params, state = start(size, data_dir)
     batch = images[: size.batch_size], labels[: size.batch_size]
     rates = dict.fromkeys(named_leaves(params), np.float32(0))
     programs = {}
     for shape in shapes:
-        wide = archscale.contrib.widen(params, dict(shape), problem.units, optimizer_state=state)
-        programs[shape] = functools.partial(problem.step, *wide, batch, rates)
+        wide = archscale.contrib.widen(params, dict(shape), groups, optimizer_state=state)
+        programs[shape] = functools.partial(grow_study.update, network.loss, *wide, batch, rates)
     times = common.alternate(programs, rounds=size.step_rounds)
     return {shape: common.spread(sample) for shape, sample in times.items()}
 

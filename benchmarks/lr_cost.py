@@ -22,6 +22,7 @@ from benchmarks import common, parts, space_cost, torch_cost
 from experiments import transfer_study as study
 from experiments.lab import datasets
 from experiments.lab.common import measure_seeds, measurer
+from experiments.lab.networks import RATES, batches_of, trainer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
@@ -84,11 +85,11 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
     The rate of the base network is searched once, by the same grid, and is not counted. Nor is
     building the networks and drawing the first batches, which training needs anyway.
     """
-    low, high = study.RATES["sgd"]
+    low, high = RATES["sgd"]
     rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
 
     def search(trial: study.Trial, **options) -> tuple[archscale.tuning.RateSearch, dict[str, Any]]:
-        train = study.trainer(trial, study.build(trial, FLAGS.data_dir))
+        train = trainer(study.build(trial, FLAGS.data_dir), trial)
         # A rate that is not lost, so that every part of a run is compiled.
         first, again = (common.timed(lambda: list(train(rates[0], 0)))[1] for _ in range(2))
         for seed in range(1, trial["seeds"]):
@@ -158,7 +159,7 @@ def _measure(trial: study.Trial) -> Callable[[], archscale.tuning.UpdateSize]:
         measure_seeds,
         measurer(network.graphdef, network.model_state, network.optimizer(1.0)),
         network.draw,
-        study.batches(trial, network),
+        batches_of(network, trial),
     )
 
 

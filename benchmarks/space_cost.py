@@ -19,6 +19,7 @@ from archscale_jax._trees import named_leaves
 from benchmarks import common
 from experiments import transfer_study as study
 from experiments.lab import training
+from experiments.lab.networks import Network
 
 SPACE = (6, 5)  # networks and their vertices
 RATE = 0.1  # where both are compared; a wrong update shows
@@ -148,7 +149,7 @@ def space_params(params, vertices: int, width: int) -> dict[str, jax.Array]:
     }
 
 
-def _start(network: study.Network, rate: float, seed: int) -> training.TrainState:
+def _start(network: Network, rate: float, seed: int) -> training.TrainState:
     state = training.create_train_state(
         network.draw(seed), network.model_state, SGD, jax.random.key(0)
     )

@@ -334,15 +334,14 @@ def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: 
     )
 
 
-def draw(network: Network, trial: Trial) -> PyTree:
-    """Draws the params of a trial."""
-    params = network.draw(trial["seed"])
-    if trial["start"] == "flax":
+def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTree:
+    """Draws the params of a seed by an initialization, of which `topology` asks for the family."""
+    params = network.draw(seed)
+    if start == "flax":
         return params
-    residual = parse_name(trial["network"]).family in ("residual", "transformer")
-    rule = "none" if trial["start"] == "he" else "moment" if residual else "target"
-    key = jax.random.key(trial["seed"])
-    return archscale.initialize(key, params, network.architecture, rule)
+    residual = family in ("residual", "transformer")
+    rule = "none" if start == "he" else "moment" if residual else "target"
+    return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
 
 
 def halves(dataset: Dataset, size: int, seed: int) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -383,7 +382,8 @@ def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     network = build(
         trial["network"], trial["dataset"], data_dir, trial["downscale"], trial["width"]
     )
-    params = draw(network, trial)
+    family = parse_name(trial["network"]).family
+    params = draw(network, trial["start"], trial["seed"], family)
     found: dict[str, Any] = {"tensors": tensor_sizes(network, params, trial)}
     if trial["learned"] != "none":
         params, record = learn(network, params, trial)

@@ -36,7 +36,9 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
     # The multipliers, from the file, are those of the library's own function.
     trial = next(one["trial"] for one in records if one["trial"]["learned"] == "gradinit")
     network = gradinit_study.build("plain_3", "digits", None, 1, 2)
-    params, record = gradinit_study.learn(network, gradinit_study.draw(network, trial), trial)
+    params, record = gradinit_study.learn(
+        network, gradinit_study.draw(network, trial["start"], trial["seed"]), trial
+    )
     saved = json.loads((tmp_path / "multipliers.json").read_text())
     found = next(
         one["multipliers"]

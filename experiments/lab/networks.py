@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,24 @@ def take_apart(module: nnx.Module, dataset: Dataset, rule: str | None = None) ->
     return Network(graphdef, params, model_state, architecture, dataset, draw)
 
 
+def trainer(network: Network, trial: Mapping[str, Any]) -> Callable[[float, int], Iterator[float]]:
+    """Returns what trains a network at a rate with a seed, yielding losses; compiled once."""
+
+    def create_state(optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        params = network.draw(seed)
+        return training.create_train_state(params, network.model_state, optimizer, key)
+
+    return common.rate_trainer(
+        create_state,
+        network.optimizer,
+        network.dataset,
+        graphdef=network.graphdef,
+        batch_size=trial["batch_size"],
+        total_steps=trial["steps"],
+    )
+
+
 def search_rate(network: Network, trial: Mapping[str, Any], *, refine: int) -> dict[str, Any]:
     """Searches the best rate of a network; see `archscale_jax.find_learning_rate`.
 
@@ -118,23 +136,9 @@ def search_rate(network: Network, trial: Mapping[str, Any], *, refine: int) -> d
       JSON values: `rate`, `uncertainty` (of the seeds), `lower`, `upper`, and `runs` as
       [rate, seed, loss] with null for a run that diverged.
     """
-
-    def create_state(optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        params = network.draw(seed)
-        return training.create_train_state(params, network.model_state, optimizer, key)
-
-    train = common.rate_trainer(
-        create_state,
-        network.optimizer,
-        network.dataset,
-        graphdef=network.graphdef,
-        batch_size=trial["batch_size"],
-        total_steps=trial["steps"],
-    )
     low, high = RATES[trial["optimizer"]]
     found = archscale.find_learning_rate(
-        train,
+        trainer(network, trial),
         np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist(),
         seeds=range(trial["seeds"]),
         start=math.sqrt(low * high),
