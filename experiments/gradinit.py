@@ -25,6 +25,7 @@ from experiments import gradinit_study
 from experiments.gradinit_study import BASES, parse_name
 from experiments.lab import common, files, networks, page, panels, ranges, runners, studies
 from experiments.lab.data_flags import define_data_flags
+from experiments.lab.panels import Figure
 from experiments.lab.sweeps import run_study
 from experiments.lab.tables import NONE, number, spread
 
@@ -87,9 +88,6 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
     }
     files.write_json(workdir / "multipliers.json", learned)
     every = arms(records)
-    drawn = FIGURES if by_network(every) else {}
-    for name, (draw, _) in drawn.items():
-        draw(every, workdir / f"{name}.png")
     page.publish(
         workdir,
         f"GradInit on {FLAGS.dataset.partition('#')[0]}",
@@ -99,7 +97,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
             "Each network at its best rate: mean and deviation over seeds.": table(every),
             "What learning the scales changes, seed by seed.": gains(every),
         },
-        figures={workdir / f"{name}.png": caption for name, (_, caption) in drawn.items()},
+        figures=panels.draw_figures(FIGURES, every, workdir, height=2.5, width=2.9, columns=4),
     )
 
 
@@ -260,7 +258,6 @@ def _signed(values: Sequence[float], spec: str) -> str:
 
 COLOURS = {"flax": "#777777", "he": "#0072B2", "topology": "#D55E00"}
 GUESS = math.log(10)
-_panels = functools.partial(panels.create_panels, height=2.5, width=2.9, columns=4)
 
 
 def by_network(arms: Arms) -> dict[str, list[Arm]]:
@@ -285,48 +282,28 @@ def _style(arm: Arm) -> dict[str, object]:
     }
 
 
-def draw_success(arms: Arms, path: pathlib.Path) -> None:
-    """Draws the final training loss against the learning rate, mean and range over seeds."""
-    found = by_network(arms)
-    figure, drawn = _panels(len(found), sharey=True)
-    for panel, (name, of_network) in zip(drawn, found.items(), strict=True):
-        for arm in of_network:
-            rates, losses = _losses(arm)
-            shown = np.minimum(losses, 1.05 * GUESS)
-            panel.plot(rates, shown.mean(0), **_style(arm))
-            panel.fill_between(
-                rates, shown.min(0), shown.max(0), color=COLOURS[arm.start], alpha=0.13, lw=0
-            )
-        panel.axhline(GUESS, color="black", linewidth=0.6)
-        panel.set(xscale="log")
-        rates = [run["rate"] for run in of_network[0].results[0]["runs"]]
-        panel.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=6.5, rotation=30)
-        panel.minorticks_off()
-        panel.set_title(name, fontsize=9)
-    _finish(figure, path, "learning rate", "final training loss, nats (line: guessing)")
+def _draw_success(panel, arms: Sequence[Arm]) -> None:
+    """The final training loss against the learning rate, mean and range over seeds."""
+    rates = [run["rate"] for run in arms[0].results[0]["runs"]]
+    for arm in arms:
+        losses = [[final_loss(run) for run in each["runs"]] for each in arm.results]
+        shown = np.minimum(losses, 1.05 * GUESS)
+        panel.plot(rates, shown.mean(0), **_style(arm))
+        panel.fill_between(
+            rates, shown.min(0), shown.max(0), color=COLOURS[arm.start], alpha=0.13, lw=0
+        )
+    panel.axhline(GUESS, color="black", linewidth=0.6)
+    panels.plain_sizes(panel, rates, fontsize=6.5, rotation=30)
 
 
-def _losses(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
-    """Rates, and final losses [seeds, rates]."""
-    rates = [run["rate"] for run in arm.results[0]["runs"]]
-    losses = [[final_loss(run) for run in each["runs"]] for each in arm.results]
-    return np.array(rates), np.array(losses)
-
-
-def draw_curves(arms: Arms, path: pathlib.Path) -> None:
-    """Draws the training loss over the training at the best rate of every arm."""
-    found = by_network(arms)
-    figure, drawn = _panels(len(found), sharey=True)
-    for panel, (name, of_network) in zip(drawn, found.items(), strict=True):
-        for arm in of_network:
-            curves = [run["losses"] for run in best_runs(arm)]
-            if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
-                continue
-            parts = (np.arange(len(curves[0])) + 0.5) / len(curves[0]) * 100
-            style = _style(arm) | {"marker": None}
-            panel.plot(parts, np.mean(curves, axis=0), **style)
-        panel.set_title(name, fontsize=9)
-    _finish(figure, path, "percent of the training", "training loss at the best rate, nats")
+def _draw_curves(panel, arms: Sequence[Arm]) -> None:
+    """The training loss over the training at the best rate of every arm."""
+    for arm in arms:
+        curves = [run["losses"] for run in best_runs(arm)]
+        if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
+            continue
+        parts = (np.arange(len(curves[0])) + 0.5) / len(curves[0]) * 100
+        panel.plot(parts, np.mean(curves, axis=0), **_style(arm) | {"marker": None})
 
 
 def _learned(arms: Arms) -> dict[str, list[Arm]]:
@@ -337,84 +314,85 @@ def _learned(arms: Arms) -> dict[str, list[Arm]]:
     }
 
 
-def _order(name: str) -> int:
-    """Stem first, readout last, as data flow."""
-    return {"stem": 0, "positions": 0, "readout": 2}.get(name.split("/")[0], 1)
+def _weights(names: Iterable[str]) -> list[str]:
+    """The names of weights, those of biases left out: stem first, readout last, as data flow."""
+    places = {"stem": 0, "positions": 0, "readout": 2}
+    found = (name for name in names if not name.endswith("bias"))
+    return sorted(found, key=lambda name: places.get(name.split("/")[0], 1))
 
 
-def draw_multipliers(arms: Arms, path: pathlib.Path) -> None:
-    """Draws the multipliers of weights, biases left out, from stem to readout."""
+def _draw_multipliers(panel, arms: Sequence[Arm]) -> None:
+    """The multipliers of weights, from stem to readout."""
     from matplotlib import ticker
 
-    found = _learned(arms)
-    figure, drawn = _panels(len(found))
-    for panel, (name, of_network) in zip(drawn, found.items(), strict=True):
-        for arm in of_network:
-            records = [each["record"]["multipliers"] for each in arm.results]
-            names = sorted((one for one in records[0] if not one.endswith("bias")), key=_order)
-            for scale, marker in ((False, "o"), (True, "^")):
-                places = [i for i, one in enumerate(names) if one.endswith("scale") == scale]
-                values = [[record[names[i]] for i in places] for record in records]
-                if places:
-                    panel.plot(
-                        np.array(places) / (len(names) - 1),
-                        np.mean(values, axis=0),
-                        marker,
-                        color=COLOURS[arm.start],
-                        markersize=3.2,
-                        alpha=0.8,
-                        label=f"{arm.start}{', scales of normalization' if scale else ''}",
-                    )
-        panel.axhline(1, color="black", linewidth=0.6)
-        panel.set(yscale="log")
-        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.yaxis.set_minor_formatter(ticker.NullFormatter())
-        panel.set_title(name, fontsize=9)
-    _finish(figure, path, "place in the network, stem to readout", "multiplier")
+    for arm in arms:
+        records = [each["record"]["multipliers"] for each in arm.results]
+        names = _weights(records[0])
+        for scale, marker in ((False, "o"), (True, "^")):
+            places = [i for i, one in enumerate(names) if one.endswith("scale") == scale]
+            values = [[record[names[i]] for i in places] for record in records]
+            if places:
+                panel.plot(
+                    np.array(places) / (len(names) - 1),
+                    np.mean(values, axis=0),
+                    marker,
+                    color=COLOURS[arm.start],
+                    markersize=3.2,
+                    alpha=0.8,
+                    label=f"{arm.start}{', scales of normalization' if scale else ''}",
+                )
+    panel.axhline(1, color="black", linewidth=0.6)
+    panel.set(yscale="log")
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_gradients(arms: Arms, path: pathlib.Path) -> None:
-    """Draws the gradient's deviation over batches by the weight's size, before and after."""
-    found = _learned(arms)
-    figure, drawn = _panels(len(found))
-    for panel, (name, of_network) in zip(drawn, found.items(), strict=True):
-        for arm in of_network:
-            for key, learned in (("tensors", "none"), ("tensors_after", "gradinit")):
-                weights = (one for one in arm.results[0][key] if not one.endswith("bias"))
-                names = sorted(weights, key=_order)
-                sizes = np.array([[each[key][one] for one in names] for each in arm.results])
-                ratio = np.exp(np.mean(np.log(sizes[..., 1] / sizes[..., 0]), axis=0))
-                places = np.arange(len(names)) / (len(names) - 1)
-                panel.plot(places, ratio, **_style(arm._replace(learned=learned)))
-        panel.set(yscale="log")
-        panel.set_title(name, fontsize=9)
-    _finish(
-        figure,
-        path,
-        "place in the network, stem to readout",
-        "deviation of the gradient / size of the weight",
-    )
+def _draw_gradients(panel, arms: Sequence[Arm]) -> None:
+    """The gradient's deviation over batches by the weight's size, before and after."""
+    for arm in arms:
+        for key, learned in (("tensors", "none"), ("tensors_after", "gradinit")):
+            names = _weights(arm.results[0][key])
+            sizes = np.array([[each[key][one] for one in names] for each in arm.results])
+            ratio = np.exp(np.mean(np.log(sizes[..., 1] / sizes[..., 0]), axis=0))
+            places = np.arange(len(names)) / (len(names) - 1)
+            panel.plot(places, ratio, **_style(arm._replace(learned=learned)))
+    panel.set(yscale="log")
 
 
-def _finish(figure, path: pathlib.Path, across: str, up: str) -> None:
-    columns = 2 if len(figure.axes) == 1 else 3
-    panels.finish(figure, path, across=across, up=up, columns=columns)
-
-
+_PLACE = "place in the network, stem to readout"
 FIGURES = {
-    "success": (
-        draw_success, "Final training loss against the learning rate: mean and range over seeds."
+    "success": Figure(
+        by_network,
+        _draw_success,
+        "learning rate",
+        "final training loss, nats (line: guessing)",
+        "Final training loss against the learning rate: mean and range over seeds.",
+        {"sharey": True},
     ),
-    "curves": (draw_curves, "Training loss over the training, at the best rate of every start."),
-    "multipliers": (
-        draw_multipliers, "Multipliers of the weights, biases left out, from stem to readout."
+    "curves": Figure(
+        by_network,
+        _draw_curves,
+        "percent of the training",
+        "training loss at the best rate, nats",
+        "Training loss over the training, at the best rate of every start.",
+        {"sharey": True},
     ),
-    "gradients": (
-        draw_gradients, "Deviation of the gradient over batches by the size of the weight."
+    "multipliers": Figure(
+        _learned,
+        _draw_multipliers,
+        _PLACE,
+        "multiplier",
+        "Multipliers of the weights, biases left out, from stem to readout.",
     ),
-}  # fmt: skip
-"""What draws each figure, and what it shows."""
+    "gradients": Figure(
+        _learned,
+        _draw_gradients,
+        _PLACE,
+        "deviation of the gradient / size of the weight",
+        "Deviation of the gradient over batches by the size of the weight.",
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import functools
 import math
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from experiments import grow_study
 from experiments.grow_study import ARMS, METHODS, NETWORKS, SPECS
 from experiments.lab import common, page, panels, ranges, runners, studies, tables
 from experiments.lab.data_flags import define_data_flags
+from experiments.lab.panels import Figure
 from experiments.lab.sweeps import run_study
 from experiments.lab.tables import NONE, spread
 
@@ -86,7 +87,6 @@ def run() -> None:
 
 def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
     runs = runs_of(records)
-    drawn = {workdir / f"{name}.png": how for name, how in FIGURES.items()}
     page.publish(
         workdir,
         f"Growing networks on {FLAGS.dataset.partition('#')[0]}",
@@ -97,7 +97,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
             "What the rules for the rate change: with minus without.": rescaling(runs),
             "pd.DataFrame that failed, which are in no other table.": failures(records),
         },
-        figures={path: how.caption for path, how in drawn.items() if draw(how, runs, path)},
+        figures=draw(runs, workdir),
     )
 
 
@@ -302,32 +302,6 @@ LINE_HEIGHT = 0.047
 """Of a label, in parts of a panel's height."""
 TICKS = {8: (1, 1.5, 2, 3, 5, 7), 30: (1, 2, 5), 3000: (1, 3), math.inf: (1,)}
 """Multiples of powers of ten, by the ratio of the ends of an axis."""
-
-
-class Figure(NamedTuple):
-    """A figure: what of the runs it shows by network, and how a panel is drawn."""
-
-    select: Callable[[pd.DataFrame], Mapping[str, Any]]
-    draw_panel: Callable[[Any, Any], None]
-    across: str
-    up: str
-    caption: str
-
-
-def draw(how: Figure, runs: pd.DataFrame, path: pathlib.Path) -> bool:
-    """Draws what is selected, with one legend; says whether there was anything."""
-    networks = how.select(runs)
-    if not networks:
-        return False
-    figure, drawn = panels.create_panels(len(networks), 2.9, width=3.6, columns=3)
-    for panel, (spec, found) in zip(drawn, networks.items(), strict=True):
-        how.draw_panel(panel, found)
-        panel.set_title(spec, fontsize=9)
-    columns = 3 if len(drawn) > 1 else 2
-    panels.finish(
-        figure, path, across=how.across, up=how.up, columns=columns, order=list(LABELS.values())
-    )
-    return True
 
 
 Result = Mapping[str, Any]
@@ -545,6 +519,13 @@ FIGURES = {
         "Neurons or channels over the updates, of the first seed.",
     ),
 }
+
+
+def draw(runs: pd.DataFrame, folder: pathlib.Path) -> dict[pathlib.Path, str]:
+    """Draws the figures for which there are runs; returns their captions by path."""
+    return panels.draw_figures(
+        FIGURES, runs, folder, height=2.9, width=3.6, columns=3, order=LABELS.values()
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,76 @@
 """Figures of equal panels, as the studies draw them."""
 
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from experiments.lab import files
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of Okabe and Ito."""
 GREY = "#777777"
+
+
+class Figure(NamedTuple):
+    """A figure with a panel for each of several groups, whose name is the panel's title.
+
+    Attributes:
+      select: from what is to be shown to groups by name; of no group no figure is drawn.
+      draw_panel: draws a group on a panel.
+      across: what the horizontal axes show.
+      up: what the vertical axes show.
+      caption: what the figure shows.
+      options: passed to `Figure.subplots`.
+    """
+
+    select: Callable[[Any], Mapping[str, Any]]
+    draw_panel: Callable[[Any, Any], None]
+    across: str
+    up: str
+    caption: str
+    options: Mapping[str, Any] = {}
+
+
+def draw_figures(
+    figures: Mapping[str, Figure],
+    shown: Any,
+    folder: pathlib.Path,
+    *,
+    height: float,
+    width: float,
+    columns: int,
+    order: Iterable[str] = (),
+) -> dict[pathlib.Path, str]:
+    """Draws figures of the same results, each with one legend.
+
+    Args:
+      figures: by name, which the files get.
+      shown: what their `select` takes.
+      folder: of the files.
+      height: see `create_panels`.
+      width: see `create_panels`.
+      columns: see `create_panels`.
+      order: see `finish`.
+
+    Returns:
+      The captions of those that were drawn, by the path of the PNG.
+    """
+    drawn = {}
+    for name, how in figures.items():
+        groups = how.select(shown)
+        if not groups:
+            continue
+        figure, panels = create_panels(
+            len(groups), height, width=width, columns=columns, **how.options
+        )
+        for panel, (title, group) in zip(panels, groups.items(), strict=True):
+            panel.set_title(title, fontsize=9)
+            how.draw_panel(panel, group)
+        path = folder / f"{name}.png"
+        legend = 2 if len(panels) == 1 else 3
+        finish(figure, path, across=how.across, up=how.up, columns=legend, order=order)
+        drawn[path] = how.caption
+    return drawn
 
 
 def create_panels(number: int, height: float, *, width: float, columns: int, **options):
@@ -35,7 +97,7 @@ def create_panels(number: int, height: float, *, width: float, columns: int, **o
         panel.set_visible(False)
     for panel in panels.flat[:number]:
         panel.grid(alpha=0.3)
-        panel.tick_params(labelsize=8, labelbottom=True)
+        panel.tick_params(which="both", labelsize=8, labelbottom=True)
     return figure, list(panels.flat[:number])
 
 
@@ -46,7 +108,7 @@ def finish(
     across: str = "",
     up: str = "",
     columns: int = 0,
-    order: Sequence[str] = (),
+    order: Iterable[str] = (),
 ) -> None:
     """Labels the axes of all panels together, adds one legend of what they name, and saves.
 
@@ -79,10 +141,10 @@ def finish(
     save(figure, path)
 
 
-def plain_sizes(panel, sizes: Sequence[float], **options: Any) -> None:
+def plain_sizes(panel, sizes: Iterable[float], **options: Any) -> None:
     """Marks sizes on a logarithmic horizontal axis by their numbers, and nothing else."""
     panel.set(xscale="log")
-    panel.set_xticks(sizes, [f"{size:g}" for size in sizes], **options)
+    panel.set_xticks([*sizes], [f"{size:g}" for size in sizes], **options)
     panel.xaxis.minorticks_off()
 
 
