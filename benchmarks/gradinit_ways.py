@@ -18,6 +18,7 @@ from archscale_jax.contrib._gradinit import DEFAULTS
 from benchmarks import common
 from experiments import gradinit_study
 from experiments.gradinit_study import Network
+from experiments.lab.models import images
 
 SIZES = {"plain": (2, 8), "residual": (2, 8), "transformer": (1, 32)}
 """How images are made smaller, and the width, as the study of GradInit has them."""
@@ -90,7 +91,7 @@ def load_network(text: str, data_dir: str | None, *, stock: bool = False) -> Net
         return build(downscale, width)
     gradinit_study.build.cache_clear()  # the same name, another network
     name, theirs = "conv_general_dilated", jax.lax.conv_general_dilated
-    with mock.patch.object(gradinit_study, name, theirs):
+    with mock.patch.object(images, name, theirs):
         network = build(downscale, width)
     gradinit_study.build.cache_clear()
     return network

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
@@ -30,6 +29,7 @@ from experiments import grow_cost
 from experiments.lab import checkpoints, files, networks, studies
 from experiments.lab.datasets import Dataset
 from experiments.lab.models import create_network
+from experiments.lab.models.images import ResNet18
 from experiments.lab.networks import Network
 from experiments.lab.sweeps import trial_hash
 
@@ -111,61 +111,6 @@ SPECS["mlp_largest"] = {
     "schedule": {**SPECS["mlp"]["schedule"], "order": "largest"},
     "arms": ("tiny", "scratch"),
 }
-
-
-STAGE_BLOCKS = (2, 2, 2, 2)
-"""Residual blocks of the stages of ResNet-18."""
-
-
-def _convolution(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(
-        inputs, outputs, (size, size), strides=(stride, stride), padding="SAME", rngs=rngs
-    )
-
-
-class ResidualBlock(nnx.Module):
-    """x + L₂ σ(L₁ σ(x)); where width or stride change, the skip is a convolution 1 x 1 of σ(x)."""
-
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.first = _convolution(inputs, inner, 3, stride, rngs)
-        self.second = _convolution(inner, outputs, 3, 1, rngs)
-        projected = stride > 1
-        self.skip = _convolution(inputs, outputs, 1, stride, rngs) if projected else None
-
-    def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        active = nnx.relu(features)
-        branch = self.second(nnx.relu(self.first(active)))
-        return branch + (features if self.skip is None else self.skip(active))
-
-
-class ResNet18(nnx.Module):
-    """ResNet-18 without normalization: 4 stages of 2 blocks, activations before convolutions.
-
-    Args:
-      image: height, width, channels.
-      width: channels of the first stage; they double at every other.
-      classes: outputs.
-      rngs: random streams.
-    """
-
-    def __init__(self, image, width: int, classes: int, *, rngs: nnx.Rngs):
-        self.stem = _convolution(image[-1], width, 3, 1, rngs)
-        blocks, inputs = [], width
-        for stage, count in enumerate(STAGE_BLOCKS):
-            outputs = width * 2**stage
-            for index in range(count):
-                stride = 2 if stage and not index else 1
-                blocks.append(ResidualBlock(inputs, outputs, outputs, stride, rngs=rngs))
-                inputs = outputs
-        self.blocks = nnx.List(blocks)
-        self.readout = nnx.Linear(inputs, classes, rngs=rngs)
-
-    def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
-        del train
-        features = self.stem(images)
-        for block in self.blocks:
-            features = block(features)
-        return self.readout(jnp.mean(nnx.relu(features), axis=(1, 2)))
 
 
 def mlp(image, width: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
