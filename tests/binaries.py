@@ -20,7 +20,13 @@ import jax
 from absl import flags
 
 # Nothing in these may run a JAX program: a process with threads is not forked safely.
-for _name in ("archscale_jax", "matplotlib.figure", "orbax.checkpoint", "sklearn.datasets"):
+for _name in (
+    "archscale_jax",
+    "matplotlib.figure",
+    "orbax.checkpoint",
+    "pandas",
+    "sklearn.datasets",
+):
     importlib.import_module(_name)
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -1,13 +1,11 @@
-"""Tables of studies: data frames of results, and of the texts that a report shows.
+"""Tables of studies: data frames of the texts that a report shows.
 
-A study puts its records into a frame (`frame_of`), lets pandas group and reduce it, and ends with a
-frame of texts, which `markdown` writes and `experiments.lab.page` shows. Lists of rows, the heading
-first, do as well.
+A study lets pandas group and reduce what it found, and ends with a frame of texts, which `markdown`
+writes and `experiments.lab.page` shows. Lists of rows, the heading first, do as well.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,16 +14,6 @@ NONE = "–"
 """What stands where there is no number."""
 
 Table = pd.DataFrame | Sequence[Sequence[str]]
-
-
-def frame_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Returns the finished trials of a study, a row each: settings and results as columns.
-
-    Failed trials, whose records hold an `error`, are left out. Of a name that both have, the column
-    is the result's.
-    """
-    rows = ({**one["trial"], **one["result"]} for one in records if "result" in one)
-    return pd.DataFrame.from_records(list(rows))
 
 
 def lines_of(table: Table, caption: str = "") -> list[list[str]]:
