@@ -242,11 +242,11 @@ SVG += 'viewBox="0 0 9 9">{}</svg>'
 BOMB = """<!DOCTYPE svg [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>"""
 DAMAGED = {
     "nothing": ("", "no element found"),
-    "no size": ("<svg/>", "no width in points"),
-    "another root": ('<p width="3pt" viewBox="0 0 9 9"/>', "no width in points"),
+    "no size": ("<svg/>", "a width in points"),
+    "another root": ('<p width="3pt" viewBox="0 0 9 9"/>', "a width in points"),
     "cut off": ("<svg width='3pt' viewBox='0 0 9 9'>", "no element found"),
-    "no view box": ("<svg width='3pt'/>", "no viewBox of four numbers"),
-    "an infinite width": ("<svg width='1e999pt' viewBox='0 0 9 9'/>", "no width in points"),
+    "no view box": ("<svg width='3pt'/>", "a viewBox of four numbers"),
+    "an infinite width": ("<svg width='1e999pt' viewBox='0 0 9 9'/>", "a width in points"),
     "NUL": (SVG.format("<text>\0</text>"), "not well-formed"),
     "nested deeply": (SVG.format("<g>" * 100_000 + "</g>" * 100_000), "nested deeper than 100"),
     "entities": (BOMB + SVG.format("<text>&b;</text>"), "declares the entity 'a'"),

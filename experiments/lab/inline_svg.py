@@ -116,9 +116,9 @@ class _Writer:
         size = _WIDTH.fullmatch(attributes.get("width", ""))
         view_box = " ".join(attributes.get("viewBox", "").split())
         if name != "svg" or size is None:
-            raise ValueError("its root has no width in points")
+            raise ValueError("its root must be an svg with a width in points, such as 360pt")
         if not _VIEW_BOX.fullmatch(view_box):
-            raise ValueError("its root has no viewBox of four numbers")
+            raise ValueError("its root must have a viewBox of four numbers, such as 0 0 360 240")
         width = round(_PIXELS_PER_POINT * float(size[1]))
         return {
             "viewBox": view_box,
