@@ -9,7 +9,9 @@ _STARTS = sys.argv[:1] == ["-m"]  # what Python makes of `python -m` while it im
 if _STARTS:
     interrupts.answer_while_importing()
 
-_NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")
+_NEEDED = (
+    "absl", "flax", "jax", "jinja2", "matplotlib", "optax", "orbax", "pandas", "rich", "sklearn"
+)  # fmt: skip
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _missing:
     message = (

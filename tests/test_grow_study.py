@@ -76,27 +76,27 @@ def test_trials_of_scratch_cost_what_growing_did():
 
 
 def test_operations_are_those_of_the_compiled_program():
-    problem = grow_study.build("mlp", "digits", None, 2)
-    params = problem.create(8, 0)
-    batch = problem.dataset.train_images[:32], problem.dataset.train_labels[:32]
+    network, _ = grow_study.build("mlp", "digits", None, 2)
+    params = grow_study.create("mlp", network, 8, 0)
+    batch = network.dataset.train_images[:32], network.dataset.train_labels[:32]
     counted = 32 * grow_cost.forward_flops(
-        problem.loss, params, jax.tree.map(lambda one: one[:1], batch)
+        network.loss, params, jax.tree.map(lambda one: one[:1], batch)
     )
-    compiled = jax.jit(problem.loss).lower(params, batch).compile().cost_analysis()
+    compiled = jax.jit(network.loss).lower(params, batch).compile().cost_analysis()
     assert compiled is not None
     assert counted < compiled["flops"] < 1.5 * counted
 
 
 def test_networks_take_any_width():
-    problem = grow_study.build("resnet18", "digits", None, 2)
-    assert len(problem.units) == 12  # a stream and two or one inner layers of every stage
-    problem = grow_study.build("dag_cnn", "digits", None, 2)
-    params = problem.create(1, 0)
-    wide, _ = archscale.contrib.widen(params, {problem.units[0].name: 3}, problem.units)
-    images = problem.dataset.test_images[:4], problem.dataset.test_labels[:4]
-    np.testing.assert_allclose(problem.loss(params, images), problem.loss(wide, images), rtol=1e-5)
-    large = problem.create(2, 0)
-    assert set(archscale.contrib.count_neurons(large, problem.units).values()) == {2}
+    _, units = grow_study.build("resnet18", "digits", None, 2)
+    assert len(units) == 12  # a stream and two or one inner layers of every stage
+    network, units = grow_study.build("dag_cnn", "digits", None, 2)
+    params = grow_study.create("dag_cnn", network, 1, 0)
+    wide, _ = archscale.contrib.widen(params, {units[0].name: 3}, units)
+    images = network.dataset.test_images[:4], network.dataset.test_labels[:4]
+    np.testing.assert_allclose(network.loss(params, images), network.loss(wide, images), rtol=1e-5)
+    large = grow_study.create("dag_cnn", network, 2, 0)
+    assert set(archscale.contrib.count_neurons(large, units).values()) == {2}
 
 
 def test_the_binary(run_again, tmp_path):
