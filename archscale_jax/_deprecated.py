@@ -30,6 +30,13 @@ NAMES = {
 }
 """Names that `archscale_jax` had, by the module that has them."""
 
+RENAMED = {
+    "archscale_jax.learning_rate_factors": ("archscale_jax", "learning_rate_multipliers"),
+    "archscale_jax.rules.kernel_size_factor": ("archscale_jax.rules", "kernel_size_multiplier"),
+    "archscale_jax.rules.width_factors": ("archscale_jax.rules", "width_multipliers"),
+}
+"""Names that packages had, and what they are called now."""
+
 MODULES = {
     "architecture": "archscale_jax._architecture",
     "benchmark_tables": "experiments.nasbench.benchmark_tables",
@@ -56,7 +63,11 @@ MODULES = {
 }
 """Modules that `archscale_jax` had, by where they are. `experiments` is in the repository alone."""
 
-_PLACES = {name: place for place, names in NAMES.items() for name in names.split()}
+_PLACES = RENAMED | {
+    f"archscale_jax.{name}": (place, name)
+    for place, names in NAMES.items()
+    for name in names.split()
+}
 
 
 class _Moved(types.ModuleType):
@@ -74,18 +85,20 @@ for _name in MODULES:
     sys.modules[f"archscale_jax.{_name}"] = _Moved(f"archscale_jax.{_name}")
 
 
-def moved(name: str) -> Any:
-    """Returns what `archscale_jax` had by a name, and warns.
+def moved(name: str, package: str = "archscale_jax") -> Any:
+    """Returns what a package had by a name, and warns.
 
     Raises:
       AttributeError: it never had it.
     """
-    if name in MODULES:
+    if package == "archscale_jax" and name in MODULES:
         return sys.modules[f"archscale_jax.{name}"]
-    if name not in _PLACES:
-        raise AttributeError(f"module 'archscale_jax' has no attribute {name!r}")
-    _warn(f"archscale_jax.{name}", f"{_PLACES[name]}.{name}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    old = f"{package}.{name}"
+    if old not in _PLACES:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    place, new = _PLACES[old]
+    _warn(old, f"{place}.{new}")
+    return getattr(importlib.import_module(place), new)
 
 
 def _warn(old: str, new: str) -> None:

@@ -38,7 +38,11 @@ METHODS = {
 """Arms that grow: their method, how the learning rate follows the architecture, and whether the
 layers that read new neurons move by their best update."""
 ARMS = (*METHODS, "large", "scratch")
-INITIALIZATION = {"mlp": "target", "dag_cnn": "target", "resnet18": "moment"}
+INITIALIZATION = {
+    "mlp": "target_in_degree",
+    "dag_cnn": "target_in_degree",
+    "resnet18": "second_moment",
+}
 HELD_OUT = 1000
 """Training examples that amplitudes are chosen on, and nothing is trained on."""
 MOMENTUM = 0.9
@@ -495,7 +499,7 @@ def _factors(problem: Problem, start: PyTree, params: PyTree, trial: Trial) -> d
             )
             for one in (params, start)
         )
-        return archscale.learning_rate_factors(grown, small, width_rule="sgd")
+        return archscale.learning_rate_multipliers(grown, small, width_rule="sgd")
     batch = (problem.dataset.train_images[:256], problem.dataset.train_labels[:256])
     now, then = (problem.size(one, batch) for one in (params, start))
     return dict.fromkeys(names, archscale.predict_learning_rate(now, then, 1.0))

@@ -46,7 +46,7 @@ EXAMPLES = (1, 16, 256, 2048)
 CHUNK = 10
 UPDATES = (10, 40)
 """Updates before measuring, in multiples of the chunk."""
-RULES = ("measured", "relative")
+RULES = ("standardized_update", "relative_update")
 
 
 def run() -> None:
@@ -71,7 +71,7 @@ def run() -> None:
             raise ValueError(f"{truth} lacks the study {name}; run experiments.transfer first")
         studies[name] = [found[0], *(row["trial"] for row in rows)]
         rates = [records["results"][trial_hash(found[0])]["rate"]]
-        rates += [row["measured"] for row in rows]
+        rates += [row["standardized_update"] for row in rows]
         for trial, rate in zip(studies[name], rates, strict=True):
             trials[trial_hash(trial)] = {"network": trial, "rate": rate}
     with runners.runner() as options:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from archscale_jax.rules import LEARNING_RATE_RULES
+from archscale_jax.tuning import MEASURED_RULES
 from experiments.lab import common
 from experiments.lab.panels import save
 from experiments.transfer_summary import Row, Summary
@@ -54,14 +55,14 @@ def table(summaries: list[Summary]) -> Table:
 def overview(summaries: list[Summary]) -> list[list[str]]:
     """Returns a line per study after a heading: r, error and excess loss of each kind of rule."""
     known = {one.rule for one in summaries}
-    kinds = [kind for kind in ("measured", "relative", "absolute", "sharpness") if kind in known]
+    kinds = [kind for kind in MEASURED_RULES if kind in known]
     heading = ["study", "n", "noise", *(f"{kind}: r, error, loss" for kind in kinds)]
     lines = [[*heading, "closed form of the smallest error: r, error, loss", "unscaled error"]]
     for study in dict.fromkeys(one.study for one in summaries):
         found = {one.rule: one for one in summaries if one.study == study}
         closed = [found[rule] for rule in LEARNING_RATE_RULES if rule in found and rule != "none"]
         best = min(closed, key=lambda one: one.error)
-        one = found["measured"]
+        one = found["standardized_update"]
         lines.append(
             [study, str(one.networks), _number(one.noise)]
             + [_r_and_error(found[kind]) if kind in found else "–" for kind in kinds]
@@ -86,7 +87,14 @@ def whole(summaries: list[Summary]) -> list[list[str]]:
     return [list(_COLUMNS), *(_cells(one, intervals=True) for one in summaries)]
 
 
-_DRAWN = ("path_sum_activations", "author_code", "path_sum", "absolute", "relative", "measured")
+_DRAWN = (
+    "path_sum_activations",
+    "chen2024_code",
+    "path_sum",
+    "absolute_update",
+    "relative_update",
+    "standardized_update",
+)
 
 
 def draw(study: str, rows: list[Row], summaries: list[Summary], path: pathlib.Path) -> None:

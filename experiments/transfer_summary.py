@@ -14,13 +14,13 @@ from experiments.lab.sweeps import trial_hash
 from experiments.transfer_study import Trial
 
 RULES = (
-    "measured",
-    "relative",
-    "absolute",
+    "standardized_update",
+    "relative_update",
+    "absolute_update",
     "sharpness",
     "path_sum",
     "path_sum_activations",
-    "author_code",
+    "chen2024_code",
     "depth",
     "effective_depth",
     "none",

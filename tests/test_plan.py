@@ -184,7 +184,7 @@ FLAGS = ("--study=chains", "--width=4", "--max_networks=3", "--num_seeds=2", "--
 
 def finished(text, runs):
     trial = {
-        "activation": "relu", "normalization": None, "initialization": "target",
+        "activation": "relu", "normalization": None, "initialization": "target_in_degree",
         "optimizer": "sgd", "dataset": "digits", "width": 4, "batch_size": 256, "steps": 5,
         "downscale": 1, "seeds": 2, "architecture": text, "kernel_size": None, "refine": 1,
     }  # fmt: skip

@@ -13,6 +13,8 @@ from archscale_jax._graph import Operator, live_edges, network_kernel_size
 from archscale_jax._paths import path_statistics
 from archscale_jax._reporting.names import merged_names
 from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.rules._rates import RateRules
+from archscale_jax.rules._registry import Rule
 from archscale_jax.rules._residual import residual_branches
 from archscale_jax.rules._width import features, width_ratios
 
@@ -21,26 +23,22 @@ NO_BASE = (
     "with measure_update, which needs no graph"
 )
 
-_PATH_SUMS = ("path_sum", "path_sum_activations", "author_code")
-
-_BLIND_TO_SKIPS = ("target", "source", "none", "author_code")  # what others do is not known here
-
 
 def first_notes(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None,
-    rule: str,
+    rates: RateRules,
+    rule: Rule | None,
     params: PyTree | None,
-    options: Mapping[str, Any],
 ) -> list[str]:
     """Returns what makes the numbers of a report wrong unless it is seen to, first.
 
     Args:
       architecture: the network.
       base: the network to compare with.
-      rule: name of the learning-rate rule.
+      rates: the rules of the learning rate.
+      rule: that of the whole network, None where none was chosen.
       params: the params, if they were given: arrays bring their own values.
-      options: those of `learning_rate_factors`.
     """
     notes = []
     leaves = {} if params is None else named_leaves(params)
@@ -64,17 +62,17 @@ def first_notes(
             f"trace shapes, as of jax.eval_shape, to draw them: {_listed(zero, limit=40)}"
         )
     if isinstance(base, Architecture):
-        notes += _comparison_notes(architecture, base, rule, options)
-    if options.get("width_rule") is not None:
+        notes += _comparison_notes(architecture, base, rates, rule)
+    if rates.width_rule is not None:
         notes.append(
             "width_rule supposes weights drawn by initialize(...), readouts of size 1/n; on "
-            "weights as frameworks draw them, 1/√n, these factors are not μP [μP]"
+            "weights as frameworks draw them, 1/√n, these multipliers are not μP [μP]"
         )
     return [*notes, *architecture.notes]
 
 
 def _comparison_notes(
-    architecture: Architecture, base: Architecture, rule: str, options: Mapping[str, Any]
+    architecture: Architecture, base: Architecture, rates: RateRules, rule: Rule | None
 ) -> list[str]:
     """Bases that were swapped, and depths that no rule answers for."""
     notes = []
@@ -92,21 +90,22 @@ def _comparison_notes(
             f"the base is {what} than the network: base is the small network on which the rate was "
             "tuned, and may have been swapped with the network"
         )
-    if rule == "none" and options.get("depth_rule") is None and depths[0] != depths[1]:
+    unscaled = rule is not None and not rule.scales and rates.depth_rule is None
+    if unscaled and depths[0] != depths[1]:
         way = (
             "depth_rule='sgd', 'adam' or 'muon' does"
             if all(counts)
             else "rule='path_sum' or another learning-rate rule does"
         )
         notes.append(
-            f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no factor answers "
-            f"for it: {way}"
+            f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no multiplier "
+            f"answers for it: {way}"
         )
     return notes
 
 
-def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
-    """Returns what there is to know of a network under an initialization rule of this name."""
+def graph_notes(architecture: Architecture, initialization: Rule) -> list[str]:
+    """Returns what there is to know of a network under an initialization rule."""
     parameters = architecture.parameters
     notes = []
     live = live_edges(architecture.graph)
@@ -118,10 +117,10 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
             f"{_listed(dead)}"
         )
     additions = len(residual_branches(architecture))
-    if additions and initialization in _BLIND_TO_SKIPS:
+    if additions and initialization.blind_to_skips:
         notes.append(
             f"residual additions ({additions}) grow the second moment, as initialization rule "
-            f"{initialization} cannot scale a skip: rule second_moment bounds it"
+            f"{initialization.name} cannot scale a skip: rule second_moment bounds it"
         )
     hidden = [one for one in parameters if one.role == Role.HIDDEN]
     linear = [one for one in hidden if not one.activated]
@@ -133,13 +132,13 @@ def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
     shared = [one.name for one in parameters if one.role in _WEIGHTS and one.further_edges]
     if shared:
         notes.append(
-            "weights of several layers have one factor for all of them, and one standard "
+            "weights of several layers have one multiplier for all of them, and one standard "
             "deviation, the smallest that one of them wants, or one for every slice of a stack: "
             f"{_listed(shared)}"
         )
     for name in [one.name for one in parameters if one.is_tied]:
         notes.append(
-            f"{name} is embedding table and readout in one: its standard deviation and factor "
+            f"{name} is embedding table and readout in one: its standard deviation and multiplier "
             "follow the readout; for full μP multiply the logits by base width / width [μP]"
         )
     return notes
@@ -151,47 +150,47 @@ _WEIGHTS = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
 def rate_notes(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple | None,
-    rule: str,
-    initialization: str,
+    rates: RateRules,
+    rule: Rule | None,
+    initialization: Rule,
     initialization_options: Mapping[str, Any],
-    options: Mapping[str, Any],
 ) -> list[str]:
     """Returns what there is to know of the learning rates.
 
     Args:
       architecture: the network.
       base: the network to compare with.
-      rule: name of the learning-rate rule.
-      initialization: name of the initialization rule.
+      rates: the rules of the learning rate.
+      rule: that of the whole network, None where none was chosen.
+      initialization: the initialization rule.
       initialization_options: its options.
-      options: those of `learning_rate_factors`.
     """
     notes = []
     additions = len(residual_branches(architecture))
-    if additions > 1 and rule in _PATH_SUMS:
+    if additions > 1 and rule is not None and rule.sums_paths:
         notes.append(
-            f"every residual addition ({additions}) doubles the paths over which rule {rule} sums, "
-            "so that rates become far too small: take rule='none', with depth_rule='sgd', 'adam' "
-            "or 'muon' and initialization='second_moment'"
+            f"every residual addition ({additions}) doubles the paths over which rule {rule.name} "
+            "sums, so that rates become far too small: take rule='none', with depth_rule='sgd', "
+            "'adam' or 'muon' and initialization='second_moment'"
         )
     sizes = _kernel_sizes(architecture)
-    if len(sizes) > 1 and not options.get("kernel_per_layer"):
+    if len(sizes) > 1 and not rates.kernel_per_layer:
         notes.append(
             f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
             f"{network_kernel_size(architecture.graph):g}, for the whole network, unless "
             "kernel_per_layer=True"
         )
     frozen = _inputs_wider(architecture, base) if isinstance(base, Architecture) else []
-    if frozen and options.get("width_rule") is not None:
+    if frozen and rates.width_rule is not None:
         notes.append(
             "layers that read the inputs read other numbers of features in the base, as if inputs "
             "grew with the width; frozen layers before them belong in params, with "
             f"optax.multi_transform, not among the inputs: {_listed(frozen)}"
         )
     wider = isinstance(base, Architecture) and _widths_differ(architecture, base)
-    if wider and options.get("width_rule") is None:
+    if wider and rates.width_rule is None:
         notes.append(
-            "the width differs from the base's, which no factor here accounts for: "
+            "the width differs from the base's, which no multiplier here accounts for: "
             "width_rule='sgd', 'adam' or 'muon' does [μP]"
         )
     if wider and np.any(architecture.graph.edges["operator"] == Operator.PRODUCT):
@@ -200,18 +199,12 @@ def rate_notes(
             "scales q·k by 1/d_head instead of 1/sqrt(d_head), which matters only if d_head grows "
             "with the width [μP]"
         )
-    if options.get("depth_rule") is not None:
-        exponent = options.get("depth_exponent", 0.5)
-        drawn = initialization_options.get("depth_exponent", 0.5)
-        if initialization != "second_moment" or drawn != exponent:
-            notes.append(
-                "depth_rule belongs to weights drawn with initialization='second_moment' and "
-                f"initialization_options={{'depth_exponent': {exponent}}}"
-            )
-        if rule != "none":
-            notes.append(
-                f"depth_rule and the rule {rule} both answer for depth: take rule='none' with it"
-            )
+    drawn = initialization.option("depth_exponent", initialization_options)
+    if rates.depth_rule is not None and drawn != rates.depth_exponent:
+        notes.append(
+            "depth_rule belongs to weights drawn with initialization='second_moment' and "
+            f"initialization_options={{'depth_exponent': {rates.depth_exponent}}}"
+        )
     return notes
 
 
@@ -223,7 +216,7 @@ def params_notes(params: PyTree) -> list[str]:
     notes = []
     if len(names) > 1:
         notes.append(
-            f"parameters of dtype {' and '.join(names)}: factors are computed in float64 and "
+            f"parameters of dtype {' and '.join(names)}: multipliers are computed in float64 and "
             "applied in float32 at least"
         )
     others = [name for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.inexact)]

@@ -152,7 +152,7 @@ class Allocation(Propagation):
             raise ValueError(
                 f"what {names[0]!r} reads has no finite second moment for normal features, as the "
                 "logarithm or root of what may be negative has none; take the initialization rule "
-                "'none', or bound the function (jnp.maximum, softplus)"
+                "'he_normal', or bound the function (jnp.maximum, softplus)"
             )
         return second
 

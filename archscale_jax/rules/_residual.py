@@ -1,15 +1,15 @@
-"""Depth factors of residual stacks (theory §5, §11): depth-μP, CompleteP without multipliers.
+"""Depth multipliers of residual stacks (theory §5, §11): depth-μP, CompleteP without multipliers.
 
 A stack of n residual additions whose branches are multiplied by m^(-α), m = n / base n, keeps its
-rate, whatever the depth. Without multipliers the factor sits in the weights that end a branch,
-which the initialization rule `second_moment` draws smaller by n^(-α), and in the rates:
+rate, whatever the depth. Without multipliers in the model, m^(-α) sits in the weights that end a
+branch, which the initialization rule `second_moment` draws smaller by n^(-α), and in the rates:
 
 | optimizer   | what ends a branch | the rest of a branch | all else |
 |-------------|--------------------|----------------------|----------|
 | SGD         | 1/m · K_b/K        | m^(2α-1) · K_b/K     | 1        |
 | Adam, Muon  | 1/m                | m^(α-1)              | 1        |
 
-Of a branch that ends in a product of n layers each takes an n-th of its factor: m^(2α-1-2α/n) for
+Of a branch that ends in a product of n layers each takes m^(-α/n): its rate is m^(2α-1-2α/n) for
 SGD, m^(α-1-α/n) for Adam. K is how often a leaf is used, K_b how often in the base. A rate η of a
 weight that a multiplier a follows is a rate η·a² of their product for SGD and η·a for Adam; with L
 layers that change a feature together, the change is η·a²·L or η·a·L. A multiplier that the model
@@ -37,7 +37,7 @@ from archscale_jax._expressions import (
 from archscale_jax._graph import Operator, is_weight, live_edges
 from archscale_jax._moments import Propagation
 from archscale_jax._quadrature import slope
-from archscale_jax.rules._registry import Explained
+from archscale_jax.rules._registry import Part
 
 Optimizer = Literal["sgd", "adam", "muon"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
@@ -182,8 +182,8 @@ def branch_ends(
 ) -> dict[int, dict[int, float]]:
     """Returns the last layers that every residual addition takes linearly, as edges by vertex.
 
-    Every layer comes with the part of a factor that it takes: 1, or in a product of n layers, as of
-    a gate and a branch, 1/n.
+    Every layer comes with the part of m^(-α) that it takes: 1, or in a product of n layers, as of a
+    gate and a branch, 1/n.
 
     Raises:
       ValueError: a branch that ends in no layer that it enters linearly; the message says where.
@@ -265,17 +265,17 @@ def _special(variable: Variable) -> Moments | float:
     return 1.0 if variable.kind == "leaf" else Moments(0.0, 1.0)
 
 
-# Factors.
+# Multipliers.
 
 
-def depth_factors(
+def depth_multipliers(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple,
     optimizer: Optimizer,
     *,
     exponent: float = 0.5,
-) -> dict[str, Explained]:
-    """Returns the depth factor of every parameter by name, see above, and which one it is.
+) -> dict[str, Part]:
+    """Returns the depth multiplier of every parameter by name, see above, and its place.
 
     Use it with weights from the initialization rule `second_moment` and its `depth_exponent`.
 
@@ -287,7 +287,7 @@ def depth_factors(
 
     Raises:
       ValueError: another optimizer, a network without residual additions, or a branch that no layer
-        enters linearly, so that no weight can take the factor.
+        enters linearly, so that no weight can take m^(-α).
     """
     check_optimizer(optimizer)
     branches = residual_branches(architecture)
@@ -301,37 +301,32 @@ def depth_factors(
     ratio = counts[0] / counts[1]
     sgd = optimizer == "sgd"
     power = 2 * exponent - 1 if sgd else exponent - 1
-    numbers = f"m = {ratio:.4g}, α = {exponent:g}"
-    found = {
-        "inside": Explained(ratio**power, f"in a branch: m^({power:g}), {numbers}"),
-        "outside": Explained(1.0, "in no branch"),
-    }
-
-    def end(part: float) -> Explained:
-        own = power - part * exponent * (2 if sgd else 1)
-        how = "1/m" if part == 1 else f"m^({own:g}), one of {round(1 / part)} factors"
-        return Explained(ratio**own, f"ends a branch: {how}, {numbers}")
-
+    rule, numbers = f"depth {optimizer}", {"m": ratio, "α": exponent}
     own = places.multiplier
     theirs = Places(base).multiplier if isinstance(base, Architecture) else own
-    base_uses = {one.name: number_of_uses(one) for one in base.parameters} if isinstance(
-        base, Architecture
-    ) else {}  # fmt: skip
+    of_base = base.parameters if isinstance(base, Architecture) else ()
+    base_uses = {one.name: number_of_uses(one) for one in of_base}
 
-    def factor(parameter: Parameter) -> Explained:
-        place, part = places.of(parameter)
-        value, reason = end(part) if place == "end" else found[place]
-        if place == "end" and own != theirs and parameter.role == Role.HIDDEN:
-            times = (own / theirs) ** (2 if sgd else 1)
-            value, reason = value / times, f"{reason}, the model has the multiplier {own:.4g}"
+    def multiplier(parameter: Parameter) -> Part:
+        place, share = places.of(parameter)
+        if place == "outside":
+            return Part(1.0, rule, "in no branch")
+        found = Part(ratio**power, rule, f"in a branch, m^({power:g})", numbers)
+        if place == "end":
+            ending = power - share * exponent * (2 if sgd else 1)
+            how = "1/m" if share == 1 else f"m^({ending:g}) of one of {round(1 / share)} layers"
+            found = Part(ratio**ending, rule, f"ends a branch, {how}", numbers)
+            if own != theirs and parameter.role == Role.HIDDEN:
+                value = found.value / (own / theirs) ** (2 if sgd else 1)
+                found = found._replace(value=value, symbols={**numbers, "multiplier there": own})
         uses = number_of_uses(parameter)
         before = base_uses.get(parameter.name, uses)
-        if sgd and place != "outside" and uses != before:
-            value *= before / uses
-            reason += f", used {uses} times, {before} in the base"
-        return Explained(value, reason)
+        if sgd and uses != before:
+            symbols = {**found.symbols, "K": uses, "K_b": before}
+            found = found._replace(value=found.value * (before / uses), symbols=symbols)
+        return found
 
-    return {parameter.name: factor(parameter) for parameter in architecture.parameters}
+    return {parameter.name: multiplier(parameter) for parameter in architecture.parameters}
 
 
 class Places:
@@ -339,7 +334,7 @@ class Places:
 
     Attributes:
       branches: edges of the branches by the vertex of their addition.
-      ends: edges of the layers that end them, and the part of the factor that each takes.
+      ends: edges of the layers that end them, and the part of m^(-α) that each takes.
       inside: edges of all branches.
       skips: edges around the branches.
       normalized: those of the ends behind which a normalization stands.
@@ -395,7 +390,7 @@ class Places:
                 branches_of[vertex] |= reading
 
     def of(self, parameter: Parameter) -> tuple[str, float]:
-        """Returns where a parameter stands, and of an end the part of the factor that it takes.
+        """Returns where a parameter stands, and of an end the part of m^(-α) that it takes.
 
         Of several places it is the one nearest to an end.
         """

@@ -5,25 +5,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    Architecture,
-)
+from archscale_jax._architecture import Architecture
 from archscale_jax._expressions import Moments, Variable
 from archscale_jax._graph import is_weight
 from archscale_jax._quadrature import moments
 from archscale_jax.rules._allocation import Allocation
-from archscale_jax.rules._residual import (
-    branch_ends,
-    residual_branches,
-)
-from archscale_jax.rules._variances import (
-    INITIALIZATION_RULES,
-    WeightVariances,
-    register_initialization_rule,
-)
+from archscale_jax.rules._residual import branch_ends, residual_branches
+from archscale_jax.rules._variances import WeightVariances, register_initialization_rule
 
 
-@register_initialization_rule("second_moment")
+@register_initialization_rule("second_moment", citation="(theory §3)")
 def second_moment(
     architecture: Architecture,
     *,
@@ -31,7 +22,7 @@ def second_moment(
     depth_exponent: float = 0.5,
     readout_gain: float = math.sqrt(2.0),
 ) -> WeightVariances:
-    """Second moments carried through the graph, equal as far as skips allow (theory §3).
+    """Second moments carried through the graph, equal as far as skips allow.
 
     The layers that feed a vertex bring, in equal parts, what its skips lack to the second moment of
     vertex 0, or to 1 if that is less and they read normalized features. Skips from any vertex bring
@@ -225,9 +216,6 @@ def _balance(
     if brought <= 0 or math.isclose(wanted, brought, rel_tol=1e-12):
         return False
     for edge, part in ends.items():
-        factor = allocation.shrink(edge, (wanted / brought) ** part)
-        shrink[edge] = shrink.get(edge, 1.0) * factor
+        left = allocation.shrink(edge, (wanted / brought) ** part)
+        shrink[edge] = shrink.get(edge, 1.0) * left
     return True
-
-
-INITIALIZATION_RULES.alias("moment", "second_moment")

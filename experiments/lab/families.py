@@ -170,8 +170,8 @@ def create_model(
 
 
 def draw(model: Model, family: str, seed: int) -> PyTree:
-    """Draws params by the rule that fits the family: `moment` for residual stacks."""
-    rule = "moment" if is_residual(family) else None
+    """Draws params by the rule that fits the family: `second_moment` for residual stacks."""
+    rule = "second_moment" if is_residual(family) else None
     return archscale.initialize(jax.random.key(seed), model.params, model.architecture, rule)
 
 

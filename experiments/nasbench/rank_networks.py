@@ -197,7 +197,7 @@ def measure(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     model_state = select_cell(space.model_state, cell)
     sizes = common.measure_seeds(
         lambda params, batch: measured(params, model_state, batch),
-        lambda seed: draw(trial, cell, "target", seed, data_dir),
+        lambda seed: draw(trial, cell, "target_in_degree", seed, data_dir),
         [common.first_batch(space.dataset, trial["batch_size"], seed) for seed in seeds],
     )
     _, architecture = _abstract(cell, settings_of(trial), data_dir)

@@ -36,10 +36,10 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "fixed": Recipe("benchmark"),
-    "author_code": Recipe("author_code", "author_code", SKIP_CELL),
-    "path_sum": Recipe("target", "path_sum", CONVOLUTION_CELL),
-    "measured": Recipe("target", "measured", CONVOLUTION_CELL),
-    "mup": Recipe("none", "none", CONVOLUTION_CELL),
+    "author_code": Recipe("chen2024_code", "chen2024_code", SKIP_CELL),
+    "path_sum": Recipe("target_in_degree", "path_sum", CONVOLUTION_CELL),
+    "measured": Recipe("target_in_degree", "standardized_update", CONVOLUTION_CELL),
+    "mup": Recipe("he_normal", "none", CONVOLUTION_CELL),
 }
 """`fixed` is the benchmark's recipe; `mup` knows of widths alone, which are the same here."""
 
@@ -78,7 +78,7 @@ def learning_rate(trial: Trial, measurements: Mapping[str, Any] | None = None) -
     if rule is None or base is None:
         return trial["base_rate"]
     compare = cell_graph
-    if rule == "measured":
+    if rule == "standardized_update":
         compare = functools.partial(_live_sizes, measurements or {})
     target, base_size = compare(trial["cell"]), compare(base)
     return archscale.predict_learning_rate(target, base_size, trial["base_rate"], rule)

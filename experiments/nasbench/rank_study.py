@@ -117,7 +117,9 @@ def plan_of(settings: Mapping[str, Any], data_dir: str | None = None) -> Plan:
         shared | seeds | {"cell": base, "initialization": initialization}
         for base, initialization in sorted(tuned)
     ]
-    bases = {one.base for one in recipes if one.rule == "measured" and one.base is not None}
+    bases = {
+        one.base for one in recipes if one.rule == "standardized_update" and one.base is not None
+    }
     measured = sorted(bases.union(cells)) if bases else []
     measurements = [shared | seeds | {"cell": cell} for cell in measured]
     return Plan(searches, measurements, cells, shared, settings)
