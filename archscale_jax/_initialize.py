@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from archscale_jax._architecture import Architecture, check_parameters
 from archscale_jax._placement import check_divides, constrained, explicit_part, sharding_of
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
-from archscale_jax.rules._initialization import start_values, weight_standard_deviations
+from archscale_jax.rules._initialization import drawn_and_set
 from archscale_jax.rules._variances import Deviation, InitializationRule
 
 
@@ -65,8 +65,7 @@ def initialize(
                 f"parameter {name!r} has dtype {leaf.dtype}; accepted are floating dtypes. Bind "
                 "what is not trained to the function, not to params"
             )
-    deviations = weight_standard_deviations(architecture, rule, rule_options=rule_options)
-    starts = start_values(architecture, rule, rule_options=rule_options)
+    deviations, starts = drawn_and_set(architecture, rule, rule_options)
     plain = {parameter.name: parameter.initial_value for parameter in architecture.parameters}
     traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
 

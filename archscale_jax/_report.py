@@ -17,13 +17,7 @@ from archscale_jax._architecture import (
 from archscale_jax._graph import in_degrees
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
-from archscale_jax._reporting.notes import (
-    NO_BASE,
-    first_notes,
-    graph_notes,
-    params_notes,
-    rate_notes,
-)
+from archscale_jax._reporting.notes import NO_BASE, Subject, notes_of
 from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._trees import PyTree
 from archscale_jax.rules._initialization import initialization_rule, standard_deviation
@@ -132,6 +126,7 @@ def report(
     drawn_options = initialization_options or {}
     deviations, undrawn = _deviations(architecture, drawing, drawn_options)
     rating, multipliers, missing = _multipliers(architecture, base, rates)
+    subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params)
     degrees = _degrees(architecture, sources=drawing.reads_source)
     paths = path_statistics(architecture.graph)
     return Report(
@@ -139,14 +134,7 @@ def report(
             _record(one, degrees[one.name], deviations.get(one.name), multipliers.get(one.name))
             for one in architecture.parameters
         ],
-        notes=[
-            *first_notes(architecture, base, rates, rating, params),
-            *missing,
-            *undrawn,
-            *rate_notes(architecture, base, rates, rating, drawing, drawn_options),
-            *graph_notes(architecture, drawing),
-            *(params_notes(params) if params is not None else ()),
-        ],
+        notes=notes_of(subject, *missing, *undrawn),
         header=[
             *graph_lines(architecture, base, paths),
             rule_line("initialization", drawing, " (default)" if initialization is None else ""),

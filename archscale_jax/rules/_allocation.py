@@ -10,24 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    OUTPUT,
-    Architecture,
-    Role,
-)
+from archscale_jax._architecture import OUTPUT, Architecture, Role
 from archscale_jax._expressions import Moments, statistics, variables
 from archscale_jax._graph import Operator
-from archscale_jax._moments import (
-    Propagation,
-    first_moments,
-    kernel_moments,
-    leaf_distribution,
-)
+from archscale_jax._moments import Propagation, first_moments, kernel_moments, leaf_distribution
 from archscale_jax._quadrature import slope
-from archscale_jax.rules._residual import (
-    linear_slices,
-    number_of_uses,
-)
+from archscale_jax.rules._residual import linear_slices, number_of_uses
 from archscale_jax.rules._variances import (
     STEM_NUMERATOR,
     WeightVariances,

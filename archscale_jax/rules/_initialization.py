@@ -59,13 +59,30 @@ def weight_standard_deviations(
       ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or a
         layer that reads what has no finite second moment.
     """
+    return drawn_and_set(architecture, rule, rule_options)[0]
+
+
+def drawn_and_set(
+    architecture: Architecture,
+    rule: str | InitializationRule | None = None,
+    rule_options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Deviation], dict[str, Deviation]]:
+    """Returns standard deviations, and the values of leaves that a rule sets without drawing them.
+
+    The latter are the gains of normalizations that end a residual branch, under `second_moment`:
+    they, and not the layer before them, decide what the branch adds.
+
+    Raises:
+      TypeError, ValueError: see `weight_standard_deviations`.
+    """
     found = initialization_rule(architecture, rule)
     variances = found(architecture, **(rule_options or {}))
-    return {
+    deviations = {
         parameter.name: standard_deviation(parameter, architecture, variances, found).value
         for parameter in architecture.parameters
         if parameter.is_drawn
     }
+    return deviations, _gains(architecture, variances.gains)
 
 
 def initialization_rule(
@@ -84,21 +101,8 @@ def initialization_rule(
     return next(one for one in rules if one.arrangement == architecture.arrangement)
 
 
-def start_values(
-    architecture: Architecture,
-    rule: str | InitializationRule | None = None,
-    *,
-    rule_options: Mapping[str, Any] | None = None,
-) -> dict[str, Deviation]:
-    """Returns the values of the leaves that a rule sets without drawing them, by name.
-
-    These are the gains of normalizations that end a residual branch, under `second_moment`: they,
-    and not the layer before them, decide what the branch adds.
-
-    Raises:
-      TypeError, ValueError: see `weight_standard_deviations`.
-    """
-    gains = initialization_rule(architecture, rule)(architecture, **(rule_options or {})).gains
+def _gains(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, Deviation]:
+    """The values of gains by name, from those behind the layers of edges."""
     found: dict[str, Deviation] = {}
     for parameter in architecture.parameters:
         neutral = parameter.neutral_value
@@ -288,8 +292,7 @@ def second_moments(
     Raises:
       TypeError, ValueError: see `weight_standard_deviations`; a vertex without a finite moment.
     """
-    deviations = weight_standard_deviations(architecture, rule, rule_options=rule_options)
-    starts = start_values(architecture, rule, rule_options=rule_options)
+    deviations, starts = drawn_and_set(architecture, rule, rule_options)
     parameters = tuple(
         dataclasses.replace(one, given=float(np.mean(starts[one.name])))
         if one.name in starts

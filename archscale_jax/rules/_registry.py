@@ -100,29 +100,27 @@ class Rule(Generic[Result]):
     arrangement: Arrangement | None = None
     compares: str = ""
 
+    def __post_init__(self) -> None:
+        said = (inspect.getdoc(self.function) or "").partition("\n")[0].rstrip(".")
+        object.__setattr__(self, "summary", self.summary or said)
+
     def __call__(self, *arguments: Any, **options: Any) -> Result:
         """Evaluates the rule.
 
         Raises:
           TypeError: an option that the rule does not have.
         """
-        accepted = [*self.parameters][len(arguments) :]
         for option in options:
-            if option not in accepted and not self._takes_any_option:
+            accepted = [*self.parameters][len(arguments) :]
+            takes_any = any(one.kind == one.VAR_KEYWORD for one in self.parameters.values())
+            if option not in accepted and not takes_any:
                 raise TypeError(unknown(f"option of the rule {self.name}:", option, accepted))
         return self.function(*arguments, **options)
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """Parameters of the function by name: what the rule reads, and its options."""
-        try:
-            return inspect.signature(self.function).parameters
-        except ValueError:  # compiled functions may have no signature
-            return {"options": inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)}
-
-    @property
-    def _takes_any_option(self) -> bool:
-        return any(one.kind == one.VAR_KEYWORD for one in self.parameters.values())
+        return inspect.signature(self.function).parameters
 
     def option(self, name: str, options: Mapping[str, Any]) -> Any:
         """Returns the value of an option among those given, or its default; None without one."""
@@ -137,26 +135,21 @@ class Registry(Generic[Result]):
         self._kind = kind
         self._rules: dict[str, Rule[Result]] = {}
 
-    def register(
-        self, name: str, *, equation: str = "", citation: str = "", **facts: Any
-    ) -> Callable[[Function], Function]:
-        """Returns a decorator that gives a function a name, and returns it unchanged.
+    def register(self, name: str, **fields: Any) -> Callable[[Function], Function]:
+        """Returns a decorator that makes a function a rule of this name, and returns it unchanged.
 
         Args:
           name: the name.
-          equation: see `Rule`.
-          citation: see `Rule`.
-          **facts: other fields of `Rule`.
+          **fields: fields of `Rule`, such as `equation` and `citation`.
 
         Raises:
           ValueError: the name is taken.
         """
 
         def decorate(function: Function) -> Function:
-            if name in self._rules or name in self._deprecated:
+            if name in self:
                 raise ValueError(f"{self._kind} {name!r} is registered already")
-            fields = {"summary": _first_line(function), **facts}
-            self._rules[name] = Rule(name, function, equation=equation, citation=citation, **fields)
+            self._rules[name] = Rule(name, function, **fields)
             return function
 
         return decorate
@@ -198,8 +191,7 @@ class Registry(Generic[Result]):
             return dataclasses.replace(known, function=bound)
         if not callable(rule):
             raise TypeError(f"a {self._kind} is a name or a function, found {rule!r}")
-        name = getattr(rule, "__name__", type(rule).__name__)
-        new = Rule(f"rule {name}", rule, summary=_first_line(rule))
+        new = Rule(f"rule {getattr(rule, '__name__', type(rule).__name__)}", rule)
         return next((one for one in self._rules.values() if one.function is rule), new)
 
     def __iter__(self) -> Iterator[str]:
@@ -207,10 +199,6 @@ class Registry(Generic[Result]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._rules or name in self._deprecated
-
-
-def _first_line(function: Any) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
 
 
 @functools.cache

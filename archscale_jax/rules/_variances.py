@@ -11,16 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    OUTPUT,
-    Architecture,
-    Parameter,
-    Role,
-)
+from archscale_jax._architecture import OUTPUT, Architecture, Parameter, Role
 from archscale_jax._expressions import statistics
-from archscale_jax._moments import (
-    input_moment,
-)
+from archscale_jax._moments import input_moment
 from archscale_jax._quadrature import slope
 from archscale_jax.rules._registry import Part, Registry
 
