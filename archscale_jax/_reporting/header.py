@@ -60,6 +60,7 @@ def rate_lines(rule: Rule | None, rules: RateRules, multipliers: Iterable[Explai
 
 def rule_line(kind: str, rule: Rule, remark: str = "") -> str:
     """Returns a rule and its equation."""
-    equation = f"{rule.equation} {rule.citation}".strip()
-    said = "; ".join(text for text in (equation, rule.summary) if text)
+    said = f"{rule.equation or rule.summary} {rule.citation}".strip()
+    if rule.equation and rule.summary:
+        said = f"{said}; {rule.summary}"
     return f"{kind} {rule.name}{remark}" + (f": {said}" if said else "")

@@ -158,7 +158,7 @@ def test_the_report_shows_what_differs_by_slice():
     )
     values = next(one for one in told.records if one["path"] == "both/0")["standard_deviation"]
     assert len(values) == 2 and values[0] != values[1]
-    assert f"{min(values):.3g} to {max(values):.3g}" in str(told)
+    assert f"{min(values):.3g}…{max(values):.3g}" in str(told)
 
 
 @pytest.mark.parametrize("kind", ["apart", "split"])
