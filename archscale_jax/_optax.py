@@ -11,7 +11,7 @@ from archscale_jax._architecture import Architecture, check_parameters
 from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree, map_with_names
 from archscale_jax.rules._learning_rate import LearningRateRule
-from archscale_jax.rules._rates import learning_rate_multipliers
+from archscale_jax.rules._rates import RateRules
 from archscale_jax.rules._residual import Optimizer
 from archscale_jax.rules._width import WidthRule
 
@@ -44,19 +44,12 @@ def scale_by_architecture(
         optax.chain(optax.scale_by_adam(), scale_by_architecture(arch, base),
                     optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3))
 
-    Coupled weight decay (`add_decayed_weights` before the momentum) is part of the gradient and is
-    scaled with it. Momentum is linear, so multipliers before and behind it do the same; Adam
-    divides the size of the gradient out, so a multiplier before it does nothing.
-
-    Put it inside what keeps a copy of the params and takes those it is given for those it wrote:
-    `optax.contrib.schedule_free`, `sam`, `mechanize`, and `optax.lookahead`. Behind these the rate
-    is not f·η, and no message says so, since a transformation sees only the update that reaches it:
+    Put it inside what keeps a copy of the params (`optax.contrib.schedule_free`, `sam`,
+    `mechanize`, `optax.lookahead`): behind these the rate is not f·η, and no message says so, since
+    a transformation sees only the update that reaches it. Others: docs/transform.md.
 
         optax.contrib.schedule_free(
             optax.chain(optax.sgd(0.1), scale_by_architecture(arch, base)), learning_rate=0.1)
-
-    `schedule_free_sgd`, `schedule_free_adamw`, `cocob` and `madgrad` have no inside: write the
-    first two as `schedule_free` of a chain, and do not use the last two with multipliers.
 
     Args: see `learning_rate_multipliers`.
 
@@ -69,18 +62,11 @@ def scale_by_architecture(
       TypeError, ValueError: here, what `learning_rate_multipliers` raises; in `init` and `update`,
         a leaf that is missing, unknown or of another shape, by name.
     """
-    multipliers = learning_rate_multipliers(
-        architecture,
-        base,
-        rule,
-        rule_options=rule_options,
-        kernel_per_layer=kernel_per_layer,
-        width_rule=width_rule,
-        depth_rule=depth_rule,
-        depth_exponent=depth_exponent,
-        consistent_rms=consistent_rms,
-        dimension_numbers=dimension_numbers,
-    )
+    rules = RateRules(
+        rule, rule_options, kernel_per_layer, width_rule, depth_rule, depth_exponent,
+        consistent_rms, dimension_numbers,
+    )  # fmt: skip
+    multipliers = rules.multipliers(architecture, base)
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         check_parameters(architecture, params, masked=optax.MaskedNode)
@@ -92,6 +78,6 @@ def scale_by_architecture(
         return map_with_names(scaled, updates), state
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-        return (exact(update) * multipliers[name]).astype(update.dtype)
+        return (exact(update) * multipliers[name].value).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)

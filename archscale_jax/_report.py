@@ -127,11 +127,10 @@ def report(
     deviations, undrawn = _deviations(architecture, drawing, drawn_options)
     rating, multipliers, missing = _multipliers(architecture, base, rates)
     subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params)
-    degrees = _degrees(architecture, sources=drawing.reads_source)
-    paths = path_statistics(architecture.graph)
+    paths, degrees = path_statistics(architecture.graph), in_degrees(architecture.graph)
     return Report(
         [
-            _record(one, degrees[one.name], deviations.get(one.name), multipliers.get(one.name))
+            _record(one, subject, degrees, deviations.get(one.name), multipliers.get(one.name))
             for one in architecture.parameters
         ],
         notes=notes_of(subject, *missing, *undrawn),
@@ -148,25 +147,20 @@ def _deviations(
     architecture: Architecture, rule: Rule, options: Mapping[str, Any]
 ) -> tuple[dict[str, Explained], list[str]]:
     """Standard deviations by name, and notes on those for which the rule raises."""
-    deviations = {
-        parameter.name: Explained(0.0, (_start(parameter),))
-        for parameter in architecture.parameters
-        if not parameter.is_drawn
-    }
+    found, notes, variances = {}, [], None
     try:
         variances = rule(architecture, **options)
     except ValueError as error:
-        return deviations, [f"standard deviations left out: {error}"]
-    notes = []
-    for parameter in architecture.parameters:
-        if parameter.is_drawn:
+        notes.append(f"standard deviations left out: {error}")
+    for one in architecture.parameters:
+        if not one.is_drawn:
+            found[one.name] = Explained(0.0, (_start(one),))
+        elif variances is not None:
             try:
-                found = standard_deviation(parameter, architecture, variances, rule)
+                found[one.name] = standard_deviation(one, architecture, variances, rule)
             except ValueError as error:
                 notes.append(f"standard deviation left out: {error}")
-            else:
-                deviations[parameter.name] = found
-    return deviations, notes
+    return found, notes
 
 
 def _start(parameter: Parameter) -> Part:
@@ -195,10 +189,15 @@ def _multipliers(
 
 def _record(
     parameter: Parameter,
-    degrees: tuple[InDegree, InDegree],
+    subject: Subject,
+    degrees: np.ndarray,
     deviation: Explained | None,
     multiplier: Explained | None,
 ) -> dict[str, Any]:
+    graph = subject.architecture.graph
+    target, source = (_degrees(parameter, end, degrees) for end in (graph.receivers, graph.senders))
+    if target is None and parameter.layer == Role.INPUT:
+        target = int(degrees[0])  # of the stem
     drawn, rated = (one.parts if one else () for one in (deviation, multiplier))
     return {
         "path": parameter.name,
@@ -208,8 +207,8 @@ def _record(
         "fan_in": parameter.fan_in,
         "fan_out": parameter.fan_out,
         "kernel_size": parameter.kernel_size,
-        "in_degree": degrees[0],
-        "source_in_degree": degrees[1],
+        "in_degree": target,
+        "source_in_degree": source if subject.drawing.reads_source else None,
         "standard_deviation": _plain(deviation.value, parameter) if deviation else None,
         "initialization_parts": drawn,
         "initialization_reason": reason_text([drawn]),
@@ -231,22 +230,8 @@ def _plain(value: Any, parameter: Parameter) -> float | tuple[float, ...]:
     return tuple(np.ravel(value).tolist())
 
 
-def _degrees(architecture: Architecture, *, sources: bool) -> dict[str, tuple[InDegree, InDegree]]:
-    """In-degrees of the targets of every parameter's edges, and of their sources if asked."""
-    graph = architecture.graph
-    degrees = in_degrees(graph)
-    found = {}
-    for parameter in architecture.parameters:
-        edges = [edge for edge in (parameter.edge, *parameter.further_edges) if edge is not None]
-        stem = not edges and parameter.layer == Role.INPUT
-        targets = [0] if stem else graph.receivers[edges]
-        found[parameter.name] = (
-            _distinct(degrees[targets]),
-            _distinct(degrees[graph.senders[edges if sources else []]]),
-        )
-    return found
-
-
-def _distinct(degrees: np.ndarray) -> InDegree:
-    found = np.unique(degrees).tolist()
+def _degrees(parameter: Parameter, ends: np.ndarray, degrees: np.ndarray) -> InDegree:
+    """In-degrees of the vertices at one of the ends of a parameter's edges."""
+    edges = [edge for edge in (parameter.edge, *parameter.further_edges) if edge is not None]
+    found = np.unique(degrees[ends[edges]]).tolist()
     return tuple(found) if len(found) > 1 else next(iter(found), None)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import jraph
 
-from archscale_jax._architecture import Architecture, Arrangement
+from archscale_jax._architecture import Architecture
 from archscale_jax._graph import is_weight, number_of_vertices
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._reporting.names import count_text
@@ -24,10 +24,7 @@ def graph_lines(
     graph = architecture.graph
     edges, weights = len(graph.senders), int(is_weight(graph).sum())
     sizes = [math.prod(parameter.shape) for parameter in architecture.parameters]
-    summed = {
-        Arrangement.PRE_ACTIVATION: "pre-activations",
-        Arrangement.ACTIVATION: "activations",
-    }[architecture.arrangement]
+    summed = architecture.arrangement.replace("_", "-") + "s"
     lines = [
         f"{count_text(sum(sizes))} parameters in {len(sizes)} leaves; {number_of_vertices(graph)} "
         f"vertices, which sum {summed}; {edges} edges, {weights} with weights",

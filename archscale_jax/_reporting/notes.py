@@ -25,17 +25,7 @@ NO_BASE = (
 
 
 class Subject(NamedTuple):
-    """What a report is of.
-
-    Attributes:
-      architecture: the network.
-      base: the network to compare with.
-      rates: the rules of the learning rate.
-      rule: that of the whole network, None where none was chosen.
-      drawing: the initialization rule.
-      drawing_options: its options.
-      params: the params, if they were given: arrays bring their own values.
-    """
+    """What a report is of; the rule is that of the whole network, None where none was chosen."""
 
     architecture: Architecture
     base: Architecture | jraph.GraphsTuple | None
@@ -47,12 +37,7 @@ class Subject(NamedTuple):
 
 
 def notes_of(subject: Subject, *raised: str) -> list[str]:
-    """Returns the notes of a report.
-
-    Args:
-      subject: what it is of.
-      *raised: what the rules raise.
-    """
+    """Returns the notes of a report, with what the rules raise."""
     return [
         *_first_notes(subject),
         *subject.architecture.notes,

@@ -84,12 +84,12 @@ def html_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[st
     cell = f"padding: 0.15em 0.7em; vertical-align: top; color: inherit; {line}"
 
     def row_of(tag: str, texts: Iterable[str]) -> str:
-        shown = map(html.escape, texts)
-        parts = [
-            f'<{tag} style="{cell}; text-align: {_side(name)}">{text}</{tag}>'
-            for name, text in zip(columns, shown, strict=True)
-        ]
-        return "<tr>" + "".join(parts) + "</tr>"
+        return "<tr>{}</tr>".format(
+            "".join(
+                f'<{tag} style="{cell}; text-align: {_side(name)}">{html.escape(text)}</{tag}>'
+                for name, text in zip(columns, texts, strict=True)
+            )
+        )
 
     body = "".join(row_of("td", (row.cells[name] for name in columns)) for row in rows)
     style = "border-collapse: collapse; margin: 0.7em 0; background: transparent"
@@ -122,8 +122,8 @@ def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
         "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
         "init std": range_text(deviations, ".3g"),
         "lr ×": range_text(_numbers(record["learning_rate_multiplier"]), ".3g"),
-        "why std": reason_text([one["initialization_parts"] for one in same]),
-        "why lr": record["learning_rate_reason"] if several else "",
+        "why std": _reason("why std", same),
+        "why lr": _reason("why lr", same) if several else "",
     }
 
 
@@ -161,40 +161,33 @@ def _text_tables(rows: Sequence[Row], records: Sequence[Record]) -> list[Rendera
         # Columns that may be folded give way to those that hold numbers.
         justify, folded = "right" if _side(name) == "right" else "left", name in ("path", "role")
         table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folded)
-    reasons: dict[Hashable, str] = {}
+    kinds: dict[tuple[str, Hashable], list[int]] = {}
     for name in _REASONS:
-        for kind, found in _by_kind(name, rows, records).items():
-            parts = [records[index]["initialization_parts"] for index in found]
-            reasons[name, kind] = reason_text(parts) if name == "why std" else str(kind)
-    numbers = {kind: str(number) for number, kind in enumerate(reasons, start=1)}
+        for row in rows:
+            if row.cells[name]:
+                kinds.setdefault(_kind(name, row, records), []).extend(row.indices)
+    numbers = {kind: str(number) for number, kind in enumerate(kinds, start=1)}
     for row in rows:
-        kinds = [(name, _kind(name, row, records)) for name in _REASONS if row.cells[name]]
-        texts = [*(row.cells[name] for name in names), " ".join(numbers[kind] for kind in kinds)]
+        why = [numbers[_kind(name, row, records)] for name in _REASONS if row.cells[name]]
+        texts = [*(row.cells[name] for name in names), " ".join(why)]
         table.add_row(*(Text(text, overflow="fold") for text in texts))
-    return [
-        table,
-        Text("why"),
-        _listing((numbers[kind], reasons[kind]) for kind in reasons),
-        Text(),
+    reasons = [
+        (numbers[kind], _reason(kind[0], [records[index] for index in indices]))
+        for kind, indices in kinds.items()
     ]
+    return [table, Text("why"), _listing(reasons), Text()]
 
 
-def _kind(name: str, row: Row, records: Sequence[Record]) -> Hashable:
+def _kind(name: str, row: Row, records: Sequence[Record]) -> tuple[str, Hashable]:
     """Reasons of one kind share a line; numbers that columns show tell none apart."""
-    if name == "why std":
-        return kind_of(records[row.indices[0]]["initialization_parts"])
-    return row.cells[name]
+    parts = records[row.indices[0]]["initialization_parts"]
+    return name, kind_of(parts) if name == "why std" else row.cells[name]
 
 
-def _by_kind(
-    name: str, rows: Sequence[Row], records: Sequence[Record]
-) -> dict[Hashable, list[int]]:
-    """Indices of the records of every kind of reason."""
-    found: dict[Hashable, list[int]] = {}
-    for row in rows:
-        if row.cells[name]:
-            found.setdefault(_kind(name, row, records), []).extend(row.indices)
-    return found
+def _reason(name: str, same: Sequence[Record]) -> str:
+    if name == "why lr":
+        return same[0]["learning_rate_reason"]
+    return reason_text([record["initialization_parts"] for record in same])
 
 
 def _listing(items: Iterable[tuple[str, str]]) -> RenderableType:

@@ -71,9 +71,6 @@ def drawn_and_set(
 
     The latter are the gains of normalizations that end a residual branch, under `second_moment`:
     they, and not the layer before them, decide what the branch adds.
-
-    Raises:
-      TypeError, ValueError: see `weight_standard_deviations`.
     """
     found = initialization_rule(architecture, rule)
     variances = found(architecture, **(rule_options or {}))
@@ -88,12 +85,7 @@ def drawn_and_set(
 def initialization_rule(
     architecture: Architecture, rule: str | InitializationRule | None
 ) -> Rule[WeightVariances]:
-    """Returns a rule; of None the one that fits what the vertices sum.
-
-    Raises:
-      TypeError: no architecture, or neither a name nor a function.
-      ValueError: no rule has this name.
-    """
+    """Returns a rule; of None the one that fits what the vertices sum."""
     check_architecture(architecture)
     if rule is not None:
         return INITIALIZATION_RULES.resolve(rule)
@@ -106,10 +98,9 @@ def _gains(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, 
     found: dict[str, Deviation] = {}
     for parameter in architecture.parameters:
         neutral = parameter.neutral_value
-        if parameter.role != Role.SCALE or not parameter.start_known:
+        chosen = parameter.given not in (None, neutral)  # as a gain that the model starts at 0
+        if parameter.role != Role.SCALE or not parameter.start_known or chosen:
             continue
-        if parameter.given not in (None, neutral):
-            continue  # as a gain that the model starts at 0
         offset = 1.0 - neutral  # of 1 + w, w
         by_use = [
             (use, [gains[edge] - offset for edge in use.ends if edge in gains])
@@ -126,12 +117,6 @@ def standard_deviation(
     parameter: Parameter, architecture: Architecture, variances: WeightVariances, rule: Rule
 ) -> Explained:
     """Returns the standard deviation of a parameter that is drawn, and the equation that decides.
-
-    Args:
-      parameter: the parameter.
-      architecture: the network that it is part of.
-      variances: what the rule says of the graph.
-      rule: the rule.
 
     Raises:
       ValueError: a variance that is not finite or negative.

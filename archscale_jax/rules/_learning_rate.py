@@ -4,6 +4,7 @@ A rule is a function `(graph, base, **options) -> float` of two graphs. Pass one
 the function itself; `register_learning_rate_rule` gives a function of yours a name.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,21 +76,15 @@ def learning_rate_scale(
     return scale
 
 
-@register_learning_rate_rule(
-    "path_sum",
-    equation="η ∝ (Σ_p L_p³)^(-1/2) q^(-1)",
-    citation="[AAS Eq. 8, 9]",
-    needs_base=True,
-    answers_for_depth=True,
-    sums_paths=True,
-)
+_rule_of_depth = functools.partial(register_learning_rate_rule, answers_for_depth=True)
+_PATH_SUM = {"equation": "η ∝ (Σ_p L_p³)^(-1/2) q^(-1)", "needs_base": True, "sums_paths": True}
+
+
+@_rule_of_depth("path_sum", citation="[AAS Eq. 8, 9]", **_PATH_SUM)
 def path_sum(graph: jraph.GraphsTuple, base: jraph.GraphsTuple, *, depth_offset: int = 0) -> float:
     """L_p counts the layers on path p, q is the kernel size.
 
-    Args:
-      graph: graph of the network to train.
-      base: graph of the base network.
-      depth_offset: weight layers outside the graph (stem, readout) to count in every L_p.
+    `depth_offset` weight layers outside the graph (stem, readout) count in every L_p.
     """
     sums = []
     for name, one in (("graph", graph), ("base", base)):
@@ -104,22 +99,13 @@ def path_sum(graph: jraph.GraphsTuple, base: jraph.GraphsTuple, *, depth_offset:
     )
 
 
-@register_learning_rate_rule(
-    "path_sum_activations",
-    equation="η ∝ (Σ_p L_p³)^(-1/2) q^(-1)",
-    citation="(theory §2)",
-    needs_base=True,
-    answers_for_depth=True,
-    sums_paths=True,
-)
+@_rule_of_depth("path_sum_activations", citation="(theory §2)", **_PATH_SUM)
 def path_sum_activations(graph: jraph.GraphsTuple, base: jraph.GraphsTuple) -> float:
     """L_p counts the activations on path p, the stem's included: `path_sum` counts one fewer."""
     return path_sum(graph, base, depth_offset=1)
 
 
-@register_learning_rate_rule(
-    "chen2024_code", citation="(theory §4)", answers_for_depth=True, sums_paths=True
-)
+@_rule_of_depth("chen2024_code", citation="(theory §4)", sums_paths=True)
 def chen2024_code(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None) -> float:
     """The rates of the authors' published code, which differ from the text.
 
@@ -145,37 +131,27 @@ def chen2024_code(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = Non
     return math.sqrt(27 / statistics.depth_cubed_sum) * kernel
 
 
-@register_learning_rate_rule(
-    "depth", equation="η ∝ L^(-3/2)", citation="[Jelassi]", needs_base=True, answers_for_depth=True
-)
+@_rule_of_depth("depth", equation="η ∝ L^(-3/2)", citation="[Jelassi]", needs_base=True)
 def depth(graph: jraph.GraphsTuple, base: jraph.GraphsTuple) -> float:
     """Derived for plain chains; here L is the depth of the deepest path."""
-    return _ratio_of_depths(base, graph, lambda one: path_statistics(one).max_depth) ** 1.5
+    return _ratio(*(path_statistics(one).max_depth for one in (base, graph))) ** 1.5
 
 
-@register_learning_rate_rule(
-    "effective_depth",
-    equation="η ∝ D^(-3/2)",
-    citation="[ED]",
-    needs_base=True,
-    answers_for_depth=True,
-)
+@_rule_of_depth("effective_depth", equation="η ∝ D^(-3/2)", citation="[ED]", needs_base=True)
 def effective_depth(graph: jraph.GraphsTuple, base: jraph.GraphsTuple) -> float:
     """D is the shortest way from input to output in layers and residual additions.
 
     The stem and the readout, which stand outside of the graph, are layers of it.
     """
-    return _ratio_of_depths(base, graph, _layers_of_the_shortest_path) ** 1.5
+    pair = (base, graph)
+    return _ratio(*(shortest_path_length(one) + _layers_outside(one) for one in pair)) ** 1.5
 
 
-def _layers_of_the_shortest_path(graph: Any) -> int:
-    return shortest_path_length(graph) + int(graph.globals["layers_outside"][0])
+def _layers_outside(graph: Any) -> int:
+    return int(graph.globals["layers_outside"][0])
 
 
-def _ratio_of_depths(
-    base: jraph.GraphsTuple, graph: jraph.GraphsTuple, depth_of: Callable[[Any], int]
-) -> float:
-    before, now = depth_of(base), depth_of(graph)
+def _ratio(before: int, now: int) -> float:
     if not (before and now):
         raise ValueError(
             f"rules of depth: the network has depth {now} and the base {before}; no path crosses a "

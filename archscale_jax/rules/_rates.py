@@ -112,10 +112,8 @@ class RateRules:
 
     @property
     def _width_options(self) -> dict[str, Any]:
-        options = {"consistent_rms": self.consistent_rms}
-        if self.dimension_numbers:
-            options["dimension_numbers"] = True
-        return {name: value for name, value in options.items() if value is not None}
+        names = ("consistent_rms", "dimension_numbers")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def of_network(self, architecture: Architecture) -> Rule[float]:
         """Returns the rule of the whole network, or what None stands for.
@@ -156,14 +154,12 @@ class RateRules:
         scale = learning_rate_scale(
             architecture.graph, base_graph, rule, rule_options=self.rule_options
         )
-        whole = [Part(scale, rule.name, citation=rule.citation)] if rule.scales else []
-        parts = {one.name: list(whole) for one in architecture.parameters}
+        names = [one.name for one in architecture.parameters]
+        given: list[Mapping[str, Part]] = []
+        if rule.scales:
+            given.append(dict.fromkeys(names, Part(scale, rule.name, citation=rule.citation)))
         if self.kernel_per_layer:
-            network = network_kernel_size(architecture.graph)
-            for one in architecture.parameters:
-                own = math.sqrt(one.kernel_positions)
-                value = kernel_size_multiplier(own, network)
-                parts[one.name].append(Part(value, "kernel", "", {"q_network": network, "q": own}))
+            given.append(_kernels(architecture))
         if self.width_rule is not None:
             if not isinstance(base, Architecture):
                 error = MissingBaseError if base is None else ValueError
@@ -172,23 +168,28 @@ class RateRules:
                     "with_widths(architecture, {width: base width}); found "
                     f"{type(base).__name__}"
                 )
-            found = width_parts(architecture, base, self.width_rule, **self._width_options)
-            for name, part in found.items():
-                parts[name].append(part)
+            given.append(width_parts(architecture, base, self.width_rule, **self._width_options))
         if self.depth_rule is not None:
             if base is None:
                 raise MissingBaseError(
                     "depth_rule compares depths: pass the base network, or its graph, as base"
                 )
-            found = depth_multipliers(
-                architecture, base, self.depth_rule, exponent=self.depth_exponent
-            )
-            for name, part in found.items():
-                parts[name].append(part)
-        return {name: _product(name, found) for name, found in parts.items()}
+            exponent = self.depth_exponent
+            given.append(depth_multipliers(architecture, base, self.depth_rule, exponent=exponent))
+        return {name: _product(name, tuple(parts[name] for parts in given)) for name in names}
 
 
-def _product(name: str, parts: list[Part]) -> Explained:
+def _kernels(architecture: Architecture) -> dict[str, Part]:
+    """What the kernel size of a layer adds to that of the network."""
+    network = network_kernel_size(architecture.graph)
+    sizes = {one.name: math.sqrt(one.kernel_positions) for one in architecture.parameters}
+    return {
+        name: Part(kernel_size_multiplier(q, network), "kernel", "", {"q_network": network, "q": q})
+        for name, q in sizes.items()
+    }
+
+
+def _product(name: str, parts: tuple[Part, ...]) -> Explained:
     value = math.prod((part.value for part in parts), start=1.0)
     smallest, largest = (float(getattr(jnp.finfo(jnp.float32), end)) for end in ("tiny", "max"))
     if not smallest <= value <= largest:
@@ -196,4 +197,4 @@ def _product(name: str, parts: list[Part]) -> Explained:
             f"the learning-rate multiplier of {name!r} is {value}; a multiplier must be positive "
             "and in the range of float32"
         )
-    return Explained(value, tuple(parts))
+    return Explained(value, parts)

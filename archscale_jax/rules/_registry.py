@@ -172,10 +172,7 @@ class Registry(Generic[Result]):
         return name
 
     def resolve(self, rule: str | Callable[..., Result]) -> Rule[Result]:
-        """Returns the rule of a name or a function.
-
-        Args:
-          rule: a name, a `Rule`, a function, or a `functools.partial` of either.
+        """Returns the rule of a name, or of a function or a `functools.partial` of one.
 
         Raises:
           TypeError: neither a name nor a function.

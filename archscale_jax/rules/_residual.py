@@ -20,6 +20,7 @@ gain of that normalization, since it undoes the size of the layer.
 """
 
 import collections
+from collections.abc import Collection
 from typing import Literal
 
 import jraph
@@ -55,34 +56,26 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, se
     of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
     around no layer that reads the other.
     """
-    graph, slices = (
-        (network.graph, _slices(network)) if isinstance(network, Architecture) else (network, {})
-    )
-    live = live_edges(graph)
-    weight = is_weight(graph)
-    incoming: dict[int, list[int]] = collections.defaultdict(list)
-    outgoing: dict[int, list[int]] = collections.defaultdict(list)
-    for edge in live.nonzero()[0].tolist():
-        incoming[int(graph.receivers[edge])].append(edge)
-        outgoing[int(graph.senders[edge])].append(edge)
+    known = isinstance(network, Architecture)
+    graph, slices = (network.graph, _slices(network)) if known else (network, {})
+    ways, weight, operators = _Ways(graph), is_weight(graph), graph.edges["operator"]
     branches: dict[int, set[int]] = {}
     sources: dict[int, set[int]] = {}
-    for vertex, edges in incoming.items():
-        skips = [edge for edge in edges if graph.edges["operator"][edge] in _WEIGHTLESS]
-        for skip in skips:
-            source = int(graph.senders[skip])
+    for vertex, edges in ways.incoming.items():
+        for skip in (edge for edge in edges if operators[edge] in _WEIGHTLESS):
+            source = ways.senders[skip]
             others = {
                 edge
-                for edge in outgoing[source]
+                for edge in ways.outgoing[source]
                 if slices.get(skip) and slices.get(edge) and not slices[skip] & slices[edge]
             }
-            around = _edges_between(graph, incoming, source, vertex, others) - {skip}
+            around = ways.between(source, vertex, others) - {skip}
             if any(weight[edge] for edge in around):
                 branches.setdefault(vertex, set()).update(around)
                 sources.setdefault(vertex, set()).add(source)
-    blocks = _blocks(graph, branches, sources)
+    blocks = _blocks(int(graph.n_node[0]) - 1, branches, sources)
     for vertex in blocks:
-        _extend(graph, branches[vertex], incoming, outgoing, vertex, set(branches))
+        ways.extend(branches[vertex], vertex, branches.keys())
     return {vertex: branches[vertex] for vertex in blocks}
 
 
@@ -95,20 +88,12 @@ def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
     return found
 
 
-def _blocks(
-    graph: jraph.GraphsTuple, branches: dict[int, set[int]], sources: dict[int, set[int]]
-) -> list[int]:
+def _blocks(last: int, branches: dict[int, set[int]], sources: dict[int, set[int]]) -> list[int]:
     """The additions that make a stack, see `residual_branches`."""
-    last = int(graph.n_node[0]) - 1
-
-    def inside(vertex: int) -> list[int]:
-        return [
-            other
-            for other, edges in branches.items()
-            if other != vertex and edges < branches[vertex]
-        ]
-
-    nested = {vertex: inside(vertex) for vertex in branches}
+    nested = {
+        vertex: [other for other, edges in branches.items() if edges < own and other != vertex]
+        for vertex, own in branches.items()
+    }
     around = {
         vertex
         for vertex, held in nested.items()
@@ -122,56 +107,47 @@ def _blocks(
     return [vertex for vertex in left if not any(vertex in nested[other] for other in left)]
 
 
-def _extend(
-    graph: jraph.GraphsTuple,
-    branch: set[int],
-    incoming: dict[int, list[int]],
-    outgoing: dict[int, list[int]],
-    end: int,
-    additions: set[int],
-) -> None:
-    """Adds to a branch what is read nowhere else, back to the next addition, in place."""
-    interior = {int(graph.receivers[edge]) for edge in branch} - {end}
-    wanted = sorted(interior)
-    while wanted:
-        vertex = wanted.pop()
-        for edge in incoming[vertex]:
-            branch.add(edge)
-            source = int(graph.senders[edge])
-            if source in interior or source in additions or source == 0:
-                continue
-            if {int(graph.receivers[one]) for one in outgoing[source]} <= interior:
-                interior.add(source)
-                wanted.append(source)
+class _Ways:
+    """The live edges of a graph by vertex, in both directions."""
 
+    def __init__(self, graph: jraph.GraphsTuple):
+        self.senders, self.receivers = graph.senders.tolist(), graph.receivers.tolist()
+        self.incoming: dict[int, list[int]] = collections.defaultdict(list)
+        self.outgoing: dict[int, list[int]] = collections.defaultdict(list)
+        for edge in live_edges(graph).nonzero()[0].tolist():
+            self.incoming[self.receivers[edge]].append(edge)
+            self.outgoing[self.senders[edge]].append(edge)
 
-def _edges_between(
-    graph: jraph.GraphsTuple,
-    incoming: dict[int, list[int]],
-    source: int,
-    target: int,
-    left_out: set[int],
-) -> set[int]:
-    """The edges on paths from one vertex to another that do not begin with one left out."""
-    reached, wanted = {source}, [target]
-    behind: dict[int, list[int]] = {}
-    while wanted:  # back from the target, not beyond the source
-        vertex = wanted.pop()
-        if vertex in behind or vertex <= source:
-            continue
-        behind[vertex] = incoming[vertex]
-        wanted.extend(int(graph.senders[edge]) for edge in incoming[vertex])
-    found: set[int] = set()
-    for vertex in sorted(behind):
-        here = {
-            edge
-            for edge in behind[vertex]
-            if int(graph.senders[edge]) in reached and edge not in left_out
-        }
-        if here:
-            reached.add(vertex)
-            found |= here
-    return found if target in reached else set()
+    def between(self, source: int, target: int, left_out: set[int]) -> set[int]:
+        """The edges on paths from one vertex to another that do not begin with one left out."""
+        reached, wanted, behind = {source}, [target], set()
+        while wanted:  # back from the target, not beyond the source
+            vertex = wanted.pop()
+            if vertex not in behind and vertex > source:
+                behind.add(vertex)
+                wanted.extend(self.senders[edge] for edge in self.incoming[vertex])
+        found: set[int] = set()
+        for vertex in sorted(behind):
+            edges = set(self.incoming[vertex]) - left_out
+            here = {edge for edge in edges if self.senders[edge] in reached}
+            if here:
+                reached.add(vertex)
+                found |= here
+        return found if target in reached else set()
+
+    def extend(self, branch: set[int], end: int, additions: Collection[int]) -> None:
+        """Adds to a branch what is read nowhere else, back to the next addition, in place."""
+        interior = {self.receivers[edge] for edge in branch} - {end}
+        wanted = sorted(interior)
+        while wanted:
+            for edge in self.incoming[wanted.pop()]:
+                branch.add(edge)
+                source = self.senders[edge]
+                if source in interior or source in additions or source == 0:
+                    continue
+                if {self.receivers[one] for one in self.outgoing[source]} <= interior:
+                    interior.add(source)
+                    wanted.append(source)
 
 
 # What ends a branch.
@@ -190,31 +166,32 @@ def branch_ends(
     """
     branches = residual_branches(architecture) if branches is None else branches
     propagation = Propagation(architecture)
-    found: dict[int, dict[int, float]] = {}
-    for vertex, branch in branches.items():
-        found[vertex] = {}
-        for edge in propagation.incoming[vertex]:
-            if edge in branch:
-                found[vertex] |= _last_layers(propagation, edge, branch, vertex)
-    return found
+    return {
+        vertex: {
+            layer: part
+            for edge in propagation.incoming[vertex]
+            if edge in branch
+            for layer, part in _last_layers(propagation, edge, branch, vertex).items()
+        }
+        for vertex, branch in branches.items()
+    }
 
 
 def _last_layers(
     propagation: Propagation, edge: int, branch: set[int], end: int
 ) -> dict[int, float]:
-    found = _linear_layers(propagation, edge, branch)
-    if not found:
-        source = propagation.senders[edge]
-        behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
-        names = [name for one in behind for name in propagation.functions[one].weights]
-        shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
-        raise ValueError(
-            f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
-            "through no layer that it enters linearly, so that no weight can take m^(-α). "
-            "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
-            "it by m^(-α) in the model and take depth_rule=None for it"
-        )
-    return found
+    if found := _linear_layers(propagation, edge, branch):
+        return found
+    source = propagation.senders[edge]
+    behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
+    names = [name for one in behind for name in propagation.functions[one].weights]
+    shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
+    raise ValueError(
+        f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
+        "through no layer that it enters linearly, so that no weight can take m^(-α). "
+        "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
+        "it by m^(-α) in the model and take depth_rule=None for it"
+    )
 
 
 def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dict[int, float]:
@@ -314,7 +291,7 @@ def depth_multipliers(
         found = Part(ratio**power, rule, f"in a branch, m^({power:g})", numbers)
         if place == "end":
             ending = power - share * exponent * (2 if sgd else 1)
-            how = "1/m" if share == 1 else f"m^({ending:g}) of one of {round(1 / share)} layers"
+            how = "1/m" if share == 1 else f"m^({ending:g}), one of {round(1 / share)} layers"
             found = Part(ratio**ending, rule, f"ends a branch, {how}", numbers)
             if own != theirs and parameter.role == Role.HIDDEN:
                 value = found.value / (own / theirs) ** (2 if sgd else 1)
@@ -439,10 +416,6 @@ def number_of_uses(parameter: Parameter) -> int:
 
 
 def check_optimizer(optimizer: str) -> None:
-    """Checks that a depth rule has this name.
-
-    Raises:
-      ValueError: it has not.
-    """
+    """Raises ValueError unless a depth rule has this name."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(unknown("depth rule", optimizer, OPTIMIZERS))

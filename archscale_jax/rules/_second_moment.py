@@ -42,12 +42,10 @@ def second_moment(
     Raises:
       ValueError: a branch share, exponent or gain that is negative or not finite.
     """
-    if not 0 <= branch_share < math.inf:
-        raise ValueError(f"branch_share must be finite and not negative, found {branch_share}")
-    if not 0 <= depth_exponent < math.inf:
-        raise ValueError(f"depth_exponent must be finite and not negative, found {depth_exponent}")
-    if not 0 <= readout_gain < math.inf:
-        raise ValueError(f"readout_gain must be finite and not negative, found {readout_gain}")
+    options = {"branch_share": branch_share, "depth_exponent": depth_exponent}
+    for name, value in (options | {"readout_gain": readout_gain}).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, found {value}")
     layers = is_weight(architecture.graph)
     branches = residual_branches(architecture)
     probe = Allocation(architecture)
@@ -186,9 +184,8 @@ def _with_means(
 
     from scipy.optimize import brentq
 
-    if missing <= 0 or all(allocation.ends_in_norm(edge) for edge in edges):
-        return equal
-    if not brought(1e-9) < 0 < brought(1.0):
+    normalized = all(allocation.ends_in_norm(edge) for edge in edges)
+    if normalized or not brought(1e-9) < 0 < brought(1.0):
         return equal
     scale = brentq(brought, 1e-9, 1.0, xtol=1e-14, rtol=1e-14)
     return {edge: part * scale for edge, part in equal.items()}

@@ -253,11 +253,11 @@ def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tu
       ValueError: see `width_multipliers`.
     """
     compare = _counterparts(architecture, base)
-    ratios = {}
-    for parameter in architecture.parameters:
-        views = _views(parameter, *compare(parameter))
-        ratios[parameter.name] = max(view[1] for view in views), max(view[2] for view in views)
-    return ratios
+    views = {one.name: _views(one, *compare(one)) for one in architecture.parameters}
+    return {
+        name: (max(view[1] for view in found), max(view[2] for view in found))
+        for name, found in views.items()
+    }
 
 
 # Bases that were never built.
@@ -353,12 +353,13 @@ def _stem_ratio(architecture: Architecture, sizes: Mapping[str, Any]) -> float |
 def _narrowed(
     parameter: Parameter, widths: Mapping[int, int], unused: set[int], left_out: dict[int, str]
 ) -> Parameter:
+    if not parameter.uses:
+        fan_in, fan_out = _fans_of(parameter, widths, unused)
+        return dataclasses.replace(parameter, fan_in=fan_in, fan_out=fan_out)
     shape = list(parameter.shape)
     ratios = {"in": 1.0, "out": 1.0}
-    # Where no use was read off a function, fans alone are known.
-    uses = parameter.uses or (ParameterUse("weight", layer=parameter.layer),)
     done: set[int] = set()
-    for use in uses:
+    for use in parameter.uses:
         positions = {*use.positions, *(axis for axis, _ in use.slices)}
         sides = {
             "in": [] if use.layer == Role.INPUT else list(use.contracted),
@@ -380,9 +381,6 @@ def _narrowed(
             done.update(found)
         if len(listed) == 2 and use.kind == "weight" and use.layer == Role.HIDDEN:
             _note_left_out(parameter, listed, widths, left_out)
-    if not parameter.uses:
-        fan_in, fan_out = _fans_of(parameter, widths, unused)
-        return dataclasses.replace(parameter, fan_in=fan_in, fan_out=fan_out)
     return dataclasses.replace(
         parameter,
         shape=tuple(shape),
@@ -464,16 +462,16 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
     exact = {parameter.name: parameter for parameter in base.parameters}
     if _same_graph(architecture, base) and exact.keys() == architecture.shapes.keys():
         return lambda parameter: _sizes(exact[parameter.name], parameter)
-    kinds = (_kind, lambda parameter: (*_kind(parameter), _pattern(parameter)))
+    kinds = (_kind_and_name, _kind)
     groups = [(kind, _members(architecture, kind), _members(base, kind)) for kind in kinds]
 
     def counterpart(parameter: Parameter) -> _Sizes:
-        for kind, ours, theirs in reversed(groups):
+        for kind, ours, theirs in groups:
             key = kind(parameter)
             matched = _matched(ours[key], theirs.get(key, {}), parameter)
             if matched is not None:
                 return matched
-        found = sorted({one[1] for one in groups[0][2].get(_kind(parameter), ())})
+        found = sorted({one[1] for one in groups[-1][2].get(_kind(parameter), ())})
         raise ValueError(
             f"the width multiplier of {parameter.name!r} needs one base fan for {parameter.role} "
             f"parameters of the {parameter.layer} layer(s); the base network has "
@@ -516,9 +514,9 @@ def _kind(parameter: Parameter) -> tuple[str, ...]:
     return parameter.role, parameter.layer
 
 
-def _pattern(parameter: Parameter) -> str:
-    """The name without numbers, which tell layers of one kind apart."""
-    return re.sub(r"\d+", "#", parameter.name)
+def _kind_and_name(parameter: Parameter) -> tuple[str, ...]:
+    """The name is taken without numbers, which tell layers of one kind apart."""
+    return (*_kind(parameter), re.sub(r"\d+", "#", parameter.name))
 
 
 def _members(
