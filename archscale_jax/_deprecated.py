@@ -20,6 +20,7 @@ NAMES = {
         "WeightVariances register_initialization_rule register_learning_rate_rule "
         "register_width_rule"
     ),
+    "archscale_jax": "learning_rate_factors",
     "archscale_jax._draw": "draw_graph",
     "archscale_jax._graph": "validate_graph",
     "archscale_jax._paths": "BatchedPathStatistics batched_path_statistics",
@@ -31,11 +32,11 @@ NAMES = {
 """Names that `archscale_jax` had, by the module that has them."""
 
 RENAMED = {
-    "archscale_jax.learning_rate_factors": ("archscale_jax", "learning_rate_multipliers"),
-    "archscale_jax.rules.kernel_size_factor": ("archscale_jax.rules", "kernel_size_multiplier"),
-    "archscale_jax.rules.width_factors": ("archscale_jax.rules", "width_multipliers"),
+    "kernel_size_factor": "kernel_size_multiplier",
+    "learning_rate_factors": "learning_rate_multipliers",
+    "width_factors": "width_multipliers",
 }
-"""Names that packages had, and what they are called now."""
+"""What is called otherwise where it is now, by its old name."""
 
 MODULES = {
     "architecture": "archscale_jax._architecture",
@@ -58,16 +59,12 @@ MODULES = {
     "spaces": "archscale_jax._spaces",
     "sweeps": "experiments.lab.sweeps",
     "training": "experiments.lab.training",
-    "transform": "archscale_jax._optax",
+    "transform": "archscale_jax",
     "trees": "archscale_jax._trees",
 }
 """Modules that `archscale_jax` had, by where they are. `experiments` is in the repository alone."""
 
-_PLACES = RENAMED | {
-    f"archscale_jax.{name}": (place, name)
-    for place, names in NAMES.items()
-    for name in names.split()
-}
+_PLACES = {name: place for place, names in NAMES.items() for name in names.split()}
 
 
 class _Moved(types.ModuleType):
@@ -76,34 +73,42 @@ class _Moved(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        place = MODULES[self.__name__.partition(".")[2]]
-        _warn(f"{self.__name__}.{name}", f"{place}.{name}")
-        return getattr(importlib.import_module(place), name)
+        return _found(self.__name__, name, MODULES[self.__name__.partition(".")[2]])
 
 
 for _name in MODULES:
     sys.modules[f"archscale_jax.{_name}"] = _Moved(f"archscale_jax.{_name}")
 
 
-def moved(name: str, package: str = "archscale_jax") -> Any:
-    """Returns what a package had by a name, and warns.
+def moved(name: str) -> Any:
+    """Returns what `archscale_jax` had by a name, and warns.
 
     Raises:
       AttributeError: it never had it.
     """
-    if package == "archscale_jax" and name in MODULES:
+    if name in MODULES:
         return sys.modules[f"archscale_jax.{name}"]
-    old = f"{package}.{name}"
-    if old not in _PLACES:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    place, new = _PLACES[old]
-    _warn(old, f"{place}.{new}")
-    return getattr(importlib.import_module(place), new)
+    if name not in _PLACES:
+        raise AttributeError(f"module 'archscale_jax' has no attribute {name!r}")
+    return _found("archscale_jax", name, _PLACES[name])
 
 
-def _warn(old: str, new: str) -> None:
+def renamed(module: str, name: str) -> Any:
+    """Returns what a module has by another name now, and warns.
+
+    Raises:
+      AttributeError: it never had it.
+    """
+    if name not in RENAMED or not hasattr(sys.modules[module], RENAMED[name]):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _found(module, name, module)
+
+
+def _found(module: str, name: str, place: str) -> Any:
+    new = RENAMED.get(name, name)
     warnings.warn(
-        f"{old} moved to {new}; the old name is removed in version 0.3",
+        f"{module}.{name} moved to {place}.{new}; the old name is removed in version 0.3",
         DeprecationWarning,
         stacklevel=4,
     )
+    return getattr(importlib.import_module(place), new)

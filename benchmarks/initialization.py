@@ -4,7 +4,7 @@
   and by what vertices sum, drawn to `docs/figures/initialization.png`.
 * The same for graphs of five vertices, beside the pilot of theory §3.
 * Width: how much of the ratio is noise of a finite width.
-* `branch_share` of the rule `second_moment`: growth against what the branches contribute.
+* `branch_share` of the rule `moment`: growth against what the branches contribute.
 
 Second moments are means over inputs and features of networks at their initialization. The tables
 are also written into `docs/initialization.md`.
@@ -40,7 +40,7 @@ FIGURE, PAGE = DOCS / "figures" / "initialization.png", DOCS / "initialization.m
 
 NUM_GRAPHS = 20
 KINDS = {"weights alone": (1 / 2, 0, 1 / 2), "with skips": (1 / 3, 1 / 3, 1 / 3)}
-RULES = tuple(INITIALIZATION_RULES)
+RULES = ("target", "source", "none", "author_code", "moment")
 SHARES = (0, 0.05, 0.25, 1)
 WIDTH, BATCH, DRAWS = 512, 64, 3
 PANELS = {  # what vertices sum, and where it is measured
@@ -84,10 +84,8 @@ def block_chain(branch: str, num_blocks: int = 18) -> str:
 
 
 def with_share(share: float):
-    """Returns the rule `second_moment` with another branch share."""
-    return functools.partial(
-        INITIALIZATION_RULES.resolve("second_moment"), **{"branch_share": share}
-    )
+    """Returns the rule `moment` with another branch share."""
+    return functools.partial(INITIALIZATION_RULES.resolve("moment"), **{"branch_share": share})
 
 
 def second_moments(
@@ -116,7 +114,7 @@ def second_moments(
     deviations = {
         name: weight_standard_deviations(architecture, rule) for name, rule in rules.items()
     }
-    he = weight_standard_deviations(architecture, "he_normal")
+    he = weight_standard_deviations(architecture, "none")
     factors = {
         weight: jnp.array([deviations[name][weight] / he[weight] for name in rules])
         for weight in he
@@ -141,7 +139,7 @@ def second_moments(
     measured = []
     for key in jax.random.split(jax.random.key(0), draws):
         # For one key, `initialize` draws the same numbers by every rule but for the deviation.
-        drawn = initialize(key, params, architecture, "he_normal")
+        drawn = initialize(key, params, architecture, "none")
         inputs = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, width))
         measured.append(jax.vmap(measure, in_axes=(0, None, None))(factors, drawn, inputs))
     stacked = {
@@ -195,12 +193,12 @@ def compare_rules(sizes: tuple[int, ...], names: tuple[str, ...]) -> dict:
 
 
 def compare_widths(widths: tuple[int, ...] = (128, 512, 2048), num_graphs: int = 8) -> dict:
-    """Measures `second_moment` where it is exact at infinite width: weights and pre-activations."""
-    results, rule = {}, "second_moment"
+    """Measures `moment` where it is exact at infinite width: weights alone, pre-activations."""
+    results = {}
     for width in widths:
         measure = functools.partial(second_moments, width=width, draws=1)
         measured = [
-            measure(text, Arrangement.PRE_ACTIVATION, {rule: rule})[rule]["vertices"]
+            measure(text, Arrangement.PRE_ACTIVATION, {"moment": "moment"})["moment"]["vertices"]
             for text in random_graphs("weights alone")[:num_graphs]
         ]
         results[width] = summary(measured)
@@ -208,7 +206,7 @@ def compare_widths(widths: tuple[int, ...] = (128, 512, 2048), num_graphs: int =
 
 
 def compare_shares() -> dict:
-    """Measures `second_moment` by branch share: `random` graphs with skips, residual `blocks`."""
+    """Measures `moment` by branch share: `random` graphs with skips, and residual `blocks`."""
     rules = {f"{share:g}": with_share(share) for share in SHARES}
     results: dict = {"random": {}, "blocks": {}}
     for arrangement in Arrangement:
@@ -219,7 +217,7 @@ def compare_shares() -> dict:
             share: summary([of_graph[share]["vertices"] for of_graph in measured])
             for share in rules
         }
-    rules = {"target_in_degree": "target_in_degree"} | rules
+    rules = {"target": "target"} | rules
     for name, (branch, arrangement) in BLOCKS.items():
         text = block_chain(branch)
         results["blocks"][name] = {
@@ -283,12 +281,12 @@ def tables(results: dict) -> dict[str, Table]:
             ],
         ),
         "widths": Table(
-            "second_moment, pre-activations, weights alone: max/min of one network each, 8 graphs",
+            "rule moment, pre-activations, weights alone: max/min of one network each, 8 graphs",
             ["width", "median (quartiles), worst"],
             [[f"{width:,}", spread(one)] for width, one in widths.items()],
         ),
         "shares": Table(
-            "second_moment, with skips, at vertices: max/min of 20 graphs by branch share",
+            "rule moment, with skips, at vertices: max/min of 20 graphs by branch share",
             ["vertices sum", *(f"share {share:g}" for share in SHARES)],
             [
                 [summed.replace("_", "-") + "s", *map(spread, by_share.values())]

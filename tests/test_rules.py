@@ -6,6 +6,7 @@ are paths of skip edges from where it arises to the vertex.
 """
 
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -353,6 +354,22 @@ def test_names_of_version_0_1_warn_once(kind, old, new):
     assert old in registry and old not in list(registry)
     with pytest.raises(ValueError, match=f"'{old}' is registered already"):
         registry.register(old)(len)
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [
+        ("archscale_jax", "learning_rate_factors", "learning_rate_multipliers"),
+        ("archscale_jax.rules", "width_factors", "width_multipliers"),
+        ("archscale_jax.rules", "kernel_size_factor", "kernel_size_multiplier"),
+    ],
+)
+def test_functions_of_version_0_1_warn(package, old, new):
+    module = importlib.import_module(package)
+    with pytest.warns(DeprecationWarning, match=f"{package}.{old} moved to {package}.{new}"):
+        assert getattr(module, old) is getattr(module, new)
+    with pytest.raises(AttributeError, match="has no attribute 'factors'"):
+        module.factors  # noqa: B018
 
 
 def test_what_a_rule_says_of_itself():

@@ -48,4 +48,4 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    return _deprecated.moved(name, __name__)
+    return _deprecated.renamed(__name__, name)
