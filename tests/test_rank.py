@@ -44,10 +44,10 @@ def trial(recipe, cell, rate=0.5):
     [
         ("fixed", "3_33_333", 1),
         ("mup", "3_33_333", 1),
-        ("chen2024_code", "0_00_100", 1),
-        ("chen2024_code", "0_00_300", 2**-1.5),
+        ("author_code", "0_00_100", 1),
+        ("author_code", "0_00_300", 2**-1.5),
         # Paths of 1, 2, 2 and 3 convolutions; the code adds 1 to each.
-        ("chen2024_code", "3_33_333", (2**3 + 2 * 3**3 + 4**3) ** -0.5),
+        ("author_code", "3_33_333", (2**3 + 2 * 3**3 + 4**3) ** -0.5),
         ("path_sum", "0_00_300", 1),
         ("path_sum", "3_33_333", (1 + 2 * 2**3 + 3**3) ** -0.5),
     ],
@@ -116,7 +116,7 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     assert rates["fixed"] == 0.1
     assert rates["path_sum"] == rates["measured"] == by_base["0_00_300", "target_in_degree"]
     assert rates["mup"] == by_base["0_00_300", "he_normal"]
-    few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "chen2024_code"], "cell": ["3_33_333"]})
+    few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
     bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}
     with pytest.raises(RuntimeError, match="the search on 0_00_100 failed with ValueError: lost"):
