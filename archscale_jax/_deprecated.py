@@ -20,7 +20,7 @@ NAMES = {
         "WeightVariances register_initialization_rule register_learning_rate_rule "
         "register_width_rule"
     ),
-    "archscale_jax": "draw_graph",
+    "archscale_jax": "draw_graph learning_rate_factors",
     "archscale_jax._graph": "validate_graph",
     "archscale_jax._paths": "BatchedPathStatistics batched_path_statistics",
     "archscale_jax._spaces": (
@@ -34,6 +34,9 @@ RENAMED = {
     "Units": "NeuronGroup",
     "draw_graph": "draw",
     "find_units": "find_neuron_groups",
+    "kernel_size_factor": "kernel_size_multiplier",
+    "learning_rate_factors": "learning_rate_multipliers",
+    "width_factors": "width_multipliers",
 }
 """What is called otherwise where it is now, by its old name."""
 
@@ -58,7 +61,7 @@ MODULES = {
     "spaces": "archscale_jax._spaces",
     "sweeps": "experiments.lab.sweeps",
     "training": "experiments.lab.training",
-    "transform": "archscale_jax._optax",
+    "transform": "archscale_jax",
     "trees": "archscale_jax._trees",
 }
 """Modules that `archscale_jax` had, by where they are. `experiments` is in the repository alone."""
@@ -90,6 +93,17 @@ def moved(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'archscale_jax' has no attribute {name!r}")
     return _found("archscale_jax", name, _PLACES[name])
+
+
+def renamed(module: str, name: str) -> Any:
+    """Returns what a module has by another name now, and warns.
+
+    Raises:
+      AttributeError: it never had it.
+    """
+    if name not in RENAMED or not hasattr(sys.modules[module], RENAMED[name]):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _found(module, name, module)
 
 
 def _found(module: str, name: str, place: str) -> Any:

@@ -11,12 +11,13 @@ from archscale_jax._architecture import Architecture, Role
 from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
-from archscale_jax._optax import explained_factors, scale_by_architecture
+from archscale_jax._optax import scale_by_architecture
 from archscale_jax._report import Report, report
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
+from archscale_jax.rules._rates import learning_rate_multipliers
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
@@ -212,7 +213,7 @@ class Parametrization:
             params,
             self.architecture,
             self.choice.initialization,
-            **self.choice.initialization_options,
+            rule_options=self.choice.initialization_options,
         )
 
     @property
@@ -222,7 +223,9 @@ class Parametrization:
         An array that broadcasts over the leaf where the slices of a stack differ.
         """
         found = weight_standard_deviations(
-            self.architecture, self.choice.initialization, **self.choice.initialization_options
+            self.architecture,
+            self.choice.initialization,
+            rule_options=self.choice.initialization_options,
         )
         return self._of_leaves({one.name: found.get(one.name) for one in self._leaves})
 
@@ -362,10 +365,9 @@ class Parametrization:
         }
 
     def _factors(self) -> dict[str, float]:
-        found = explained_factors(
+        return learning_rate_multipliers(
             self.architecture, self.base, self.choice.rule, **self._rate_options()
         )
-        return {name: one.value for name, one in found.items()}
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)

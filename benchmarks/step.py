@@ -82,7 +82,7 @@ def compare(case: Case, optimizer_name: str, limits: tuple[int, int]) -> dict[st
     graphdef, shapes = nnx.split(network, nnx.Param)
     architecture = network.architecture()
     params = archscale.initialize(jax.random.key(0), shapes, architecture)
-    scaled = optax.chain(make(), archscale.scale_by_architecture(architecture, base))
+    scaled = optax.chain(make(), archscale.scale_by_architecture(architecture, base, "path_sum"))
     optimizers = {"plain": make(), "scaled": scaled}
 
     images = jax.random.normal(jax.random.key(1), (case.batch, *case.image_shape))

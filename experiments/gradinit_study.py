@@ -215,7 +215,7 @@ def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTr
     if start == "flax":
         return params
     residual = family in ("residual", "transformer")
-    rule = "none" if start == "he" else "moment" if residual else "target"
+    rule = "he_normal" if start == "he" else "second_moment" if residual else "target_in_degree"
     return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
 
 

@@ -46,7 +46,11 @@ METHODS = {
 """Arms that grow: their method, how the learning rate follows the architecture, and whether the
 layers that read new neurons move by their best update."""
 ARMS = (*METHODS, "large", "scratch")
-INITIALIZATION = {"mlp": "target", "dag_cnn": "target", "resnet18": "moment"}
+INITIALIZATION = {
+    "mlp": "target_in_degree",
+    "dag_cnn": "target_in_degree",
+    "resnet18": "second_moment",
+}
 HELD_OUT = 1000
 """Training examples that amplitudes are chosen on, and nothing is trained on."""
 MOMENTUM = 0.9
@@ -501,7 +505,7 @@ def _factors(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
             archscale.contrib.grown_architecture(network.loss, one, _example(now), now.units)
             for one in (now.params, start)
         )
-        return archscale.learning_rate_factors(grown, small, width_rule="sgd")
+        return archscale.learning_rate_multipliers(grown, small, width_rule="sgd")
     batch = (network.dataset.train_images[:256], network.dataset.train_labels[:256])
     size, size_at_start = (network.measure(one, batch) for one in (now.params, start))
     return dict.fromkeys(names, archscale.predict_learning_rate(size, size_at_start, 1.0))

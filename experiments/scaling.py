@@ -47,7 +47,7 @@ ranges.define_list(
     "rules",
     ["none", "path_sum"],
     "Learning-rate rules to compare.",
-    ranges.name_of("learning-rate rule", LEARNING_RATE_RULES),
+    ranges.RuleName(LEARNING_RATE_RULES),
 )
 ranges.define("min_rate", 0.01, "Smallest rate of the search on the base network.", "rate")
 ranges.define("max_rate", 3.0, "Largest rate of the search.", "rate")

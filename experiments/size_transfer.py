@@ -67,7 +67,13 @@ STUDIES = {
     "transformer_depth": Study("transformer", "depth", (1, 2, 4, 8), _TRANSFORMER, _OURS),
     "transformer_width": Study("transformer", "width", (16, 32, 64, 128), _TRANSFORMER, _OURS),
 }
-RULES = ("none", "path_sum_activations", "effective_depth", "measured", "relative")
+RULES = (
+    "none",
+    "path_sum_activations",
+    "effective_depth",
+    "standardized_update",
+    "relative_update",
+)
 
 
 ranges.define_list("study", list(STUDIES), "Which networks grow.", ranges.name_of("study", STUDIES))
@@ -233,7 +239,7 @@ def _group(sizes: dict[int, Trial], records: dict[str, Records]) -> Group:
 
 def _compared(trial: Trial, rule: str, measurements: Records) -> Any:
     """What a rule compares: the measurement of a network, or its graph."""
-    if rule in ("measured", "relative"):
+    if rule in archscale.tuning.MEASURED_RULES:
         return networks.sizes_of(measurements[trial_hash(trial)])
     return _architecture(trial["family"], trial["width"], trial["depth"])
 

@@ -120,13 +120,13 @@ def _report(chosen, records, failed: list[str], workdir: pathlib.Path) -> None:
 # What the searches and the measurements say about the rules.
 
 RULES = (
-    "measured",
-    "relative",
-    "absolute",
+    "standardized_update",
+    "relative_update",
+    "absolute_update",
     "sharpness",
     "path_sum",
     "path_sum_activations",
-    "author_code",
+    "chen2024_code",
     "depth",
     "effective_depth",
     "none",
@@ -322,8 +322,8 @@ def overview(summaries: pd.DataFrame) -> pd.DataFrame:
         found = {one.rule: one for one in group.itertuples(index=False)}
         closed = [found[rule] for rule in LEARNING_RATE_RULES if rule in found and rule != "none"]
         best = min(closed, key=lambda one: one.error)
-        row = {"study": study, "n": found["measured"].networks}
-        row["noise"] = number(found["measured"].noise)
+        row = {"study": study, "n": found["standardized_update"].networks}
+        row["noise"] = number(found["standardized_update"].noise)
         for kind in kinds:
             row[f"{kind}: r, error, loss"] = _in_short(found[kind]) if kind in found else NONE
         row["closed form of the smallest error: r, error, loss"] = f"{best.rule}: {_in_short(best)}"
@@ -336,7 +336,14 @@ def _in_short(one: Any) -> str:
     return f"{number(one.correlation)}, {number(one.error)}, {excess}"
 
 
-_DRAWN = ("path_sum_activations", "author_code", "path_sum", "absolute", "relative", "measured")
+_DRAWN = (
+    "path_sum_activations",
+    "chen2024_code",
+    "path_sum",
+    "absolute_update",
+    "relative_update",
+    "standardized_update",
+)
 
 
 def draw(study: str, rows: Sequence[Row], summaries: pd.DataFrame, path: pathlib.Path) -> None:

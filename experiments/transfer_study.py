@@ -56,9 +56,9 @@ _MIXED = _chains(_FEW_CHAINS) + _DAGS[:10]
 STUDIES = {
     "chains": Study(_chains(_CHAINS)),
     "dags": Study(_DAGS),
-    "dags_source": Study(_DAGS, options={"initialization": "source"}),
+    "dags_source": Study(_DAGS, options={"initialization": "source_in_degree"}),
     "cnns": Study(_CNNS, (3, 5, 7)),
-    "cnns_source": Study(_CNNS, (3, 5, 7), {"initialization": "source"}),
+    "cnns_source": Study(_CNNS, (3, 5, 7), {"initialization": "source_in_degree"}),
     "gelu_chains": Study(_chains(_CHAINS), options={"activation": "gelu"}),
     "gelu_dags": Study(_DAGS[:16], options={"activation": "gelu"}),
     "gelu_cnns": Study(_CNNS[:9], (3, 5, 7), {"activation": "gelu"}),
@@ -73,7 +73,7 @@ STUDIES = {
 DEFAULTS: Trial = {
     "activation": "relu",
     "normalization": None,
-    "initialization": "target",
+    "initialization": "target_in_degree",
     "optimizer": "sgd",
 }
 

@@ -124,7 +124,7 @@ def test_predictions_and_errors_of_known_searches():
     groups = study.grouped(trials, records)
     group = groups["resnet_depth", "initialized"]
     assert {size: one.rate for size, one in group.searches.items()} == pytest.approx(best, rel=1e-3)
-    assert group.predicted["measured"][4] == pytest.approx(0.05, rel=1e-3)
+    assert group.predicted["standardized_update"][4] == pytest.approx(0.05, rel=1e-3)
     assert group.predicted["none"][4] == pytest.approx(0.1, rel=1e-3)
     assert group.predicted["effective_depth"][4] == pytest.approx(
         0.1 * (3 / 6) ** 1.5,
@@ -132,8 +132,10 @@ def test_predictions_and_errors_of_known_searches():
     )
     assert list(groups["resnet_depth", "factors"].predicted) == ["none"]
     rows = {(row[1], row[4]): row for row in study.table(groups).itertuples(index=False)}
-    assert rows["initialized", "measured"][5] == "0.00"
-    assert float(rows["initialized", "measured"][6].rstrip("%")) == pytest.approx(0, abs=1)
+    assert rows["initialized", "standardized_update"][5] == "0.00"
+    assert float(rows["initialized", "standardized_update"][6].rstrip("%")) == pytest.approx(
+        0, abs=1
+    )
     assert rows["factors", "none"][5] == f"{math.log(2):.2f}"
     worst = float(rows["factors", "none"][6].rstrip("%"))
     assert worst == pytest.approx(100 * math.log(2) ** 2, abs=4)  # between rates of the grid

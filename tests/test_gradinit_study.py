@@ -87,7 +87,7 @@ def test_networks_trace_and_start_as_their_rule_says(name):
 
     images = jax.random.normal(jax.random.key(0), (16, 14, 14, 1))
     architecture = archscale.trace(apply, params, images)
-    rule = "target" if parsed.family in ("plain", "dag") else "moment"
+    rule = "target_in_degree" if parsed.family in ("plain", "dag") else "second_moment"
     params = archscale.initialize(jax.random.key(1), params, architecture, rule)
     logits = apply(params, images)
     assert logits.shape == (16, 10)

@@ -342,7 +342,7 @@ def test_the_architecture_counts_neurons_not_slots():
                        for each in (one, other))  # fmt: skip
         assert own == theirs
     growth = archscale.grow(network.loss, wide, [batch], batch, groups, number=1, normalize=True)
-    factors = archscale.learning_rate_factors(growth.architecture, plain, width_rule="sgd")
+    factors = archscale.learning_rate_multipliers(growth.architecture, plain, width_rule="sgd")
     assert factors["readout/kernel"] == pytest.approx(3 / 4)
     assert factors["stem/kernel"] == pytest.approx(4 / 3)
     assert factors["layers/0_1/kernel"] == 1

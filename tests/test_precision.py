@@ -112,7 +112,7 @@ def case(make, mode: str) -> Case:
     shapes = jax.eval_shape(network.init, KEY, images)["params"]
     architecture = archscale.trace(apply, shapes, images)
     if mode == "float32":
-        draw = jax.jit(lambda: archscale.initialize(KEY, shapes, architecture, "target"))
+        draw = jax.jit(lambda: archscale.initialize(KEY, shapes, architecture, "target_in_degree"))
         params = draw()
     else:  # the same, rounded once, as is tested below
         exact = case(make, "float32").params
@@ -163,7 +163,9 @@ def test_factors_are_those_of_exact_arithmetic_in_any_precision():
                     lambda params, x, network=network: network.apply({"params": params}, x),
                     shapes, images,
                 )  # fmt: skip
-                found.add(json.dumps(archscale.learning_rate_factors(architecture, base)))
+                found.add(
+                    json.dumps(archscale.learning_rate_multipliers(architecture, base, "path_sum"))
+                )
     assert len(found) == 1
     factors = json.loads(found.pop())
     assert set(factors) == {f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")}
@@ -176,7 +178,7 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
     for x64, dtype in ((False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.float32)):
         with jax.enable_x64(x64):
             shapes = jax.tree.map(lambda one, d=dtype: jax.ShapeDtypeStruct(one.shape, d), exact)
-            drawn = archscale.initialize(KEY, shapes, architecture, "target")
+            drawn = archscale.initialize(KEY, shapes, architecture, "target_in_degree")
             rounded = jax.tree.map(lambda one, d=dtype: np.asarray(one).astype(d), exact)
             jax.tree.map(np.testing.assert_array_equal, drawn, rounded)
 
@@ -185,9 +187,9 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
 def test_a_factor_is_applied_with_one_rounding(dtype):
     architecture = reference(Perceptron).architecture
     base = archscale.dag_graph("2")
-    factors = archscale.learning_rate_factors(architecture, base)
+    factors = archscale.learning_rate_multipliers(architecture, base, "path_sum")
     updates = jax.tree.map(lambda one: one.astype(dtype), reference(Perceptron).params)
-    scaled, _ = archscale.scale_by_architecture(architecture, base).update(
+    scaled, _ = archscale.scale_by_architecture(architecture, base, "path_sum").update(
         updates, optax.EmptyState()
     )
     kernel = updates["Dense_1"]["kernel"]

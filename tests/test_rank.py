@@ -97,7 +97,11 @@ def test_the_fixed_recipe_draws_as_pytorch_does_by_default():
 def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     plan = rank_study.plan_of(SMALL)
     found = {(one["cell"], one["initialization"]) for one in plan.searches}
-    assert found == {("0_00_100", "author_code"), ("0_00_300", "target"), ("0_00_300", "none")}
+    assert found == {
+        ("0_00_100", "chen2024_code"),
+        ("0_00_300", "target_in_degree"),
+        ("0_00_300", "he_normal"),
+    }
     assert [one["cell"] for one in plan.measurements] == sorted({*plan.cells, "0_00_300"})
     bases = [
         {"trial": one, "result": {"rate": 0.1 * number}}
@@ -110,8 +114,8 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     by_base = {(one["trial"]["cell"], one["trial"]["initialization"]): one["result"]["rate"]
                for one in bases}  # fmt: skip
     assert rates["fixed"] == 0.1
-    assert rates["path_sum"] == rates["measured"] == by_base["0_00_300", "target"]
-    assert rates["mup"] == by_base["0_00_300", "none"]
+    assert rates["path_sum"] == rates["measured"] == by_base["0_00_300", "target_in_degree"]
+    assert rates["mup"] == by_base["0_00_300", "he_normal"]
     few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
     bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}

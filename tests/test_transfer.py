@@ -121,7 +121,7 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     rows = [
         dict.fromkeys(transfer.RULES, math.nan)
         | {
-            "measured": p,
+            "standardized_update": p,
             "none": 1.0,
             "rate": t,
             "noise": 0.1,
@@ -130,8 +130,8 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
         for p, t in zip(predicted, true, strict=True)
     ]
     found = {one.rule: one for one in transfer.summarise("made up", rows).itertuples()}
-    assert set(found) == {"measured", "none"}
-    measured = found["measured"]
+    assert set(found) == {"standardized_update", "none"}
+    measured = found["standardized_update"]
     assert measured.correlation == pytest.approx(1)
     assert measured.slope == pytest.approx(0.5)
     assert measured.noise == pytest.approx(0.1)

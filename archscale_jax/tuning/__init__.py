@@ -8,7 +8,11 @@ from archscale_jax.tuning._coordinate import (
     flatness,
 )
 from archscale_jax.tuning._measure import UpdateSize, measure_update
-from archscale_jax.tuning._predict import predict_learning_rate, register_measured_rule
+from archscale_jax.tuning._predict import (
+    MEASURED_RULES,
+    predict_learning_rate,
+    register_measured_rule,
+)
 from archscale_jax.tuning._search import (
     RateSearch,
     Run,
@@ -20,6 +24,7 @@ from archscale_jax.tuning._sharpness import sharpness
 from archscale_jax.tuning._transfer_check import TransferCheck, summarise_transfer, transfer_check
 
 __all__ = [
+    "MEASURED_RULES",
     "Basin",
     "Coordinate",
     "RateSearch",

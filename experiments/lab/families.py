@@ -75,7 +75,7 @@ def create_network(
         return models.create_network(graph, image, width, classes, rngs=rngs)
 
     module = nnx.eval_shape(create) if abstract else create()
-    return take_apart(module, dataset, "moment" if is_residual(family) else None)
+    return take_apart(module, dataset, "second_moment" if is_residual(family) else None)
 
 
 def is_residual(family: str) -> bool:

@@ -98,10 +98,10 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "fixed": Recipe("benchmark"),
-    "author_code": Recipe("author_code", "author_code", SKIP_CELL),
-    "path_sum": Recipe("target", "path_sum", CONVOLUTION_CELL),
-    "measured": Recipe("target", "measured", CONVOLUTION_CELL),
-    "mup": Recipe("none", "none", CONVOLUTION_CELL),
+    "author_code": Recipe("chen2024_code", "chen2024_code", SKIP_CELL),
+    "path_sum": Recipe("target_in_degree", "path_sum", CONVOLUTION_CELL),
+    "measured": Recipe("target_in_degree", "standardized_update", CONVOLUTION_CELL),
+    "mup": Recipe("he_normal", "none", CONVOLUTION_CELL),
 }
 """`fixed` is the benchmark's recipe; `mup` knows of widths alone, which are the same here."""
 
@@ -140,7 +140,7 @@ def learning_rate(trial: Trial, measurements: Mapping[str, Any] | None = None) -
     if rule is None or base is None:
         return trial["base_rate"]
     compare = cell_graph
-    if rule == "measured":
+    if rule == "standardized_update":
         compare = functools.partial(_live_sizes, measurements or {})
     target, base_size = compare(trial["cell"]), compare(base)
     return archscale.predict_learning_rate(target, base_size, trial["base_rate"], rule)
@@ -226,7 +226,9 @@ def plan_of(settings: Mapping[str, Any], data_dir: str | None = None) -> Plan:
         shared | seeds | {"cell": base, "initialization": initialization}
         for base, initialization in sorted(tuned)
     ]
-    bases = {one.base for one in recipes if one.rule == "measured" and one.base is not None}
+    bases = {
+        one.base for one in recipes if one.rule == "standardized_update" and one.base is not None
+    }
     measured = sorted(bases.union(cells)) if bases else []
     measurements = [shared | seeds | {"cell": cell} for cell in measured]
     return Plan(searches, measurements, cells, shared, settings)
@@ -430,7 +432,7 @@ def measure(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
       JSON values: the fields of `UpdateSize` as [seeds, vertices], null where a vertex has no
       features, and `live`, whether a vertex lies on a path.
     """
-    network = network_of(trial, "target", data_dir)
+    network = network_of(trial, "target_in_degree", data_dir)
 
     def size(params: PyTree, batch: Any) -> archscale.tuning.UpdateSize:
         parts = {"graphdef": network.graphdef, "optimizer": network.optimizer}
