@@ -13,7 +13,13 @@ FASHION := data/fashion_mnist
 FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 
-.PHONY: help run test lint docs chromium bench test-oldest test-pinned test-newest dist data clean
+# The core and contrib alone: no Ray, no data sets of TFDS, no documentation, browser, second process, notebook or binary.
+FAST := architecture bottleneck coordinate drawing gradinit graph growth growth_neurons growth_schedule initializer \
+	isomorphism measure messages paths predict report residual rules search sharpness spaces tracing transform \
+	units vertex_features width zoo
+FAST_TESTS := $(wildcard $(patsubst %,tests/test_%.py,$(FAST)))
+
+.PHONY: help run test test-fast lint docs chromium bench test-oldest test-pinned test-newest dist data clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
@@ -25,14 +31,17 @@ test: $(READY_TO_TEST) chromium  ## lint, types, the docs and the whole test sui
 	$(MAKE) --jobs=2 --output-sync --no-print-directory lint docs
 	$(PY) -m pytest
 
-lint: $(READY_TO_TEST)  ## ruff and pyright; warnings are errors
+test-fast: lint  ## lint, types, and the tests of the core and contrib: three minutes on two cores
+	$(PY) -m pytest $(FAST_TESTS)
+
+lint: $(READY_TO_TEST)  ## ruff, pyright and import-linter; warnings are errors
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --warnings
 	$(VENV)/bin/lint-imports --no-cache
 
 docs: $(READY_TO_TEST)  ## the documentation site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 # Any Chromium on the PATH serves. Where it cannot be installed, its test is skipped, or fails if CI is set.
@@ -54,10 +63,7 @@ bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.lr_cost
 	$(PY) -m benchmarks.cell_cost
 	$(PY) -m benchmarks.gradinit_cost
-	$(PY) -m benchmarks.kill_study
-	$(PY) -m benchmarks.interrupt
 	$(PY) -m benchmarks.trace
-	$(PY) -m benchmarks.import_time
 
 # The stamps are written last: an interrupted installation is made anew. Binaries need half of what tests do.
 $(READY): pyproject.toml constraints.txt
@@ -73,7 +79,7 @@ $(READY_TO_TEST): $(READY)
 	touch $(READY_TO_TEST)
 
 # Other versions, and with PYTHON=python3.13 another Python, in an environment of their own below
-# build/; with TESTS='tests/test_rules.py …' a part of the tests.
+# build/; with TESTS='tests/test_rules.py …' a part of the tests, with FAST_ONLY=1 those of test-fast.
 test-oldest:  ## the tests with the oldest versions that pyproject.toml accepts
 test-pinned:  ## the tests with those of constraints.txt, for another PYTHON
 test-newest:  ## the tests with the newest that the package index has
@@ -81,7 +87,7 @@ test-oldest test-pinned test-newest: test-%: build/%.txt
 	$(PYTHON) -m venv --clear build/$*
 	build/$*/bin/python -m pip install --disable-pip-version-check --quiet -c $< -e '.[test]'
 	build/$*/bin/python -m pip freeze --exclude-editable > build/$*-tested.txt
-	build/$*/bin/python -m pytest $(TESTS)
+	build/$*/bin/python -m pytest $(or $(TESTS),$(if $(FAST_ONLY),$(FAST_TESTS)))
 
 build/oldest.txt: pyproject.toml
 	@mkdir -p build

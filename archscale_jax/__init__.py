@@ -5,13 +5,14 @@ from archscale_jax._architecture import Architecture, Arrangement, Parameter, Ro
 from archscale_jax._draw import draw
 from archscale_jax._graph import Operator, Space, build_graph, in_degrees
 from archscale_jax._initialize import initialize
-from archscale_jax._optax import learning_rate_factors, scale_by_architecture
+from archscale_jax._optax import scale_by_architecture
 from archscale_jax._parametrize import Parametrization, parametrize
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._report import Report, report
 from archscale_jax._spaces import cell_graph, dag_graph
 from archscale_jax.contrib import bottleneck, gradinit, grow
 from archscale_jax.rules import (
+    learning_rate_multipliers,
     learning_rate_scale,
     muon_dimension_numbers,
     second_moments,
@@ -52,7 +53,7 @@ __all__ = [
     "grow",
     "in_degrees",
     "initialize",
-    "learning_rate_factors",
+    "learning_rate_multipliers",
     "learning_rate_scale",
     "measure_update",
     "muon_dimension_numbers",

@@ -20,7 +20,7 @@ NAMES = {
         "WeightVariances register_initialization_rule register_learning_rate_rule "
         "register_width_rule"
     ),
-    "archscale_jax._draw": "draw_graph",
+    "archscale_jax": "draw_graph learning_rate_factors",
     "archscale_jax._graph": "validate_graph",
     "archscale_jax._paths": "BatchedPathStatistics batched_path_statistics",
     "archscale_jax._spaces": (
@@ -30,13 +30,23 @@ NAMES = {
 }
 """Names that `archscale_jax` had, by the module that has them."""
 
+RENAMED = {
+    "Units": "NeuronGroup",
+    "draw_graph": "draw",
+    "find_units": "find_neuron_groups",
+    "kernel_size_factor": "kernel_size_multiplier",
+    "learning_rate_factors": "learning_rate_multipliers",
+    "width_factors": "width_multipliers",
+}
+"""What is called otherwise where it is now, by its old name."""
+
 MODULES = {
     "architecture": "archscale_jax._architecture",
     "benchmark_tables": "experiments.nasbench.benchmark_tables",
     "checkpoints": "experiments.lab.checkpoints",
     "coordinate": "archscale_jax.tuning._coordinate",
     "datasets": "experiments.lab.datasets",
-    "drawing": "archscale_jax._draw.graph",
+    "drawing": "archscale_jax._draw",
     "expressions": "archscale_jax._expressions",
     "files": "experiments.lab.files",
     "graph": "archscale_jax._graph",
@@ -47,11 +57,11 @@ MODULES = {
     "paths": "archscale_jax._paths",
     "predict": "archscale_jax.tuning._predict",
     "ranking": "experiments.nasbench.ranking",
-    "search": "archscale_jax.tuning._search",
+    "search": "archscale_jax.tuning",
     "spaces": "archscale_jax._spaces",
     "sweeps": "experiments.lab.sweeps",
     "training": "experiments.lab.training",
-    "transform": "archscale_jax._optax",
+    "transform": "archscale_jax",
     "trees": "archscale_jax._trees",
 }
 """Modules that `archscale_jax` had, by where they are. `experiments` is in the repository alone."""
@@ -65,9 +75,7 @@ class _Moved(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        place = MODULES[self.__name__.partition(".")[2]]
-        _warn(f"{self.__name__}.{name}", f"{place}.{name}")
-        return getattr(importlib.import_module(place), name)
+        return _found(self.__name__, name, MODULES[self.__name__.partition(".")[2]])
 
 
 for _name in MODULES:
@@ -84,13 +92,25 @@ def moved(name: str) -> Any:
         return sys.modules[f"archscale_jax.{name}"]
     if name not in _PLACES:
         raise AttributeError(f"module 'archscale_jax' has no attribute {name!r}")
-    _warn(f"archscale_jax.{name}", f"{_PLACES[name]}.{name}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return _found("archscale_jax", name, _PLACES[name])
 
 
-def _warn(old: str, new: str) -> None:
+def renamed(module: str, name: str) -> Any:
+    """Returns what a module has by another name now, and warns.
+
+    Raises:
+      AttributeError: it never had it.
+    """
+    if name not in RENAMED or not hasattr(sys.modules[module], RENAMED[name]):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return _found(module, name, module)
+
+
+def _found(module: str, name: str, place: str) -> Any:
+    new = RENAMED.get(name, name)
     warnings.warn(
-        f"{old} moved to {new}; the old name is removed in version 0.3",
+        f"{module}.{name} moved to {place}.{new}; the old name is removed in version 0.3",
         DeprecationWarning,
         stacklevel=4,
     )
+    return getattr(importlib.import_module(place), new)

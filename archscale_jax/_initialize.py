@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from archscale_jax._architecture import Architecture, check_parameters
 from archscale_jax._placement import check_divides, constrained, explicit_part, sharding_of
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
-from archscale_jax.rules._initialization import start_values, weight_standard_deviations
+from archscale_jax.rules._initialization import drawn_and_set
 from archscale_jax.rules._variances import Deviation, InitializationRule
 
 
@@ -23,7 +23,8 @@ def initialize(
     params: PyTree,
     architecture: Architecture,
     rule: str | InitializationRule | None = None,
-    **options: Any,
+    *,
+    rule_options: Mapping[str, Any] | None = None,
 ) -> PyTree:
     """Draws new weights for a tree of parameters, and keeps what is not drawn.
 
@@ -46,7 +47,7 @@ def initialize(
         and shardings are read.
       architecture: the architecture of these params.
       rule: see `archscale_jax.rules.weight_standard_deviations`; None fits the arrangement.
-      **options: passed to the rule.
+      rule_options: options of the rule.
 
     Returns:
       A tree like `params`.
@@ -64,8 +65,7 @@ def initialize(
                 f"parameter {name!r} has dtype {leaf.dtype}; accepted are floating dtypes. Bind "
                 "what is not trained to the function, not to params"
             )
-    deviations = weight_standard_deviations(architecture, rule, **options)
-    starts = start_values(architecture, rule, **options)
+    deviations, starts = drawn_and_set(architecture, rule, rule_options)
     plain = {parameter.name: parameter.initial_value for parameter in architecture.parameters}
     traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
 

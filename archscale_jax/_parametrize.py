@@ -11,14 +11,16 @@ from archscale_jax._architecture import Architecture, Role
 from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
-from archscale_jax._optax import explained_factors, scale_by_architecture
+from archscale_jax._optax import scale_by_architecture
 from archscale_jax._report import Report, report
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
+from archscale_jax.rules._rates import learning_rate_multipliers
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
+from archscale_jax.tracing.values import TraceError
 
 
 def parametrize(
@@ -105,8 +107,8 @@ def _traced(
     function, arrays = dynamic(pure.apply, inputs)
     try:
         return trace_with_starts(function, pure.params, arrays, pure.starts, **options)
-    except TypeError as error:
-        if pure.framework != "function":
+    except Exception as error:
+        if pure.framework != "function" and not isinstance(error, TraceError):
             error.add_note(
                 f"the {pure.framework} model is called as module(*inputs, **model_kwargs) with the "
                 "inputs that parametrize got; a module of one example wants one, without a batch"
@@ -211,7 +213,7 @@ class Parametrization:
             params,
             self.architecture,
             self.choice.initialization,
-            **self.choice.initialization_options,
+            rule_options=self.choice.initialization_options,
         )
 
     @property
@@ -221,7 +223,9 @@ class Parametrization:
         An array that broadcasts over the leaf where the slices of a stack differ.
         """
         found = weight_standard_deviations(
-            self.architecture, self.choice.initialization, **self.choice.initialization_options
+            self.architecture,
+            self.choice.initialization,
+            rule_options=self.choice.initialization_options,
         )
         return self._of_leaves({one.name: found.get(one.name) for one in self._leaves})
 
@@ -259,39 +263,55 @@ class Parametrization:
         self,
         learning_rate: optax.ScalarOrSchedule,
         weight_decay: float | jax.Array = 0.0,
-        **options: Any,
+        *,
+        momentum: float | None = None,
+        nesterov: bool | None = None,
+        b1: float | None = None,
+        b2: float | None = None,
+        eps: float | None = None,
+        mu_dtype: Any = None,
     ) -> optax.GradientTransformation:
         """Returns the whole optimizer: the optax one with every multiplier in its place.
 
         Args:
           learning_rate: that of the base, a number or an optax schedule.
           weight_decay: that of the base, decoupled: added to what the optimizer makes of the
-            gradient, as `optax.adamw` does.
-          **options: of the optimizer: `momentum` and `nesterov` of sgd; those of
-            `optax.scale_by_adam` (b1, b2, eps, mu_dtype, nesterov) and of `optax.contrib.muon`.
+            gradient, as `optax.adamw` does. Gains and biases do not decay.
+          momentum: of sgd, as in `optax.sgd`.
+          nesterov: of all optimizers, as in optax.
+          b1: of adam and adamw.
+          b2: of adam and adamw.
+          eps: of all but sgd.
+          mu_dtype: of all but sgd, dtype of the first moments.
 
         Returns:
-          A transformation for trees like params, to be chained with clipping and the like.
+          A transformation for trees like params, to be chained with clipping and the like. What is
+          None has the default of optax.
 
         Raises:
           TypeError: an option that the optimizer does not have.
         """
+        given = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "b1": b1,
+            "b2": b2,
+            "eps": eps,
+            "mu_dtype": mu_dtype,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
         kind = OPTIMIZERS[self.optimizer_name]
-        numbers = (
-            muon_dimension_numbers(self.architecture, self._shapes) if kind == "muon" else None
-        )
-        make: Callable[..., optax.GradientTransformation] = _BARE[kind]
-        decay = self.weight_decay
-        decayed = optax.GradientTransformation(
-            lambda params: optax.EmptyState(),
-            lambda updates, state, params=None: (
-                _with_decay(updates, params, decay, weight_decay),
-                state,
-            ),
-        )
+        accepted, make = _BARE[kind]
+        if others := options.keys() - accepted:
+            raise TypeError(
+                f"optimizer {self.optimizer_name!r} has no option {sorted(others)}; it has "
+                f"{', '.join(accepted)}"
+            )
+        if kind == "muon":
+            options["numbers"] = muon_dimension_numbers(self.architecture, self._model.params)
         return optax.chain(
-            make(numbers, **options),
-            decayed if not _is_zero(weight_decay) else optax.identity(),
+            make(**options),
+            _decay(self.weight_decay, weight_decay),
             self.scale(),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -314,7 +334,7 @@ class Parametrization:
         )
         decay = decay_multipliers(self.architecture, self._factors())
         records = [
-            {**one, "weight_decay_factor": decay[one["path"]], "epsilon_factor": 1.0}
+            {**one, "weight_decay_multiplier": decay[one["path"]], "epsilon_multiplier": 1.0}
             for one in found.records
         ]
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
@@ -335,10 +355,6 @@ class Parametrization:
     def _leaves(self) -> tuple:
         return self.architecture.parameters
 
-    @property
-    def _shapes(self) -> PyTree:
-        return self._model.params
-
     def _rate_options(self) -> dict[str, Any]:
         muon = OPTIMIZERS[self.optimizer_name] == "muon"
         return {
@@ -349,25 +365,16 @@ class Parametrization:
         }
 
     def _factors(self) -> dict[str, float]:
-        found = explained_factors(
+        return learning_rate_multipliers(
             self.architecture, self.base, self.choice.rule, **self._rate_options()
         )
-        return {name: one.value for name, one in found.items()}
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)
 
 
-def _sgd(
-    numbers: None, momentum: float | None = None, nesterov: bool = False
-) -> optax.GradientTransformation:
-    del numbers
+def _sgd(momentum: float | None = None, nesterov: bool = False) -> optax.GradientTransformation:
     return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-
-
-def _adam(numbers: None, **options: Any) -> optax.GradientTransformation:
-    del numbers
-    return optax.scale_by_adam(**options)
 
 
 def _muon(numbers: PyTree, **options: Any) -> optax.GradientTransformation:
@@ -378,27 +385,30 @@ def _muon(numbers: PyTree, **options: Any) -> optax.GradientTransformation:
     return optax.chain(orthogonalized, optax.scale(-1.0))
 
 
-_BARE: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-    "muon": _muon,
+_BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformation]]] = {
+    "sgd": (("momentum", "nesterov"), _sgd),
+    "adam": (("b1", "b2", "eps", "nesterov", "mu_dtype"), optax.scale_by_adam),
+    "muon": (("eps", "nesterov", "mu_dtype"), _muon),
 }
+"""Optimizers without rate and decay by kind, and their options."""
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0
+def _decay(multipliers: PyTree, weight_decay: float | jax.Array) -> optax.GradientTransformation:
+    """Adds λ_p · weight_decay · W to every update."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    by_name = named_leaves(multipliers)
 
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        if params is None:
+            raise ValueError("weight decay needs params: call update(gradients, state, params)")
+        weights = named_leaves(params)
 
-def _with_decay(updates: PyTree, params: PyTree, multipliers: PyTree, weight_decay: Any) -> PyTree:
-    if params is None:
-        raise ValueError("weight decay needs params: call update(gradients, state, params)")
-    by_name, weights = named_leaves(multipliers), named_leaves(params)
+        def decayed(name: str, update: jax.Array) -> jax.Array:
+            if not by_name[name]:
+                return update
+            return update + (by_name[name] * weight_decay * weights[name]).astype(update.dtype)
 
-    def decayed(name: str, update: Any) -> Any:
-        # A multiplier of 0 leaves the update as it is, bit for bit.
-        factor = by_name[name]
-        if isinstance(update, optax.MaskedNode) or not factor:
-            return update
-        return update + (factor * weight_decay * weights[name]).astype(update.dtype)
+        return map_with_names(decayed, updates), state
 
-    return map_with_names(decayed, updates)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,7 +1,6 @@
 """The report of an architecture: what every parameter gets from the rules, and why."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,27 +15,18 @@ from archscale_jax._architecture import (
     check_parameters,
 )
 from archscale_jax._graph import in_degrees
-from archscale_jax._optax import chosen_rule, explained_factors
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
-from archscale_jax._reporting.notes import (
-    NO_BASE,
-    first_notes,
-    graph_notes,
-    params_notes,
-    rate_notes,
-)
+from archscale_jax._reporting.notes import NO_BASE, Subject, notes_of
+from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._trees import PyTree
-from archscale_jax.rules._initialization import DEFAULT_RULES, standard_deviation
-from archscale_jax.rules._learning_rate import (
-    LEARNING_RATE_RULES,
-    LearningRateRule,
-    MissingBaseError,
-)
-from archscale_jax.rules._registry import Explained
-from archscale_jax.rules._residual import check_optimizer
-from archscale_jax.rules._variances import INITIALIZATION_RULES, InitializationRule
-from archscale_jax.rules._width import WIDTH_RULES
+from archscale_jax.rules._initialization import initialization_rule, standard_deviation
+from archscale_jax.rules._learning_rate import LearningRateRule, MissingBaseError
+from archscale_jax.rules._rates import RateRules
+from archscale_jax.rules._registry import Explained, Part, Rule
+from archscale_jax.rules._residual import Optimizer
+from archscale_jax.rules._variances import InitializationRule
+from archscale_jax.rules._width import WidthRule
 
 InDegree = int | tuple[int, ...] | None
 
@@ -53,9 +43,11 @@ class Report:
           have several, None for a parameter of the readout or of no layer;
         source_in_degree: that of the vertex that its layer reads, where the equation of the
           initialization rule is one of d_in(u), None elsewhere;
-        standard_deviation, learning_rate_factor: None where a rule raises, see the notes; the
+        standard_deviation, learning_rate_multiplier: None where a rule raises, see the notes; the
           former a tuple where the slices of a stack, or the halves of a gate, differ;
-        initialization_reason, learning_rate_reason: rule, numbers and equation of the two.
+        initialization_parts, learning_rate_parts: what each is the product of, tuples of rule,
+          place, symbols, citation and value, see `archscale_jax.rules._registry.Part`;
+        initialization_reason, learning_rate_reason: the same as text.
       notes: what to know beyond the table.
       header: graph and rules, line by line.
       paths: statistics of the network's paths, exact.
@@ -88,129 +80,125 @@ def report(
     initialization: str | InitializationRule | None = None,
     initialization_options: Mapping[str, Any] | None = None,
     params: PyTree | None = None,
-    **options: Any,
+    rule_options: Mapping[str, Any] | None = None,
+    kernel_per_layer: bool = False,
+    width_rule: str | WidthRule | None = None,
+    depth_rule: Optimizer | None = None,
+    depth_exponent: float = 0.5,
+    consistent_rms: float | None = None,
+    dimension_numbers: bool = False,
 ) -> Report:
-    """Reports the standard deviation and the learning-rate factor of every parameter, and why.
+    """Reports the standard deviation and learning-rate multiplier of every parameter, and why.
 
         print(report(arch, base))
 
     Args:
       architecture: the network to train.
       base: the network on which the base rate was tuned, or its graph.
-      rule: learning-rate rule, see `learning_rate_factors`.
+      rule: learning-rate rule, see `learning_rate_multipliers`.
       initialization: initialization rule, see `weight_standard_deviations`.
-      initialization_options: passed to the initialization rule.
+      initialization_options: options of the initialization rule.
       params: tree of arrays or shapes, to be checked and to have its dtypes looked at.
-      **options: see `learning_rate_factors`.
+      rule_options: this and what follows: see `learning_rate_multipliers`.
+      kernel_per_layer: see there.
+      width_rule: see there.
+      depth_rule: see there.
+      depth_exponent: see there.
+      consistent_rms: see there.
+      dimension_numbers: see there.
 
     Returns:
-      The report. What a rule refuses is left out, and its reason is a note.
+      The report. Numbers for which a rule raises are left out, and a note says why.
 
     Raises:
       TypeError: no architecture, or an option that the rule does not have.
-      ValueError: an unknown rule, or params that are not those of the architecture.
+      ValueError: an unknown rule, rules that contradict each other, or params that are not those of
+        the architecture.
     """
     check_architecture(architecture)
     if params is not None:
         check_parameters(architecture, params)
-    rule = chosen_rule(rule, options.get("depth_rule"), options.get("width_rule"))
-    if options.get("depth_rule") is not None:
-        check_optimizer(options["depth_rule"])
-    drawn = DEFAULT_RULES[architecture.arrangement] if initialization is None else initialization
-    drawn_options = {**getattr(drawn, "keywords", {}), **(initialization_options or {})}
-    drawing, rating = INITIALIZATION_RULES.describe(drawn), LEARNING_RATE_RULES.describe(rule)
-    if options.get("width_rule") is not None:
-        WIDTH_RULES.resolve(options["width_rule"])
-    deviations, undrawn = _deviations(architecture, drawn, drawn_options)
-    factors, missing = _factors(architecture, base, rule, options)
-    degrees = _degrees(architecture, sources="d_in(u)" in drawing.summary)
-    paths = path_statistics(architecture.graph)
+    rates = RateRules(
+        rule, rule_options, kernel_per_layer, width_rule, depth_rule, depth_exponent,
+        consistent_rms, dimension_numbers,
+    )  # fmt: skip
+    drawing = initialization_rule(architecture, initialization)
+    drawn_options = initialization_options or {}
+    deviations, undrawn = _deviations(architecture, drawing, drawn_options)
+    rating, multipliers, missing = _multipliers(architecture, base, rates)
+    subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params)
+    paths, degrees = path_statistics(architecture.graph), in_degrees(architecture.graph)
     return Report(
         [
-            _record(
-                parameter,
-                degrees[parameter.name],
-                deviations.get(parameter.name, _REFUSED),
-                factors.get(parameter.name, _REFUSED),
-            )
-            for parameter in architecture.parameters
+            _record(one, subject, degrees, deviations.get(one.name), multipliers.get(one.name))
+            for one in architecture.parameters
         ],
-        notes=[
-            *first_notes(architecture, base, rating.name, params, options),
-            *missing,
-            *undrawn,
-            *rate_notes(architecture, base, rating.name, drawing.name, drawn_options, options),
-            *graph_notes(architecture, drawing.name),
-            *(params_notes(params) if params is not None else ()),
-        ],
+        notes=notes_of(subject, *missing, *undrawn),
         header=[
             *graph_lines(architecture, base, paths),
             rule_line("initialization", drawing, " (default)" if initialization is None else ""),
-            *rate_lines(rating, factors, options),
+            *rate_lines(rating, rates, multipliers.values()),
         ],
         paths=paths,
     )
 
 
 def _deviations(
-    architecture: Architecture, rule: str | InitializationRule, options: dict[str, Any]
+    architecture: Architecture, rule: Rule, options: Mapping[str, Any]
 ) -> tuple[dict[str, Explained], list[str]]:
-    """Standard deviations by name, and notes on those that the rule refuses."""
-    deviations = {
-        parameter.name: Explained(0.0, _value_reason(parameter))
-        for parameter in architecture.parameters
-        if not parameter.is_drawn
-    }
-    function, description = INITIALIZATION_RULES.resolve(rule), INITIALIZATION_RULES.describe(rule)
+    """Standard deviations by name, and notes on those for which the rule raises."""
+    found, notes, variances = {}, [], None
     try:
-        variances = function(architecture, **options)
+        variances = rule(architecture, **options)
     except ValueError as error:
-        return deviations, [f"standard deviations left out: {error}"]
-    notes = []
-    for parameter in architecture.parameters:
-        if parameter.is_drawn:
+        notes.append(f"standard deviations left out: {error}")
+    for one in architecture.parameters:
+        if not one.is_drawn:
+            found[one.name] = Explained(0.0, (_start(one),))
+        elif variances is not None:
             try:
-                found = standard_deviation(parameter, architecture, variances, description)
+                found[one.name] = standard_deviation(one, architecture, variances, rule)
             except ValueError as error:
                 notes.append(f"standard deviation left out: {error}")
-            else:
-                deviations[parameter.name] = found
-    return deviations, notes
+    return found, notes
 
 
-def _value_reason(parameter: Parameter) -> str:
+def _start(parameter: Parameter) -> Part:
     """What a parameter that is not drawn starts at."""
-    if parameter.given is None or parameter.given == parameter.neutral_value:
-        return {Role.BIAS: "bias: 0", Role.SCALE: "scale: 1"}.get(parameter.role, "0 as traced")
-    if isinstance(parameter.given, float):
-        return f"{parameter.role}: {parameter.given:.4g} as traced"
-    return f"{parameter.role}: the values traced"
+    role, given = str(parameter.role), parameter.given
+    if given is not None and not isinstance(given, float):
+        return Part(0.0, role, "the values traced")
+    traced = parameter.starts_at_zero or given not in (None, parameter.neutral_value)
+    start = {"start": parameter.initial_value}
+    return Part(0.0, role, "as traced" if traced else "", start)
 
 
-_REFUSED = Explained(math.nan, "")
-
-
-def _factors(
-    architecture: Architecture,
-    base: Architecture | jraph.GraphsTuple | None,
-    rule: str | LearningRateRule,
-    options: Mapping[str, Any],
-) -> tuple[dict[str, Explained], list[str]]:
-    """Learning-rate factors by name; or none, and a note on why."""
+def _multipliers(
+    architecture: Architecture, base: Architecture | jraph.GraphsTuple | None, rates: RateRules
+) -> tuple[Rule | None, dict[str, Explained], list[str]]:
+    """The rule of the network and the multipliers by name; or none, and a note on why."""
+    rule = None
     try:
-        return explained_factors(architecture, base, rule, **options), []
+        rule = rates.of_network(architecture)
+        return rule, rates.multipliers(architecture, base), []
     except MissingBaseError:
-        return {}, [NO_BASE]
+        return rule, {}, [NO_BASE]
     except ValueError as error:
-        return {}, [f"learning-rate factors left out: {error}"]
+        return rule, {}, [f"learning-rate multipliers left out: {error}"]
 
 
 def _record(
     parameter: Parameter,
-    degrees: tuple[InDegree, InDegree],
-    deviation: Explained,
-    factor: Explained,
+    subject: Subject,
+    degrees: np.ndarray,
+    deviation: Explained | None,
+    multiplier: Explained | None,
 ) -> dict[str, Any]:
+    graph = subject.architecture.graph
+    target, source = (_degrees(parameter, end, degrees) for end in (graph.receivers, graph.senders))
+    if target is None and parameter.layer == Role.INPUT:
+        target = int(degrees[0])  # of the stem
+    drawn, rated = (one.parts if one else () for one in (deviation, multiplier))
     return {
         "path": parameter.name,
         "role": str(parameter.role),
@@ -219,12 +207,14 @@ def _record(
         "fan_in": parameter.fan_in,
         "fan_out": parameter.fan_out,
         "kernel_size": parameter.kernel_size,
-        "in_degree": degrees[0],
-        "source_in_degree": degrees[1],
-        "standard_deviation": None if deviation is _REFUSED else _plain(deviation.value, parameter),
-        "initialization_reason": deviation.reason,
-        "learning_rate_factor": None if factor is _REFUSED else factor.value,
-        "learning_rate_reason": factor.reason,
+        "in_degree": target,
+        "source_in_degree": source if subject.drawing.reads_source else None,
+        "standard_deviation": _plain(deviation.value, parameter) if deviation else None,
+        "initialization_parts": drawn,
+        "initialization_reason": reason_text([drawn]),
+        "learning_rate_multiplier": multiplier.value if multiplier else None,
+        "learning_rate_parts": rated,
+        "learning_rate_reason": reason_text([rated], values=True),
     }
 
 
@@ -240,22 +230,8 @@ def _plain(value: Any, parameter: Parameter) -> float | tuple[float, ...]:
     return tuple(np.ravel(value).tolist())
 
 
-def _degrees(architecture: Architecture, *, sources: bool) -> dict[str, tuple[InDegree, InDegree]]:
-    """In-degrees of the targets of every parameter's edges, and of their sources if asked."""
-    graph = architecture.graph
-    degrees = in_degrees(graph)
-    found = {}
-    for parameter in architecture.parameters:
-        edges = [edge for edge in (parameter.edge, *parameter.further_edges) if edge is not None]
-        stem = not edges and parameter.layer == Role.INPUT
-        targets = [0] if stem else graph.receivers[edges]
-        found[parameter.name] = (
-            _distinct(degrees[targets]),
-            _distinct(degrees[graph.senders[edges if sources else []]]),
-        )
-    return found
-
-
-def _distinct(degrees: np.ndarray) -> InDegree:
-    found = np.unique(degrees).tolist()
+def _degrees(parameter: Parameter, ends: np.ndarray, degrees: np.ndarray) -> InDegree:
+    """In-degrees of the vertices at one of the ends of a parameter's edges."""
+    edges = [edge for edge in (parameter.edge, *parameter.further_edges) if edge is not None]
+    found = np.unique(degrees[ends[edges]]).tolist()
     return tuple(found) if len(found) > 1 else next(iter(found), None)

@@ -1,32 +1,110 @@
-"""What every benchmark needs: fair timing, a description of the machine, results on disk.
+"""The harness of all benchmarks: starting, fair timing, tables, and results on disk.
 
 Times on a shared machine drift, so programs to be compared are timed in turns within one run and
 summed up by medians and quartiles, never by means or by the best time.
 """
 
-import datetime
+import concurrent.futures
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import math
+import multiprocessing
 import os
 import pathlib
-import platform
+import resource
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+from unittest import mock
 
 import jax
 import numpy as np
+from absl import app, flags, logging
 
-Name = TypeVar("Name")
+import archscale_jax
+from experiments.lab import files, provenance
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-RESULTS = pathlib.Path(__file__).parent / "results"
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("quick", False, "Try everything at a tiny size; no result is kept.")
+
+Name = TypeVar("Name", bound=Hashable)
+Value = TypeVar("Value")
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+_XLA = "/jax/core/compile/backend_compile_duration"
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _XLA,
+)
+"""What JAX reports of compiling a program: tracing, lowering, XLA."""
 
 
-class Spread(NamedTuple):
+# Starting.
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; JAX compiles what it is asked for, and reads no cache."""
+
+    def checked(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+        logging.set_verbosity(logging.WARNING)
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # of processes that are started from here
+        jax.config.update("jax_enable_compilation_cache", False)
+        main()
+
+    FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS["quick"])  # --help shows it too
+    app.run(checked, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except SystemExit:  # absl has printed the help, and would end with 1
+        sys.exit(0)
+
+
+def sized(full: Value, tiny: Value) -> Value:
+    """Returns how much is done: `tiny` with `--quick`."""
+    return tiny if FLAGS.quick else full
+
+
+def in_fresh_process(
+    function: Callable[..., Value], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Value:
+    """Calls a function in a new process: nothing is compiled there, and its memory is its own.
+
+    Args:
+      function: of a module, found there by its name; no flags are parsed.
+      *arguments: that can be pickled, as what it returns.
+      environment: variables to set; JAX and XLA read them when they start.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, environment or {}),
+        concurrent.futures.ProcessPoolExecutor(1, spawn) as executor,
+    ):
+        return executor.submit(function, *arguments).result()
+
+
+def peak_memory() -> int:
+    """Returns the largest memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Timing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
     """Median and quartiles of a sample."""
 
     median: float
@@ -39,8 +117,8 @@ class Spread(NamedTuple):
 
 def spread(sample) -> Spread:
     """Returns the median and the quartiles of a sample."""
-    lower, median, upper = np.quantile(np.asarray(sample, float), [0.25, 0.5, 0.75])
-    return Spread(float(median), float(lower), float(upper))
+    lower, median, upper = np.quantile(np.asarray(sample, float), [0.25, 0.5, 0.75]).tolist()
+    return Spread(median, lower, upper)
 
 
 def timed(program: Callable[[], Any]) -> tuple[Any, float]:
@@ -50,41 +128,10 @@ def timed(program: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def seconds(program: Callable[[], Any]) -> float:
-    """Times one call, until its arrays are ready."""
-    return timed(program)[1]
-
-
-class Compilations:
-    """Counts the programs that XLA compiles inside a `with`."""
-
-    def __enter__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        self.count += event == COMPILE_EVENT
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-
-def compiled(lower: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """Compiles what `lower` returns, `jax.stages.Lowered`; tracing counts.
-
-    Returns:
-      The program, and `compile_seconds` and `compilations`.
-    """
-    with Compilations() as compilations:
-        program, elapsed = timed(lambda: lower().compile())
-    return program, {"compile_seconds": elapsed, "compilations": compilations.count}
-
-
 def alternate(
     programs: Mapping[Name, Callable[[], Any]], *, rounds: int, warm_up: int = 1
 ) -> dict[Name, list[float]]:
-    """Times programs in turns: every round calls each once.
+    """Times programs in turns: every round calls each once, and begins with another one.
 
     Args:
       programs: name -> function without arguments; its result is waited for.
@@ -94,12 +141,14 @@ def alternate(
     Returns:
       name -> seconds of each round, in order; round i of one program is next to round i of another.
     """
-    times: dict[Name, list[float]] = {name: [] for name in programs}
+    names = list(programs)
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for current in range(-warm_up, rounds):
-        for name, program in programs.items():
-            elapsed = seconds(program)
+        first = current % len(names)
+        for name in names[first:] + names[:first]:
+            _, seconds = timed(programs[name])
             if current >= 0:
-                times[name].append(elapsed)
+                times[name].append(seconds)
     return times
 
 
@@ -110,72 +159,120 @@ def ratio(slow: list[float], fast: list[float]) -> Spread:
       The ratio of medians, with the quartiles of the ratios within one round as its spread.
     """
     rounds = spread(np.divide(slow, fast))
-    return rounds._replace(median=float(np.median(slow) / np.median(fast)))
+    return dataclasses.replace(rounds, median=float(np.median(slow) / np.median(fast)))
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Describes machine and software; `packages` are recorded besides Python, jax and numpy."""
-    names = ("jax", "jaxlib", "numpy", *packages)
-    return {
-        "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "devices": [device.device_kind for device in jax.devices()],
-            "system": platform.system(),
-            # A machine shared with others: its times say less than the ratios within a run.
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in names},
-    }
+class Compilations:
+    """Counts the programs that XLA compiles inside a `with`, and the seconds that go into it."""
+
+    def __enter__(self):
+        self._spans: list[tuple[float, float, str]] = []
+        jax.monitoring.register_event_time_span_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_time_span_listener(self._listen)
+
+    def _listen(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
+        if event in _COMPILING:
+            self._spans.append((start_time, end_time, event))
+
+    @property
+    def count(self) -> int:
+        """The programs so far."""
+        return sum(event == _XLA for *_, event in self._spans)
+
+    @property
+    def seconds(self) -> float:
+        """Tracing, lowering and XLA so far; what lies in one another counts once."""
+        total, until = 0.0, -math.inf
+        for start, end, _ in sorted(self._spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
 
 
-def write_results(name: str, results: Mapping[str, Any], *packages: str) -> pathlib.Path:
+def compiled(lower: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Compiles what `lower` returns, `jax.stages.Lowered`; tracing counts.
+
+    Returns:
+      The program, and `compile_seconds`, `compilations` and `temporary_bytes`.
+    """
+    with Compilations() as compilations:
+        program, elapsed = timed(lambda: lower().compile())
+    memory = program.memory_analysis().temp_size_in_bytes
+    costs = {"compile_seconds": elapsed, "compilations": compilations.count}
+    return program, costs | {"temporary_bytes": memory}
+
+
+# Results.
+
+
+def show(title: str, lines: list[list[str]], caption: str = "") -> None:
+    """Prints a table as Markdown; its heading is the first line."""
+    from experiments.lab.common import markdown_table  # much memory, which is measured here
+
+    print(f"\n{title}\n\n{markdown_table(lines)}" + f"\n{caption}\n" * bool(caption), flush=True)
+
+
+def write_results(name: str, results: Mapping[str, Any], *packages: str) -> bool:
     """Writes `benchmarks/results/NAME.json`: results, machine, versions, command and date.
 
     A reader sees the old file or the new one, never a part of it.
 
     Args:
-      name: the module of the benchmark, `python -m benchmarks.NAME`.
+      name: of the file, that of the benchmark as a rule.
       results: what was measured; NumPy scalars and arrays, JAX arrays and `Spread` are allowed.
       *packages: further packages whose versions matter.
 
     Returns:
-      Path of the file.
+      Whether it was written: not with `--quick`.
     """
-    record = environment(*packages) | {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "results": _plain(results),
+    if FLAGS.quick:
+        return False
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    record = {
+        "machine": {
+            "processor": provenance.machine(),
+            "devices": [device.device_kind for device in jax.devices()],
+            # A machine shared with others: its times say less than the ratios within a run.
+            "load_average": os.getloadavg()[0],
+        },
+        "versions": provenance.versions()
+        | {package: importlib.metadata.version(package) for package in packages},
+        "command": shlex.join(["python", "-m", module.name if module else name, *sys.argv[1:]]),
+        "date": provenance.now(),
+        "results": results,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps(record, indent=2, allow_nan=False)
-    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as file:
-        file.write(text + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
+    plain = json.loads(json.dumps(record, default=_json))
+    files.write_json(path, files.strict_json(plain))  # what is not finite becomes null
+    print(f"results: {path.relative_to(ROOT)}", flush=True)
+    return True
 
 
-def _plain(value: Any) -> Any:
+def _json(value: Any) -> Any:
     if isinstance(value, Spread):
-        return value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value).tolist()
-    return value
+        return dataclasses.asdict(value)
+    return np.asarray(value).tolist()
 
 
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def read_results(name: str) -> Any:
+    """Returns the results that `write_results` has written."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def journal(name: str, label: str, tests: list[str]) -> pathlib.Path:
+    """Returns where a benchmark of many checks keeps what is done, to go on from there.
+
+    Args:
+      name: of the benchmark.
+      label: its settings.
+      tests: files of `tests` that it runs; another journal is taken when one of them changes, or
+        the library.
+    """
+    library = pathlib.Path(archscale_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(library.rglob("*.py")), *(ROOT / "tests" / test for test in tests)]:
+        digest.update(path.read_bytes())
+    return ROOT / "build" / name / f"{digest.hexdigest()[:16]}-{label}.jsonl"

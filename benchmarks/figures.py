@@ -3,134 +3,80 @@
 python -m benchmarks.figures
 """
 
-import json
-import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS
+from benchmarks import common
 from experiments.lab.files import write_atomically
 
-FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
-SHADES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
+FOLDER = common.ROOT / "docs" / "figures"
 
 
 def main() -> None:
-    for draw in (devices, planning, precision, transform, workers):
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        draw(figure.subplots())
-        path = FIGURES / f"{draw.__name__}.png"
-        write_atomically(path, lambda target, figure=figure: figure.savefig(target, dpi=120))
-        print(path)
+    for one in (initialization, paths_scaling):
+        draw(one)
 
 
-def devices(axes: Axes) -> None:
-    """Temporary memory of a device, by program and sharding."""
-    meshes = {
-        name: one["programs"]
-        for name, one in _results("sharding").items()
-        if one["parameters"] < 1e9 and "scan" not in name
-    }
-    programs = ("initialize", "scale", "step", "measure_update")
-    mebibytes = {
-        program: [one[program]["temporary"] / 2**20 for one in meshes.values()]
-        for program in programs
-    }
-    mebibytes["scale_by_architecture"] = mebibytes.pop("scale")
-    mebibytes["training step"] = mebibytes.pop("step")
-    _bars(axes, [name.replace(", ", " devices,\n") for name in meshes], mebibytes)
-    axes.set(ylabel="temporary memory of a device, MiB")
-    axes.set_title(
-        "a decoder of 17 million parameters; scale_by_architecture takes none", fontsize=9
-    )
+def draw(one: Callable[[Figure], None]) -> None:
+    """Draws one figure of this module to the file of its name."""
+    figure = Figure(layout="constrained")
+    one(figure)
+    path = FOLDER / f"{one.__name__}.png"
+    write_atomically(path, lambda target: figure.savefig(target, dpi=120))
+    print(f"figure: {path.relative_to(common.ROOT)}")
 
 
-def planning(axes: Axes) -> None:
-    """Seconds that were planned beside those that it took."""
-    rows = _results("plan_check")["rows"]
-    names = [f"{row['study']}\nlimit: {row['limit']}" for row in rows]
-    _bars(
-        axes,
-        names,
-        {
-            "planned": [row["planned_seconds"] for row in rows],
-            "took": [row["seconds"] for row in rows],
-        },
-    )
-    axes.set(ylabel="seconds")
+def initialization(figure: Figure) -> None:
+    """Largest over smallest second moment of every random graph, by rule."""
+    figure.set_size_inches(10.5, 4.4)
+    rules = common.read_results("initialization")["rules"]
+    panels = figure.subplots(1, len(rules), sharey=True)
+    looks = {"weights alone": ("#0072B2", "o", -0.18), "with skips": ("#D55E00", "^", 0.18)}
+    for axes, (panel, by_kind) in zip(panels, rules.items(), strict=True):
+        for kind, (color, marker, shift) in looks.items():
+            for place, one in enumerate(by_kind[kind].values()):
+                centre, marks = place + shift, one["by_graph"]
+                places = centre + np.linspace(-0.09, 0.09, len(marks))
+                look = {"color": color, "marker": marker, "label": None if place else kind}
+                axes.scatter(places, marks, s=14, alpha=0.6, linewidths=0, **look)
+                axes.hlines(one["spread"]["median"], centre - 0.16, centre + 0.16, color, lw=2)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(yscale="log", title=panel)
+        names = [rule.replace("_", "\n") for rule in by_kind["with skips"]]
+        axes.set_xticks(range(len(names)), names)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("largest / smallest second moment (1 is perfect)")
+    panels[0].legend(loc="upper left", title="one mark a graph, bar: median", frameon=False)
 
 
-def precision(axes: Axes) -> None:
-    """What is measured in another precision, against float32."""
-    rows = _results("precision")["rows"]
-    what = [key for key in rows[0] if key not in ("network", "precision", "sharpness")]
-    markers = {"MLP": "o", "CNN": "s"}
-    for row in rows:
-        shade = SHADES[("mixed", "bfloat16", "float16").index(row["precision"])]
-        label, style = f"{row['network']}, {row['precision']}", markers[row["network"]]
-        axes.plot([100 * row[key] for key in what], style, color=shade, label=label, alpha=0.8)
-    axes.set(yscale="log", ylabel="largest difference from float32, %")
-    axes.set_xticks(range(len(what)), [key.replace(" ", "\n", 1) for key in what], fontsize=8)
-    axes.legend(fontsize=7, ncols=2)
+def paths_scaling(figure: Figure) -> None:
+    """Cost of path statistics against number of edges."""
+    figure.set_size_inches(7, 5)
+    axes = figure.subplots()
+    measured = common.read_results("paths")["scaling"]
+    for (family, one), marker in zip(measured.items(), "os", strict=True):
+        edges = np.array(one["edges"])
+        middle, lower, upper = (
+            np.array([seconds[key] for seconds in one["seconds"]])
+            for key in ("median", "lower", "upper")
+        )
+        reach = [middle - lower, upper - middle]
+        points = axes.errorbar(edges, middle, reach, fmt=marker, capsize=3)
+        lengths = sorted({min(one["bits_of_count"]), max(one["bits_of_count"])})
+        bits = " to ".join(f"{length:,}" for length in lengths)
+        label = f"{family}: edges$^{{{one['slope']:.2f}}}$, P of {bits} bits"
+        fitted = one["seconds_at_one_edge"] * edges ** one["slope"]
+        axes.plot(edges, fitted, "--", color=points[0].get_color(), label=label)
+    axes.set(
+        xscale="log", yscale="log", xlabel="edges", ylabel="seconds (median, quartiles)",
+        title="Exact path statistics of random sparse graphs\n"
+        "Fits to all sizes; long numbers of paths P are part of the cost",
+    )  # fmt: skip
     axes.grid(alpha=0.3)
-
-
-def transform(axes: Axes) -> None:
-    """A step with the factors over one without, and one without over another."""
-    cases = _results("step")["cases"]
-    for shift, key, label in (
-        (-0.1, "ratio", "with factors / without"),
-        (0.1, "ratio_of_noise", "without / without: the noise"),
-    ):
-        middle = np.array([case[key]["median"] for case in cases])
-        ends = np.array([case[f"{key}_interval"] for case in cases]).T
-        places = np.arange(len(cases)) + shift
-        reach = np.maximum([middle - ends[0], ends[1] - middle], 0)
-        color = SHADES[0] if key == "ratio" else "#999999"
-        axes.errorbar(places, middle, reach, fmt="o", color=color, label=label, capsize=2)
-    axes.axhline(1, color="black", linewidth=0.6)
-    names = [f"{case['network']}\n{case['optimizer'].replace(' ', chr(10))}" for case in cases]
-    axes.set_xticks(range(len(cases)), names, fontsize=7.5)
-    axes.set(ylabel="time of a step, ratio of medians")
-    axes.legend(fontsize=8)
-
-
-def workers(axes: Axes) -> None:
-    """Trials per second, by where they run."""
-    studies: dict[str, Any] = {}
-    for name in ("workers_mlp_cnn", "workers_steps"):
-        found = _results(name)
-        for study, ways in found["seconds"].items():
-            studies[study] = {
-                way: found["trials"] / np.median(taken) for way, taken in ways.items()
-            }
-    names = {
-        "mlp": "searches of\nperceptrons",
-        "cnn": "searches of\nconvolutional networks",
-        "steps": "updates called\nfrom Python",
-    }
-    ways = list(next(iter(studies.values())))
-    rates = {way: [studies[study][way] for study in names] for way in ways}
-    _bars(axes, list(names.values()), rates)
-    axes.set(ylabel="trials per second, two cores")
-
-
-def _bars(axes: Axes, groups: Sequence[str], series: dict[str, list[float]]) -> None:
-    width = 0.8 / len(series)
-    for place, (label, values) in enumerate(series.items()):
-        left = np.arange(len(groups)) - 0.4 + width * (place + 0.5)
-        axes.bar(left, values, width, label=label, color=SHADES[place])
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.legend(fontsize=8)
-
-
-def _results(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    axes.legend(loc="upper left")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

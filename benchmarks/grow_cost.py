@@ -1,7 +1,6 @@
 """What does growing cost? `python -m benchmarks.grow_cost`, many minutes.
 
-* Where the time of a run that grows goes: training, evaluation, the parts of growth, and compiling,
-  whose seconds JAX reports itself; of runs of the study, from cold and once more.
+* Runs of the study that grow: seconds, and how many of them go into compiling.
 * What rooms are worth: one run of growth with arrays as wide as the neurons need, with more, and
   with all from the start. More compile fewer programs, and every update computes what is empty; so
   there is a number of updates between growths from which exact shapes win.
@@ -9,49 +8,25 @@
 Every run has a process and a thread of its own, and compiles everything.
 """
 
-import collections
-import concurrent.futures
-import contextlib
-import functools
-import importlib
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
-import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.extension import AMPLITUDES
-from benchmarks import common, parts
+from benchmarks import common
 from experiments import grow_cost as operations
-from experiments import grow_study, transfer_study
-from experiments.lab.common import markdown_table
+from experiments import grow_study
+from experiments.lab import studies
+from experiments.lab.networks import Network
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")
 flags.DEFINE_integer("rounds", 3, "Runs of every choice of rooms, in turns.", lower_bound=1)
-flags.DEFINE_integer("step_rounds", 30, "Timed updates of every shape, in turns.", lower_bound=1)
-parts.define_flags(torch=False)
 
-STEPS = {
-    "/jax/core/compile/jaxpr_trace_duration": "tracing",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
-    common.COMPILE_EVENT: "XLA",
-}
-"""What JAX does to compile a program, by the event that it reports."""
-PHASES = (
-    *("training", "evaluation", "statistics", "solving", "amplitudes", "rooms", "reading"),
-    *("building", "counting", "rest"),
-)
-READ = ("reading", "counting")
-"""Phases that trace functions to read them; no program is compiled of that."""
-LONGEST = 8  # programs by name, of which the results say how long XLA took
 ROOMS: dict[str, Callable[[int], int]] = {
     "exact": int,
     "geometric(1.5)": archscale.contrib.geometric(1.5),
@@ -59,31 +34,16 @@ ROOMS: dict[str, Callable[[int], int]] = {
     "geometric(4)": archscale.contrib.geometric(4.0),
     "all at the start": int,
 }
-FUNCTIONS = (
-    (archscale, "grow", "rooms"),  # what is left of it: widened arrays, and new neurons in them
-    (archscale, "count_neurons", "counting"),
-    (archscale, "count_parameters", "counting"),
-    ("archscale_jax.contrib._growth.grow", "trace", "reading"),
-    ("archscale_jax.contrib._growth.grow", "measure", "statistics"),
-    ("archscale_jax.contrib._growth.grow", "solve", "solving"),
-    ("archscale_jax.contrib._growth.grow", "_check_shapes", "reading"),
-    ("archscale_jax.contrib._growth.grow", "search_amplitude", "amplitudes"),
-    ("archscale_jax.contrib._growth.grow", "_check_unchanged", "amplitudes"),
-    ("archscale_jax.contrib._growth.grow", "grown_architecture", "reading"),
-    ("archscale_jax.contrib._growth.measured", "layer_kinds", "reading"),
-    ("archscale_jax.contrib._growth.bottleneck", "layer_kinds", "reading"),
-    ("archscale_jax.contrib._growth.bottleneck", "least_squares", "solving"),
-    (operations, "forward_flops", "counting"),
-    (operations, "growth_flops", "counting"),
-)
-"""Where functions are looked up, their names, and the phases that they are; the innermost counts.
-Packages export functions by the names of their modules, which are given by name therefore."""
+Groups = Sequence[archscale.contrib.NeuronGroup]
+ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Size(NamedTuple):
     """How much is done."""
 
-    networks: Mapping[str, Mapping[str, Any]]  # by preset, what differs from it
+    data_dir: str | None
+    changes: Mapping[str, Any]  # of the presets of the study
+    rounds: int
     start_width: int = 4  # of two neurons, layers may die
     most: int = 14
     factor: float = 1.5
@@ -93,205 +53,51 @@ class Size(NamedTuple):
     held_out: int = 500
     batch_size: int = 64
     rate: float = 0.005
-    rounds: int = 3
-    step_rounds: int = 30
 
 
-_FEW = {"steps": 4, "statistics": 64, "held_out": 50}
-QUICK = Size(
-    {
-        "dag_cnn": _FEW | {"schedule": {"order": "round_robin", "growths": 1, "every": 2}},
-        "resnet18_sixteenth": _FEW | {"schedule": {"order": "all", "growths": 1, "every": 2}},
-    },
-    growths=2,
-    every=2,
-    statistics=64,
-    held_out=50,
-    batch_size=8,
-    rounds=1,
-    step_rounds=2,
-)
-
-
-def main(arguments: list[str]) -> None:
-    """Measures, prints the tables and writes the results."""
-    parts.prepare(arguments)
-    full = Size({"dag_cnn": {}, "resnet18_sixteenth": {}})
-    full = full._replace(rounds=FLAGS.rounds, step_rounds=FLAGS.step_rounds)
-    size = QUICK if FLAGS.quick else full
-    settings = {"dataset": "fashion_mnist", "seed": 0, "threads": 1} | size._asdict()
-    parts.run(
-        "grow_cost",
-        {"settings": settings},
-        {
-            "runs": (
-                lambda: cost_of_runs(size, FLAGS.data_dir),
-                *(share_rows, compile_rows, program_rows),
-            ),
-            "rooms": (lambda: compare_rooms(size, FLAGS.data_dir), rooms_rows),
-        },
-        show=lambda rows: print(markdown_table(rows), flush=True),
+def main() -> None:
+    few = {"steps": 4, "statistics": 64, "held_out": 50}
+    few |= {"schedule": {"order": "round_robin", "growths": 1, "interval": 2}}
+    size = common.sized(
+        Size(FLAGS.data_dir, {}, FLAGS.rounds),
+        Size(FLAGS.data_dir, few, 1, growths=2, every=2, statistics=64, held_out=50, batch_size=8),
     )
+    names = common.sized(("dag_cnn", "resnet18_sixteenth"), ("dag_cnn",))
+    settings = {"dataset": "fashion_mnist", "seed": 0, "threads": 1} | size._asdict()
+    del settings["data_dir"]
+    runs = {name: alone(study_run, name, size) for name in names}
+    common.show("Runs of the study, seconds", run_lines(runs))
+    common.write_results("grow_cost", {"settings": settings, "runs": runs})
+    rooms = compare_rooms(size)
+    common.show("Rooms", rooms_lines(rooms["rooms"]))
+    common.write_results("grow_cost", {"settings": settings, "runs": runs, "rooms": rooms})
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new process with one thread; XLA reads NPROC when it starts."""
-    names = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        mock.patch.dict(os.environ, dict.fromkeys(names, "1")),
-        concurrent.futures.ProcessPoolExecutor(1, spawn) as executor,
-    ):
-        return executor.submit(function, *arguments).result()
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a new process with one thread."""
+    return common.in_fresh_process(function, *arguments, environment=ONE_THREAD)
 
 
-# Where time goes.
-
-
-class Span(NamedTuple):
-    """From when to when, in seconds, something went on; spans lie in one another."""
-
-    start: float
-    end: float
-    phase: str | None
-    step: str | None = None  # of compiling
-    program: str = ""
-
-
-class Clock:
-    """Divides the time inside a `with` by phases, and by what JAX does in them to compile."""
-
-    def __enter__(self):
-        self.spans: list[Span] = []
-        jax.monitoring.register_event_time_span_listener(self._listen)
-        self._start = time.time()  # the clock of these events
-        return self
-
-    def __exit__(self, *_):
-        self.spans.append(Span(self._start, time.time(), "rest"))
-        jax.monitoring.unregister_event_time_span_listener(self._listen)
-
-    def _listen(self, event: str, start_time: float, end_time: float, **kwargs: Any) -> None:
-        if event in STEPS:
-            name = str(kwargs.get("fun_name", ""))
-            self.spans.append(Span(start_time, end_time, None, STEPS[event], name))
-
-    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function whose calls, until its arrays are ready, belong to a phase."""
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **options: Any) -> Any:
-            start = time.time()
-            try:
-                return jax.block_until_ready(function(*arguments, **options))
-            finally:
-                self.spans.append(Span(start, time.time(), phase))
-
-        return call
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Times `FUNCTIONS` and those of the study's problems."""
-        build = grow_study.build
-
-        def watched(*arguments: Any) -> grow_study.Problem:
-            return self.watched(build(*arguments))
-
-        with contextlib.ExitStack() as stack:
-            for place, name, phase in FUNCTIONS:
-                module = importlib.import_module(place) if isinstance(place, str) else place
-                timed = self.timed(phase, getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, timed))
-            patched = self.timed("building", watched)
-            stack.enter_context(mock.patch.object(grow_study, "build", patched))
-            yield
-
-    def watched(self, problem: grow_study.Problem) -> grow_study.Problem:
-        """Returns a problem whose programs belong to phases."""
-        return problem._replace(
-            create=self.timed("building", problem.create),
-            step=self.timed("training", problem.step),
-            hits=self.timed("evaluation", problem.hits),
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the seconds in all and by phases, running and compiling; JSON values."""
-        phases = divide(self.spans)
-        by_name: dict[str, list[float]] = collections.defaultdict(list)
-        for span in self.spans:
-            if span.step == "XLA":
-                by_name[span.program].append(span.end - span.start)
-        longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:LONGEST]
-        return {
-            "seconds": self.spans[-1].end - self.spans[-1].start,
-            "compile_seconds": sum(map(compile_seconds, phases.values())),
-            "programs": sum(phase["programs"] for phase in phases.values()),
-            "phases": phases,
-            "longest": {name: {"programs": len(one), "XLA": sum(one)} for name, one in longest},
-        }
-
-
-def divide(spans: Sequence[Span]) -> dict[str, dict[str, Any]]:
-    """Returns the seconds of every phase without those of spans inside, and its programs."""
-    found: dict[str, dict[str, Any]] = {
-        name: dict.fromkeys(("running", *STEPS.values()), 0.0) | {"programs": 0} for name in PHASES
-    }
-    outer: list[tuple[float, str, str]] = []  # ends, phases and steps of the spans around
-    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
-        while len(outer) > 1 and outer[-1][0] <= span.start:
-            outer.pop()
-        phase = span.phase or outer[-1][1]
-        step = "running" if span.step is None else span.step
-        if step == "tracing" and phase in READ:
-            step = "running"
-        found[phase][step] += span.end - span.start
-        found[phase]["programs"] += step == "XLA"
-        if outer:
-            found[outer[-1][1]][outer[-1][2]] -= span.end - span.start
-        outer.append((span.end, phase, step))
-    return found
-
-
-def compile_seconds(phase: Mapping[str, Any]) -> float:
-    """Returns what all programs of a phase took to compile."""
-    return sum(phase[step] for step in STEPS.values())
-
-
-def cost_of_runs(size: Size, data_dir: str | None) -> dict[str, Any]:
-    """Runs every network of the study that is asked for; see `study_run`."""
-    return {
-        name: in_fresh_process(study_run, name, dict(changes), data_dir)
-        for name, changes in size.networks.items()
-    }
-
-
-def study_run(name: str, changes: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
-    """Trains a network that grows by TINY, from cold and once more; the data is there before.
-
-    The phases: `training`, `evaluation`; `statistics`, the passes of `measure`; `solving`, what is
-    decomposed on the host; `amplitudes`, held-out losses; `reading`, functions traced to be read;
-    `rooms`, all else of `grow`; `building`, the network, its units and its first weights;
-    `counting`, of neurons and operations for the log.
-    """
-    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
+def study_run(name: str, size: Size) -> dict[str, Any]:
+    """Trains a network of the study that grows by TINY; the data is there before."""
     settings = {"dataset": "fashion_mnist", "batch_size": 64, "normalize": True, "num_seeds": 1}
-    spec = grow_study.SPECS[name] | changes
+    spec = grow_study.SPECS[name] | dict(size.changes)
     trial = grow_study.all_trials({name: spec}, ["tiny"], settings)[0]
-    transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
-    found: dict[str, Any] = {"steps": trial["steps"]}
-    for turn in ("cold", "again"):
-        with Clock() as clock, clock.watching():
-            result = grow_study.run(trial, data_dir=data_dir)
-        found[turn] = clock.summary()
-        found |= {"growths": len(result["edits"]), "neurons": result["neurons"]}
-    return found
+    studies.load(trial["dataset"], size.data_dir, trial["downscale"])
+    with common.Compilations() as compilations:
+        result, seconds = common.timed(lambda: grow_study.run(trial, data_dir=size.data_dir))
+    return {
+        "steps": trial["steps"],
+        "growths": len(result["edits"]),
+        "neurons": result["neurons"],
+        "seconds": seconds,
+        "compile_seconds": compilations.seconds,
+        "programs": compilations.count,
+    }
 
 
-# Rooms.
-
-
-def compare_rooms(size: Size, data_dir: str | None) -> dict[str, Any]:
-    """Runs the same growth with all `ROOMS` in turns, and times updates of all their shapes.
+def compare_rooms(size: Size) -> dict[str, Any]:
+    """Runs the same growth with all `ROOMS` in turns.
 
     Raises:
       RuntimeError: the runs have not grown alike.
@@ -299,243 +105,174 @@ def compare_rooms(size: Size, data_dir: str | None) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ROOMS}
     for _ in range(size.rounds):
         for name, found in runs.items():
-            found.append(in_fresh_process(growing_run, name, size, data_dir))
+            found.append(alone(growing_run, name, size))
     first = {name: found[0] for name, found in runs.items()}
     neurons = first["exact"]["neurons"]
     if different := [name for name, run in first.items() if run["neurons"] != neurons]:
         raise RuntimeError(f"{', '.join(different)} have not grown as exact shapes have")
-    shapes = {tuple(rooms.items()) for run in first.values() for rooms in run["rooms"]}
-    times = in_fresh_process(race_shapes, sorted(shapes), size, data_dir)
-    rooms = {}
+    updates, rooms = size.every * len(neurons), {}
     for name, found in runs.items():
-        updates = [times[tuple(one.items())] for one in first[name]["rooms"]]
         every = {
             key: common.spread([run[key] for run in found])
             for key in ("seconds", "compile_seconds", "growing_seconds", "training_seconds")
         }
         rooms[name] = every | {
-            "programs": first[name]["programs"],
-            "programs_by_phase": first[name]["programs_by_phase"],
             "shapes": len({tuple(one.items()) for one in first[name]["rooms"]}),
-            "step_milliseconds": 1e3 * float(np.mean([one.median for one in updates])),
-            "update_seconds": updates,  # of every stretch between growths
-            **{key: first[name][key] for key in ("flops", "rooms", "loss")},
+            "step_milliseconds": 1e3 * every["training_seconds"].median / updates,
+            **{key: first[name][key] for key in ("programs", "flops", "rooms", "loss")},
         }
     for name, one in rooms.items():
-        one["exact_wins_from"] = None if name == "exact" else break_even(one, rooms["exact"])
-    return {"neurons": neurons, "updates": size.every * len(neurons), "rooms": rooms}
+        wins = None if name == "exact" else break_even(one, rooms["exact"], size.every)
+        one["exact_wins_from"] = wins
+    return {"neurons": neurons, "updates": updates, "rooms": rooms}
 
 
-def growing_run(name: str, size: Size, data_dir: str | None) -> dict[str, Any]:
+def break_even(rooms: Mapping[str, Any], exact: Mapping[str, Any], every: int) -> float | None:
+    """From how many updates between growths exact shapes take less time; None for never.
+
+    Args:
+      rooms: a run with rooms.
+      exact: the same with exact shapes.
+      every: updates between growths in both.
+    """
+    compiling, growing, slower = (
+        rooms[key].median - exact[key].median
+        for key in ("compile_seconds", "growing_seconds", "training_seconds")
+    )
+    saved = -(compiling + growing)
+    if saved <= 0:
+        return 0.0
+    return every * saved / slower if slower > 0 else None
+
+
+def growing_run(name: str, size: Size) -> dict[str, Any]:
     """Grows the network on a graph with some rooms; building it does not count.
 
     Neurons are as many as asked for in every growth, so that all choices of rooms grow alike.
     """
-    problem, trained, params, state = start(size, data_dir)
+    (network, groups), (images, labels), params, state = start(size)
     if name == "all at the start":
-        final = dict.fromkeys((one.name for one in problem.units), size.most)
-        params, state = archscale.contrib.widen(params, final, problem.units, optimizer_state=state)
+        final = dict.fromkeys((one.name for one in groups), size.most)
+        params, state = archscale.contrib.widen(params, final, groups, optimizer_state=state)
     schedule = archscale.contrib.GrowthSchedule(
-        growths=size.growths, every=size.every, factor=size.factor, most=size.most
+        growths=size.growths, interval=size.every, factor=size.factor, max_neurons=size.most
     )
-    images, labels = trained
-    held_out = tuple(array[-size.held_out :] for array in trained)
+    held_out = images[-size.held_out :], labels[-size.held_out :]
     generator = np.random.default_rng(0)
     count = len(images) - grow_study.HELD_OUT
-    stretches, growths = [params], []
-    with Clock() as clock, clock.watching():
-        step = clock.timed("training", problem.step)
-        rates = dict.fromkeys(named_leaves(params), np.float32(size.rate))
-        for update in range(size.every * (size.growths + 1)):
-            if update and not update % size.every:
-                chosen = generator.permutation(count)[: size.statistics]
-                batch = images[chosen], labels[chosen]
-                neurons = archscale.contrib.count_neurons(params, problem.units)
-                numbers = archscale.contrib.choose_growth(
-                    schedule, len(growths), problem.units, neurons
-                )
-                units = [one for one in problem.units if one.name in numbers]
-                growths.append((params, batch, units))
-                growth = archscale.grow(
-                    problem.loss, params, [batch], held_out, units, number=numbers, threshold=0.0,
-                    normalize=True, amplitudes=AMPLITUDES[1:], rooms=ROOMS[name],
-                    optimizer_state=state,
-                )  # fmt: skip
-                params, state = growth.params, growth.optimizer_state
-                stretches.append(params)
+    rates = dict.fromkeys(named_leaves(params), np.float32(size.rate))
+
+    def grown(params, state, number):
+        chosen = generator.permutation(count)[: size.statistics]
+        batch = images[chosen], labels[chosen]
+        neurons = archscale.contrib.count_neurons(params, groups)
+        numbers = archscale.contrib.choose_growth(schedule, number, groups, neurons)
+        growing = [one for one in groups if one.name in numbers]
+        growth = archscale.grow(
+            network.loss, params, [batch], held_out, growing, number=numbers, threshold=0.0,
+            normalize=True, amplitudes=AMPLITUDES[1:], capacity=ROOMS[name], optimizer_state=state,
+        )  # fmt: skip
+        return growth.params, growth.optimizer_state
+
+    def trained(params, state):
+        for _ in range(size.every):
             chosen = generator.integers(count, size=size.batch_size)
             batch = images[chosen], labels[chosen]
-            params, state, _ = step(params, state, batch, rates)
-    return run_summary(clock.summary()) | {
-        "flops": count_operations(problem, stretches, growths, size),
-        "rooms": [rooms_of(one, problem.units) for one in stretches],
-        "neurons": [archscale.contrib.count_neurons(one, problem.units) for one in stretches],
-        "loss": float(problem.loss(params, held_out)),
-    }
+            params, state, _ = grow_study.update(network.loss, params, state, batch, rates)
+        return params, state
 
+    stretches, seconds = [params], {"training": 0.0, "growing": 0.0}
+    with common.Compilations() as compilations:
 
-def start(size: Size, data_dir: str | None) -> tuple[grow_study.Problem, Any, PyTree, Any]:
-    """Returns the network on a graph, all training examples, its weights and optimizer's state."""
-    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be reading
-    downscale = grow_study.SPECS["dag_cnn"]["downscale"]
-    problem = grow_study.build("dag_cnn", "fashion_mnist", data_dir, downscale)
-    data = problem.dataset
-    trained = np.asarray(data.train_images), np.asarray(data.train_labels)
-    params = problem.create(size.start_width, 0)
-    return problem, trained, params, grow_study.create_optimizer().init(params)
+        def watched(phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            before = compilations.seconds
+            result, elapsed = common.timed(lambda: function(*arguments))
+            seconds[phase] += elapsed - (compilations.seconds - before)
+            return result
 
-
-def rooms_of(params: PyTree, units: Sequence[archscale.contrib.Units]) -> dict[str, int]:
-    """Returns the rooms of units by name."""
-    leaves = named_leaves(params)
-    return {one.name: leaves[one.producers[0]].shape[-1] for one in units}
-
-
-def run_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a run of `growing_run` took; growing is all but training and compiling."""
-    training = summary["phases"]["training"]["running"]
-    programs = {name: phase["programs"] for name, phase in summary["phases"].items()}
+        params, state = watched("training", trained, params, state)
+        for number in range(size.growths):
+            params, state = watched("growing", grown, params, state, number)
+            stretches.append(params)
+            params, state = watched("training", trained, params, state)
     return {
-        "seconds": summary["seconds"],
-        "compile_seconds": summary["compile_seconds"],
-        "training_seconds": training,
-        "growing_seconds": summary["seconds"] - summary["compile_seconds"] - training,
-        "programs": summary["programs"],
-        "programs_by_phase": {name: count for name, count in programs.items() if count},
+        "seconds": sum(seconds.values()) + compilations.seconds,
+        "compile_seconds": compilations.seconds,
+        "training_seconds": seconds["training"],
+        "growing_seconds": seconds["growing"],
+        "programs": compilations.count,
+        "flops": count_operations(network, groups, stretches, size.every * size.batch_size),
+        "rooms": [rooms_of(one, groups) for one in stretches],
+        "neurons": [archscale.contrib.count_neurons(one, groups) for one in stretches],
+        "loss": float(network.loss(params, held_out)),
     }
+
+
+def start(size: Size) -> tuple[tuple[Network, Groups], Any, PyTree, Any]:
+    """Returns the network on a graph, all training examples, its weights and optimizer's state."""
+    downscale = grow_study.SPECS["dag_cnn"]["downscale"]
+    built = network, _ = grow_study.build("dag_cnn", "fashion_mnist", size.data_dir, downscale)
+    data = network.dataset
+    examples = np.asarray(data.train_images), np.asarray(data.train_labels)
+    params = grow_study.create("dag_cnn", network, size.start_width, 0)
+    return built, examples, params, grow_study.create_optimizer().init(params)
+
+
+def rooms_of(params: PyTree, groups: Groups) -> dict[str, int]:
+    """Returns the capacity of groups by name."""
+    leaves = named_leaves(params)
+    return {one.name: one.capacity(leaves) for one in groups}
 
 
 def count_operations(
-    problem: grow_study.Problem, stretches: list[PyTree], growths: list[Any], size: Size
+    network: Network, groups: Groups, stretches: list[PyTree], updates: int
 ) -> dict[str, float]:
-    """Counts operations of a run, and those that would be left without empty rooms."""
-    found = {}
-    data, examples = problem.dataset, size.batch_size * size.every
-    example = data.train_images[:1], data.train_labels[:1]
-    for rooms, kept in (
-        ("with_rooms", lambda params: params),
-        ("without", lambda params: archscale.contrib.compact(params, problem.units)),
-    ):
-        found[f"training_{rooms}"] = sum(
-            3 * examples * operations.forward_flops(problem.loss, kept(params), example)
-            for params in stretches
+    """Counts operations of the training in a run, and those that would be left without rooms.
+
+    Args:
+      network: what is trained.
+      groups: its neurons.
+      stretches: the params of every stretch between growths.
+      updates: of each stretch, times the examples of one.
+    """
+    example = network.dataset.train_images[:1], network.dataset.train_labels[:1]
+    compact = [archscale.contrib.compact(params, groups) for params in stretches]
+    return {
+        name: sum(
+            3 * updates * operations.forward_flops(network.loss, params, example)
+            for params in every
         )
-        found[f"growing_{rooms}"] = sum(
-            operations.growth_flops(
-                problem.loss, kept(params), batch, units, len(AMPLITUDES), size.held_out
-            )
-            for params, batch, units in growths
-        )
-    return found
+        for name, every in (("with_rooms", stretches), ("without", compact))
+    }
 
 
-def race_shapes(
-    shapes: Sequence[tuple[tuple[str, int], ...]], size: Size, data_dir: str | None
-) -> dict[tuple[tuple[str, int], ...], common.Spread]:
-    """Times an update of networks with so many rooms, in turns; seconds."""
-    problem, (images, labels), params, state = start(size, data_dir)
-    batch = images[: size.batch_size], labels[: size.batch_size]
-    rates = dict.fromkeys(named_leaves(params), np.float32(0))
-    programs = {}
-    for shape in shapes:
-        wide = archscale.contrib.widen(params, dict(shape), problem.units, optimizer_state=state)
-        programs[shape] = functools.partial(problem.step, *wide, batch, rates)
-    times = common.alternate(programs, rounds=size.step_rounds)
-    return {shape: common.spread(sample) for shape, sample in times.items()}
-
-
-def break_even(rooms: Mapping[str, Any], exact: Mapping[str, Any]) -> float | None:
-    """From how many updates between growths exact shapes take less time; None for never."""
-    saved = sum(
-        exact[key].median - rooms[key].median for key in ("compile_seconds", "growing_seconds")
-    )
-    slower = sum(
-        one.median - other.median
-        for one, other in zip(rooms["update_seconds"], exact["update_seconds"], strict=True)
-    )
-    if saved <= 0:
-        return 0.0
-    return saved / slower if slower > 0 else None
-
-
-# Tables.
-
-
-def share_rows(runs: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the table of `cost_of_runs`."""
-    rows = [["network", "seconds", *PHASES, "compiling", "once more, s", "compiled then"]]
+def run_lines(runs: Mapping[str, Any]) -> list[list[str]]:
+    """Lays out the runs of the study, the heading first."""
+    lines = [["network", "growths", "seconds", "compiling", "programs"]]
     for name, run in runs.items():
-        cold, again = run["cold"], run["again"]
-        shares = [cold["phases"][phase]["running"] for phase in PHASES]
-        shares = [*shares, cold["compile_seconds"]]
-        rows.append(
-            [
-                name,
-                f"{cold['seconds']:.1f}",
-                *(f"{100 * share / cold['seconds']:.1f} %" for share in shares),
-                f"{again['seconds']:.1f}",
-                str(again["programs"]),
-            ]
-        )
-    return rows
+        share = f"{run['compile_seconds'] / run['seconds']:.0%}"
+        numbers = [str(run["growths"]), f"{run['seconds']:.1f}", share, str(run["programs"])]
+        lines.append([name, *numbers])
+    return lines
 
 
-def program_rows(runs: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the table of the programs that took XLA longest in the runs, by their names."""
-    rows = [["network", "program", "how many", "XLA, s"]]
-    for name, run in runs.items():
-        for program, one in run["cold"]["longest"].items():
-            rows.append([name, program, str(one["programs"]), f"{one['XLA']:.2f}"])
-    return rows
-
-
-def compile_rows(runs: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the table of what was compiled in the runs, seconds."""
-    rows = [["network", "phase", "programs", *STEPS.values(), "compiling, s", "running, s"]]
-    for name, run in runs.items():
-        cold = run["cold"]
-        total: collections.Counter[str] = collections.Counter()
-        for phase, values in cold["phases"].items():
-            total.update(values)
-            if values["programs"] or compile_seconds(values) > 0:
-                rows.append([name, phase, *_compile_cells(values)])
-        rows.append([name, "all", *_compile_cells(total)])
-    return rows
-
-
-def _compile_cells(values: Mapping[str, Any]) -> list[str]:
-    steps = [f"{values[step]:.2f}" for step in STEPS.values()]
-    last = f"{compile_seconds(values):.2f}", f"{values['running']:.2f}"
-    return [str(values["programs"]), *steps, *last]
-
-
-def rooms_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the table of `compare_rooms`."""
-    heading = ["rooms", "shapes", "programs", "compiling, s", "growing, s", "update, ms"]
-    heading += [f"{part}, 10⁹ operations" for part in ("training", "growing")]
-    rows = [[*heading, "total, s", "exact shapes win from"]]
-    for name, one in results["rooms"].items():
-        updates = one["exact_wins_from"]
-        wins = "never" if updates is None else f"{updates:,.0f} updates"
-        rows.append(
-            [
-                name,
-                str(one["shapes"]),
-                str(one["programs"]),
-                *(f"{one[key]:.1f}" for key in ("compile_seconds", "growing_seconds")),
-                f"{one['step_milliseconds']:.2f}",
-                *(_operations_cell(one["flops"], part) for part in ("training", "growing")),
-                f"{one['seconds']:.1f}",
-                "" if name == "exact" else wins,
-            ]
-        )
-    return rows
-
-
-def _operations_cell(flops: Mapping[str, float], part: str) -> str:
-    every, least = (flops[f"{part}_{rooms}"] for rooms in ("with_rooms", "without"))
-    return f"{every / 1e9:.1f} (+{100 * (every / least - 1):.0f} %)"
+def rooms_lines(rooms: Mapping[str, Any]) -> list[list[str]]:
+    """Lays out what rooms are worth, the heading first."""
+    lines = [["rooms", "shapes", "programs", "compiling, s", "growing, s", "update, ms",
+              "10⁹ operations", "total, s", "exact shapes win from, updates"]]  # fmt: skip
+    for name, one in rooms.items():
+        wins, (every, least) = one["exact_wins_from"], one["flops"].values()
+        lines.append([
+            name,
+            *(str(one[key]) for key in ("shapes", "programs")),
+            *(f"{one[key]:.1f}" for key in ("compile_seconds", "growing_seconds")),
+            f"{one['step_milliseconds']:.2f}",
+            f"{every / 1e9:.1f} (+{every / least - 1:.0%})",
+            f"{one['seconds']:.1f}",
+            "" if name == "exact" else "never" if wins is None else f"{wins:,.0f}",
+        ])  # fmt: skip
+    return lines
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

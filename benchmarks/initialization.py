@@ -2,28 +2,22 @@
 
 * Random graphs with weight edges alone and with skips: largest over smallest second moment, by rule
   and by what vertices sum, drawn to `docs/figures/initialization.png`.
-* The same for graphs of five vertices, beside the pilot of theory §3.
+* The same for graphs of five vertices.
 * Width: how much of the ratio is noise of a finite width.
 * `branch_share` of the rule `moment`: growth against what the branches contribute.
 
-Second moments are means over inputs and features of networks at their initialization. The tables
-are also written into `docs/initialization.md`.
+Second moments are means over inputs and features of networks at their initialization.
 """
 
 import functools
 import itertools
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jraph
-import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.table
 from flax import nnx
 
 from archscale_jax._architecture import Architecture, Arrangement
@@ -32,32 +26,16 @@ from archscale_jax._initialize import initialize
 from archscale_jax._spaces import dag_graph, random_dag_string
 from archscale_jax._trees import map_with_names
 from archscale_jax.rules import INITIALIZATION_RULES, weight_standard_deviations
-from benchmarks import common
+from benchmarks import common, figures
 from experiments.lab.models import DagMLP
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
-FIGURE, PAGE = DOCS / "figures" / "initialization.png", DOCS / "initialization.md"
-
-NUM_GRAPHS = 20
 KINDS = {"weights alone": (1 / 2, 0, 1 / 2), "with skips": (1 / 3, 1 / 3, 1 / 3)}
 RULES = ("target", "source", "none", "author_code", "moment")
 SHARES = (0, 0.05, 0.25, 1)
-WIDTH, BATCH, DRAWS = 512, 64, 3
 PANELS = {  # what vertices sum, and where it is measured
     "pre-activations, at vertices": (Arrangement.PRE_ACTIVATION, "vertices"),
     "activations, at vertices": (Arrangement.ACTIVATION, "vertices"),
     "activations, what layers see": (Arrangement.ACTIVATION, "layers"),
-}
-PILOT = {  # theory §3: target, source, none
-    "pre-activations, at vertices": {
-        "weights alone": (1.03, 2.5, 3.0),
-        "with skips": (2.5, 4.8, 5.0),
-    },
-    "activations, at vertices": {"weights alone": (1.6, 4.1, 4.9), "with skips": (5.1, 6.2, 7.2)},
-    "activations, what layers see": {
-        "weights alone": (2.6, 1.07, 1.07),
-        "with skips": (3.0, 1.07, 1.07),
-    },
 }
 BLOCKS = {  # operators of the two edges of a branch, and what vertices sum
     "18 blocks z + W σ(z)": ("12", Arrangement.PRE_ACTIVATION),
@@ -67,11 +45,40 @@ BLOCKS = {  # operators of the two edges of a branch, and what vertices sum
 }
 
 
-def random_graphs(kind: str, sizes: tuple[int, ...] = (5, 6, 7, 8)) -> list[str]:
-    """Draws 20 DAG strings of these numbers of vertices in turn, every edge on its own."""
+class Size(NamedTuple):
+    """How much is done."""
+
+    width: int = 512
+    inputs: int = 64
+    networks_per_graph: int = 3
+    graphs: int = 20
+    widths: tuple[int, ...] = (128, 512, 2048)
+    graphs_by_width: int = 8
+
+
+QUICK = Size(16, 8, 1, 2, (16, 32), 2)
+
+
+def main() -> None:
+    size = common.sized(Size(), QUICK)
+    results = {
+        "settings": size._asdict() | {kind: random_graphs(kind, size.graphs) for kind in KINDS},
+        "rules": compare_rules(size),
+        "five_vertices": compare_rules(size, (5,)),
+        "widths": compare_widths(size),
+        "shares": compare_shares(size),
+    }
+    for title, lines in tables(results).items():
+        common.show(title, lines)
+    if common.write_results("initialization", results):
+        figures.draw(figures.initialization)
+
+
+def random_graphs(kind: str, count: int, sizes: tuple[int, ...] = (5, 6, 7, 8)) -> list[str]:
+    """Draws DAG strings of these numbers of vertices in turn, every edge on its own."""
     return [
         random_dag_string(seed, sizes[seed % len(sizes)], probabilities=KINDS[kind])
-        for seed in range(NUM_GRAPHS)
+        for seed in range(count)
     ]
 
 
@@ -92,9 +99,7 @@ def second_moments(
     text: str,
     arrangement: Arrangement,
     rules: Mapping[str, Any],
-    *,
-    width: int = WIDTH,
-    draws: int = DRAWS,
+    size: Size,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Measures networks on standard-normal inputs.
 
@@ -103,7 +108,7 @@ def second_moments(
       `layers` [draws, stem and weight edges on such a path], those of W h, where activations are
       summed; `new_part` [draws], the part of the last vertex that no multiple of vertex 0 explains.
     """
-    graph = dag_graph(text)
+    graph, width = dag_graph(text), size.width
     shapes = nnx.eval_shape(
         lambda: DagMLP(
             graph, width, width, 1, arrangement=arrangement, use_bias=False, rngs=nnx.Rngs(0)
@@ -137,10 +142,10 @@ def second_moments(
         return found | {"new_part": 1 - explained}
 
     measured = []
-    for key in jax.random.split(jax.random.key(0), draws):
+    for key in jax.random.split(jax.random.key(0), size.networks_per_graph):
         # For one key, `initialize` draws the same numbers by every rule but for the deviation.
         drawn = initialize(key, params, architecture, "none")
-        inputs = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, width))
+        inputs = jax.random.normal(jax.random.fold_in(key, 1), (size.inputs, width))
         measured.append(jax.vmap(measure, in_axes=(0, None, None))(factors, drawn, inputs))
     stacked = {
         quantity: np.array([jax.device_get(one[quantity]) for one in measured], float)
@@ -157,8 +162,9 @@ def _mean_square(feature: jax.Array) -> jax.Array:
 
 
 def ratio(moments: np.ndarray) -> np.ndarray:
-    """Returns largest over smallest of moments [..., places]."""
-    return moments.max(axis=-1) / moments.min(axis=-1)
+    """Returns largest over smallest of moments [..., places]; inf where one is 0."""
+    with np.errstate(divide="ignore"):
+        return moments.max(axis=-1) / moments.min(axis=-1)
 
 
 def summary(moments: list[np.ndarray]) -> dict[str, Any]:
@@ -177,42 +183,40 @@ def summary(moments: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def compare_rules(sizes: tuple[int, ...], names: tuple[str, ...]) -> dict:
+def compare_rules(size: Size, vertices: tuple[int, ...] = (5, 6, 7, 8)) -> dict:
     """Measures max/min of random graphs: panel -> kind of graph -> rule -> `summary`."""
-    rules = dict(zip(names, names, strict=True))
+    rules: dict[str, Any] = {rule: rule for rule in RULES}
     results: dict = {panel: {} for panel in PANELS}
     for kind, arrangement in itertools.product(KINDS, Arrangement):
-        measured = [second_moments(text, arrangement, rules) for text in random_graphs(kind, sizes)]
+        graphs = random_graphs(kind, size.graphs, vertices)
+        measured = [second_moments(text, arrangement, rules, size) for text in graphs]
         for panel, (summed, place) in PANELS.items():
             if summed == arrangement:
                 results[panel][kind] = {
                     rule: summary([of_graph[rule][place] for of_graph in measured])
-                    for rule in names
+                    for rule in RULES
                 }
     return results
 
 
-def compare_widths(widths: tuple[int, ...] = (128, 512, 2048), num_graphs: int = 8) -> dict:
+def compare_widths(size: Size) -> dict:
     """Measures `moment` where it is exact at infinite width: weights alone, pre-activations."""
-    results = {}
-    for width in widths:
-        measure = functools.partial(second_moments, width=width, draws=1)
-        measured = [
-            measure(text, Arrangement.PRE_ACTIVATION, {"moment": "moment"})["moment"]["vertices"]
-            for text in random_graphs("weights alone")[:num_graphs]
-        ]
-        results[width] = summary(measured)
+    graphs = random_graphs("weights alone", size.graphs_by_width)
+    rules, results = {"moment": "moment"}, {}
+    for width in size.widths:
+        one = size._replace(width=width, networks_per_graph=1)
+        measured = [second_moments(text, Arrangement.PRE_ACTIVATION, rules, one) for text in graphs]
+        results[width] = summary([of_graph["moment"]["vertices"] for of_graph in measured])
     return results
 
 
-def compare_shares() -> dict:
+def compare_shares(size: Size) -> dict:
     """Measures `moment` by branch share: `random` graphs with skips, and residual `blocks`."""
     rules = {f"{share:g}": with_share(share) for share in SHARES}
+    graphs = random_graphs("with skips", size.graphs)
     results: dict = {"random": {}, "blocks": {}}
     for arrangement in Arrangement:
-        measured = [
-            second_moments(text, arrangement, rules) for text in random_graphs("with skips")
-        ]
+        measured = [second_moments(text, arrangement, rules, size) for text in graphs]
         results["random"][arrangement.value] = {
             share: summary([of_graph[share]["vertices"] for of_graph in measured])
             for share in rules
@@ -226,7 +230,7 @@ def compare_shares() -> dict:
                 "new_part": float(np.median(found["new_part"])),
                 "smallest_over_he": _smallest_over_he(dag_graph(text), arrangement, rules[rule]),
             }
-            for rule, found in second_moments(text, arrangement, rules).items()
+            for rule, found in second_moments(text, arrangement, rules, size).items()
         }
     return results
 
@@ -236,139 +240,47 @@ def _smallest_over_he(graph: jraph.GraphsTuple, arrangement: Arrangement, rule) 
     return float(np.sqrt(edges[is_weight(graph)].min() / 2))
 
 
-class Table(NamedTuple):
-    """A table for the terminal and the page."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def tables(results: dict) -> dict[str, Table]:
-    """Lays the results out."""
-    rules, five, widths, shares = (
-        results[name] for name in ("rules", "five_vertices", "widths", "shares")
-    )
-
-    def spread(one: dict) -> str:
-        digits = 2 if one["worst"] < 100 else 0
-        return f"{one['spread']:.{digits}f}, {one['worst']:.{digits}f}"
-
-    def block(one: dict) -> str:
-        size = f"{one['ratio']:.2f}" if one["ratio"] < 100 else f"{one['ratio']:,.0f}"
-        return f"{size}, {one['new_part']:.0%}, {one['smallest_over_he']:.2f}"
-
-    cases = list(itertools.product(PANELS, KINDS))
+def tables(results: dict) -> dict[str, list[list[str]]]:
+    """Lays the results out: by the title of the table, its lines, heading first."""
+    widths, shares = results["widths"], results["shares"]
+    by_share = [f"share {share:g}" for share in SHARES]
     return {
-        "rules": Table(
-            f"max/min second moment, width {WIDTH}: median (quartiles) and worst of 20 graphs",
-            ["vertices sum, measured", "graphs", *RULES],
-            [
-                [panel, kind, *(spread(rules[panel][kind][rule]) for rule in RULES)]
-                for panel, kind in cases
-            ],
-        ),
-        "five_vertices": Table(
-            "the same for five vertices, medians; in brackets the pilot of theory §3",
-            ["vertices sum, measured", "graphs", *RULES[:3]],
-            [
-                [panel, kind]
-                + [
-                    f"{five[panel][kind][rule]['spread'].median:.2f} ({pilot})"
-                    for rule, pilot in zip(RULES, PILOT[panel][kind], strict=False)
-                ]
-                for panel, kind in cases
-            ],
-        ),
-        "widths": Table(
-            "rule moment, pre-activations, weights alone: max/min of one network each, 8 graphs",
+        "max/min second moment, median (quartiles) and worst": _rule_lines(results["rules"]),
+        "the same for five vertices": _rule_lines(results["five_vertices"]),
+        "rule moment, pre-activations, weights alone: max/min of one network each": [
             ["width", "median (quartiles), worst"],
-            [[f"{width:,}", spread(one)] for width, one in widths.items()],
-        ),
-        "shares": Table(
-            "rule moment, with skips, at vertices: max/min of 20 graphs by branch share",
-            ["vertices sum", *(f"share {share:g}" for share in SHARES)],
-            [
-                [summed.replace("_", "-") + "s", *map(spread, by_share.values())]
-                for summed, by_share in shares["random"].items()
-            ],
-        ),
-        "blocks": Table(
-            "residual blocks: max/min, part of the output that is new, smallest std over He's",
-            ["network", "rule target", *(f"share {share:g}" for share in SHARES)],
-            [[name, *map(block, by_rule.values())] for name, by_rule in shares["blocks"].items()],
-        ),
+            *([f"{width:,}", _spread(one)] for width, one in widths.items()),
+        ],
+        "rule moment, with skips, at vertices: max/min by branch share": [
+            ["vertices sum", *by_share],
+            *(
+                [summed, *map(_spread, found.values())]
+                for summed, found in shares["random"].items()
+            ),
+        ],
+        "residual blocks: max/min, part of the output that is new, smallest std over He's": [
+            ["network", "rule target", *by_share],
+            *([name, *map(_block, found.values())] for name, found in shares["blocks"].items()),
+        ],
     }
 
 
-def write_page(shown: dict[str, Table]) -> None:
-    """Puts the tables between `<!-- NAME -->` and `<!-- end -->` of the page."""
-    page = PAGE.read_text()
-    for name, table in shown.items():
-        rule = ["---"] * len(table.header)
-        lines = ["| " + " | ".join(row) + " |" for row in (table.header, rule, *table.rows)]
-        page, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda match, lines=lines: match[1] + "\n".join(lines) + "\n" + match[2],
-            page,
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise ValueError(f"{PAGE} has {found} places for the table {name!r}; expected 1")
-    PAGE.write_text(page)
+def _rule_lines(rules: dict) -> list[list[str]]:
+    lines = [["vertices sum, measured", "graphs", *RULES]]
+    for panel, kind in itertools.product(PANELS, KINDS):
+        lines.append([panel, kind, *(_spread(rules[panel][kind][rule]) for rule in RULES)])
+    return lines
 
 
-def draw(rules: dict) -> None:
-    """Draws max/min of every random graph by rule, one panel per way to sum and to measure."""
-    figure = matplotlib.figure.Figure(figsize=(10.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    looks = {"weights alone": ("#0072B2", "o", -0.18), "with skips": ("#D55E00", "^", 0.18)}
-    jitter = np.linspace(-0.09, 0.09, NUM_GRAPHS)
-    for axes, (panel, by_kind) in zip(panels, rules.items(), strict=True):
-        for kind, (colour, marker, shift) in looks.items():
-            for position, rule in enumerate(RULES):
-                one, centre = by_kind[kind][rule], position + shift
-                axes.scatter(
-                    centre + jitter,
-                    one["by_graph"],
-                    s=14,
-                    alpha=0.6,
-                    color=colour,
-                    marker=marker,
-                    linewidths=0,
-                    label=kind if position == 0 else None,
-                )
-                median = one["spread"].median
-                axes.plot([centre - 0.16, centre + 0.16], [median] * 2, color=colour, linewidth=2)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(yscale="log", title=panel, xticks=range(len(RULES)))
-        axes.set_xticklabels([rule.replace("_", "\n") for rule in RULES])
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("largest / smallest second moment (1 is perfect)")
-    panels[0].legend(loc="upper left", title="one mark a graph, bar: median", frameon=False)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=150)
+def _spread(one: dict) -> str:
+    digits = 2 if one["worst"] < 100 else 0
+    return f"{one['spread']:.{digits}f}, {one['worst']:.{digits}f}"
 
 
-def main() -> None:
-    results = {
-        "settings": {"width": WIDTH, "inputs": BATCH, "networks_per_graph": DRAWS}
-        | {kind: random_graphs(kind) for kind in KINDS},
-        "rules": compare_rules((5, 6, 7, 8), RULES),
-        "five_vertices": compare_rules((5,), RULES[:3]),
-        "widths": compare_widths(),
-        "shares": compare_shares(),
-    }
-    shown = tables(results)
-    for table in shown.values():
-        printed = rich.table.Table(*table.header, title=table.title)
-        for row in table.rows:
-            printed.add_row(*row)
-        rich.console.Console().print(printed)
-    common.write_results("initialization", results, "flax", "matplotlib")
-    draw(results["rules"])
-    write_page(shown)
+def _block(one: dict) -> str:
+    size = f"{one['ratio']:.2f}" if one["ratio"] < 100 else f"{one['ratio']:,.0f}"
+    return f"{size}, {one['new_part']:.0%}, {one['smallest_over_he']:.2f}"
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -17,13 +17,11 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import psutil
 from absl import app, flags
-from rich.console import Console
 
 from benchmarks import common
 
@@ -39,7 +37,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the moments.")
 JOURNALS = ("results.jsonl", "measurements.jsonl")
 COMPARED = (*JOURNALS, "table.md", "summary.json", "config.json")
 NODES = 3
-ROOT = pathlib.Path(__file__).parents[1]
+EVENTS = ("driver", "worker", "node")
 
 
 class Cluster(NamedTuple):
@@ -50,39 +48,38 @@ class Cluster(NamedTuple):
     flags: tuple[str, ...]
 
 
-def main(arguments: list[str]) -> None:
-    """Runs, disturbs, compares and writes the result."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+def main() -> None:
     if FLAGS.node_removals and FLAGS.runner != "ray":
         raise app.UsageError("--node_removals needs --runner=ray")
     if FLAGS.worker_kills and FLAGS.runner == "local":
         raise app.UsageError("--worker_kills needs --runner=processes or --runner=ray")
-    with tempfile.TemporaryDirectory() as folder:
-        undisturbed = pathlib.Path(folder) / "undisturbed"
-        start = time.perf_counter()
-        _study(undisturbed, ["--runner=local"]).communicate()
-        seconds = time.perf_counter() - start
-        expected = _contents(undisturbed)
-        with _cluster(folder) as cluster:
-            done, finished = _disturb(pathlib.Path(folder), cluster, seconds)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        study = _study(folder / "undisturbed", ["--runner=local"])
+        _, seconds = common.timed(study.communicate)
+        expected = _contents(folder / "undisturbed")
+        with _cluster() as cluster:
+            done, finished = _disturb(folder, cluster, seconds)
         for workdir in finished:
             _compare(workdir, expected)
-    counts = {
-        name: sum(one["event"] == name for one in done) for name in ("driver", "worker", "node")
+    counts = {event: sum(one["event"] == event for one in done) for event in EVENTS}
+    killed = [str(counts[event]) for event in EVENTS]
+    common.show(
+        f"A study of {seconds:.0f} s, disturbed; same bytes as undisturbed: {', '.join(COMPARED)}",
+        [["runner", *(f"{event}s" for event in EVENTS), "runs"],
+         [FLAGS.runner, *killed, str(len(finished))]],
+    )  # fmt: skip
+    results = {
+        "runner": FLAGS.runner,
+        "events": done,
+        "counts": counts,
+        "studies": len(finished),
+        "identical": True,
+        "files": COMPARED,
+        "seconds_undisturbed": seconds,
     }
-    found = {"runner": FLAGS.runner, "events": done, "counts": counts, "studies": len(finished)}
     name = "kill_study" if FLAGS.runner == "local" else f"kill_study_{FLAGS.runner}"
-    extra = {"identical": True, "files": COMPARED, "seconds_undisturbed": seconds}
-    path = common.write_results(name, found | extra)
-    console = Console()
-    killed = f"{counts['driver']} drivers and {counts['worker']} workers"
-    console.print(
-        f"{FLAGS.runner}: killed {killed}, removed {counts['node']} nodes, in {len(finished)} runs "
-        f"of a study of {seconds:.0f} s"
-    )
-    console.print(f"same bytes as undisturbed: {', '.join(COMPARED)}")
-    console.print(f"results: {path.relative_to(path.parents[2])}")
+    common.write_results(name, results)
 
 
 def _disturb(
@@ -90,8 +87,8 @@ def _disturb(
 ) -> tuple[list[dict[str, Any]], list[pathlib.Path]]:
     """Runs studies until all events have taken place; returns these, and what was finished."""
     moments = random.Random(FLAGS.seed)
-    events = ["driver"] * FLAGS.kills + ["worker"] * FLAGS.worker_kills
-    events += ["node"] * FLAGS.node_removals
+    numbers = (common.sized(FLAGS.kills, 1), FLAGS.worker_kills, FLAGS.node_removals)
+    events = [event for event, count in zip(EVENTS, numbers, strict=True) for _ in range(count)]
     moments.shuffle(events)
     options = [f"--runner={FLAGS.runner}", *(cluster.flags if cluster else ())]
     done: list[dict[str, Any]] = []
@@ -151,7 +148,7 @@ def _workers(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def _cluster(folder: str) -> Iterator[Cluster | None]:
+def _cluster() -> Iterator[Cluster | None]:
     """Starts a Ray cluster of a head without cores and nodes with one each, where it is needed."""
     if FLAGS.runner != "ray":
         yield None
@@ -174,12 +171,9 @@ def _study(workdir: pathlib.Path, options: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.transfer", f"--workdir={workdir}"]
     command += ["--study=chains", f"--max_networks={FLAGS.max_networks}", "--width=16"]
     command += ["--batch_size=64", "--num_seeds=2", f"--workers={FLAGS.workers}", *options]
+    environment, nowhere = os.environ | {"JAX_PLATFORMS": "cpu"}, subprocess.DEVNULL
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, cwd=common.ROOT, env=environment, stdout=nowhere, stderr=nowhere
     )
 
 
@@ -210,4 +204,4 @@ def _compare(workdir: pathlib.Path, expected: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -1,10 +1,7 @@
 """What does a learning rate cost? `python -m benchmarks.lr_cost`, several minutes.
 
-* Of a network: by measuring one update, by an adaptive search, by the full grid. Seconds after
-  compilation, and the error against the grid. Goals: at most 1/500 and 1/5 of the grid.
-* Of compiling: one program for each network, which all rates and seeds share, against one program
-  for a whole space with its operators chosen at run time.
-* Of a step, against PyTorch in an environment of its own, which this benchmark makes.
+By measuring one update, by an adaptive search, by the full grid: seconds after compilation, and the
+error against the grid. Goals: at most 1/500 and 1/5 of the grid.
 """
 
 import functools
@@ -13,23 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from absl import app, flags
-from rich.table import Table
+from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._spaces import chain_string
-from benchmarks import common, parts, space_cost, torch_cost
+from benchmarks import common
 from experiments import transfer_study as study
-from experiments.lab import datasets
+from experiments.lab import datasets, networks, studies
 from experiments.lab.common import measure_seeds, measurer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum(
-    "dataset", None, datasets.DATASET_NAMES, "Default: fashion_mnist, or digits where it is absent."
-)
+flags.DEFINE_enum("dataset", "fashion_mnist", datasets.DATASET_NAMES, "Data set.")
 flags.DEFINE_string("data_dir", None, "Folder of the data set; see README, Data.")
 flags.DEFINE_string("architecture", chain_string(4), "DAG string of the first network.")
-parts.define_flags(torch=True)
 
 RANDOM_DAG = "2_02_011_1222"
 GOALS = {"measured": 1 / 500, "adaptive": 1 / 5}
@@ -37,45 +30,21 @@ ADAPTIVE = {"margin": 0.02, "tolerance": 0.005, "refine": 0}
 """Scouts until the loss is 2 % above the smallest, then follows with about three rates."""
 
 
-def main(arguments: list[str]) -> None:
-    """Measures, prints the tables and writes the results."""
-    parts.prepare(arguments)
-    size = torch_cost.QUICK if FLAGS.quick else torch_cost.Size()
-    name = FLAGS.dataset or _present_dataset()
-    dataset = study.load(name, FLAGS.data_dir, 1)
-    settings = study.DEFAULTS | {
-        "dataset": name,
-        "downscale": 1,
-        "kernel_size": None,
-        "width": size.width,
-        "batch_size": size.batch,
-        "steps": 5 if FLAGS.quick else len(dataset.train_images) // size.batch,
-        "seeds": 2 if FLAGS.quick else 3,
-    }
-    parts.run(
-        "lr_cost",
-        {"settings": settings, "goals": GOALS},
-        {
-            "rates": (
-                lambda: cost_of_rates([FLAGS.architecture, RANDOM_DAG], settings),
-                rates_table,
-            ),
-            "space": (
-                lambda: space_cost.cost_of_compiling(settings, FLAGS.data_dir),
-                space_cost.space_table,
-            ),
-            "torch": (lambda: torch_cost.against_torch(size), torch_cost.torch_table),
-        },
-        torch=("torch",),
-    )
-
-
-def _present_dataset() -> str:
-    try:
-        study.load("fashion_mnist", FLAGS.data_dir, 1)
-    except FileNotFoundError:
-        return "digits"
-    return "fashion_mnist"
+def main() -> None:
+    epoch = len(studies.load(FLAGS.dataset, FLAGS.data_dir, 1).train_images) // 256
+    full = {"width": 128, "batch_size": 256, "steps": epoch, "seeds": 3}
+    tiny = {"width": 16, "batch_size": 8, "steps": 5, "seeds": 2}
+    shared = {"dataset": FLAGS.dataset, "downscale": 1, "kernel_size": None}
+    settings = study.DEFAULTS | shared | common.sized(full, tiny)
+    rates = cost_of_rates([FLAGS.architecture, RANDOM_DAG], settings)
+    base, goals = rates["base"], (f"{name} <= 1/{1 / goal:.0f}" for name, goal in GOALS.items())
+    common.show(
+        "Seconds to a learning rate", lines(rates),
+        f"The base rate {base['rate']:.3g} was searched before ({base['seconds']:.1f} s, not "
+        f"counted). compiling: first call - later call. Goals of the part: {', '.join(goals)}. "
+        "adaptive counts the measurement that it starts from.",
+    )  # fmt: skip
+    common.write_results("lr_cost", {"settings": settings, "goals": GOALS, "rates": rates})
 
 
 def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, Any]:
@@ -84,12 +53,12 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
     The rate of the base network is searched once, by the same grid, and is not counted. Nor is
     building the networks and drawing the first batches, which training needs anyway.
     """
-    low, high = study.RATES["sgd"]
+    low, high = networks.RATES["sgd"]
     rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
 
     def search(trial: study.Trial, **options) -> tuple[archscale.tuning.RateSearch, dict[str, Any]]:
-        train = study.trainer(trial, study.build(trial, FLAGS.data_dir))
-        # A rate that is not lost, so that every part of a run is compiled.
+        train = networks.trainer(study.build(trial, FLAGS.data_dir), trial)
+        # A rate that does not diverge, so that every part of a run is compiled.
         first, again = (common.timed(lambda: list(train(rates[0], 0)))[1] for _ in range(2))
         for seed in range(1, trial["seeds"]):
             next(iter(train(rates[0], seed)))  # draws the weights
@@ -109,7 +78,7 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
 
     base = settings | {"architecture": study.BASE}
     base_found, base_cost = search(base)
-    networks = {}
+    found = {}
     for text in architectures:
         trial: study.Trial = settings | {"architecture": text}
         measured, predicted = cost_of_measuring(trial, base, base_found.rate)
@@ -121,11 +90,11 @@ def cost_of_rates(architectures: list[str], settings: study.Trial) -> dict[str, 
             _, ways[name] = search(fewer, start=predicted, **ADAPTIVE)
             ways[name]["seconds"] += measured["seconds"]  # its start
         ways["grid"] = full
-        networks[text] = {"uncertainty": grid.seed_error, "ways": ways}
+        found[text] = {"uncertainty": grid.seed_error, "ways": ways}
         for cost in ways.values():
             cost["error"] = math.log(cost["rate"] / grid.rate)
             cost["part_of_grid"] = cost["seconds"] / full["seconds"]
-    return {"base": base_cost, "networks": networks}
+    return {"base": base_cost, "networks": found}
 
 
 def cost_of_measuring(
@@ -158,38 +127,29 @@ def _measure(trial: study.Trial) -> Callable[[], archscale.tuning.UpdateSize]:
         measure_seeds,
         measurer(network.graphdef, network.model_state, network.optimizer(1.0)),
         network.draw,
-        study.batches(trial, network),
+        networks.batches_of(network, trial),
     )
 
 
-def rates_table(results: dict[str, Any]) -> Table:
-    """Returns the table of `cost_of_rates`."""
-    base = results["base"]
-    table = Table(
-        title="Seconds to a learning rate",
-        caption=f"The base rate {base['rate']:.3g} was searched before ({base['seconds']:.1f} s, "
-        "not counted). compiling: first call - later call. Goals of the part: "
-        + ", ".join(f"{name} <= 1/{1 / goal:.0f}" for name, goal in GOALS.items())
-        + ". adaptive counts the measurement that it starts from.",
-    )
-    for column in ("network", "way", "rate", "error, nats", "runs", "seconds", "compiling, s"):
-        table.add_column(column, justify="left" if column in ("network", "way") else "right")
-    table.add_column("part of the grid", justify="right")
+def lines(results: dict[str, Any]) -> list[list[str]]:
+    """Lays the results of `cost_of_rates` out, the heading first."""
+    found = [["network", "way", "rate", "error, nats", "runs", "seconds", "compiling, s",
+              "part of the grid"]]  # fmt: skip
     for text, network in results["networks"].items():
         for name, cost in network["ways"].items():
-            error = f"{cost['error']:+.2f}"
-            table.add_row(
+            grid = name == "grid"
+            found.append([
                 text,
                 name,
                 f"{cost['rate']:.3g}",
-                f"± {network['uncertainty']:.2f}" if name == "grid" else error,
+                f"± {network['uncertainty']:.2f}" if grid else f"{cost['error']:+.2f}",
                 str(cost["runs"]),
                 f"{cost.get('spread', cost['seconds']):.3g}",
                 f"{cost['compile_seconds']:.2f}",
                 f"1/{1 / cost['part_of_grid']:.4g}",
-            )
-    return table
+            ])  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -10,18 +10,12 @@ each with its date.
     python -m benchmarks.per_leaf --network="MLP with biases" --network=LSTM --optimizer=sgd
 """
 
-import datetime
-import hashlib
-import json
-import pathlib
 from typing import Any
 
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
-import archscale_jax
 from benchmarks import common
+from experiments.lab import provenance
 from experiments.lab.files import append_record, read_records
 from tests.leaf_steps import FACTOR, OPTIMIZERS, LeafSteps, Trend, leaf_steps
 from tests.step_networks import NETWORKS
@@ -31,8 +25,6 @@ flags.DEFINE_multi_string("network", None, "Name of a network; may be repeated. 
 flags.DEFINE_multi_string("optimizer", None, "Name of an optimizer; may be repeated.")
 flags.DEFINE_list("draws", ["64:16", "256:8", "1024:4"], "Widths, each with its number of draws.")
 flags.DEFINE_bool("again", False, "Whether to measure anew what has been measured.")
-
-JOURNALS = pathlib.Path(__file__).parents[1] / "build" / "per_leaf"
 
 
 def trend_record(trend: Trend) -> dict[str, Any]:
@@ -60,32 +52,33 @@ def leaf_record(one: LeafSteps) -> dict[str, Any]:
 
 
 def check(network: str, optimizer: str, draws: dict[int, int]) -> dict[str, Any]:
-    """Checks one network with one optimizer; a refusal of the library is a result too."""
-    today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record: dict[str, Any] = {"network": network, "optimizer": optimizer, "measured": today}
+    """Checks one network with one optimizer; an error of the library is a result too."""
+    record: dict[str, Any] = {
+        "network": network, "optimizer": optimizer, "measured": provenance.now(),
+    }  # fmt: skip
     try:
         found = leaf_steps(NETWORKS[network], optimizer, draws)
     except Exception as error:  # of any kind: the network is a network like any other
-        return record | {"refused": f"{type(error).__name__}: {error}"}
+        return record | {"error": f"{type(error).__name__}: {error}"}
     wrong = [one.leaf for one in found if not one.holds]
     return record | {"wrong": wrong, "leaves": [leaf_record(one) for one in found]}
 
 
-def leaf_table(record: dict[str, Any]) -> Table | str:
-    """Lays out the leaves of a network."""
+def show_leaves(record: dict[str, Any]) -> None:
+    """Prints the leaves of a network."""
     title = f"{record['network']}, {record['optimizer']}"
-    if "refused" in record:
-        return f"{title}: {record['refused'][:300]}\n"
-    table = Table("leaf", "role", "shape", "factor", "logits ×", "vertex ×", "readout moved:",
-                  "holds", title=title)  # fmt: skip
+    if "error" in record:
+        print(f"\n{title}: {record['error'][:300]}\n", flush=True)
+        return
+    lines = [["leaf", "role", "shape", "factor", "logits ×", "vertex ×", "readout moved:", "holds"]]
     for one in record["leaves"]:
         later = one.get("readout_moved")
         cells = [_effect(one["logits"]), _effect(one["vertices"])]
         cells.append(f"{_effect(later['logits'])}, {_effect(later['vertices'])}" if later else "")
         shape = "×".join(map(str, one["shape"]))
         holds = "yes" if one["holds"] else "NO"
-        table.add_row(one["leaf"], one["role"], shape, f"{one['factor']:.3g}", *cells, holds)
-    return table
+        lines.append([one["leaf"], one["role"], shape, f"{one['factor']:.3g}", *cells, holds])
+    common.show(title, lines)
 
 
 def _effect(trend: dict[str, Any]) -> str:
@@ -94,48 +87,32 @@ def _effect(trend: dict[str, Any]) -> str:
     return f"{trend['ratio']:.2f} ± {trend['error']:.2f} {trend['verdict']}"
 
 
-def summary_table(records: list[dict[str, Any]]) -> Table:
-    """Lays out how many leaves of every network hold."""
+def summary(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Lays out how many leaves of every network hold, the heading first."""
     names = list(dict.fromkeys(record["optimizer"] for record in records))
-    table = Table("network", *names, title=f"leaves with flat effects, within {FACTOR}")
-    for network in dict.fromkeys(record["network"] for record in records):
-        cells = []
-        for optimizer in names:
-            found = [one for one in records
-                     if (one["network"], one["optimizer"]) == (network, optimizer)]  # fmt: skip
-            cells.append(_cell(found[0]) if found else "")
-        table.add_row(network, *cells)
-    return table
+    cells = {(one["network"], one["optimizer"]): _cell(one) for one in records}
+    networks = dict.fromkeys(record["network"] for record in records)
+    return [["network", *names]] + [
+        [network, *(cells.get((network, name), "") for name in names)] for network in networks
+    ]
 
 
 def _cell(record: dict[str, Any]) -> str:
-    if "refused" in record:
-        return "refused"
+    if "error" in record:
+        return "error"
     count, wrong = len(record["leaves"]), record["wrong"]
     return f"{count - len(wrong)} of {count}"
 
 
 def earlier(records: list[dict[str, Any]], draws: dict[int, int]) -> list[dict[str, Any]]:
     """What the results hold, from as many draws, of other networks and optimizers than these."""
-    path = common.RESULTS / "per_leaf.json"
-    if not path.is_file():
+    if not (common.RESULTS / "per_leaf.json").is_file():
         return []
-    results = json.loads(path.read_text())["results"]
+    results = common.read_results("per_leaf")
     if results["draws"] != {str(width): count for width, count in draws.items()}:
         return []
     measured = {(one["network"], one["optimizer"]) for one in records}
     return [one for one in results["checks"] if (one["network"], one["optimizer"]) not in measured]
-
-
-def code_hash() -> str:
-    """Hashes the code of the library and of the check."""
-    library = pathlib.Path(archscale_jax.__file__).parent
-    tests = [pathlib.Path(__file__).parents[1] / "tests" / name
-             for name in ("leaf_steps.py", "step_networks.py")]  # fmt: skip
-    digest = hashlib.sha256()
-    for path in [*sorted(library.rglob("*.py")), *tests]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def chosen(names: list[str] | None, known: dict[str, Any], what: str) -> list[str]:
@@ -146,28 +123,27 @@ def chosen(names: list[str] | None, known: dict[str, Any], what: str) -> list[st
     return names or list(known)
 
 
-def main(arguments: list[str]) -> None:
-    """Checks, prints the tables and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    draws = {int(width): int(count) for width, count in (one.split(":") for one in FLAGS.draws)}
-    console = Console(width=120)
-    journal = JOURNALS / f"{code_hash()}-{'-'.join(FLAGS.draws).replace(':', 'x')}.jsonl"
+def main() -> None:
+    widths = common.sized(FLAGS.draws, ["16:2", "32:2"])
+    draws = {int(width): int(count) for width, count in (one.split(":") for one in widths)}
+    label = "-".join(widths).replace(":", "x")
+    journal = common.journal("per_leaf", label, ["leaf_steps.py", "step_networks.py"])
     done = {(one["network"], one["optimizer"]): one for one in read_records(journal)}
+    networks = FLAGS.network or common.sized(None, ["MLP with biases"])
     records = []
-    for network in chosen(FLAGS.network, NETWORKS, "network"):
+    for network in chosen(networks, NETWORKS, "network"):
         for optimizer in chosen(FLAGS.optimizer, OPTIMIZERS, "optimizer"):
             record = done.get((network, optimizer))
             if record is None or FLAGS.again:
                 record = check(network, optimizer, draws)
                 append_record(journal, record)
             records.append(record)
-            console.print(leaf_table(record), markup=False)
-    console.print(summary_table(records))
+            show_leaves(record)
+    common.show(f"Leaves with flat effects, within {FACTOR}", summary(records))
     checks = [*records, *earlier(records, draws)]
     results = {"draws": draws, "factor": FACTOR, "checks": checks}
-    print(common.write_results("per_leaf", results, "optax", "flax", "equinox", "dm-haiku"))
+    common.write_results("per_leaf", results, "equinox", "dm-haiku")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

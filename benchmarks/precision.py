@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 import archscale_jax as archscale
@@ -40,10 +40,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 NETWORKS = {"MLP": (None, 64, 1024, 1), "CNN": (3, 8, 128, 2)}
 """Kernel size, width, examples of a batch, and by how much images are made smaller."""
-_GRADINIT_STEPS = 20
 
 
-def main(_) -> None:
+def main() -> None:
     rows = []
     for name, sizes in NETWORKS.items():
         exact = None
@@ -57,9 +56,14 @@ def main(_) -> None:
                 for what in exact
             }
             rows.append({"network": name, "precision": precision, **differences})
-            print("  ".join(f"{k} {v:.2e}" if isinstance(v, float) else v
-                            for k, v in rows[-1].items()), flush=True)  # fmt: skip
-    common.write_results("precision", {"rows": rows}, "flax", "optax")
+    what = list(rows[0])
+    lines = [[f"{row[key]:.2%}" if key in row else "–" for key in what[2:]] for row in rows]
+    begins = [[row["network"], row["precision"]] for row in rows]
+    common.show(
+        "Largest relative difference from float32",
+        [what, *(begin + line for begin, line in zip(begins, lines, strict=True))],
+    )
+    common.write_results("precision", {"rows": rows})
 
 
 def _difference(found, exact) -> float:
@@ -91,24 +95,22 @@ def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
         )
     )
     largest = jax.jit(lambda params, batch: archscale.tuning.sharpness(loss, params, batch))
-    units = None
+    units, parts = None, 3 * common.sized(20, 1)  # half-batches of GradInit's iterations
     found: dict[str, list[np.ndarray]] = {}
-    for seed in range(FLAGS.num_seeds):
+    for seed in range(common.sized(FLAGS.num_seeds, 1)):
         keys = jax.random.split(jax.random.key(seed))
         params = archscale.initialize(keys[0], shapes, architecture)
         chosen = jax.random.permutation(keys[1], len(data.train_images))
         batch = data.train_images[chosen[:count]], data.train_labels[chosen[:count]]
         if units is None:
-            every = archscale.contrib.find_units(loss, params, batch)
-            units = [one for one in every if not one.obstacle]
+            every = archscale.contrib.find_neuron_groups(loss, params, batch)
+            units = [one for one in every if not one.blocker]
         pairs = measure(loss, params, [batch], units)
         neurons = solve(params, pairs, units)
         bottlenecks = archscale.bottleneck(loss, params, [batch])
         halves = [
             (data.train_images[part], data.train_labels[part])
-            for part in np.split(
-                np.asarray(chosen[: 3 * 64 * _GRADINIT_STEPS]), 3 * _GRADINIT_STEPS
-            )
+            for part in np.asarray(chosen)[: 64 * parts].reshape(parts, 64)
         ]
         _, record = archscale.gradinit(loss, params, halves)
         quantities = {
@@ -132,10 +134,10 @@ def _trained(graphdef, params, rest, data, key) -> float:
     state = training.create_train_state(params, rest, optimizer, key)
     _, losses = training.jitted_train_epoch(
         state, data.train_images, data.train_labels, graphdef=graphdef, optimizer=optimizer,
-        batch_size=64, max_steps=FLAGS.steps,
+        batch_size=64, max_steps=common.sized(FLAGS.steps, 10),
     )  # fmt: skip
-    return float(jnp.mean(losses[-(FLAGS.steps // 10) :]))
+    return float(jnp.mean(losses[-(len(losses) // 10) :]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -15,16 +15,11 @@ prints one network: its text, which choices of spelling change what, and the tab
 
 import collections
 import concurrent.futures
-import hashlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
-from rich.console import Console
-from rich.table import Table
+from absl import flags
 
-import archscale_jax
 from benchmarks import common
 from experiments.lab.files import append_record, read_records
 from experiments.lab.sweeps import ProcessExecutor
@@ -47,8 +42,6 @@ flags.DEFINE_integer("width", 1024, "Width at which moments are measured.", lowe
 flags.DEFINE_bool("moments", True, "Whether to measure moments at all.")
 flags.DEFINE_integer("workers", 1, "Processes, which share the cores.", lower_bound=1)
 flags.DEFINE_integer("seed", None, "Show the program of this seed, and nothing else.")
-
-JOURNALS = pathlib.Path(__file__).parents[1] / "build" / "random_programs"
 
 
 def measured_spelling(seed: int) -> Spelled:
@@ -140,7 +133,7 @@ def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
         found[rule] = {
             "measured": len(told),
             "hold": sum(not is_wrong(one) for one in told),
-            "refused": sum("error" in one for one in told),
+            "errors": sum("error" in one for one in told),
             "smallest_ratio": min(ratios, default=None),
             "largest_ratio": max(ratios, default=None),
         }
@@ -149,94 +142,70 @@ def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(seed: int, width: int) -> None:
     """Prints a program, what its spellings change, and its vertices."""
-    console = Console()
     program = generate(seed)
-    console.print(f"program {seed}: {', '.join(sorted(program.kinds))}\n", markup=False)
-    console.print(spelled(program, Spelling()).source, markup=False, highlight=False)
+    print(f"program {seed}: {', '.join(sorted(program.kinds))}\n")
+    print(spelled(program, Spelling()).source)
     found = differences(program)
     for one in found:
-        console.print(str(one), markup=False, highlight=False, soft_wrap=True)
+        print(one)
     for choice, changed in (at_fault(program) if found else {}).items():
-        console.print(f"\n{choice} alone changes:", markup=False)
+        print(f"\n{choice} alone changes:")
         for one in changed:
-            console.print(f"  {one.leaf} {one.quantity}: {one.plain} became {one.other}",
-                          markup=False, soft_wrap=True)  # fmt: skip
-    console.print("\nspellings agree\n" if not found else "")
+            print(f"  {one.leaf} {one.quantity}: {one.plain} became {one.other}")
+    print("\nspellings agree\n" if not found else "")
     written = measured_spelling(seed)
     if written.spelling != Spelling():
-        console.print(f"measured: {written.spelling}\n", markup=False)
-        console.print(written.source, markup=False, highlight=False)
+        print(f"measured: {written.spelling}\n\n{written.source}")
     for rule in RULES:
-        console.print(vertex_table(written, rule, width))
+        show_vertices(written, rule, width)
 
 
-def vertex_table(written: Spelled, rule: str, width: int) -> Table | str:
-    """Lays out what a rule promises of the vertices of a program and what they have."""
+def show_vertices(written: Spelled, rule: str, width: int) -> None:
+    """Prints what a rule promises of the vertices of a program and what they have."""
     vertices = measured(written, rule, width)
-    if vertices is None:
-        return "the library promises no moments"
-    if isinstance(vertices, str):
-        return vertices
+    if vertices is None or isinstance(vertices, str):
+        print(vertices or "the library promises no moments")
+        return
     graph = architecture(written, width).graph
-    table = Table("vertex", "edges from", "promised", "measured", "± error", "ratio", "holds",
-                  title=f"rule {rule}, {vertices[0].draws} draws")  # fmt: skip
+    lines = [["vertex", "edges from", "promised", "measured", "± error", "ratio", "holds"]]
     for one in vertices:
-        sources = graph.senders[graph.receivers == one.vertex]
+        sources = ", ".join(map(str, graph.senders[graph.receivers == one.vertex]))
         numbers = (one.promised, one.measured, one.error, one.ratio)
-        table.add_row(
-            str(one.vertex),
-            ", ".join(map(str, sources)),
-            *(f"{number:.4g}" for number in numbers),
-            "yes" if one.holds else "no",
-        )
-    return table
+        cells = [f"{number:.4g}" for number in numbers]
+        lines.append([str(one.vertex), sources, *cells, "yes" if one.holds else "NO"])
+    common.show(f"rule {rule}, {vertices[0].draws} draws", lines)
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Lays out how many programs hold, by what is in them."""
-    table = Table("programs with", "programs", "spellings agree",
-                  *(f"{rule}: moments within {TOLERANCE:.0%}" for rule in RULES))  # fmt: skip
+def lines(results: dict[str, Any]) -> list[list[str]]:
+    """Lays out how many programs hold, by what is in them; the heading first."""
+    moments = [f"{rule}: moments within {TOLERANCE:.0%}" for rule in RULES]
+    found = [["programs with", "programs", "spellings agree", *moments]]
     for name, one in {"anything": results, **results["by_kind"]}.items():
-        cells = [str(one["programs"]), str(one["spellings_agree"])]
-        for rule in RULES:
-            told = one[rule]
-            cells.append(f"{told['hold']} of {told['measured']}")
-        table.add_row(name, *cells)
-    return table
+        cells = [f"{one[rule]['hold']} of {one[rule]['measured']}" for rule in RULES]
+        found.append([name, str(one["programs"]), str(one["spellings_agree"]), *cells])
+    return found
 
 
-def code_hash() -> str:
-    """Hashes the code of the library and of the programs."""
-    library = pathlib.Path(archscale_jax.__file__).parent
-    tests = [pathlib.Path(__file__).parents[1] / "tests" / name
-             for name in ("programs.py", "spellings.py", "program_checks.py")]  # fmt: skip
-    digest = hashlib.sha256()
-    for path in [*sorted(library.rglob("*.py")), *tests]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def main(arguments: list[str]) -> None:
-    """Checks all programs, or shows one."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+def main() -> None:
     if FLAGS.seed is not None:
         show(FLAGS.seed, FLAGS.width)
         return
-    name = f"{code_hash()}-{FLAGS.width}{'' if FLAGS.moments else '-spellings'}.jsonl"
-    journal = JOURNALS / name
+    programs, width = common.sized((FLAGS.programs, FLAGS.width), (2, 16))
+    label = f"{width}{'' if FLAGS.moments else '-spellings'}"
+    tests = ["programs.py", "spellings.py", "program_checks.py"]
+    journal = common.journal("random_programs", label, tests)
     records = {one["seed"]: one for one in read_records(journal)}
-    missing = [seed for seed in range(FLAGS.programs) if seed not in records]
-    for record in checks(missing, FLAGS.width, FLAGS.moments, FLAGS.workers):
+    missing = [seed for seed in range(programs) if seed not in records]
+    for record in checks(missing, width, FLAGS.moments, FLAGS.workers):
         append_record(journal, record)
         records[record["seed"]] = record
         if len(records) % 50 == 0:
-            print(f"{len(records)} of {FLAGS.programs}", flush=True)
-    results = summary([records[seed] for seed in range(FLAGS.programs)])
-    Console().print(results_table(results))
-    settings = {"width": FLAGS.width, "tolerance": TOLERANCE, "promises": bool(library_promise())}
-    print(common.write_results("random_programs", settings | results))
+            print(f"{len(records)} of {programs}", flush=True)
+    results = summary([records[seed] for seed in range(programs)])
+    common.show("Random programs that hold", lines(results))
+    settings = {"width": width, "tolerance": TOLERANCE, "promises": bool(library_promise())}
+    common.write_results("random_programs", settings | results)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -13,34 +13,21 @@ training step gathers weights where it multiplies by them, as FSDP does.)
 """
 
 import functools
-import json
 import math
-import os
 import re
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax import _initialize as initializer
 from archscale_jax.contrib import _gradinit_step as gradinit_step
 from benchmarks import common
-
-FLAGS = flags.FLAGS
-flags.DEFINE_list("programs", None, "Compile these programs alone.")
-flags.DEFINE_string("case", None, "Measure this one alone and print it as JSON.")
 
 LEAST = 2**12
 """Leaves of fewer elements are on every device."""
@@ -119,30 +106,23 @@ CASES = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Measures every case in a process of its own, prints the table and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    if FLAGS.case is not None:
-        print(json.dumps(measure(CASES[FLAGS.case])))
-        return
-    results, path = {}, common.RESULTS
-    for name, case in CASES.items():
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(case.data * case.model_axis)}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        command = [sys.executable, "-m", "benchmarks.sharding", f"--case={name}"]
-        answer = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        results[name] = json.loads(answer.stdout.splitlines()[-1])
-        path = common.write_results("sharding", results, "flax", "optax")  # what there is so far
-    console = Console(width=120)
-    console.print(table(results))
-    console.print(f"{path.relative_to(path.parents[2])}")
+def main() -> None:
+    results = {}
+    for name in common.sized(list(CASES), ["8, data"]):
+        count = CASES[name].data * CASES[name].model_axis
+        devices = {"JAX_NUM_CPU_DEVICES": str(count)}
+        results[name] = common.in_fresh_process(measure, name, environment=devices)
+        common.write_results("sharding", results)  # what there is so far
+    common.show(
+        "Sharded models, compiled", lines(results),
+        "MiB a device; largest: elements of the largest array that the program makes, over those "
+        "of the largest leaf's shard; whole: divided leaves whose full shape appears.",
+    )  # fmt: skip
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Compiles the programs of one case."""
+def measure(name: str) -> dict[str, Any]:
+    """Compiles the programs of one case, with so many devices."""
+    case = CASES[name]
     mesh = jax.make_mesh(
         (case.data, case.model_axis), ("data", "model"), axis_types=(AxisType.Auto,) * 2
     )
@@ -154,15 +134,14 @@ def measure(case: Case) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(case.model.init, jax.random.key(0), tokens)
         params = sharded(shapes, mesh, case.divide)
-        start = time.perf_counter()
-        architecture = archscale.trace(case.model.apply, params, tokens)
-        traced = time.perf_counter() - start
+        architecture, traced = common.timed(
+            lambda: archscale.trace(case.model.apply, params, tokens)
+        )
         found = {
             name: leaf_by_leaf(params) if name == "leaf by leaf" else compiled(program, params)
             for name, program in programs(case, architecture, params, tokens)
         }
     leaves = jax.tree.leaves(params)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
         "leaves": len(leaves),
@@ -171,7 +150,7 @@ def measure(case: Case) -> dict[str, Any]:
         "largest_leaf": max(math.prod(leaf.shape) for leaf in leaves),
         "largest_shard": max(math.prod(shard(leaf)) for leaf in leaves),
         "programs": found,
-        "gibibytes": memory / 2**20 if sys.platform != "darwin" else memory / 2**30,
+        "gibibytes": common.peak_memory() / 2**30,
     }
 
 
@@ -242,7 +221,7 @@ def programs(case: Case, architecture, params, tokens):
         "gradinit": lambda: learn(loss, params, tokens),
         "leaf by leaf": lambda: None,
     }
-    for name in FLAGS.programs or case.programs:
+    for name in case.programs:
         yield name, lowered[name]
 
 
@@ -312,41 +291,18 @@ def shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape)
 
 
-def table(results: dict[str, Any]) -> Table:
-    """Returns the table of all cases."""
-    found = Table(
-        title="Sharded models, compiled",
-        caption="MiB a device; largest: elements of the largest array that the program makes, "
-        "over those of the largest leaf's shard; whole: divided leaves whose full shape appears.",
-    )
-    columns = (
-        "leaves",
-        "program",
-        "compile s",
-        "arguments",
-        "outputs",
-        "temporary",
-        "largest",
-        "whole",
-    )
-    found.add_column("case")
-    for column in columns:
-        found.add_column(column, justify="left" if column == "program" else "right")
+def lines(results: dict[str, Any]) -> list[list[str]]:
+    """Lays the programs of all cases out, the heading first."""
+    found = [["case", "leaves", "program", "compile s", "arguments", "outputs", "temporary",
+              "largest", "whole"]]  # fmt: skip
     for name, one in results.items():
         for program, cost in one["programs"].items():
             sizes = (f"{cost[key] / 2**20:.1f}" for key in ("argument", "output", "temporary"))
-            ratio = cost["largest_made"] / one["largest_shard"]
-            found.add_row(
-                name,
-                str(one["leaves"]),
-                program,
-                f"{cost['compile_seconds']:.1f}",
-                *sizes,
-                f"{ratio:.2f}",
-                str(cost["whole_leaves"]),
-            )
+            largest = f"{cost['largest_made'] / one['largest_shard']:.2f}"
+            begin = [name, str(one["leaves"]), program, f"{cost['compile_seconds']:.1f}"]
+            found.append([*begin, *sizes, largest, str(cost["whole_leaves"])])
     return found
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

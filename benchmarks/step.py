@@ -18,8 +18,6 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import archscale_jax as archscale
 from benchmarks import common
@@ -61,17 +59,21 @@ CASES = (
 
 
 def main() -> None:
-    """Measures all cases, prints the table and writes the results."""
-    results = [compare(case, name, make) for case in CASES for name, make in OPTIMIZERS.items()]
-    Console(width=210).print(as_table(results))
-    path = common.write_results("step", {"goal": GOAL, "cases": results}, "flax", "optax")
-    print(f"results: {path.relative_to(path.parents[2])}")
+    cases, optimizers = common.sized((CASES, tuple(OPTIMIZERS)), (CASES[:1], ("Adam",)))
+    limits = common.sized(ROUNDS, (2, 2))
+    results = [compare(case, name, limits) for case in cases for name in optimizers]
+    common.show(
+        f"A training step of {DAG}: scaled by scale_by_architecture / plain (goal <= {GOAL})",
+        lines(results),
+        "ratio: of medians (quartiles of rounds), bootstrap 95 %; noise: plain / plain. "
+        "Program and state: a -> b where scaling changes them.",
+    )
+    common.write_results("step", {"goal": GOAL, "cases": results})
 
 
-def compare(
-    case: Case, optimizer_name: str, make: Callable[[], optax.GradientTransformation]
-) -> dict[str, Any]:
+def compare(case: Case, optimizer_name: str, limits: tuple[int, int]) -> dict[str, Any]:
     """Compares a step of one network and optimizer with and without the transformation."""
+    make = OPTIMIZERS[optimizer_name]
     graph = archscale.dag_graph(DAG, kernel_size=case.kernel_size)
     base = archscale.dag_graph("2", kernel_size=case.kernel_size)
     network = nnx.eval_shape(
@@ -80,7 +82,7 @@ def compare(
     graphdef, shapes = nnx.split(network, nnx.Param)
     architecture = network.architecture()
     params = archscale.initialize(jax.random.key(0), shapes, architecture)
-    scaled = optax.chain(make(), archscale.scale_by_architecture(architecture, base))
+    scaled = optax.chain(make(), archscale.scale_by_architecture(architecture, base, "path_sum"))
     optimizers = {"plain": make(), "scaled": scaled}
 
     images = jax.random.normal(jax.random.key(1), (case.batch, *case.image_shape))
@@ -93,8 +95,8 @@ def compare(
     programs["again"] = programs["plain"]
 
     once = np.median(common.alternate(programs, rounds=5, warm_up=2)["plain"])
-    rounds = int(np.clip(SECONDS / (len(programs) * once), *ROUNDS))
-    times = rotate(programs, rounds)
+    rounds = int(np.clip(SECONDS / (len(programs) * once), *limits))
+    times = common.alternate(programs, rounds=rounds, warm_up=0)
     result = {
         "network": case.name,
         "case": case._asdict(),
@@ -112,18 +114,6 @@ def compare(
     texts = [canonical(compiled[name].as_text()) for name in ("plain", "scaled")]
     result["same_but_constants"] = texts[0] == texts[1]
     return result
-
-
-def rotate(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Times programs in turns as `common.alternate` does, each round starting with another one."""
-    names = list(programs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for current in range(rounds):
-        first = current % len(names)
-        order = {name: programs[name] for name in names[first:] + names[:first]}
-        for name, seconds in common.alternate(order, rounds=1, warm_up=0).items():
-            times[name] += seconds
-    return times
 
 
 def training_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
@@ -189,19 +179,13 @@ def state_size(state: Any) -> dict[str, int]:
     return {"state_leaves": len(leaves), "state_bytes": sum(leaf.nbytes for leaf in leaves)}
 
 
-def as_table(results: list[dict[str, Any]]) -> Table:
-    """Returns the table to print."""
-    table = Table(
-        title=f"A training step of {DAG}: scaled by scale_by_architecture / plain (goal <= {GOAL})",
-        caption="ratio: of medians (quartiles of rounds), bootstrap 95 %; noise: plain / plain. "
-        "Program and state: a -> b where scaling changes them.",
-    )
-    columns = ("network", "optimizer", "plain, ms", "ratio", "95 %", "noise", "noise 95 %")
-    for column in (*columns, "same program", "kernels", "instructions", "MB touched", "state"):
-        table.add_column(column, no_wrap=True)
+def lines(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Lays the results out, the heading first."""
+    heading = ["network", "optimizer", "plain, ms", "ratio", "95 %", "noise", "noise 95 %"]
+    found = [[*heading, "same program", "kernels", "instructions", "MB touched", "state"]]
     for result in results:
         plain, scaled = result["plain"], result["scaled"]
-        table.add_row(
+        found.append([
             result["network"],
             result["optimizer"],
             f"{result['milliseconds']['plain']:.2f}",
@@ -215,8 +199,8 @@ def as_table(results: list[dict[str, Any]]) -> Table:
             change(*(program["bytes_accessed"] / 1e6 for program in (plain, scaled))),
             f"{change(plain['state_leaves'], scaled['state_leaves'])} arrays, "
             f"{change(plain['state_bytes'] / 1e6, scaled['state_bytes'] / 1e6)} MB",
-        )
-    return table
+        ])  # fmt: skip
+    return found
 
 
 def change(plain: float, scaled: float) -> str:
@@ -225,4 +209,4 @@ def change(plain: float, scaled: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -2,36 +2,21 @@
 
 Traces models on shapes alone, each in a process of its own, and reports seconds (the jaxpr and
 reading it) and the peak memory of the process; and a residual stack of growing depth, for the cost
-of a layer, drawn into docs/figures. Goals: at most 5 seconds and 1.5 GiB a model.
+of a layer. Goals: at most 5 seconds and 1.5 GiB a model.
 """
 
-import json
 import math
-import pathlib
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from flax import linen
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import archscale_jax as archscale
 from benchmarks import common
-from experiments.lab import files
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("model", None, "Trace this one alone and print its costs as JSON.")
 
 GOALS = {"seconds": 5.0, "gibibytes": 1.5}
-FIGURE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "figures" / "trace.png"
 DEPTHS = (8, 16, 32, 64, 128, 256)
 
 
@@ -126,42 +111,25 @@ class Stack(linen.Module):
         return linen.Dense(10)(x)
 
 
-def _images():
-    return jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-
-
+IMAGES = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+FEATURES = jax.ShapeDtypeStruct((1, 8), jnp.float32)
 MODELS: dict[str, Callable[[], tuple[linen.Module, jax.ShapeDtypeStruct]]] = {
-    "ResNet-152": lambda: (ResNet(), _images()),
-    "ViT-L/16": lambda: (VisionTransformer(), _images()),
+    "ResNet-152": lambda: (ResNet(), IMAGES),
+    "ViT-L/16": lambda: (VisionTransformer(), IMAGES),
     "decoder, 175 billion": lambda: (Decoder(), jax.ShapeDtypeStruct((1, 2048), jnp.int32)),
-    **{
-        f"stack of {depth}": lambda depth=depth: (
-            Stack(depth),
-            jax.ShapeDtypeStruct((1, 8), jnp.float32),
-        )
-        for depth in DEPTHS
-    },
+    **{f"stack of {depth}": lambda depth=depth: (Stack(depth), FEATURES) for depth in DEPTHS},
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Traces every model in a process of its own, prints the table and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    if FLAGS.model is not None:
-        print(json.dumps(cost(FLAGS.model)))
-        return
-    results = {}
-    for name in MODELS:
-        command = [sys.executable, "-m", "benchmarks.trace", f"--model={name}"]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[name] = json.loads(answer.stdout.splitlines()[-1])
-    console = Console(width=120)
-    console.print(table(results))
-    path = common.write_results("trace", {"goals": GOALS, "models": results}, "flax")
-    draw({depth: results[f"stack of {depth}"] for depth in DEPTHS})
-    for written in (path, FIGURE):
-        console.print(f"{written.relative_to(path.parents[2])}")
+def main() -> None:
+    names = common.sized(list(MODELS), ["stack of 8"])
+    results = {name: common.in_fresh_process(cost, name) for name in names}
+    common.show(
+        "Tracing on shapes alone", lines(results),
+        f"Goals: {GOALS['seconds']:.0f} s, {GOALS['gibibytes']} GiB. Memory is the peak of the "
+        "whole process, JAX and Flax included.",
+    )  # fmt: skip
+    common.write_results("trace", {"goals": GOALS, "models": results})
 
 
 def cost(name: str) -> dict[str, Any]:
@@ -174,16 +142,23 @@ def cost(name: str) -> dict[str, Any]:
     def apply(params, inputs):
         return model.apply({"params": params, **state}, inputs)
 
-    architecture, first = common.timed(lambda: archscale.trace(apply, params, inputs))
-    times = [common.seconds(lambda: archscale.trace(apply, params, inputs)) for _ in range(4)]
-    jaxpr = common.spread([common.seconds(lambda: _jaxpr(apply, params, inputs)) for _ in range(3)])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def traced():
+        return archscale.trace(apply, params, inputs)
+
+    def read():
+        return jax.make_jaxpr(apply)(params, inputs)
+
+    architecture, first = common.timed(traced)
+    again, jaxpr = (
+        common.spread([common.timed(program)[1] for _ in range(count)])
+        for program, count in ((traced, 4), (read, 3))
+    )
     statistics = archscale.path_statistics(architecture.graph)
     return {
         "seconds": first,
-        "again": common.spread(times)._asdict(),
+        "again": again,
         "jaxpr_alone_seconds": jaxpr.median,
-        "gibibytes": memory / 2**20 if sys.platform != "darwin" else memory / 2**30,
+        "gibibytes": common.peak_memory() / 2**30,
         "leaves": len(architecture.parameters),
         "parameters": sum(math.prod(one.shape) for one in architecture.parameters),
         "vertices": int(architecture.graph.n_node[0]),
@@ -192,53 +167,16 @@ def cost(name: str) -> dict[str, Any]:
     }
 
 
-def draw(stacks: dict[int, dict[str, Any]]) -> None:
-    """Draws seconds against layers, the first time and again, with a straight line beside."""
-    layers = [2 * depth + 2 for depth in stacks]
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    first = [one["seconds"] for one in stacks.values()]
-    slope = first[-1] / layers[-1]
-    axes.plot(layers, [slope * count for count in layers], ":", color="#888888", label="linear")
-    axes.plot(layers, first, "o-", color="#0072b2", label="first trace of a process")
-    again = [one["again"]["median"] for one in stacks.values()]
-    axes.plot(layers, again, "s--", color="#d55e00", label="again, JAX's own caches filled")
-    axes.set(xscale="log", yscale="log", xlabel="weight layers", ylabel="seconds")
-    axes.set_xticks(layers, list(map(str, layers)))
-    axes.minorticks_off()
-    axes.legend(frameon=False, loc="upper left")
-    axes.set_ylim(top=4 * first[-1])
-    files.write_atomically(FIGURE, lambda target: figure.savefig(target, dpi=150))
-
-
-def _jaxpr(function, *arguments) -> None:
-    jax.make_jaxpr(function)(*arguments)
-
-
-def table(results: dict[str, Any]) -> Table:
-    """Returns the table of all models."""
-    found = Table(
-        title="Tracing on shapes alone",
-        caption=f"Goals: {GOALS['seconds']:.0f} s, {GOALS['gibibytes']} GiB. Memory is the peak of "
-        "the whole process, JAX and Flax included.",
-    )
-    columns = ("parameters", "leaves", "vertices", "edges", "depth", "seconds", "again", "GiB")
-    found.add_column("model")
-    for column in columns:
-        found.add_column(column, justify="right")
+def lines(results: dict[str, Any]) -> list[list[str]]:
+    """Lays the costs of all models out, the heading first."""
+    counts = ["leaves", "vertices", "edges", "max_depth"]
+    found = [["model", "parameters", *counts, "seconds", "again", "GiB"]]
     for name, one in results.items():
-        counts = (one[key] for key in ("leaves", "vertices", "edges", "max_depth"))
-        found.add_row(
-            name,
-            f"{one['parameters']:.3g}",
-            *map(str, counts),
-            f"{one['seconds']:.2f}",
-            f"{one['again']['median']:.2f}",
-            f"{one['gibibytes']:.2f}",
-        )
+        costs = (one["seconds"], one["again"].median, one["gibibytes"])
+        numbers = [*(str(one[key]) for key in counts), *(f"{cost:.2f}" for cost in costs)]
+        found.append([name, f"{one['parameters']:.3g}", *numbers])
     return found
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -2,31 +2,34 @@
 
 Perceptrons with tanh and biases, the same function at the start in both, trained by SGD with
 momentum, Adam and AdamW in 64 bits: ours with `width_rule`, without multipliers, the package (in
-an environment of its own, see `benchmarks.torch_process`) with its optimizers and its readout. The
+an environment of its own, made on the first call) with its optimizers and its readout. The
 losses must be equal, hidden widths in one ratio or in several. Adam's ε is next to nothing: the
 forms differ by it, since gradients of theirs are another size.
 """
 
 import itertools
 import json
+import os
+import pathlib
 import subprocess
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 
 import archscale_jax as archscale
-from benchmarks import common, torch_process
-from experiments.lab.common import markdown_table
+from benchmarks import common
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("updates", 20, "Updates of every training.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of weights and data.")
 
-PACKAGE = "mup==1.0.0"
+PACKAGE, TORCH = "mup==1.0.0", "torch==2.13.0"
+ENVIRONMENT = common.ROOT / "build" / "torch-env"
 TOLERANCE = 1e-10  # relative, of losses
 NETWORKS = {  # features of the layers, and of those of the base
     "all widths × 4": ([64, 128, 128, 10], [64, 32, 32, 10]),
@@ -105,41 +108,48 @@ def create_cases(updates: int, seed: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
-    """Trains, compares, prints the table and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.set_verbosity(logging.WARNING)
-    if reason := torch_process.why_no_torch([PACKAGE]):
-        raise app.UsageError(reason)
-    jax.config.update("jax_enable_x64", True)
-    cases = create_cases(FLAGS.updates, FLAGS.seed)
-    command = [str(torch_process.torch_python([PACKAGE])), "-m", "benchmarks.torch_mup"]
+def python_with_mup() -> pathlib.Path:
+    """Returns the Python of the environment of PyTorch and the package, made on the first call."""
+    python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([str(python), *install, TORCH, PACKAGE, "numpy"], check=True)
+    return python
+
+
+def train_with_mup(cases: list[dict[str, Any]]) -> list[list[float]]:
+    """Returns the losses of every case of the package's."""
+    try:
+        python = python_with_mup()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise app.UsageError(f"{TORCH} and {PACKAGE} cannot be installed: {error}") from error
     answer = subprocess.run(
-        command, input=json.dumps(cases), cwd=torch_process.ROOT,
+        [str(python), "-m", "benchmarks.torch_mup"], input=json.dumps(cases), cwd=common.ROOT,
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
+    return json.loads(answer.stdout)
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    cases = create_cases(common.sized(FLAGS.updates, 2), FLAGS.seed)
     trainings = []
-    for case, theirs in zip(cases, json.loads(answer.stdout), strict=True):
+    lines = [["optimizer", "hidden widths", "first loss", "last, ours", "last, mup", "difference"]]
+    for case, theirs in zip(cases, train_with_mup(cases), strict=True):
         ours = train(case)
         difference = float(np.abs(ours / np.asarray(theirs) - 1).max())
-        trainings.append(
-            {"optimizer": case["optimizer"], "network": case["network"],
-             "ours": ours.tolist(), "mup": theirs, "difference": difference}
-        )  # fmt: skip
-    rows = [["optimizer", "hidden widths", "first loss", "last, ours", "last, mup", "difference"]]
-    for one in trainings:
-        losses = [one["ours"][0], one["ours"][-1], one["mup"][-1]]
-        numbers = [*(f"{loss:.4f}" for loss in losses), f"{one['difference']:.0e}"]
-        rows.append([one["optimizer"], one["network"], *numbers])
-    print(markdown_table(rows))
+        names = {name: case[name] for name in ("optimizer", "network")}
+        trainings.append(names | {"ours": ours, "mup": theirs, "difference": difference})
+        losses = [f"{loss:.4f}" for loss in (ours[0], ours[-1], theirs[-1])]
+        lines.append([*names.values(), *losses, f"{difference:.0e}"])
+    common.show("Losses of trainings", lines)
     apart = [one["network"] for one in trainings if not one["difference"] < TOLERANCE]
     if apart:
         raise RuntimeError(f"losses differ from mup's by more than {TOLERANCE}: {apart}")
-    results = {"package": PACKAGE, "torch": torch_process.TORCH, "updates": FLAGS.updates,
-               "seed": FLAGS.seed, "trainings": trainings}  # fmt: skip
-    common.write_results("width_against_mup", results)
+    settings = {"package": PACKAGE, "torch": TORCH, "updates": FLAGS.updates, "seed": FLAGS.seed}
+    common.write_results("width_against_mup", settings | {"trainings": trainings})
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -9,21 +9,20 @@ machines only: one core more or less is what is measured.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from benchmarks import common
 from experiments import grow_study, transfer_study
-from experiments.lab.common import markdown_table
 from experiments.lab.sweeps import ProcessExecutor, run_study
 
 FLAGS = flags.FLAGS
@@ -31,9 +30,8 @@ flags.DEFINE_integer("rounds", 3, "Rounds of all ways.", lower_bound=1)
 flags.DEFINE_integer("trials", 8, "Trials of a round.", lower_bound=2)
 flags.DEFINE_list("study", ["mlp", "cnn", "steps"], "Of mlp, cnn, steps.")
 
-MLP = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 1}
-CNN = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 1}
-STEPS = {"steps": 6000, "large_width": 32, "rates": (0.01,), "statistics": 64, "held_out": 100}
+SEARCH = {"dataset": "digits", "downscale": 1, "batch_size": 64, "steps": 22, "seeds": 1}
+STEPS = {"large_width": 32, "rates": (0.01,), "statistics": 64, "held_out": 100}
 WAYS = {
     "one thread": ("threads", 1, None),
     "two threads": ("threads", 2, None),
@@ -43,13 +41,7 @@ WAYS = {
 """Runner, workers, and how many cores there are for all of them (None: all)."""
 
 
-def main(arguments: list[str]) -> None:
-    """Measures, prints the table and writes the results."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    # Workers inherit it. A trial that another has compiled would cost nothing.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    jax.config.update("jax_enable_compilation_cache", False)
+def main() -> None:
     seconds: dict[str, dict[str, list[float]]] = {}
     starting: dict[str, list[float]] = {name: [] for name in WAYS}
     for count in range(FLAGS.rounds):
@@ -59,52 +51,40 @@ def main(arguments: list[str]) -> None:
                 seconds.setdefault(study, {}).setdefault(name, []).append(ran)
                 starting[name].append(start)
                 print(f"{study}, {name}: {ran:.1f} s", file=sys.stderr)
+    efficiency = {}
+    lines = [["study", *WAYS, "two processes of twice one"]]
+    for study, by_way in seconds.items():
+        pairs = zip(by_way["one process on one core"], by_way["two processes"], strict=True)
+        efficiency[study] = statistics.median(one / (2 * two) for one, two in pairs)
+        cells = [_rates(values) for values in by_way.values()]
+        lines.append([study, *cells, f"{efficiency[study]:.0%}"])
+    common.show("Trials per second, median (lowest to highest)", lines)
     results = {
         "trials": FLAGS.trials,
         "rounds": FLAGS.rounds,
         "seconds": seconds,
         "first_trial_seconds": starting,
-        "efficiency": {
-            study: statistics.median(
-                one / (2 * two)
-                for one, two in zip(
-                    by_way["one process on one core"], by_way["two processes"], strict=True
-                )
-            )
-            for study, by_way in seconds.items()
-        },
+        "efficiency": efficiency,
     }
-    print(markdown_table(rows(seconds)))
-    for study, efficiency in results["efficiency"].items():
-        print(f"{study}: two processes are {efficiency:.0%} of twice one process on one core")
-    path = common.write_results(f"workers_{'_'.join(FLAGS.study)}", results)
-    print(f"results: {path.relative_to(path.parents[2])}")
+    common.write_results(f"workers_{'_'.join(FLAGS.study)}", results)
 
 
-def rows(seconds: dict[str, dict[str, list[float]]]) -> list[list[str]]:
-    """Returns the lines of the table, its heading first: trials per second, lowest to highest."""
-    lines = [["study", *WAYS]]
-    for study, by_way in seconds.items():
-        cells = []
-        for values in by_way.values():
-            rates = sorted(FLAGS.trials / one for one in values)
-            middle = statistics.median(rates)
-            cells.append(f"{middle:.2f} ({rates[0]:.2f}–{rates[-1]:.2f})")
-        lines.append([study, *cells])
-    return lines
+def _rates(seconds: list[float]) -> str:
+    rates = sorted(FLAGS.trials / one for one in seconds)
+    return f"{statistics.median(rates):.2f} ({rates[0]:.2f}–{rates[-1]:.2f})"
 
 
 def run(study: str, count: int, runner: str, workers: int, cores: int | None) -> tuple[float, ...]:
     """Returns the seconds of the workers' first trials, and of the others after them."""
     first, rest = trials(study, count, workers), trials(study, count, FLAGS.trials, 40)
+    function = grow_study.run if study == "steps" else transfer_study.search_rate
     with tempfile.TemporaryDirectory() as folder, on_cores(cores), options(runner, workers) as how:
         journal = pathlib.Path(folder) / "results.jsonl"
         times = []
         for chosen in (first, rest):
-            start = time.perf_counter()
-            function = grow_study.run if study == "steps" else transfer_study.search_rate
-            records = run_study(chosen, function, journal, progress=False, **how)
-            times.append(time.perf_counter() - start)
+            run = functools.partial(run_study, chosen, function, journal, progress=False, **how)
+            records, seconds = common.timed(run)
+            times.append(seconds)
             if errors := [record["error"] for record in records if "error" in record]:
                 raise RuntimeError(f"a trial failed: {errors[0]}")
         jax.clear_caches()
@@ -114,19 +94,16 @@ def run(study: str, count: int, runner: str, workers: int, cores: int | None) ->
 def trials(study: str, count: int, number: int, width: int = 20) -> list[dict[str, Any]]:
     """Returns trials of about the same cost, others for another width."""
     if study == "steps":
-        spec = {"mlp": grow_study.SPECS["mlp"] | STEPS}
-        common = {"dataset": "digits", "batch_size": 64, "normalize": True, "num_seeds": number}
-        found = grow_study.all_trials(spec, ["large"], common)
+        steps = {"steps": common.sized(6000, 20)}
+        spec = {"mlp": grow_study.SPECS["mlp"] | STEPS | steps}
+        settings = {"dataset": "digits", "batch_size": 64, "normalize": True, "num_seeds": number}
+        found = grow_study.all_trials(spec, ["large"], settings)
         return [trial | {"seed": trial["seed"] + 100 * width, "round": count} for trial in found]
-    sizes = CNN if study == "cnn" else MLP
-    found = []
-    for index in range(number):
-        trial = transfer_study.DEFAULTS | sizes | {"refine": 0, "kernel_size": None}
-        trial |= {"architecture": "2_02" if study == "mlp" else "2", "width": width + index}
-        if study == "cnn":
-            trial |= {"kernel_size": 3, "width": width // 2 + index}
-        found.append(trial | {"round": count})
-    return found
+    network = {"architecture": "2_02", "kernel_size": None}
+    if study == "cnn":
+        network, width = {"architecture": "2", "kernel_size": 3}, width // 2
+    shared = transfer_study.DEFAULTS | SEARCH | network | {"refine": 0, "round": count}
+    return [shared | {"width": width + index} for index in range(number)]
 
 
 @contextlib.contextmanager
@@ -151,4 +128,4 @@ def on_cores(count: int | None) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

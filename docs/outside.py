@@ -1,21 +1,29 @@
 """Brings to the site what pages link to outside of docs/, and mends these links.
 
 On a code host `../CONTRIBUTING.md` leads to the file. On the site CONTRIBUTING.md and notebooks are
-pages, README.md is the home page, and any other file lies at its path in the repository.
+pages, README.md is the home page, and any other file lies at its path in the repository. Equations
+between dollars become MathML, which browsers typeset without a script.
 """
 
 import base64
+import html
 import json
 import pathlib
 import posixpath
 import re
 
+import latex2mathml.converter
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTRIBUTING, README = "CONTRIBUTING.md", "README.md"
 
 _LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+_EQUATION = re.compile(
+    r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</\w+>)', re.DOTALL
+)
 
 
 def on_files(files, config):
@@ -53,6 +61,18 @@ def on_page_markdown(markdown, page, config, files):
         return f"]({relative}{link['anchor'] or ''})"
 
     return _LINK.sub(mended, markdown)
+
+
+def on_page_content(content, page, config, files):
+    def typeset(equation: re.Match) -> str:
+        before, bracket, text, after = equation.groups()
+        display = "block" if bracket == "[" else "inline"
+        mathml = latex2mathml.converter.convert(html.unescape(text), display=display)
+        if "\\" in mathml or "<mi>&</mi>" in mathml:
+            raise PluginError(f"{page.file.src_uri}: latex2mathml does not know all of {text}")
+        return before + mathml + after
+
+    return _EQUATION.sub(typeset, content)
 
 
 def _paths(pattern: str) -> list[str]:

@@ -16,7 +16,9 @@ if _STARTS:
             "or more: raise the limit"
         )
 
-_NEEDED = ("absl", "flax", "jax", "matplotlib", "optax", "orbax", "rich", "sklearn")
+_NEEDED = (
+    "absl", "flax", "jax", "jinja2", "matplotlib", "optax", "orbax", "pandas", "rich", "sklearn"
+)  # fmt: skip
 _missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _missing:
     message = (

@@ -12,19 +12,33 @@ cores.
 
 import functools
 import itertools
+import math
+import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import optax
+import pandas as pd
 from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
 from archscale_jax.tuning import _coordinate as coordinate
-from experiments import coordinate_report, transfer_study
-from experiments.lab import common, datasets, families, files, page, ranges, runners
+from experiments.lab import (
+    common,
+    families,
+    networks,
+    page,
+    panels,
+    ranges,
+    runners,
+    studies,
+    tables,
+)
 from experiments.lab.data_flags import define_data_flags
+from experiments.lab.datasets import Dataset
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
@@ -76,27 +90,20 @@ def run() -> None:
             **options,
         )
     runners.check_finished(records, workdir / "results.jsonl")
-    curves = coordinate_report.curves_of(trials, records)
-    table = coordinate_report.table(curves)
-    text = common.markdown_table(table)
-    files.write_text(workdir / "table.md", text)
-    print(text)
+    curves = curves_of(trials, records)
     figures = {}
     for axis in FLAGS.axis:
         path = workdir / f"coordinate_{axis}.png"
-        coordinate_report.draw(
-            {key: value for key, value in curves.items() if key[1] == axis}, path
-        )
-        print(f"figure: {path}")
+        draw({key: value for key, value in curves.items() if key[1] == axis}, path)
         figures[path] = f"Change of features against {axis}; the line of the output is orange."
-    report = page.write(
+    page.publish(
         workdir,
         f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
-        tables={"Largest over smallest change of a feature over all sizes; 1 is best.": table},
+        tables={"Largest over smallest change of a feature over all sizes; 1 is best.":
+                table(curves)},
         figures=figures,
-    )
-    print(f"report: {report}")
+    )  # fmt: skip
 
 
 def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
@@ -130,18 +137,18 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
 
 
 def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
-    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
-    transfer_study.check_trials(trials, data_dir)
+    """Checks that the data of trials are there and fit them; see `studies.check_trials`."""
+    studies.check_trials(trials, data_dir)
     for trial in trials:
         if trial["family"] == "transformer":
             width = trial["size"] if trial["axis"] == "width" else trial["width"]
-            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            images = studies.load(trial["dataset"], data_dir, trial["downscale"])
             families.check_transformer(images, width, "--width")
 
 
 def check(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Runs the coordinate check of one network, and returns its records as lists."""
-    dataset = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+    dataset = studies.load(trial["dataset"], data_dir, trial["downscale"])
     batches = []
     for step in range(trial["steps"]):
         batches.append(common.first_batch(dataset, trial["batch_size"], step))
@@ -149,36 +156,29 @@ def check(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, An
         lambda size: make(trial, dataset, batches),
         [trial["size"]],
         batches,
-        families.loss,
+        networks.cross_entropy,
         seeds=range(trial["seeds"]),
     )
     return {"records": [list(record) for record in records]}
 
 
-def make(trial: Mapping[str, Any], dataset: datasets.Dataset, batches) -> coordinate.Network:
+def make(trial: Mapping[str, Any], dataset: Dataset, batches) -> coordinate.Network:
     """Returns the network of a trial as it is parametrized."""
     sizes = trial["base"] | {trial["axis"]: trial["size"]}
-    model, base = (
-        families.create_model(trial["family"], dataset, **one, abstract=True)
-        for one in (sizes, trial["base"])
+    create = functools.partial(families.create_network, trial["family"], dataset)
+    optimizer, rate = networks.OPTIMIZERS[trial["optimizer"]], trial["rate"]
+    target, base = (
+        create(**one, abstract=True)._replace(optimizer=optimizer) for one in (sizes, trial["base"])
     )
-    apply = families.applier(model.graphdef, model.model_state)
-    optimizer, rate = families.OPTIMIZERS[trial["optimizer"]], trial["rate"]
     if trial["parametrization"] == "standard":
-        standard = functools.partial(families.create_model, trial["family"], dataset, **sizes)
-        return apply, lambda seed: standard(seed=seed).params, optimizer(rate)
-    draw, draw_base = (
-        functools.partial(families.draw, one, trial["family"]) for one in (model, base)
-    )
+        return target.apply, lambda seed: create(**sizes, seed=seed).params, optimizer(rate)
     if trial["parametrization"] == "measured":
         target_size, base_size = (
-            common.measure_seeds(
-                families.measurer(one, optimizer), drawn, batches[: trial["seeds"]]
-            )
-            for one, drawn in ((model, draw), (base, draw_base))
+            common.measure_seeds(one.measure, one.draw, batches[: trial["seeds"]])
+            for one in (target, base)
         )
         predicted = archscale.predict_learning_rate(target_size, base_size, rate)
-        return apply, draw, optimizer(predicted)
+        return target.apply, target.draw, optimizer(predicted)
     options: dict[str, Any] = {"rule": "none"}
     if trial["axis"] == "width":
         options["width_rule"] = trial["optimizer"]
@@ -186,8 +186,89 @@ def make(trial: Mapping[str, Any], dataset: datasets.Dataset, batches) -> coordi
         options["depth_rule"] = trial["optimizer"]
     else:
         options["rule"] = "path_sum_activations"
-    scaling = archscale.scale_by_architecture(model.architecture, base.architecture, **options)
-    return apply, draw, optax.chain(optimizer(rate), scaling)
+    scaling = archscale.scale_by_architecture(target.architecture, base.architecture, **options)
+    return target.apply, target.draw, optax.chain(optimizer(rate), scaling)
+
+
+# What they say.
+
+Curves = dict[tuple[str, str, str], dict[int, dict[Any, dict[float, float]]]]
+
+
+def curves_of(trials: Sequence[Trial], records: Sequence[Mapping[str, Any]]) -> Curves:
+    """Returns the curves by family, axis and parametrization, and by step."""
+    found: dict[tuple[str, str, str], list[coordinate.Coordinate]] = {}
+    for trial, record in zip(trials, records, strict=True):
+        key = (trial["family"], trial["axis"], trial["parametrization"])
+        found.setdefault(key, []).extend(_coordinates(record["result"]["records"]))
+    return {
+        key: {
+            step: archscale.tuning.coordinate_curves(rows, step=step)
+            for step in sorted({row.step for row in rows} - {0})
+        }
+        for key, rows in found.items()
+    }
+
+
+def _coordinates(rows: Sequence[Sequence[Any]]) -> Iterator[coordinate.Coordinate]:
+    """What JSON lists hold; null is a number that was not finite."""
+    for *place, change, feature in rows:
+        values = (math.nan if value is None else value for value in (change, feature))
+        yield coordinate.Coordinate(*place, *values)
+
+
+def table(curves: Curves) -> pd.DataFrame:
+    """Returns the largest over the smallest change, of the worst vertex and of the output."""
+    last = max(step for steps in curves.values() for step in steps)
+    rows = []
+    for key, steps in curves.items():
+        row: dict[str, str] = dict(zip(("family", "axis", "parametrization"), key, strict=True))
+        for step in sorted({1, last}):
+            ratios = archscale.tuning.flatness(steps[step])
+            output = ratios.pop("output")
+            row[f"vertices, step {step}"] = _shown(max(ratios.values()))
+            row[f"output, step {step}"] = _shown(output)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _shown(ratio: float) -> str:
+    return tables.number(ratio, ".3g", missing="lost")
+
+
+def draw(curves: Curves, path: pathlib.Path) -> None:
+    """Draws one panel for every family and parametrization of an axis."""
+    names = list(dict.fromkeys(family for family, _, _ in curves))
+    hows = list(dict.fromkeys(how for _, _, how in curves))
+    axis = next(iter(curves))[1]
+    places = list(itertools.product(hows, names))
+    figure, drawn = panels.create_panels(
+        len(places), 2.2, width=2.6, columns=len(names), sharex=True
+    )
+    for panel, (how, family) in zip(drawn, places, strict=True):
+        steps = curves[family, axis, how]
+        found = steps[max(steps)]
+        ratios = archscale.tuning.flatness(found)
+        inner = [name for name in found if name != "output"]
+        for place, name in enumerate(inner):
+            shade = 0.25 + 0.6 * place / max(len(inner) - 1, 1)
+            _draw_curve(panel, found[name], (0.0, 0.45 * shade, 0.7 * shade))
+        _draw_curve(panel, found["output"], panels.COLOURS[1])
+        worst = _shown(max(ratios[name] for name in inner))
+        ratio = worst if worst == "lost" else f"×{worst}"
+        panel.set_title(f"{family}, {how.replace('_', ' ')}: {ratio}", fontsize=8.5)
+        panel.set(yscale="log")
+        panels.plain_sizes(panel, list(found["output"]))
+        low, high = panel.get_ylim()
+        if high / low < 30:
+            panel.set_ylim(low * (high / low / 30) ** 0.5, high * (30 * low / high) ** 0.5)
+    change = "change of a feature since initialization (orange: output)"
+    panels.finish(figure, path, across=axis, up=change)
+
+
+def _draw_curve(panel, curve: Mapping[float, float], color) -> None:
+    finite = {size: value for size, value in curve.items() if 0 < value < math.inf}
+    panel.plot(list(finite), np.asarray(list(finite.values())), ".-", color=color, linewidth=1.1)
 
 
 if __name__ == "__main__":

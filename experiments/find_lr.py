@@ -2,10 +2,10 @@
 
     python -m experiments.find_lr --architecture=2_02_002 --workdir=runs/find_lr
 
-Trains every rate of a log grid with every seed, or, with --adaptive, walks from a start and trains
-only what can win. The start is --start, or what measuring predicts from --base_rate, the rate of
---base_architecture, or the middle of the grid. Writes config.json, results.jsonl (a line a run),
-table.md, find_lr.png and report.html; a run that was cut off goes on where it stopped.
+Trains every rate of a log grid with every seed, or, with --adaptive, expands a bracket from a start
+and trains only what can win. The start is --start, or what measuring predicts from --base_rate, the
+rate of --base_architecture, or the middle of the grid. Writes config.json, results.jsonl (a line a
+run), table.md, find_lr.png and report.html; a run that was cut off goes on where it stopped.
 """
 
 import functools
@@ -97,7 +97,7 @@ def run() -> None:
     if FLAGS.start is None and FLAGS.base_rate is not None:
         remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
     Console().print(_table(lines))
-    if not all(found.basin.closed):
+    if not all(found.basin.bracketed):
         remarks.append(
             "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
         )

@@ -11,16 +11,23 @@ missing; the same --workdir takes more networks later. At the paper's size: --da
 """
 
 import functools
+import math
 import pathlib
-import sys
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 from absl import flags
 
-from experiments import gradinit_figures, gradinit_report, gradinit_study
-from experiments.lab import common, files, page, ranges, runners
+import archscale_jax as archscale
+from experiments import gradinit_study
+from experiments.gradinit_study import BASES, parse_name
+from experiments.lab import common, files, networks, page, panels, ranges, runners, studies
 from experiments.lab.data_flags import define_data_flags
+from experiments.lab.panels import Figure
 from experiments.lab.sweeps import run_study
+from experiments.lab.tables import NONE, number, spread
 
 FLAGS = flags.FLAGS
 
@@ -59,8 +66,7 @@ NOT_SETTINGS = ("data_dir", "network", "num_seeds", "workdir")
 
 def run() -> None:
     """Runs what is missing, prints and draws."""
-    values = FLAGS.flags_by_module_dict()[sys.argv[0]]
-    every = {flag.name: flag.value for flag in values}
+    every = studies.flag_values()
     trials = gradinit_study.all_trials(FLAGS.network, every)
     gradinit_study.check_trials(trials, FLAGS.data_dir)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
@@ -68,9 +74,6 @@ def run() -> None:
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, settings)
         records = run_study(trials, run_trial, workdir / "results.jsonl", **options)
-    for record in records:
-        if "error" in record:
-            print(f"failed: {record['trial']}: {record['error']}", file=sys.stderr)
     _report(records, workdir)
 
 
@@ -84,29 +87,312 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         if "record" in record.get("result", {})
     }
     files.write_json(workdir / "multipliers.json", learned)
-    every = gradinit_report.arms(records)
-    tables = {
-        "Each network at its best rate: mean and deviation over seeds.":
-            gradinit_report.table(every),
-        "What learning the scales changes, seed by seed.": gradinit_report.gains(every),
-    }  # fmt: skip
-    text = "\n".join(common.markdown_table(lines) for lines in tables.values())
-    files.write_text(workdir / "table.md", text)
-    print(text)
-    figures = gradinit_figures.FIGURES if gradinit_figures.has_networks(every) else {}
-    for name, draw in figures.items():
-        draw(every, workdir / f"{name}.png")
-        print(f"figure:  {workdir / f'{name}.png'}")
-    report = page.write(
+    every = arms(records)
+    page.publish(
         workdir,
         f"GradInit on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
-        remarks=[f"failed: {one['trial']}: {one['error']}" for one in records if "error" in one],
-        tables=tables,
-        figures={workdir / f"{name}.png": gradinit_figures.CAPTIONS[name] for name in figures},
+        remarks=studies.failures(records),
+        tables={
+            "Each network at its best rate: mean and deviation over seeds.": table(every),
+            "What learning the scales changes, seed by seed.": gains(every),
+        },
+        figures=panels.draw_figures(FIGURES, every, workdir, height=2.5, width=2.9, columns=4),
     )
-    print(f"report:  {report}")
-    print(f"results: {workdir / 'results.jsonl'}")
+
+
+# What they say.
+
+TRAINED = 1.5
+"""A run trains if its loss ends below so many nats; guessing among ten classes is 2.3."""
+LAST = 2
+"""Tenths of the training over which the final loss is the mean."""
+
+
+class Arm(NamedTuple):
+    """One network, start and way of learning, over rates and seeds.
+
+    Attributes:
+      results: of `gradinit_study.run`, one a seed.
+      search: final training losses of all rates; see `archscale_jax.tuning.summarise_runs`.
+    """
+
+    network: str
+    start: str
+    learned: str
+    results: list[Mapping[str, Any]]
+    search: archscale.tuning.RateSearch
+
+
+Arms = Mapping[tuple[str, str, str], Arm]
+
+
+def arms(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Arm]:
+    """Groups the finished trials; of a failed one its arm misses the seed."""
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "result" in record:
+            trial = record["trial"]
+            key = (trial["network"], trial["start"], trial["learned"])
+            found.setdefault(key, []).append(record)
+    return {key: _arm(key, of_arm) for key, of_arm in found.items()}
+
+
+def _arm(key: tuple[str, str, str], records: Sequence[Mapping[str, Any]]) -> Arm:
+    runs = [
+        archscale.tuning.Run(run["rate"], record["trial"]["seed"], final_loss(run))
+        for record in records
+        for run in record["result"]["runs"]
+    ]
+    results = [record["result"] for record in records]
+    return Arm(*key, results, archscale.tuning.summarise_runs(runs))
+
+
+def final_loss(run: Mapping[str, Any]) -> float:
+    """Mean training loss over the last tenths; inf where it was not finite."""
+    if run["accuracy"] is None or None in run["losses"]:
+        return math.inf
+    return float(np.mean(run["losses"][-LAST:]))
+
+
+def best_rate(arm: Arm) -> float:
+    """The rate with the smallest mean loss among those that were trained at."""
+    losses = archscale.tuning.mean_losses(arm.search)
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def best_runs(arm: Arm) -> list[Mapping[str, Any]]:
+    """The run of every seed at the best rate."""
+    best = best_rate(arm)
+    return [next(run for run in result["runs"] if run["rate"] == best) for result in arm.results]
+
+
+def trained_rates(arm: Arm) -> list[float]:
+    """The rates at which all seeds train."""
+    worst = pd.DataFrame(arm.search.runs).groupby("rate", sort=False)["loss"].max()
+    return [rate for rate, loss in worst.items() if loss < TRAINED]
+
+
+def predicted_rate(arm: Arm, every: Arms) -> float | None:
+    """The rate by the rule `measured` from the best rate of the family's base, if that was run."""
+    base_name = BASES[parse_name(arm.network).family]
+    base = next((one for one in every.values() if one.network == base_name), None)
+    if base is None or base is arm:
+        return None
+    try:
+        return archscale.predict_learning_rate(_measured(arm), _measured(base), base.search.rate)
+    except ValueError:  # a vertex that tells no examples apart
+        return None
+
+
+def _measured(arm: Arm) -> archscale.tuning.UpdateSize:
+    measured = [result["measured"] for result in arm.results]
+    return networks.sizes_of({name: [one[name] for one in measured] for name in measured[0]})
+
+
+def table(every: Arms) -> pd.DataFrame:
+    """Returns a row for every arm."""
+    rows = []
+    for arm in every.values():
+        runs = best_runs(arm)
+        losses = [final_loss(run) for run in runs]
+        accuracies = [100 * run["accuracy"] for run in runs if run["accuracy"] is not None]
+        rates = trained_rates(arm)
+        predicted = predicted_rate(arm, every)
+        rows.append(
+            {
+                "network": arm.network,
+                "start": arm.start,
+                "GradInit": {"none": NONE, "gradinit": "yes"}.get(arm.learned, arm.learned),
+                "best rate": f"{best_rate(arm):.3g}",
+                "final loss": spread(losses, ".3f") if max(losses) < math.inf else "diverged",
+                "test accuracy": (spread(accuracies) if accuracies else "diverged") + " %",
+                "trains at": f"{min(rates):.3g} to {max(rates):.3g}" if rates else "none",
+                "measured rate": number(predicted, ".2g"),
+                "costs": _cost(arm, predicted),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _cost(arm: Arm, rate: float | None) -> str:
+    """By how much the loss at a rate exceeds that at the best."""
+    if rate is None:
+        return NONE
+    losses = archscale.tuning.mean_losses(arm.search)
+    excess = archscale.tuning.loss_at(rate, losses) - min(losses.values())
+    return number(excess, "+.3f", missing="lost")
+
+
+def gains(every: Arms) -> pd.DataFrame:
+    """Returns what each way of learning changes, at the best rate of either, seed by seed."""
+    rows = []
+    for (network, start, learned), arm in every.items():
+        plain = every.get((network, start, "none"))
+        if learned == "none" or plain is None or len(plain.results) != len(arm.results):
+            continue
+        pairs = list(zip(best_runs(arm), best_runs(plain), strict=True))
+        losses = [final_loss(new) - final_loss(old) for new, old in pairs]
+        points = [100 * ((new["accuracy"] or 0) - (old["accuracy"] or 0)) for new, old in pairs]
+        costs = [_cost(one, predicted_rate(one, every)) for one in (plain, arm)]
+        rows.append(
+            {
+                "network": network,
+                "start": start,
+                "learned": learned,
+                "loss": _signed(losses, "+.3f"),
+                "accuracy, points": _signed(points, "+.1f"),
+                "rates that train": f"{len(trained_rates(plain))} → {len(trained_rates(arm))}",
+                "measured rate costs": " → ".join(costs),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _signed(values: Sequence[float], spec: str) -> str:
+    mean, low, high = (format(one, spec) for one in (np.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+# Figures [GradInit, Fig. 1, 3 and 5].
+
+COLOURS = {"flax": "#777777", "he": "#0072B2", "topology": "#D55E00"}
+GUESS = math.log(10)
+
+
+def by_network(arms: Arms) -> dict[str, list[Arm]]:
+    """The arms of networks on which GradInit was run, without its variants."""
+    networks: dict[str, list[Arm]] = {}
+    for arm in arms.values():
+        if arm.learned in ("none", "gradinit"):
+            networks.setdefault(arm.network, []).append(arm)
+    both = {"none", "gradinit"}
+    return {name: one for name, one in networks.items() if {arm.learned for arm in one} == both}
+
+
+def _style(arm: Arm) -> dict[str, object]:
+    learned = arm.learned == "gradinit"
+    return {
+        "color": COLOURS[arm.start],
+        "linestyle": "-" if learned else ":",
+        "marker": "o" if learned else "x",
+        "markersize": 3.5,
+        "linewidth": 1.4,
+        "label": f"{arm.start}{', GradInit' if learned else ''}",
+    }
+
+
+def _draw_success(panel, arms: Sequence[Arm]) -> None:
+    """The final training loss against the learning rate, mean and range over seeds."""
+    rates = [run["rate"] for run in arms[0].results[0]["runs"]]
+    for arm in arms:
+        losses = [[final_loss(run) for run in each["runs"]] for each in arm.results]
+        shown = np.minimum(losses, 1.05 * GUESS)
+        panel.plot(rates, shown.mean(0), **_style(arm))
+        panel.fill_between(
+            rates, shown.min(0), shown.max(0), color=COLOURS[arm.start], alpha=0.13, lw=0
+        )
+    panel.axhline(GUESS, color="black", linewidth=0.6)
+    panels.plain_sizes(panel, rates, fontsize=6.5, rotation=30)
+
+
+def _draw_curves(panel, arms: Sequence[Arm]) -> None:
+    """The training loss over the training at the best rate of every arm."""
+    for arm in arms:
+        curves = [run["losses"] for run in best_runs(arm)]
+        if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
+            continue
+        parts = (np.arange(len(curves[0])) + 0.5) / len(curves[0]) * 100
+        panel.plot(parts, np.mean(curves, axis=0), **_style(arm) | {"marker": None})
+
+
+def _learned(arms: Arms) -> dict[str, list[Arm]]:
+    """The arms with GradInit alone."""
+    return {
+        name: [arm for arm in found if arm.learned == "gradinit"]
+        for name, found in by_network(arms).items()
+    }
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    """The names of weights, those of biases left out: stem first, readout last, as data flow."""
+    places = {"stem": 0, "positions": 0, "readout": 2}
+    found = (name for name in names if not name.endswith("bias"))
+    return sorted(found, key=lambda name: places.get(name.split("/")[0], 1))
+
+
+def _draw_multipliers(panel, arms: Sequence[Arm]) -> None:
+    """The multipliers of weights, from stem to readout."""
+    from matplotlib import ticker
+
+    for arm in arms:
+        records = [each["record"]["multipliers"] for each in arm.results]
+        names = _weights(records[0])
+        for scale, marker in ((False, "o"), (True, "^")):
+            places = [i for i, one in enumerate(names) if one.endswith("scale") == scale]
+            values = [[record[names[i]] for i in places] for record in records]
+            if places:
+                panel.plot(
+                    np.array(places) / (len(names) - 1),
+                    np.mean(values, axis=0),
+                    marker,
+                    color=COLOURS[arm.start],
+                    markersize=3.2,
+                    alpha=0.8,
+                    label=f"{arm.start}{', scales of normalization' if scale else ''}",
+                )
+    panel.axhline(1, color="black", linewidth=0.6)
+    panel.set(yscale="log")
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _draw_gradients(panel, arms: Sequence[Arm]) -> None:
+    """The gradient's deviation over batches by the weight's size, before and after."""
+    for arm in arms:
+        for key, learned in (("tensors", "none"), ("tensors_after", "gradinit")):
+            names = _weights(arm.results[0][key])
+            sizes = np.array([[each[key][one] for one in names] for each in arm.results])
+            ratio = np.exp(np.mean(np.log(sizes[..., 1] / sizes[..., 0]), axis=0))
+            places = np.arange(len(names)) / (len(names) - 1)
+            panel.plot(places, ratio, **_style(arm._replace(learned=learned)))
+    panel.set(yscale="log")
+
+
+_PLACE = "place in the network, stem to readout"
+FIGURES = {
+    "success": Figure(
+        by_network,
+        _draw_success,
+        "learning rate",
+        "final training loss, nats (line: guessing)",
+        "Final training loss against the learning rate: mean and range over seeds.",
+        {"sharey": True},
+    ),
+    "curves": Figure(
+        by_network,
+        _draw_curves,
+        "percent of the training",
+        "training loss at the best rate, nats",
+        "Training loss over the training, at the best rate of every start.",
+        {"sharey": True},
+    ),
+    "multipliers": Figure(
+        _learned,
+        _draw_multipliers,
+        _PLACE,
+        "multiplier",
+        "Multipliers of the weights, biases left out, from stem to readout.",
+    ),
+    "gradients": Figure(
+        _learned,
+        _draw_gradients,
+        _PLACE,
+        "deviation of the gradient / size of the weight",
+        "Deviation of the gradient over batches by the size of the weight.",
+    ),
+}
 
 
 if __name__ == "__main__":

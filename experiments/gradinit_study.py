@@ -1,4 +1,9 @@
-"""What a trial of the GradInit study does: draw, learn the multipliers, measure, train."""
+"""What a trial of the GradInit study does: draw, learn the multipliers, measure, train.
+
+The networks are those where no formula is sure to fit: deep convolutional networks with and without
+batch normalization, dense graphs of convolutions, and a transformer that normalizes behind every
+addition.
+"""
 
 import functools
 import math
@@ -6,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -14,12 +18,39 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._gradinit_step import Update
-from experiments import transfer_study
-from experiments.gradinit_networks import NETWORKS
-from experiments.lab import common, families, ranges, training
+from experiments.lab import common, families, networks, ranges, studies, training
 from experiments.lab.datasets import Dataset
+from experiments.lab.models import create_network
+from experiments.lab.models.images import PlainNetwork, PostNormTransformer, ResidualStages
+from experiments.lab.networks import Network
 
 Trial = Mapping[str, Any]
+
+# Networks.
+
+
+def complete_network(image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+    """A network on a complete DAG: every vertex sums a convolution of each before it."""
+    text = "_".join("2" * vertex for vertex in range(1, depth + 1))
+    return create_network(
+        archscale.dag_graph(text, kernel_size=3),
+        image,
+        width,
+        classes,
+        normalization="batch" if normalized else None,
+        rngs=rngs,
+    )
+
+
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
+    "plain": PlainNetwork,
+    "residual": ResidualStages,
+    "dag": complete_network,
+    "transformer": PostNormTransformer,
+}
+
+
+# Trials.
 
 LEARNED: dict[str, dict[str, Any]] = {
     "none": {},
@@ -142,76 +173,49 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
 
 
 def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
-    """Checks that the data of trials are there and fit them; see `transfer_study.check_trials`."""
+    """Checks that the data of trials are there and fit them; see `studies.check_trials`."""
     for sizes in ("images", "patches"):
         mine = [
             trial
             for trial in trials
             if (parse_name(trial["network"]).family == "transformer") == (sizes == "patches")
         ]
-        transfer_study.check_trials(mine, data_dir, f"--{sizes}_downscale")
+        studies.check_trials(mine, data_dir, f"--{sizes}_downscale")
         for trial in mine if sizes == "patches" else ():
-            images = transfer_study.load(trial["dataset"], data_dir, trial["downscale"])
+            images = studies.load(trial["dataset"], data_dir, trial["downscale"])
             families.check_transformer(images, trial["width"], "--patches_width")
-
-
-class Network(NamedTuple):
-    """A network taken apart, ready to draw, to learn and to train."""
-
-    name: Name
-    dataset: Dataset
-    graphdef: nnx.GraphDef
-    model_state: PyTree
-    architecture: archscale.Architecture
-    create: Callable[[int], PyTree]  # from a seed to the params as Flax draws them
-    loss: Callable[[PyTree, Any], jax.Array]
-    gradient: Callable[[PyTree, Any], PyTree]  # of the loss, jitted
-    measure: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # one update, jitted
 
 
 @functools.lru_cache(maxsize=2)
 def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: int) -> Network:
-    """Builds a network by name, once: trials that share it compile nothing anew."""
+    """Builds a network by name, once; it draws as Flax does."""
     name = parse_name(text)
-    data = transfer_study.load(dataset, data_dir, downscale)
+    data = studies.load(dataset, data_dir, downscale)
     height, side, channels = data.train_images.shape[1:]
-    image = (height, side, channels)
 
-    def split(seed: int):
-        network = NETWORKS[name.family](
-            image, width, name.depth, data.num_classes, name.normalized, rngs=nnx.Rngs(seed)
+    def create(seed: int) -> nnx.Module:
+        return NETWORKS[name.family](
+            (height, side, channels),
+            width,
+            name.depth,
+            data.num_classes,
+            name.normalized,
+            rngs=nnx.Rngs(seed),
         )
-        return nnx.split(network, nnx.Param, ...)
 
-    graphdef, params, model_state = split(0)
-
-    def loss(params: PyTree, batch: Any) -> jax.Array:
-        return training.cross_entropy(graphdef, params, model_state, *batch, train=True)[0]
-
-    inputs = jax.ShapeDtypeStruct((2, *image), jnp.float32)
-    apply = families.applier(graphdef, model_state)
-    architecture = archscale.trace(apply, params, inputs)
-    model = families.Model(graphdef, params, model_state, architecture)
-    return Network(
-        name,
-        data,
-        graphdef,
-        model_state,
-        architecture,
-        lambda seed: split(seed)[1],
-        loss,
-        jax.jit(jax.grad(loss)),
-        families.measurer(model, OPTIMIZERS[name.optimizer]),
+    return networks.take_apart(create(0), data)._replace(
+        draw=lambda seed: nnx.state(create(seed), nnx.Param),
+        optimizer=OPTIMIZERS[name.optimizer],
     )
 
 
-def draw(network: Network, start: str, seed: int) -> PyTree:
-    """Draws the params of a seed."""
-    params = network.create(seed)
+def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTree:
+    """Draws the params of a seed by an initialization, of which `topology` asks for the family."""
+    params = network.draw(seed)
     if start == "flax":
         return params
-    residual = network.name.family in ("residual", "transformer")
-    rule = "none" if start == "he" else "moment" if residual else "target"
+    residual = family in ("residual", "transformer")
+    rule = "he_normal" if start == "he" else "second_moment" if residual else "target_in_degree"
     return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
 
 
@@ -229,6 +233,7 @@ def learn(
     network: Network, params: PyTree, trial: Trial
 ) -> tuple[PyTree, archscale.contrib.GradInitRecord]:
     """GradInit as a trial has it."""
+    optimizer = parse_name(trial["network"]).optimizer
     options = dict(LEARNED[trial["learned"]])
     if trial["learned"] == "penalty":
         options["penalty"] = trial["penalty"]
@@ -238,9 +243,9 @@ def learn(
         network.loss,
         params,
         halves(network.dataset, trial["batch_size"] // 2, trial["seed"]),
-        optimizer=network.name.optimizer,
-        learning_rate=trial[f"{network.name.optimizer}_rate"],
-        max_gradient_norm=trial[f"{network.name.optimizer}_norm"],
+        optimizer=optimizer,
+        learning_rate=trial[f"{optimizer}_rate"],
+        max_gradient_norm=trial[f"{optimizer}_norm"],
         scale_learning_rate=trial["scale_rate"],
         num_steps=trial["gradinit_steps"],
         **options,
@@ -252,13 +257,15 @@ def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     network = build(
         trial["network"], trial["dataset"], data_dir, trial["downscale"], trial["width"]
     )
-    params = draw(network, trial["start"], trial["seed"])
+    family = parse_name(trial["network"]).family
+    params = draw(network, trial["start"], trial["seed"], family)
     found: dict[str, Any] = {"tensors": tensor_sizes(network, params, trial)}
     if trial["learned"] != "none":
         params, record = learn(network, params, trial)
         found["tensors_after"] = tensor_sizes(network, params, trial)
         found["record"] = summary(record)
-    found["measured"] = measure(network, params, trial)
+    batch = common.first_batch(network.dataset, trial["batch_size"], trial["seed"])
+    found["measured"] = networks.as_lists(network.measure(params, batch))
     found["runs"] = [train(network, params, rate, trial) for rate in trial["rates"]]
     return found
 
@@ -274,6 +281,11 @@ def summary(record: archscale.contrib.GradInitRecord) -> dict[str, Any]:
     }
 
 
+@functools.partial(jax.jit, static_argnames="loss")
+def _gradient(loss: Callable[[PyTree, Any], jax.Array], params: PyTree, batch: Any) -> PyTree:
+    return jax.grad(loss)(params, batch)
+
+
 def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
     """Mean size of a tensor's entries, and mean deviation of their gradients over batches.
 
@@ -282,7 +294,7 @@ def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, li
     batches = halves(network.dataset, trial["batch_size"], trial["seed"] + 1000)
     sums: list[dict[str, np.ndarray]] = []
     for _ in range(MEASURED_BATCHES):
-        leaves = named_leaves(network.gradient(params, next(batches)))
+        leaves = named_leaves(_gradient(network.loss, params, next(batches)))
         sums.append({name: np.asarray(leaf, float) for name, leaf in leaves.items()})
     weights = named_leaves(params)
     return {
@@ -295,19 +307,12 @@ def tensor_sizes(network: Network, params: PyTree, trial: Trial) -> dict[str, li
     }
 
 
-def measure(network: Network, params: PyTree, trial: Trial) -> dict[str, list[float]]:
-    """One update as every vertex sees it; see `archscale_jax.measure_update`."""
-    batch = common.first_batch(network.dataset, trial["batch_size"], trial["seed"])
-    sizes = network.measure(params, batch)
-    return {name: np.asarray(one, float).tolist() for name, one in sizes._asdict().items()}
-
-
 def train(network: Network, params: PyTree, rate: float, trial: Trial) -> dict[str, Any]:
     """Trains at one rate without warm-up; the losses of every tenth, and the test accuracy.
 
     A run whose loss is not finite ends there, and has no accuracy.
     """
-    optimizer = _optimizer(network.name.optimizer)
+    optimizer = _optimizer(parse_name(trial["network"]).optimizer)
     key = jax.random.fold_in(jax.random.key(trial["seed"]), 1)
     state = training.create_train_state(params, network.model_state, optimizer, key)
     state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))

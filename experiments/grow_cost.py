@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth import Units
+from archscale_jax.contrib import NeuronGroup
 from archscale_jax.contrib._growth.statistics import blocks
 from archscale_jax.tracing.layers import layer_kinds, layer_outputs
 
@@ -18,7 +18,7 @@ Loss = Callable[[PyTree, Any], jax.Array]
 
 
 def forward_flops(loss_fn: Loss, params: PyTree, example: Any) -> float:
-    """Returns the operations of one example's forward pass, empty rooms included.
+    """Returns the operations of one example's forward pass, empty slots included.
 
     Args:
       loss_fn: of params and a batch.
@@ -54,7 +54,7 @@ def growth_flops(
     loss_fn: Loss,
     params: PyTree,
     batch: Any,
-    units: Sequence[Units],
+    units: Sequence[NeuronGroup],
     amplitudes: int,
     held_out: int,
 ) -> float:

@@ -1,11 +1,16 @@
-"""Growing networks: what one trial of the study trains, and how it goes on after a kill."""
+"""Growing networks: what one trial of the study trains, and how it goes on after a kill.
+
+The networks are perceptrons and convolutional networks on graphs, and ResNet-18. Every one is an
+ordinary Flax NNX module that takes kernels of any width, so that one loss function serves a network
+of any size.
+"""
 
 import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +20,15 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
+from archscale_jax._spaces import chain_string
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._growth.extension import AMPLITUDES
-from experiments import grow_cost, transfer_study
-from experiments.grow_networks import NETWORKS
-from experiments.lab import checkpoints
+from experiments import grow_cost
+from experiments.lab import checkpoints, networks, studies
 from experiments.lab.datasets import Dataset
+from experiments.lab.models import create_network
+from experiments.lab.models.images import ResNet18
+from experiments.lab.networks import Network
 
 Trial = Mapping[str, Any]
 
@@ -35,7 +43,11 @@ METHODS = {
 """Arms that grow: their method, how the learning rate follows the architecture, and whether the
 layers that read new neurons move by their best update."""
 ARMS = (*METHODS, "large", "scratch")
-INITIALIZATION = {"mlp": "target", "dag_cnn": "target", "resnet18": "moment"}
+INITIALIZATION = {
+    "mlp": "target_in_degree",
+    "dag_cnn": "target_in_degree",
+    "resnet18": "second_moment",
+}
 HELD_OUT = 1000
 """Training examples that amplitudes are chosen on, and nothing is trained on."""
 MOMENTUM = 0.9
@@ -67,7 +79,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "rates": (0.005, 0.01, 0.02, 0.05),
         "statistics": 1024,
         "held_out": 1000,
-        "schedule": {"order": "round_robin", "growths": 12, "every": 80, "factor": 2.0},
+        "schedule": {"order": "round_robin", "growths": 12, "interval": 80, "factor": 2.0},
     },
     "dag_cnn": {
         "network": "dag_cnn",
@@ -79,18 +91,18 @@ SPECS: dict[str, dict[str, Any]] = {
         "arms": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
         "statistics": 512,
         "held_out": 500,
-        "schedule": {"order": "round_robin", "growths": 8, "every": 60, "factor": 2.0},
+        "schedule": {"order": "round_robin", "growths": 8, "interval": 60, "factor": 2.0},
     },
     "resnet18_sixteenth": {
         **_RESNET,
         "start_width": 1,
-        "schedule": {"order": "all", "growths": 3, "every": 60, "factor": 2.0},
+        "schedule": {"order": "all", "growths": 3, "interval": 60, "factor": 2.0},
     },
     "resnet18_quarter": {
         **_RESNET,
         "start_width": 4,
         "arms": ("tiny", "tiny_width", "random", "scratch"),
-        "schedule": {"order": "all", "growths": 1, "every": 60, "factor": 2.0},
+        "schedule": {"order": "all", "growths": 1, "interval": 60, "factor": 2.0},
     },
 }
 """What grows: from which width, by which schedule, by which arms (all where none are named), and
@@ -102,76 +114,76 @@ SPECS["mlp_largest"] = {
 }
 
 
-class Problem(NamedTuple):
-    """A network of any width on a data set."""
+def mlp(image, width: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A perceptron of four layers."""
+    graph = archscale.dag_graph(chain_string(3))
+    return create_network(graph, image, width, classes, rngs=rngs)
 
-    dataset: Dataset
-    create: Callable[[int, int], PyTree]  # from width and seed to params, drawn by our rule
-    draw: Callable[[PyTree, int], PyTree]  # params of the same shapes
-    loss: Callable[[PyTree, Any], jax.Array]
-    hits: Callable[[PyTree, Any, Any], jax.Array]  # right answers and summed loss, jitted
-    step: Callable[..., tuple[PyTree, Any, jax.Array]]  # one update, jitted
-    size: Callable[[PyTree, Any], archscale.tuning.UpdateSize]  # of one update, jitted
-    units: tuple[archscale.contrib.Units, ...]
+
+def dag_cnn(image, width: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A convolutional network of four vertices, each of which reads all before it."""
+    graph = archscale.dag_graph("2_22_222", kernel_size=3)
+    return create_network(graph, image, width, classes, rngs=rngs)
+
+
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
+    "mlp": mlp,
+    "dag_cnn": dag_cnn,
+    "resnet18": ResNet18,
+}
+
+
+# What a trial trains.
+
+Units = tuple[archscale.contrib.NeuronGroup, ...]
 
 
 @functools.lru_cache(maxsize=2)
-def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> Problem:
-    """Builds a problem once: trials that share it compile nothing anew."""
-    data = transfer_study.load(dataset, data_dir, downscale)
-    height, side, channels = data.train_images.shape[1:]
-    optimizer = create_optimizer()
+def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> tuple[Network, Units]:
+    """Builds a network of width 2, whose functions take params of any width, and its units.
 
-    def split(width: int):
-        make = NETWORKS[name]
-        return nnx.split(make((height, side, channels), width, data.num_classes, rngs=nnx.Rngs(0)))
-
-    graphdef, template = split(2)
-
-    def logits(params: PyTree, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(images)
-
-    def losses(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
-
-    def loss(params: PyTree, batch: Any) -> jax.Array:
-        return jnp.mean(losses(params, *batch))
-
-    @jax.jit
-    def hits(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
-        right = jnp.argmax(logits(params, images), axis=-1) == labels
-        return jnp.stack([jnp.sum(right), jnp.sum(losses(params, images, labels))])
-
-    @jax.jit
-    def step(params: PyTree, state: Any, batch: Any, rates: dict[str, jax.Array]):
-        value, gradients = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        updates = map_with_names(lambda name, update: rates[name] * update, updates)
-        return optax.apply_updates(params, updates), state, value
-
-    def features(params: PyTree, batch: Any) -> dict[int, jax.Array]:
-        return archscale.vertex_features(logits, params, batch[0])
-
-    @jax.jit
-    def size(params: PyTree, batch: Any) -> archscale.tuning.UpdateSize:
-        return archscale.measure_update(features, loss, params, batch, optax.sgd(1.0))
-
-    images = jax.ShapeDtypeStruct((2, height, side, channels), jnp.float32)
-
-    def draw(params: PyTree, seed: int) -> PyTree:
-        architecture = archscale.trace(logits, params, images)
-        key = jax.random.key(seed)
-        return archscale.initialize(key, params, architecture, INITIALIZATION[name])
-
+    Once: trials that share it compile nothing anew.
+    """
+    data = studies.load(dataset, data_dir, downscale)
+    network = networks.take_apart(_module(name, data, 2), data)
     batch = data.train_images[:2], data.train_labels[:2]
-    units = tuple(
-        one for one in archscale.contrib.find_units(loss, template, batch) if not one.obstacle
-    )
+    units = archscale.contrib.find_neuron_groups(network.loss, network.params, batch)
+    return network, tuple(one for one in units if not one.blocker)
 
-    def create(width: int, seed: int) -> PyTree:
-        return draw(split(width)[1], seed)
 
-    return Problem(data, create, draw, loss, hits, step, size, units)
+def _module(name: str, data: Dataset, width: int) -> nnx.Module:
+    height, side, channels = data.train_images.shape[1:]
+    return NETWORKS[name]((height, side, channels), width, data.num_classes, rngs=nnx.Rngs(0))
+
+
+def create(name: str, network: Network, width: int, seed: int) -> PyTree:
+    """Returns params of a width, drawn by our rule."""
+    params = nnx.state(_module(name, network.dataset, width), nnx.Param)
+    return draw(name, network, params, seed)
+
+
+def draw(name: str, network: Network, params: PyTree, seed: int) -> PyTree:
+    """Returns params of the same shapes, drawn by our rule."""
+    images = jax.ShapeDtypeStruct((2, *network.dataset.train_images.shape[1:]), jnp.float32)
+    architecture = archscale.trace(network.apply, params, images)
+    return archscale.initialize(jax.random.key(seed), params, architecture, INITIALIZATION[name])
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def hits(apply, params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns how many answers are right, and the summed loss."""
+    logits = apply(params, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.stack([jnp.sum(jnp.argmax(logits, axis=-1) == labels), jnp.sum(losses)])
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def update(loss, params: PyTree, state: Any, batch: Any, rates: dict[str, jax.Array]):
+    """Makes one update; returns params, the optimizer's state, and the loss before it."""
+    value, gradients = jax.value_and_grad(loss)(params, batch)
+    updates, state = create_optimizer().update(gradients, state, params)
+    updates = map_with_names(lambda name, update: rates[name] * update, updates)
+    return optax.apply_updates(params, updates), state, value
 
 
 def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
@@ -192,7 +204,7 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
                           ("large_width", "large_width"), ("steps", "steps")):  # fmt: skip
             if settings[flag] is not None:
                 spec[key] = settings[flag]
-        for key in ("growths", "every"):
+        for key in ("growths", "interval"):
             if settings[key] is not None:
                 spec["schedule"][key] = settings[key]
         if settings["rate"] is not None:
@@ -203,11 +215,11 @@ def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:
-    growths, every = spec["schedule"]["growths"], spec["schedule"]["every"]
-    if growths * every >= spec["steps"]:
+    growths, interval = spec["schedule"]["growths"], spec["schedule"]["interval"]
+    if growths * interval >= spec["steps"]:
         raise ValueError(
-            f"--growths={growths} growths, one --every={every} updates, need --steps above "
-            f"{growths * every}, found {spec['steps']}"
+            f"--growths={growths} growths, one --interval={interval} updates, need --steps above "
+            f"{growths * interval}, found {spec['steps']}"
         )
     if spec["start_width"] > spec["large_width"]:
         raise ValueError(
@@ -270,17 +282,21 @@ def create_optimizer() -> optax.GradientTransformation:
 
 @dataclasses.dataclass
 class Run:
-    """Where a run is; all of it is saved at growths.
+    """Where a run is; all but its network and units is saved at growths.
 
     Attributes:
+      network: what grows.
+      units: its neurons, by what makes and reads them.
       step: updates so far.
-      params: the network.
+      params: of the network.
       optimizer_state: its optimizer's.
       flops: floating-point operations so far, of which `growth_flops` for growing.
       edits: the log of growths.
       curve: points over time.
     """
 
+    network: Network
+    units: Units
     step: int
     params: PyTree
     optimizer_state: Any
@@ -298,72 +314,69 @@ def run(trial: Trial, saves: pathlib.Path | None = None, data_dir: str | None = 
       saves: folder of its checkpoints; those that grow save one at every growth, and go on from it.
       data_dir: folder of the data set.
     """
-    problem = build(trial["network"], trial["dataset"], data_dir, trial["downscale"])
-    if trial["arm"] == "large":
-        params = problem.create(trial["large_width"], trial["seed"])
-    else:
-        params = problem.create(trial["start_width"], trial["seed"])
+    name, seed = trial["network"], trial["seed"]
+    network, units = build(name, trial["dataset"], data_dir, trial["downscale"])
+    width = trial["large_width" if trial["arm"] == "large" else "start_width"]
+    params = create(name, network, width, seed)
     if trial["arm"] == "scratch":
-        wide, _ = archscale.contrib.widen(params, trial["neurons"], problem.units)
-        params = problem.draw(wide, trial["seed"])
-    return _train(problem, params, trial, saves if trial["arm"] in METHODS else None)
+        wide, _ = archscale.contrib.widen(params, trial["neurons"], units)
+        params = draw(name, network, wide, seed)
+    now = Run(network, units, 0, params, create_optimizer().init(params))
+    return _train(now, trial, saves if trial["arm"] in METHODS else None)
 
 
-def _train(problem: Problem, start: PyTree, trial: Trial, folder: pathlib.Path | None) -> dict:
-    optimizer = create_optimizer()
+def _train(now: Run, trial: Trial, folder: pathlib.Path | None) -> dict:
+    start, network = now.params, now.network
     schedule = (
         archscale.contrib.GrowthSchedule(**trial["schedule"]) if "schedule" in trial else None
     )
-    now = Run(0, start, optimizer.init(start))
     if folder is not None:
-        now = _restored(folder, trial, now, problem) or now
-    factors = _factors(problem, start, now.params, trial)
-    cost = grow_cost.forward_flops(problem.loss, now.params, _example(problem))
+        now = _restored(folder, trial, now) or now
+    factors, cost = _factors(now, start, trial), _flops(now, now.params)
     last: list[jax.Array] = []
-    for batch in _batches(problem.dataset, trial, now.step):
+    for batch in _batches(network.dataset, trial, now.step):
         if schedule is not None and _is_due(schedule, now):
-            if not _point(problem, now, last):
-                return _result(problem, now, trial)
-            _grow(problem, now, trial, schedule)
-            factors = _factors(problem, start, now.params, trial)
-            cost = grow_cost.forward_flops(problem.loss, now.params, _example(problem))
-            _point(problem, now, last)
+            if not _point(now, last):
+                return _result(now, trial)
+            _grow(now, trial, schedule)
+            factors, cost = _factors(now, start, trial), _flops(now, now.params)
+            _point(now, last)
             last = []  # a run that goes on from here knows no earlier ones
             if folder is not None:
                 _save(folder, trial, now)
         rate = trial["rate"] * min(1.0, (1 - now.step / trial["steps"]) / DECAY)
         rates = {name: np.float32(rate * factor) for name, factor in factors.items()}
-        now.params, now.optimizer_state, loss = problem.step(
-            now.params, now.optimizer_state, batch, rates
+        now.params, now.optimizer_state, loss = update(
+            network.loss, now.params, now.optimizer_state, batch, rates
         )
         last = [*last[-49:], loss]
         now.step += 1
         now.flops += 3 * cost * trial["batch_size"]
-        if now.step % max(trial["steps"] // POINTS, 1) == 0 and not _point(problem, now, last):
-            return _result(problem, now, trial)
-    _point(problem, now, last, len(problem.dataset.test_images))
-    return _result(problem, now, trial)
+        if now.step % max(trial["steps"] // POINTS, 1) == 0 and not _point(now, last):
+            return _result(now, trial)
+    _point(now, last, len(network.dataset.test_images))
+    return _result(now, trial)
 
 
-def _compact_flops(problem: Problem, params: PyTree) -> float:
-    """Operations of a forward pass without empty rooms."""
-    return grow_cost.forward_flops(
-        problem.loss, archscale.contrib.compact(params, problem.units), _example(problem)
-    )
+def _flops(now: Run, params: PyTree) -> float:
+    """Operations of a forward pass, of empty rooms too."""
+    return grow_cost.forward_flops(now.network.loss, params, _example(now))
 
 
 def _is_due(schedule: archscale.contrib.GrowthSchedule, now: Run) -> bool:
     done = len(now.edits)
-    return done < schedule.growths and now.step == schedule.every * (done + 1)
+    return done < schedule.growths and now.step == schedule.interval * (done + 1)
 
 
-def _result(problem: Problem, now: Run, trial: Trial) -> dict[str, Any]:
+def _result(now: Run, trial: Trial) -> dict[str, Any]:
     return {
-        "neurons": archscale.contrib.count_neurons(now.params, problem.units),
-        "parameters": archscale.contrib.count_parameters(now.params, problem.units),
+        "neurons": archscale.contrib.count_neurons(now.params, now.units),
+        "parameters": archscale.contrib.count_parameters(now.params, now.units),
         "flops": now.flops,
         "growth_flops": now.growth_flops,
-        "last_step_flops": 3 * trial["batch_size"] * _compact_flops(problem, now.params),
+        "last_step_flops": 3
+        * trial["batch_size"]
+        * _flops(now, archscale.contrib.compact(now.params, now.units)),
         "curve": now.curve,
         "edits": [dataclasses.asdict(edit) for edit in now.edits],
         "accuracy": now.curve[-1]["accuracy"],
@@ -371,8 +384,8 @@ def _result(problem: Problem, now: Run, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _example(problem: Problem) -> Any:
-    return problem.dataset.train_images[:1], problem.dataset.train_labels[:1]
+def _example(now: Run) -> Any:
+    return now.network.dataset.train_images[:1], now.network.dataset.train_labels[:1]
 
 
 def _batches(dataset: Dataset, trial: Trial, first: int) -> Iterator[Any]:
@@ -389,59 +402,58 @@ def _batches(dataset: Dataset, trial: Trial, first: int) -> Iterator[Any]:
         yield images[chosen], labels[chosen]
 
 
-def _point(
-    problem: Problem, now: Run, last: list[jax.Array], examples: int = CURVE_EXAMPLES
-) -> bool:
+def _point(now: Run, last: list[jax.Array], examples: int = CURVE_EXAMPLES) -> bool:
     """Adds a point to the curve, of so many test examples; says whether the loss is finite."""
     train_loss = float(np.mean([float(loss) for loss in last])) if last else math.nan
-    images = problem.dataset.test_images[:examples]
-    labels = problem.dataset.test_labels[:examples]
+    images = now.network.dataset.test_images[:examples]
+    labels = now.network.dataset.test_labels[:examples]
     totals = [
-        np.asarray(problem.hits(now.params, images[one : one + 1000], labels[one : one + 1000]))
+        np.asarray(
+            hits(now.network.apply, now.params, images[one : one + 1000], labels[one : one + 1000])
+        )
         for one in range(0, len(images), 1000)
     ]
-    hits = np.sum(totals, axis=0) / len(images)
+    accuracy, test_loss = np.sum(totals, axis=0) / len(images)
     now.curve.append(
         {
             "step": now.step,
-            "parameters": archscale.contrib.count_parameters(now.params, problem.units),
+            "parameters": archscale.contrib.count_parameters(now.params, now.units),
             "flops": now.flops,
             "train_loss": train_loss,
-            "accuracy": float(hits[0]) if np.isfinite(train_loss) else math.nan,
-            "test_loss": float(hits[1]),
+            "accuracy": float(accuracy) if np.isfinite(train_loss) else math.nan,
+            "test_loss": float(test_loss),
         }
     )
-    return bool(np.isfinite(train_loss) and np.isfinite(hits[1]))
+    return bool(np.isfinite(train_loss) and np.isfinite(test_loss))
 
 
-def _grow(
-    problem: Problem, now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule
-) -> None:
-    method, _, update = METHODS[trial["arm"]]
-    count = len(problem.dataset.train_images) - HELD_OUT
+def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) -> None:
+    method, _, moves = METHODS[trial["arm"]]
+    network = now.network
+    count = len(network.dataset.train_images) - HELD_OUT
     seed = (trial["seed"], len(now.edits), 1)
     chosen = np.random.default_rng(seed).permutation(count)[: trial["statistics"]]
-    batches = [(problem.dataset.train_images[chosen], problem.dataset.train_labels[chosen])]
+    batches = [(network.dataset.train_images[chosen], network.dataset.train_labels[chosen])]
     held_out = (
-        problem.dataset.train_images[-HELD_OUT:][: trial["held_out"]],
-        problem.dataset.train_labels[-HELD_OUT:][: trial["held_out"]],
+        network.dataset.train_images[-HELD_OUT:][: trial["held_out"]],
+        network.dataset.train_labels[-HELD_OUT:][: trial["held_out"]],
     )
-    neurons = archscale.contrib.count_neurons(now.params, problem.units)
+    neurons = archscale.contrib.count_neurons(now.params, now.units)
     bottlenecks, flops = None, 0.0
     if schedule.order == "largest":
-        readers = [name for one in problem.units for name in one.consumers]
-        bottlenecks = archscale.bottleneck(problem.loss, now.params, batches, layers=readers)
-        flops += grow_cost.bottleneck_flops(problem.loss, now.params, batches[0], readers)
+        readers = [name for one in now.units for name in one.consumers]
+        bottlenecks = archscale.bottleneck(network.loss, now.params, batches, layers=readers)
+        flops += grow_cost.bottleneck_flops(network.loss, now.params, batches[0], readers)
     numbers = archscale.contrib.choose_growth(
-        schedule, len(now.edits), problem.units, neurons, bottlenecks
+        schedule, len(now.edits), now.units, neurons, bottlenecks
     )
-    units = [one for one in problem.units if one.name in numbers]
+    units = [one for one in now.units if one.name in numbers]
     flops += grow_cost.growth_flops(
-        problem.loss, now.params, batches[0], units, len(AMPLITUDES),
+        network.loss, now.params, batches[0], units, len(AMPLITUDES),
         trial["held_out"],
     )  # fmt: skip
     growth = archscale.grow(
-        problem.loss,
+        network.loss,
         now.params,
         batches,
         held_out,
@@ -450,8 +462,8 @@ def _grow(
         budget=schedule.budget,
         method=method,
         normalize=trial["normalize"],
-        update=update,
-        rooms=archscale.contrib.geometric(2.0),
+        update=moves,
+        capacity=archscale.contrib.geometric(2.0),
         key=jax.random.key(trial["seed"] * 1000 + len(now.edits)),
         optimizer_state=now.optimizer_state,
     )
@@ -463,8 +475,8 @@ def _grow(
         archscale.contrib.Edit(
             now.step,
             growth.numbers,
-            archscale.contrib.count_neurons(now.params, problem.units),
-            {one.name: leaves[one.producers[0]].shape[-1] for one in problem.units},
+            archscale.contrib.count_neurons(now.params, now.units),
+            {one.name: one.capacity(leaves) for one in now.units},
             growth.amplitude,
             [*growth.losses],
             growth.predicted,
@@ -473,23 +485,22 @@ def _grow(
     )
 
 
-def _factors(problem: Problem, start: PyTree, params: PyTree, trial: Trial) -> dict[str, float]:
+def _factors(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
     """By what the rate of every leaf is multiplied."""
+    network = now.network
     _, rule, _ = METHODS.get(trial["arm"], (None, "none", False))
-    names = list(named_leaves(params))
-    if rule == "none" or jax.tree.all(jax.tree.map(lambda a, b: a is b, start, params)):
+    names = list(named_leaves(now.params))
+    if rule == "none" or jax.tree.all(jax.tree.map(lambda a, b: a is b, start, now.params)):
         return dict.fromkeys(names, 1.0)
     if rule == "width":
         grown, small = (
-            archscale.contrib.grown_architecture(
-                problem.loss, one, _example(problem), problem.units
-            )
-            for one in (params, start)
+            archscale.contrib.grown_architecture(network.loss, one, _example(now), now.units)
+            for one in (now.params, start)
         )
-        return archscale.learning_rate_factors(grown, small, width_rule="sgd")
-    batch = (problem.dataset.train_images[:256], problem.dataset.train_labels[:256])
-    now, then = (problem.size(one, batch) for one in (params, start))
-    return dict.fromkeys(names, archscale.predict_learning_rate(now, then, 1.0))
+        return archscale.learning_rate_multipliers(grown, small, width_rule="sgd")
+    batch = (network.dataset.train_images[:256], network.dataset.train_labels[:256])
+    size, size_at_start = (network.measure(one, batch) for one in (now.params, start))
+    return dict.fromkeys(names, archscale.predict_learning_rate(size, size_at_start, 1.0))
 
 
 def _save(folder: pathlib.Path, trial: Trial, now: Run) -> None:
@@ -504,20 +515,16 @@ def _save(folder: pathlib.Path, trial: Trial, now: Run) -> None:
     checkpoints.save_checkpoint(folder, now.step, tree, trial, log=log)
 
 
-def _restored(folder: pathlib.Path, trial: Trial, fresh: Run, problem: Problem) -> Run | None:
+def _restored(folder: pathlib.Path, trial: Trial, fresh: Run) -> Run | None:
     def like(log: Any) -> PyTree:
+        capacity = log["edits"][-1]["capacity"]
         params, state = archscale.contrib.widen(
-            fresh.params,
-            log["edits"][-1]["rooms"],
-            problem.units,
-            optimizer_state=fresh.optimizer_state,
+            fresh.params, capacity, fresh.units, optimizer_state=fresh.optimizer_state
         )
         return {"params": params, "optimizer_state": state}
 
     found = checkpoints.restore_checkpoint(folder, like, trial)
     if found is None:
         return None
-    step, tree, log = found
-    edits = [archscale.contrib.Edit(**edit) for edit in log["edits"]]
-    return Run(step, tree["params"], tree["optimizer_state"], log["flops"], log["growth_flops"],
-               edits, log["curve"])  # fmt: skip
+    log = found.log | {"edits": [archscale.contrib.Edit(**edit) for edit in found.log["edits"]]}
+    return dataclasses.replace(fresh, step=found.step, **found.tree, **log)

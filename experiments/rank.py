@@ -13,29 +13,28 @@ and started again it goes on. The defaults are the run of the docs; --preset=pap
 
 import collections
 import functools
+import math
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+import scipy.stats
 from absl import flags
 
+import archscale_jax as archscale
 from archscale_jax._errors import unknown
-from archscale_jax._spaces import cell_graph
+from archscale_jax._spaces import cell_code, cell_graph
 from archscale_jax._spaces.cell import cell_digits, code_of_digits
-from experiments import transfer_study
-from experiments.lab import common, files, page, ranges, runners
+from experiments.lab import common, page, panels, ranges, runners, studies
 from experiments.lab.data_flags import define_data_flags
+from experiments.lab.panels import COLOURS, GREY
 from experiments.lab.sweeps import run_study
-from experiments.nasbench import (
-    benchmark_tables,
-    gains,
-    rank_figures,
-    rank_networks,
-    rank_report,
-    rank_study,
-)
-from experiments.nasbench.rank_recipes import RECIPES
-from experiments.nasbench.rank_study import PRESETS
+from experiments.lab.tables import NONE, number
+from experiments.nasbench import benchmark_tables, gains, rank_study, ranking
+from experiments.nasbench.rank_study import PRESETS, RECIPES
 
 FLAGS = flags.FLAGS
 
@@ -77,7 +76,7 @@ EXTENSIBLE = ("cell", "num_cells", "num_seeds", "recipe")
 
 def settings() -> dict[str, Any]:
     """Returns what decides what is computed: the preset, and the flags that were given."""
-    values = {flag.name: flag.value for flag in FLAGS.flags_by_module_dict()[sys.argv[0]]}
+    values = studies.flag_values()
     found = dict(PRESETS[FLAGS.preset])
     for name, value in values.items():
         if value is not None and name not in (*NOT_SETTINGS, "preset"):
@@ -103,8 +102,8 @@ def check(chosen: dict[str, Any]) -> None:
             f"--cell must name {gains.MIN_ARCHITECTURES} cells at least, as a ranking needs, found "
             f"{', '.join(chosen['cell'])}"
         )
-    transfer_study.check_trials([chosen], FLAGS.data_dir, "--downscale")
-    images = transfer_study.load(chosen["dataset"], FLAGS.data_dir, chosen["downscale"])
+    studies.check_trials([chosen], FLAGS.data_dir, "--downscale")
+    images = studies.load(chosen["dataset"], FLAGS.data_dir, chosen["downscale"])
     common.check_padding(images, chosen["padding"])
 
 
@@ -126,7 +125,7 @@ def read_published() -> dict[str, float]:
 def report(
     records: list[dict[str, Any]], workdir: pathlib.Path, published: dict[str, float] | None
 ) -> None:
-    """Prints what failed and the table, and draws the figures."""
+    """Tells what failed, and writes and prints the table and the figures."""
     failed = [
         f"{count} runs of {recipe} failed: {error}"
         for (recipe, error), count in collections.Counter(
@@ -136,27 +135,20 @@ def report(
     for line in failed:
         print(line, file=sys.stderr)
     accuracies, cells = rank_study.accuracies_of(records)
-    ranking = rank_report.ranking_of(accuracies, cells, published=published)
-    table = rank_report.table(ranking)
-    text = common.markdown_table(table)
-    files.write_text(workdir / "table.md", text)
-    print(text)
-    figures = {}
-    for name, caption in rank_figures.CAPTIONS.items():
-        path = workdir / f"{name}.png"
-        getattr(rank_figures, f"draw_{name}")(ranking, path)
-        print(f"figure: {path}")
-        figures[path] = caption
-    title = f"Ranking of {len(ranking.cells)} cells under {len(ranking.accuracies)} recipes"
-    path = page.write(
+    ranking_ = ranking_of(accuracies, cells, published=published)
+    for name, (draw, _) in FIGURES.items():
+        draw(ranking_, workdir / f"{name}.png")
+    page.publish(
         workdir,
-        title,
+        f"Ranking of {len(ranking_.cells)} cells under {len(ranking_.accuracies)} recipes",
         __doc__,
         remarks=failed,
-        tables={"Accuracy, gain and Kendall's tau of every recipe, with 95 % intervals.": table},
-        figures=figures,
-    )
-    print(f"report: {path}")
+        tables={
+            "Accuracy, gain and Kendall's tau of every recipe, with 95 % intervals.":
+                table(ranking_)
+        },
+        figures={workdir / f"{name}.png": caption for name, (_, caption) in FIGURES.items()},
+    )  # fmt: skip
 
 
 def run() -> None:
@@ -172,12 +164,316 @@ def run() -> None:
 
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, chosen, extensible=EXTENSIBLE)
-        bases = study(plan.searches, rank_networks.search_rate, "bases")
-        found = study(plan.measurements, rank_networks.measure, "measurements")
+        bases = study(plan.searches, rank_study.search_rate, "bases")
+        found = study(plan.measurements, rank_study.measure, "measurements")
         trials = rank_study.trials_of(plan, bases)
-        train = functools.partial(rank_networks.train, measurements=rank_study.by_cell(found))
+        train = functools.partial(rank_study.train, measurements=rank_study.by_cell(found))
         records = study(trials, train, "results")
     report(records, workdir, published)
+
+
+# What they say, of the cells that no recipe lost altogether: all numbers are of the same ones.
+
+Accuracies = Mapping[str, np.ndarray]
+FRACTIONS = (1.0, 0.5, 0.2)
+
+
+class Ranking(NamedTuple):
+    """What the report is about.
+
+    Attributes:
+      accuracies: [A, S] by recipe, from 0 to 1, NaN where a run was lost; each cell has one left.
+      cells: the A codes, such as `3_34_131`.
+      fixed: the recipe that others are compared with.
+      published: accuracy in percent by cell, of those that are known.
+      lost: by recipe, how many of how many runs were lost.
+    """
+
+    accuracies: Accuracies
+    cells: Sequence[str]
+    fixed: str
+    published: Mapping[str, float]
+    lost: Mapping[str, str]
+
+    @property
+    def others(self) -> list[str]:
+        return [recipe for recipe in self.accuracies if recipe != self.fixed]
+
+
+def ranking_of(
+    accuracies: Accuracies,
+    cells: Sequence[str],
+    *,
+    fixed: str = "fixed",
+    published: Mapping[str, float] | None = None,
+) -> Ranking:
+    """Returns the data of a report, checked, without the cells that some recipe lost altogether.
+
+    Raises:
+      ValueError: no recipe `fixed`, no other, accuracies that are not fractions or not of the
+        cells, a cell that is named twice, or fewer than 3 cells left.
+    """
+    if fixed not in accuracies or len(accuracies) < 2:
+        raise ValueError(f"recipes must be {fixed!r} and others, found {', '.join(accuracies)}")
+    if twice := sorted({cell for cell in cells if list(cells).count(cell) > 1}):
+        raise ValueError(f"cells must be different, found {twice[0]!r} twice")
+    shape = (len(cells), np.shape(accuracies[fixed])[-1])
+    for recipe, values in accuracies.items():
+        if np.shape(values) != shape:
+            raise ValueError(
+                f"accuracies of {recipe!r} must be [cells, seeds] {shape}, found {np.shape(values)}"
+            )
+        if np.any((values < 0) | (values > 1)):
+            raise ValueError(f"accuracies of {recipe!r} must be from 0 to 1, or NaN; found "
+                             f"{np.nanmin(values):g} to {np.nanmax(values):g}")  # fmt: skip
+    trained = np.all([np.isfinite(one).any(1) for one in accuracies.values()], axis=0)
+    if trained.sum() < gains.MIN_ARCHITECTURES:
+        raise ValueError(f"a ranking needs {gains.MIN_ARCHITECTURES} cells with a run under every "
+                         f"recipe, found {trained.sum()} of {len(cells)}")  # fmt: skip
+    return Ranking(
+        {recipe: values[trained] for recipe, values in accuracies.items()},
+        [cell for cell, there in zip(cells, trained, strict=True) if there],
+        fixed,
+        published or {},
+        {one: f"{np.isnan(x).sum()} of {np.size(x)}" for one, x in accuracies.items()},
+    )
+
+
+def table(study: Ranking, *, resamples: int = 1000) -> pd.DataFrame:
+    """Returns a row for every recipe: accuracy, gain, and taus beside their seed control.
+
+    Tau and control are means over disjoint groups of half the seeds; see `ranking`.
+    """
+    shares = [f"top {fraction:.0%}" if fraction < 1 else "all" for fraction in FRACTIONS]
+    rows = []
+    for recipe, accuracies in study.accuracies.items():
+        pair = study.accuracies[study.fixed], accuracies
+        means = 100 * gains.seed_means(accuracies)
+        gain, gaining = _gain(study, recipe, resamples)
+        row = {
+            "recipe": recipe,
+            f"accuracy of {len(study.cells)} cells, %": f"{means.mean():.2f}",
+            "spread over cells, %": f"{means.std(ddof=1):.2f}",
+            "gain, points": gain,
+            "cells that gain": gaining,
+            "runs lost": study.lost[recipe],
+        }
+        for name, curve in {
+            f"tau to {study.fixed}": tau_to_fixed(study, recipe, FRACTIONS, resamples),
+            "seed control": control_of(study, recipe, FRACTIONS, resamples),
+        }.items():
+            shown = _shown(curve) if curve else [NONE] * len(shares)
+            row |= {f"{name}, {share}": one for share, one in zip(shares, shown, strict=True)}
+        below = NONE
+        if recipe != study.fixed and num_seeds(study) > 1:
+            (below,) = _shown(ranking.tau_shortfall(*pair, (1.0,), **_options(resamples)))
+        row["tau below control, all"] = below
+        if study.published:
+            (row["tau to published"],) = _shown(_published(study, recipe, resamples))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def num_seeds(study: Ranking) -> int:
+    """Returns S."""
+    return np.shape(study.accuracies[study.fixed])[1]
+
+
+def _options(resamples: int) -> dict:
+    """The same resamples for every curve."""
+    return {"rng": np.random.default_rng(0), "resamples": resamples}
+
+
+def tau_to_fixed(study: Ranking, recipe: str, fractions, resamples: int) -> ranking.TauCurve | None:
+    """Returns tau of a recipe to the fixed one at its top; None for that one."""
+    if recipe == study.fixed:
+        return None
+    average = "halves" if num_seeds(study) > 1 else "all"
+    pair = study.accuracies[study.fixed], study.accuracies[recipe]
+    options = _options(resamples)
+    return ranking.kendall_tau_at_top(*pair, fractions, average=average, **options)
+
+
+def control_of(study: Ranking, recipe: str, fractions, resamples: int) -> ranking.TauCurve | None:
+    """Returns the seed control of a recipe; None for one seed."""
+    if num_seeds(study) < 2:
+        return None
+    return ranking.seed_control(study.accuracies[recipe], fractions, **_options(resamples))
+
+
+def _published(study: Ranking, recipe: str, resamples: int) -> ranking.TauCurve:
+    found = np.array([[study.published.get(cell, math.nan)] for cell in study.cells])
+    ours = study.accuracies[recipe]
+    options = _options(resamples)
+    return ranking.kendall_tau_at_top(found, ours, (1.0,), average="all", **options)
+
+
+def _gain(study: Ranking, recipe: str, resamples: int) -> tuple[str, str]:
+    if recipe == study.fixed:
+        return NONE, NONE
+    pair = study.accuracies[study.fixed], study.accuracies[recipe]
+    one = gains.gain_summary(*pair, **_options(resamples))
+    mean, low, high = (f"{100 * value:+z.2f}" for value in (one.mean, one.low, one.high))
+    cells = len(one.gains)
+    return f"{mean} [{low}, {high}]", f"{round(one.share * cells)} of {cells}"
+
+
+def _shown(curve: ranking.TauCurve) -> list[str]:
+    return [
+        f"{number(value, 'z.2f')} [{number(low, 'z.2f')}, {number(high, 'z.2f')}]"
+        if math.isfinite(value)
+        else NONE
+        for value, low, high in zip(curve.value, curve.low, curve.high, strict=True)
+    ]
+
+
+# Figures [AAS, figures on NAS-Bench-201].
+
+CURVE_FRACTIONS = tuple((np.arange(1, 11) / 10).tolist())
+
+
+def _colour(study: Ranking, recipe: str) -> str:
+    return COLOURS[study.others.index(recipe) % len(COLOURS)] if recipe != study.fixed else GREY
+
+
+_panels = functools.partial(panels.create_panels, width=3.5, columns=3)
+
+
+def draw_accuracies(study: Ranking, path: pathlib.Path) -> None:
+    """Draws accuracy under each recipe against that under `fixed`, a dot a cell."""
+    figure, drawn = _panels(len(study.others), 3.8, sharex=True, sharey=True)
+    x, x_error = _means_and_errors(study.accuracies[study.fixed])
+    every = [_means_and_errors(one)[0] for one in study.accuracies.values()]
+    margin = 0.04 * np.ptp(every) + 0.1
+    low, high = np.min(every) - margin, np.max(every) + margin
+    for panel, recipe in zip(drawn, study.others, strict=True):
+        y, y_error = _means_and_errors(study.accuracies[recipe])
+        panel.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", markersize=3.5, linewidth=0,
+                       color=_colour(study, recipe), ecolor="#bbbbbb", elinewidth=0.8)  # fmt: skip
+        panel.axline((low, low), slope=1, color=GREY, linewidth=0.8, zorder=0)
+        panel.set(xlim=(low, high), ylim=(low, high), box_aspect=1)
+        title = f"{recipe}: {np.mean(y > x):.0%} of {len(x)} cells above the line"
+        panel.set_title(title, fontsize=9)
+    errors = " (± standard error)" if num_seeds(study) > 1 else ""
+    across = f"accuracy under {study.fixed}, %"
+    panels.finish(figure, path, across=across, up=f"accuracy, %{errors}")
+
+
+def _means_and_errors(accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Percent; a cell with one seed has error 0."""
+    number = np.isfinite(accuracies).sum(1)
+    means = gains.seed_means(accuracies)
+    squares = np.nansum((accuracies - means[:, None]) ** 2, axis=1)
+    return 100 * means, 100 * np.sqrt(squares / np.maximum(number * (number - 1), 1))
+
+
+def draw_taus(study: Ranking, path: pathlib.Path, *, resamples: int = 1000) -> None:
+    """Draws tau to `fixed` at its top K% with bootstrap bands, beside the seed controls."""
+    figure, drawn = _panels(len(study.others), 3.3, sharex=True, sharey=True)
+    base = control_of(study, study.fixed, CURVE_FRACTIONS, resamples)
+    percent = 100 * np.asarray(CURVE_FRACTIONS)
+    for panel, recipe in zip(drawn, study.others, strict=True):
+        colour = _colour(study, recipe)
+        curve = tau_to_fixed(study, recipe, CURVE_FRACTIONS, resamples)
+        own = control_of(study, recipe, CURVE_FRACTIONS, resamples)
+        assert curve is not None
+        panel.fill_between(percent, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        panel.plot(percent, curve.value, "o-", color=colour, markersize=3.5,
+                   label=f"{recipe} to {study.fixed}")  # fmt: skip
+        if base and own:
+            panel.plot(percent, base.value, "--", color=GREY, label=f"seeds of {study.fixed}")
+            panel.plot(percent, own.value, ":", color=colour, label=f"seeds of {recipe}")
+        panel.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+        panel.legend(fontsize=7.5, frameon=False, loc="lower right")
+    label = f"top K % of cells under {study.fixed}"
+    label += " (of seeds: under their recipe)" if base else ""
+    panels.finish(figure, path, across=label, up="Kendall's tau")
+
+
+def draw_gaps(study: Ranking, path: pathlib.Path) -> None:
+    """Draws the distribution of the accuracy gaps between pairs of cells under each recipe."""
+    figure, (panel,) = _panels(1, 3.3)
+    figure.set_size_inches(6.2, 3.9)
+    for recipe in study.accuracies:
+        pair = study.accuracies[study.fixed], study.accuracies[recipe]
+        found, colour = gains.pairwise_gaps(*pair), _colour(study, recipe)
+        label = recipe
+        if recipe != study.fixed:
+            label += f": {found.flips:.1%} of pairs flip"
+            if math.isfinite(found.clear_flips):
+                label += f", {found.clear_flips:.1%} beyond noise"
+        panel.ecdf(100 * found.other, color=colour, linewidth=1.4, label=label)
+        if math.isfinite(found.noise[1]):
+            panel.axvline(200 * found.noise[1], color=colour, linestyle=":", linewidth=1)
+    panel.set_xscale("symlog", linthresh=0.1)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_formatter("{x:g}")
+    label = "gap between two cells, % (linear below 0.1; dotted: two standard errors of a gap)"
+    panel.set_xlabel(label, fontsize=9)
+    panel.set_ylabel("share of pairs with a smaller gap", fontsize=9)
+    panel.legend(fontsize=8, frameon=False, loc="upper left")
+    panels.finish(figure, path)
+
+
+def draw_gains(study: Ranking, path: pathlib.Path) -> None:
+    """Draws gain over `fixed` against the mean depth of a cell's paths, by its shortcut."""
+    depths, shortcut = cell_features(study.cells)
+    figure, drawn = _panels(len(study.others), 3.3, sharex=True, sharey=True)
+    for panel, recipe in zip(drawn, study.others, strict=True):
+        pair = study.accuracies[study.fixed], study.accuracies[recipe]
+        found = 100 * gains.gain_summary(*pair).gains
+        noise = 200 * math.hypot(*(gains.pooled_deviation(one) for one in pair))
+        noise /= math.sqrt(num_seeds(study))
+        if math.isfinite(noise):
+            panel.axhspan(-noise, noise, color=GREY, alpha=0.15, linewidth=0, zorder=0,
+                          label="within two standard errors of 0")  # fmt: skip
+        for has, marker, colour in ((True, "o", COLOURS[0]), (False, "^", COLOURS[1])):
+            chosen = shortcut == has
+            label = f"input {'joins' if has else 'does not join'} output by a skip"
+            panel.scatter(depths[chosen], found[chosen], s=18, marker=marker, color=colour,
+                          alpha=0.75, linewidths=0, label=label)  # fmt: skip
+        panel.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+        title = f"{recipe}: mean {found.mean():+.2f} points"
+        if np.ptp(depths) and np.ptp(found):
+            tau = scipy.stats.kendalltau(depths, found).statistic
+            title += f", tau with depth {tau:+.2f}"
+        panel.set_title(title, fontsize=9)
+    panels.finish(
+        figure,
+        path,
+        across="convolutions on a path through the cell, mean over paths",
+        up=f"gain over {study.fixed}, percentage points",
+        columns=min(3, len(drawn)),
+    )
+
+
+def cell_features(cells: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean depth of each cell's paths, and whether a skip joins input and output."""
+    depths, shortcut = [], []
+    for cell in cells:
+        graph = cell_graph(cell)
+        paths = archscale.path_statistics(graph)
+        depths.append(paths.depth_sum / paths.count)
+        shortcut.append(cell_code(graph).split("_")[2][0] == "1")
+    return np.array(depths), np.array(shortcut)
+
+
+FIGURES = {
+    "accuracies": (
+        draw_accuracies, "Accuracy under each recipe against that under fixed, a dot a cell."
+    ),
+    "taus": (
+        draw_taus,
+        "Kendall's tau to fixed among its best cells, with bootstrap bands and seed controls.",
+    ),
+    "gaps": (
+        draw_gaps, "Distribution of the gaps in accuracy between pairs of cells under each recipe."
+    ),
+    "gains": (
+        draw_gains, "Gain over fixed against the mean depth of a cell's paths, a mark a cell."
+    ),
+}  # fmt: skip
+"""What draws each figure, and what it shows."""
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ import math
 import pathlib
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
+import pandas as pd
 from absl import flags
-from rich.console import Console
 
 import archscale_jax as archscale
 from archscale_jax._spaces import chain_string, random_dag_string
 from archscale_jax.rules import LEARNING_RATE_RULES
-from experiments import scaling_report
-from experiments.lab import common, display, files, page, ranges, recipe, runners
+from experiments.lab import common, display, page, panels, ranges, recipe, runners
 from experiments.lab.sweeps import run_study
+from experiments.lab.tables import number
 
 FLAGS = flags.FLAGS
 
@@ -46,7 +47,7 @@ ranges.define_list(
     "rules",
     ["none", "path_sum"],
     "Learning-rate rules to compare.",
-    ranges.name_of("learning-rate rule", LEARNING_RATE_RULES),
+    ranges.RuleName(LEARNING_RATE_RULES),
 )
 ranges.define("min_rate", 0.01, "Smallest rate of the search on the base network.", "rate")
 ranges.define("max_rate", 3.0, "Largest rate of the search.", "rate")
@@ -102,37 +103,27 @@ def run() -> None:
         journal = workdir / "results.jsonl"
         base_rate, transferred = _train(settings, networks, rates, steps, journal, options)
 
-    rows = scaling_report.summarise(
-        networks, parse, rules, transferred, math.log(dataset.num_classes)
-    )
-    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
-    table = scaling_report.table(rows, rules, title)
-    console = Console()
-    unbounded = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-    answer = scaling_report.answer(rows, rules)
-    console.print(table, scaling_report.overview_table(rows, rules), *answer, "", sep="\n")
-    markdown = scaling_report.markdown(rows, rules, title)
-    files.write_text(workdir / "table.md", markdown)
+    results = summarise(networks, transferred, math.log(dataset.num_classes))
     figure = workdir / "scaling.png"
-    scaling_report.draw(rows, rules, title, figure)
-    report = page.write(
+    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
+    draw(results, title, figure)
+    page.publish(
         workdir,
         f"Gains of scaled learning rates on {dataset.name}",
         __doc__,
         remarks=[
             f"Base rate {base_rate:.3g}, tuned on the network {FLAGS.base_architecture}.",
-            *answer,
+            *answer(results),
         ],
         tables={
-            f"What every rule gains {scaling_report.OVERVIEW}.":
-                scaling_report.overview(rows, rules),
-            f"Training loss (nats) and test accuracy: {scaling_report.caption(rows, rules)}.":
-                scaling_report.by_network(rows, rules),
+            "What every rule gains over all networks; a seed that diverged counts with the loss of "
+            "guessing.": overview(results),
+            f"Training loss (nats) and test accuracy: means over {results['seeds'].max()} seeds; "
+            "n†: n of them diverged and are left out; group k of a DAG string lists the edges into "
+            "vertex k: 0 none, 1 skip, 2 weights.": by_network(results),
         },
         figures={figure: "Training loss of every network under every rule, a mark a seed."},
-    )  # fmt: skip
-    print(f"results: {journal}\nfigure:  {figure}\nreport:  {report}")
+    )
 
 
 def _networks() -> dict[str, str]:
@@ -210,6 +201,141 @@ def _train(
         for rule in FLAGS.rules:
             trials += trials_of("transfer", text, rule, base_rate)
     return base_rate, study(trials, "transfer")[len(searched) :]
+
+
+# What they say. Frames have a row for every network and rule, in the order of both.
+
+
+def summarise(
+    networks: Mapping[str, str], records: Sequence[Mapping[str, Any]], guessing: float
+) -> pd.DataFrame:
+    """Returns what the trainings of every network by every rule ended with, over seeds.
+
+    Args:
+      networks: DAG strings by name.
+      records: of trainings; other networks are left out.
+      guessing: loss of guessing, with which a seed that diverged enters `counted`.
+    """
+    runs = pd.DataFrame.from_records(list(records))
+    runs["diverged"] = runs["diverged"].astype(bool)
+    runs["counted"] = runs["train_loss"].astype(float).mask(runs["diverged"], guessing)
+    finished = ~runs["diverged"]
+    for name in ("train_loss", "test_accuracy"):
+        runs[name] = runs[name].astype(float).where(finished)
+    rows = []
+    for name, text in networks.items():
+        for rule, group in runs[runs["architecture"] == text].groupby("rule", sort=False):
+            rows.append(
+                {
+                    "network": name,
+                    "architecture": text,
+                    "rule": rule,
+                    "factor": group["rate"].iloc[0] / group["base_rate"].iloc[0],
+                    "diverged": group["diverged"].sum(),
+                    "seeds": len(group),
+                    "loss": group["train_loss"].mean(),
+                    "accuracy": group["test_accuracy"].mean(),
+                    "counted": group["counted"].mean(),
+                    "losses": group["train_loss"].dropna().tolist(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _label(rule: str) -> str:
+    return "unscaled" if rule == "none" else rule
+
+
+def _by_rule(results: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One column by network and rule, both in their order."""
+    table = results.pivot(index="network", columns="rule", values=column)
+    return table.loc[results["network"].unique(), results["rule"].unique()]
+
+
+def by_network(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row for every network: its paths, and of every rule factor, loss and accuracy."""
+    rows: dict[str, dict[str, str]] = {}
+    for one in results.itertuples(index=False):
+        row = rows.setdefault(one.network, {})
+        if not row:
+            paths = archscale.path_statistics(archscale.dag_graph(one.architecture))
+            row |= {"network": one.network, "paths": f"{paths.count}"}
+            row["Σ L³"] = f"{paths.depth_cubed_sum}"
+        if one.rule != "none":
+            row[f"{one.rule} factor"] = f"{one.factor:.3f}"
+        diverged = f"{one.diverged}†" if one.diverged else ""
+        row[f"{_label(one.rule)} loss"] = diverged + number(one.loss, ".3f")
+        row[f"{_label(one.rule)} acc."] = number(one.accuracy, ".3f")
+    return pd.DataFrame(list(rows.values()))
+
+
+def overview(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns what every rule gained over all networks."""
+    counted = _by_rule(results, "counted")
+    rows = []
+    for rule in counted.columns:
+        own, better = results[results["rule"] == rule], "–"
+        if rule != "none" and "none" in counted:
+            better = f"{(counted[rule] < counted['none']).sum()} of {len(counted)}"
+        rows.append(
+            {
+                "rule": _label(rule),
+                "diverged": f"{own['diverged'].sum()} of {own['seeds'].sum()}",
+                "mean loss": f"{counted[rule].mean():.3f}",
+                "best on": f"{(counted[rule] == counted.min(axis=1)).sum()}",
+                "better than unscaled on": better,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def answer(results: pd.DataFrame) -> list[str]:
+    """Returns a sentence a rule: what it saves, and what it gains where nothing needs saving."""
+    counted, diverged = _by_rule(results, "counted"), _by_rule(results, "diverged")
+    if "none" not in counted:
+        return []
+    alive = counted[diverged["none"] == 0]
+    runs = _by_rule(results, "seeds")["none"].sum()
+    return [
+        f"Unscaled, {diverged['none'].sum()} of {runs} runs diverged; by {rule}, "
+        f"{diverged[rule].sum()}. Where no unscaled run did, {rule} was better on "
+        f"{(alive[rule] < alive['none']).sum()} of {len(alive)} networks."
+        for rule in counted.columns
+        if rule != "none"
+    ]
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def draw(results: pd.DataFrame, title: str, path: pathlib.Path) -> None:
+    """Draws training loss of every network under every rule, one mark a seed."""
+    names, rules = (list(results[name].unique()) for name in ("network", "rule"))
+    width = max(6.5, 0.42 * len(names) + 2.5)
+    figure, (panel,) = panels.create_panels(1, 4.2, width=width, columns=1)
+    losses = results["losses"].explode().dropna()
+    top = 1.5 * losses.max() if len(losses) else 1.5
+    for index, rule in enumerate(rules):
+        shift = 0.7 * (index - (len(rules) - 1) / 2) / len(rules)
+        colour = (panels.GREY, *panels.COLOURS)[index % 7]
+        points = []
+        for one in results[results["rule"] == rule].itertuples(index=False):
+            place = names.index(one.network) + shift
+            points += [(place, loss) for loss in one.losses]
+            if one.diverged:
+                text = f"{one.diverged}×"
+                panel.text(place, top, text, color=colour, fontsize=8, ha="center")
+        panel.scatter(*zip(*points, strict=True) if points else ([], []), s=18, alpha=0.8,
+                      color=colour, marker=MARKERS[index % 6], linewidths=0,
+                      label=_label(rule))  # fmt: skip
+    panel.set(yscale="log", xlim=(-0.6, len(names) - 0.4), ylabel="training loss (nats)")
+    panel.set_ylim(None if len(losses) else top / 10, top * 1.4)  # without a loss: no scale
+    panel.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+    panel.grid(axis="x", visible=False)
+    panel.set_title(
+        f"{title}\none mark a seed; n× in the top row: seeds that diverged", fontsize=10
+    )
+    panels.finish(figure, path, columns=len(rules))
 
 
 if __name__ == "__main__":

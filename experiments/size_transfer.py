@@ -11,17 +11,70 @@ and prints the table. Killed and started again it goes on. The defaults are the 
 """
 
 import functools
-import sys
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import optax
+import pandas as pd
 from absl import flags
 
-from experiments import size_transfer_study
-from experiments.lab import common, files, page, ranges, runners
+import archscale_jax as archscale
+from archscale_jax._errors import unknown
+from archscale_jax.tuning._basin import excess_loss
+from experiments.lab import (
+    common,
+    datasets,
+    families,
+    networks,
+    page,
+    panels,
+    ranges,
+    runners,
+    studies,
+    tables,
+)
 from experiments.lab.data_flags import define_data_flags
-from experiments.lab.sweeps import run_study
-from experiments.size_transfer_study import STUDIES
+from experiments.lab.networks import Network
+from experiments.lab.sweeps import run_study, trial_hash
 
 FLAGS = flags.FLAGS
+
+Trial = Mapping[str, Any]
+Records = dict[str, dict[str, Any]]
+
+
+class Study(NamedTuple):
+    """Networks of one family; the first size is the one on which the rate would be tuned."""
+
+    family: str
+    axis: str
+    sizes: tuple[int, ...]
+    options: Mapping[str, Any]
+    parametrizations: tuple[str, ...]
+
+
+PARAMETRIZATIONS = ("initialized", "factors", "standard")
+_OURS = ("initialized", "factors")
+_RESNET = {"optimizer": "sgd", "width": 8, "downscale": 4}
+_TRANSFORMER = {"optimizer": "adam", "width": 32, "depth": 2, "downscale": 1}
+
+STUDIES = {
+    # 2 blocks' convolutions each, stem and readout: 8, 16, 24 and 32 layers.
+    "resnet_depth": Study("resnet", "depth", (3, 7, 11, 15), _RESNET, PARAMETRIZATIONS),
+    "transformer_depth": Study("transformer", "depth", (1, 2, 4, 8), _TRANSFORMER, _OURS),
+    "transformer_width": Study("transformer", "width", (16, 32, 64, 128), _TRANSFORMER, _OURS),
+}
+RULES = (
+    "none",
+    "path_sum_activations",
+    "effective_depth",
+    "standardized_update",
+    "relative_update",
+)
+
 
 ranges.define_list("study", list(STUDIES), "Which networks grow.", ranges.name_of("study", STUDIES))
 define_data_flags("fashion_mnist")
@@ -43,15 +96,11 @@ NOT_SETTINGS = ("data_dir", "study", "workdir")
 
 def run() -> None:
     """Searches and measures what is missing, predicts, prints and draws."""
-    values = FLAGS.flags_by_module_dict()[sys.argv[0]]
-    settings = {flag.name: flag.value for flag in values if flag.name not in NOT_SETTINGS}
-    trials = size_transfer_study.all_trials(FLAGS.study, settings)
-    size_transfer_study.check_trials(trials, FLAGS.data_dir)
-    found: dict[str, size_transfer_study.Records] = {}
-    functions = {
-        "results": size_transfer_study.search_rate,
-        "measurements": size_transfer_study.measure,
-    }
+    settings = studies.flag_values(NOT_SETTINGS)
+    trials = all_trials(FLAGS.study, settings)
+    check_trials(trials, FLAGS.data_dir)
+    found: dict[str, Records] = {}
+    functions = {"results": search_rate, "measurements": measure}
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, settings)
         for name, function in functions.items():
@@ -64,21 +113,207 @@ def run() -> None:
             )
             runners.check_finished(records, workdir / f"{name}.jsonl")
             found[name] = {record["hash"]: record["result"] for record in records}
-    groups = size_transfer_study.grouped(trials, found)
-    table = size_transfer_study.table(groups)
-    text = common.markdown_table(table)
-    files.write_text(workdir / "table.md", text)
-    print(text)
+    groups = grouped(trials, found)
     figure = workdir / "size_transfer.png"
-    size_transfer_study.draw(groups, figure)
-    report = page.write(
+    draw(groups, figure)
+    page.publish(
         workdir,
         f"Learning rates of growing networks on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
-        tables={"How far the rates of each rule miss (nats), and what that costs.": table},
+        tables={"How far the rates of each rule miss (nats), and what that costs.": table(groups)},
         figures={figure: "Best rates against size, with the prediction of every rule (dashed)."},
     )
-    print(f"figure: {figure}\nreport: {report}")
+
+
+def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
+    """Returns one trial for every network, the base of each parametrization first.
+
+    Raises:
+      ValueError: an unknown study, a single size, or one that no network has.
+    """
+    trials: list[Trial] = []
+    for name in names:
+        if name not in STUDIES:
+            raise ValueError(unknown("study", name, STUDIES))
+        family, axis, sizes, options, parametrizations = STUDIES[name]
+        sizes = tuple(map(int, settings["size"])) or sizes
+        if len(set(sizes)) < 2:
+            raise ValueError(f"--size must hold two different sizes at least, found {sizes}")
+        for size in sizes:
+            try:
+                ranges.KINDS[axis].parse(str(size))
+            except ValueError as error:
+                raise ValueError(f"--size, found the {axis} {size} of {name}: {error}") from None
+        shared = {key: settings[key] for key in ("dataset", "batch_size", "steps")}
+        shared |= {"seeds": settings["num_seeds"], "study": name, "family": family, "axis": axis}
+        for how in parametrizations:
+            for size in sizes:
+                trial = shared | {"parametrization": how, "base": sizes[0]}
+                trials.append(trial | dict(options) | {axis: size})
+    return trials
+
+
+def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
+    """Checks that the data of trials are there and fit them; see `studies.check_trials`."""
+    studies.check_trials(trials, data_dir)
+    for trial in trials:
+        if trial["family"] == "transformer":
+            images = studies.load(trial["dataset"], data_dir, trial["downscale"])
+            families.check_transformer(images, trial["width"], "--size")
+
+
+def build(trial: Trial, data_dir: str | None = None) -> Network:
+    """Builds the network of a trial as it is parametrized."""
+    dataset = studies.load(trial["dataset"], data_dir, trial["downscale"])
+    sizes = {key: trial[key] for key in ("width", "depth")}
+    create = functools.partial(families.create_network, trial["family"], dataset)
+    optimizer = networks.OPTIMIZERS[trial["optimizer"]]
+    network = create(**sizes, abstract=True)._replace(optimizer=optimizer)
+    if trial["parametrization"] == "standard":
+        return network._replace(draw=lambda seed: create(**sizes, seed=seed).params)
+    if trial["parametrization"] == "initialized":
+        return network
+    base = create(**sizes | {trial["axis"]: trial["base"]}, abstract=True)
+    scaling = archscale.scale_by_architecture(
+        network.architecture,
+        base.architecture,
+        "none",
+        **{f"{trial['axis']}_rule": trial["optimizer"]},
+    )
+    return network._replace(optimizer=lambda rate: optax.chain(optimizer(rate), scaling))
+
+
+def search_rate(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
+    """Searches the best rate of a trial's network; see `networks.search_rate`."""
+    return networks.search_rate(build(trial, data_dir), trial, refine=0)
+
+
+def measure(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
+    """Measures one update of a trial's network for every seed, see `measure_update`."""
+    network = build(trial, data_dir)
+    return networks.as_lists(networks.measure_seeds(network.measure, network, trial))
+
+
+# What they say.
+
+
+class Group(NamedTuple):
+    """The networks of one study and parametrization, by size.
+
+    Attributes:
+      searches: what was found.
+      predicted: the rates that each rule gives from that of the smallest network; of `factors`,
+        where the rate should stay, by the rule `none` alone.
+    """
+
+    searches: dict[int, archscale.tuning.RateSearch]
+    predicted: dict[str, dict[int, float]]
+
+
+def grouped(trials: list[Trial], records: dict[str, Records]) -> dict[tuple[str, str], Group]:
+    """Returns the groups by study and parametrization."""
+    groups: dict[tuple[str, str], dict[int, Trial]] = {}
+    for trial in trials:
+        key = (trial["study"], trial["parametrization"])
+        groups.setdefault(key, {})[trial[trial["axis"]]] = trial
+    return {key: _group(sizes, records) for key, sizes in groups.items()}
+
+
+def _group(sizes: dict[int, Trial], records: dict[str, Records]) -> Group:
+    searches = {}
+    for size, trial in sizes.items():
+        runs = networks.runs_of(records["results"][trial_hash(trial)])
+        searches[size] = archscale.tuning.summarise_runs(runs)
+    base_trial = next(iter(sizes.values()))
+    rules = ("none",) if base_trial["parametrization"] == "factors" else RULES
+    rate = next(iter(searches.values())).rate
+    predicted: dict[str, dict[int, float]] = {rule: {} for rule in rules}
+    for size, trial in sizes.items():
+        for rule in rules:
+            target, base = (
+                _compared(one, rule, records["measurements"]) for one in (trial, base_trial)
+            )
+            predicted[rule][size] = archscale.predict_learning_rate(target, base, rate, rule)
+    return Group(searches, predicted)
+
+
+def _compared(trial: Trial, rule: str, measurements: Records) -> Any:
+    """What a rule compares: the measurement of a network, or its graph."""
+    if rule in archscale.tuning.MEASURED_RULES:
+        return networks.sizes_of(measurements[trial_hash(trial)])
+    return _architecture(trial["family"], trial["width"], trial["depth"])
+
+
+@functools.lru_cache(maxsize=64)
+def _architecture(family: str, width: int, depth: int) -> archscale.Architecture:
+    dataset = datasets.load("digits")  # the graph does not depend on the images
+    return families.create_network(family, dataset, width, depth, abstract=True).architecture
+
+
+def table(groups: Mapping[tuple[str, str], Group]) -> pd.DataFrame:
+    """Returns how far each rule's rates miss, and what that costs in loss."""
+    rows = []
+    for (study, how), (searches, predicted) in groups.items():
+        best = {size: search.rate for size, search in searches.items()}
+        losses = {size: archscale.tuning.mean_losses(search) for size, search in searches.items()}
+        noise = np.mean([search.seed_error for search in searches.values()])
+        for rule, found in predicted.items():
+            errors = [math.log(found[size] / best[size]) for size in list(best)[1:]]
+            worst = max(excess_loss(found[size], losses[size]) for size in list(best)[1:])
+            rows.append(
+                {
+                    "study": study,
+                    "parametrization": how,
+                    "best rates": " ".join(f"{rate:.3g}" for rate in best.values()),
+                    "noise": f"{noise:.2f}",
+                    "rule": rule,
+                    "RMS error": f"{math.sqrt(np.mean(np.square(errors))):.2f}",
+                    "worst loss": tables.number(worst, "+.1%", missing="lost"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+COLOURS: dict[str, str] = dict(
+    zip(RULES, ("#888888", "#d55e00", "#e69f00", "#0072b2", "#56b4e9"), strict=True)
+)
+
+
+def draw(groups: Mapping[tuple[str, str], Group], path: pathlib.Path) -> None:
+    """Draws the best rates against size with every rule's prediction."""
+    names = list(dict.fromkeys(study for study, _ in groups))
+    places = [(study, how) for study in names for how in PARAMETRIZATIONS]
+    figure, drawn = panels.create_panels(len(places), 2.5, width=2.8, columns=len(PARAMETRIZATIONS))
+    for panel, (study, how) in zip(drawn, places, strict=True):
+        panel.set_visible((study, how) in groups)
+        if panel.get_visible():
+            _draw_group(panel, groups[study, how])
+        panel.set_title(f"{study.replace('_', ' ')}: {how}", fontsize=8.5)
+        panel.set_xlabel("blocks" if STUDIES[study].axis == "depth" else "width", fontsize=8.5)
+        found = [one for (name, _), group in groups.items() if name == study
+                 for one in group.searches.values()]  # fmt: skip
+        low = min(search.basin.lower for search in found) / 4
+        high = 2 * max(search.basin.upper for search in found)
+        panel.set(yscale="log", ylim=(low, high))  # what misses by more leaves the panel
+    panels.finish(figure, path, up="learning rate", columns=4)
+
+
+def _draw_group(panel, group: Group) -> None:
+    sizes = list(group.searches)
+    for rule, rates in group.predicted.items():
+        label = rule.replace("_", " ")
+        panel.plot(sizes, list(rates.values()), "--", color=COLOURS[rule], lw=1.2, label=label)
+    basins = [search.basin for search in group.searches.values()]
+    panel.fill_between(
+        sizes,
+        [basin.lower for basin in basins],
+        [basin.upper for basin in basins],
+        color="#dddddd",
+        label="within 2 % of the best loss",
+    )
+    best = [search.rate for search in group.searches.values()]
+    panel.plot(sizes, best, "o-", color="black", lw=1.4, ms=4, label="best rate")
+    panels.plain_sizes(panel, sizes)
 
 
 if __name__ == "__main__":

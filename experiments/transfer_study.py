@@ -1,33 +1,23 @@
 """The networks of the transfer studies, their best rates by search, and their measurements."""
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
 from archscale_jax._spaces import chain_string, random_dag_string
 from archscale_jax._trees import PyTree
-from archscale_jax.tuning import _search as search
-from experiments.lab import common, datasets, training
-from experiments.lab.datasets import Dataset
+from experiments.lab import common, networks
 from experiments.lab.models import create_network
+from experiments.lab.networks import OPTIMIZERS, Network
+from experiments.lab.studies import check_batch, check_trials, load
 
 Trial = dict[str, Any]
-
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
-    "adam": optax.adam,
-}
-RATES = {"sgd": (2**-11, 4.0), "momentum": (2**-14, 0.5), "adam": (2**-16, 0.25)}
-"""Smallest and largest rate of the search."""
 
 BASE = "2"
 """The network whose rate is known: one weight edge."""
@@ -66,9 +56,9 @@ _MIXED = _chains(_FEW_CHAINS) + _DAGS[:10]
 STUDIES = {
     "chains": Study(_chains(_CHAINS)),
     "dags": Study(_DAGS),
-    "dags_source": Study(_DAGS, options={"initialization": "source"}),
+    "dags_source": Study(_DAGS, options={"initialization": "source_in_degree"}),
     "cnns": Study(_CNNS, (3, 5, 7)),
-    "cnns_source": Study(_CNNS, (3, 5, 7), {"initialization": "source"}),
+    "cnns_source": Study(_CNNS, (3, 5, 7), {"initialization": "source_in_degree"}),
     "gelu_chains": Study(_chains(_CHAINS), options={"activation": "gelu"}),
     "gelu_dags": Study(_DAGS[:16], options={"activation": "gelu"}),
     "gelu_cnns": Study(_CNNS[:9], (3, 5, 7), {"activation": "gelu"}),
@@ -83,7 +73,7 @@ STUDIES = {
 DEFAULTS: Trial = {
     "activation": "relu",
     "normalization": None,
-    "initialization": "target",
+    "initialization": "target_in_degree",
     "optimizer": "sgd",
 }
 
@@ -140,62 +130,6 @@ def trials_of(name: str, settings: Mapping[str, Any], data_dir: str | None = Non
     return trials
 
 
-class Network(NamedTuple):
-    """A network, its data and its optimizer, ready to draw and to train."""
-
-    dataset: Dataset
-    graphdef: nnx.GraphDef
-    model_state: PyTree
-    draw: Callable[[int], PyTree]  # from a seed to its initial params
-    optimizer: Callable[[Any], optax.GradientTransformation]  # from a rate
-
-
-@functools.lru_cache(maxsize=4)
-def load(name: str, data_dir: str | None, downscale: int) -> Dataset:
-    """Loads a data set once, with images made smaller by averaging."""
-    return datasets.downscale(datasets.load(name, data_dir=data_dir), downscale)
-
-
-def check_trials(
-    trials: Sequence[Mapping[str, Any]],
-    data_dir: str | None,
-    downscale_flag: str = "the study's own factor",
-    *,
-    held_out: int = 0,
-) -> None:
-    """Checks, before the first of some trials runs, that their data are there and fit them.
-
-    Args:
-      trials: with `dataset`, `downscale` and `batch_size`.
-      data_dir: folder of the data set.
-      downscale_flag: what sets the `downscale`, for the message.
-      held_out: examples of the training split that are not trained on.
-
-    Raises:
-      FileNotFoundError: the data set is missing; the message says how to get it.
-      ValueError: a damaged data set, a factor that does not divide its images, or a batch that
-        exceeds its training examples.
-    """
-    for name, factor, batch_size in dict.fromkeys(
-        (trial["dataset"], trial["downscale"], trial["batch_size"]) for trial in trials
-    ):
-        examples = len(load(name, data_dir, 1).train_images)
-        try:
-            load(name, data_dir, factor)
-        except ValueError as error:
-            raise ValueError(f"{downscale_flag}, found {factor}: {error}") from None
-        check_batch("--batch_size", batch_size, examples - held_out)
-
-
-def check_batch(flag: str, batch_size: int, examples: int) -> None:
-    """Raises ValueError where a batch, of a flag, exceeds the training examples."""
-    if batch_size > examples:
-        raise ValueError(
-            f"{flag}={batch_size} exceeds the {max(examples, 0)} training examples; lower it, or "
-            "choose another --dataset"
-        )
-
-
 def build(trial: Mapping[str, Any], data_dir: str | None = None) -> Network:
     """Builds the network of a trial."""
     dataset = load(trial["dataset"], data_dir, trial["downscale"])
@@ -218,91 +152,30 @@ def build(trial: Mapping[str, Any], data_dir: str | None = None) -> Network:
         key = jax.random.key(seed)
         return archscale.initialize(key, params, architecture, trial["initialization"])
 
-    return Network(dataset, graphdef, model_state, draw, OPTIMIZERS[trial["optimizer"]])
+    optimizer = OPTIMIZERS[trial["optimizer"]]
+    return Network(graphdef, params, model_state, architecture, dataset, draw, optimizer)
 
 
 def search_rate(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
-    """Searches the best rate of a trial's network; see `archscale_jax.find_learning_rate`.
-
-    The start is the middle of the rates, the same for every network: no rule enters the truth.
-
-    Returns:
-      JSON values: `rate`, `uncertainty` (of the seeds), `lower`, `upper`, and `runs` as
-      [rate, seed, loss] with null for a run that was lost.
-    """
-    train = trainer(trial, build(trial, data_dir))
-    return search_result(train, trial["optimizer"], trial["seeds"], trial["refine"])
-
-
-def search_result(train: search.Train, optimizer: str, seeds: int, refine: int) -> dict[str, Any]:
-    """Searches the best rate of what `train` trains; returns what `search_rate` does."""
-    low, high = RATES[optimizer]
-    rates = np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist()
-    found = search.find_learning_rate(
-        train,
-        rates,
-        seeds=range(seeds),
-        start=math.sqrt(low * high),
-        refine=refine,
-        max_loss=100.0,
-    )
-    return {
-        "rate": found.rate,
-        "uncertainty": found.seed_error,
-        "lower": found.basin.lower,
-        "upper": found.basin.upper,
-        "runs": [list(run) for run in found.runs],
-    }
-
-
-def trainer(trial: Mapping[str, Any], network: Network) -> search.Train:
-    """Returns the function that trains a network at a rate with a seed; compiled once."""
-
-    def create_state(optimizer: optax.GradientTransformation, seed: int) -> training.TrainState:
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        params = network.draw(seed)
-        return training.create_train_state(params, network.model_state, optimizer, key)
-
-    return common.rate_trainer(
-        create_state,
-        network.optimizer,
-        network.dataset,
-        graphdef=network.graphdef,
-        batch_size=trial["batch_size"],
-        total_steps=trial["steps"],
-    )
+    """Searches the best rate of a trial's network; see `networks.search_rate`."""
+    return networks.search_rate(build(trial, data_dir), trial, refine=trial["refine"])
 
 
 def measure(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Measures a trial's network at initialization, on one batch for every seed.
 
     Returns:
-      JSON values, a list over seeds each: `absolute` and `relative`, lists over the vertices on
-      end-to-end paths (see `archscale_jax.measure_update`).
+      JSON values, a list over seeds each: lists over the vertices on end-to-end paths (see
+      `archscale_jax.measure_update`).
     """
     network = build(trial, data_dir)
     measured = common.measurer(network.graphdef, network.model_state, network.optimizer(1.0))
-    sizes = _measure_seeds(measured, network, trial)
-    return {name: np.asarray(values, float).tolist() for name, values in sizes._asdict().items()}
+    return networks.as_lists(networks.measure_seeds(measured, network, trial))
 
 
 def measure_sharpness(trial: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Measures the sharpness of a trial's network on the same batches, a list over seeds."""
     network = build(trial, data_dir)
-
-    def loss(params, batch):
-        state = (params, network.model_state)
-        return training.cross_entropy(network.graphdef, *state, *batch, train=True)[0]
-
-    largest = jax.jit(lambda params, batch: archscale.tuning.sharpness(loss, params, batch))
-    return {"sharpness": np.asarray(_measure_seeds(largest, network, trial), float).tolist()}
-
-
-def _measure_seeds(measured, network: Network, trial: Mapping[str, Any]) -> Any:
-    return common.measure_seeds(measured, network.draw, batches(trial, network))
-
-
-def batches(trial: Mapping[str, Any], network: Network) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the batch of every seed of a trial."""
-    size, seeds = trial["batch_size"], range(trial["seeds"])
-    return [common.first_batch(network.dataset, size, seed) for seed in seeds]
+    largest = jax.jit(functools.partial(archscale.tuning.sharpness, network.loss))
+    found = networks.measure_seeds(largest, network, trial)
+    return {"sharpness": np.asarray(found, float).tolist()}

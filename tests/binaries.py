@@ -14,11 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
+from absl import flags
 
 # Nothing in these may run a JAX program: a process with threads is not forked safely.
-for _name in ("archscale_jax", "matplotlib.figure", "orbax.checkpoint", "sklearn.datasets"):
+for _name in (
+    "archscale_jax",
+    "matplotlib.figure",
+    "orbax.checkpoint",
+    "pandas",
+    "sklearn.datasets",
+):
     importlib.import_module(_name)
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -76,3 +84,13 @@ def _interrupt(path: pathlib.Path) -> None:
     while not path.exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def imported(name: str) -> types.ModuleType:
+    """The module of a binary, without its flags: other binaries define flags of the same names."""
+    importlib.import_module("experiments.lab.common")
+    before = set(flags.FLAGS)
+    module = importlib.import_module(f"experiments.{name}")
+    for flag in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, flag)
+    return module

@@ -147,12 +147,12 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-_FOUND: dict[Callable, list[archscale.contrib.Units]] = {}
+_FOUND: dict[Callable, list[archscale.contrib.NeuronGroup]] = {}
 
 
-def growable(network: Network) -> list[archscale.contrib.Units]:
-    """The units that can grow; found once for every loss."""
+def growable(network: Network) -> list[archscale.contrib.NeuronGroup]:
+    """The groups that can grow; found once for every loss."""
     if network.loss not in _FOUND:
-        found = archscale.contrib.find_units(network.loss, network.params, network.batch)
-        _FOUND[network.loss] = [one for one in found if one.obstacle is None]
+        found = archscale.contrib.find_neuron_groups(network.loss, network.params, network.batch)
+        _FOUND[network.loss] = [one for one in found if one.blocker is None]
     return _FOUND[network.loss]

@@ -42,7 +42,7 @@ SMALLEST = 1e-30  # in place of ε, which would make a width of its own
 
 
 class Optimizer(NamedTuple):
-    """An optimizer at rate 1, and the options of `learning_rate_factors` that fit it."""
+    """An optimizer at rate 1, and the options of `learning_rate_multipliers` that fit it."""
 
     create: Callable[[], optax.GradientTransformation]
     options: Mapping[str, Any]
@@ -167,7 +167,7 @@ def leaf_steps(
     }
     base, last = traced[min(draws)], max(draws)
     factors = {
-        width: archscale.learning_rate_factors(one, base, "none", **chosen.options)
+        width: archscale.learning_rate_multipliers(one, base, "none", **chosen.options)
         for width, one in traced.items()
     }
 

@@ -29,7 +29,7 @@ TOLERANCE = 0.15
 EXACT = 1e-6
 EXAMPLES = 64
 DRAWS = (4, 8, 16, 32)
-RULES = ("target", "moment")
+RULES = ("target_in_degree", "second_moment")
 WIDTH_RULES = ("sgd", "adam")
 
 
@@ -82,7 +82,7 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
         told[f"deviation, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
     for rule in WIDTH_RULES:
         quantity = functools.partial(
-            archscale.learning_rate_factors, traced, base, "none", width_rule=rule
+            archscale.learning_rate_multipliers, traced, base, "none", width_rule=rule
         )
         told[f"factor, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
     return told

@@ -200,7 +200,7 @@ class TestFieldsCalledValue:
         base = archscale.with_widths(arch, {8: 4})
         scale = archscale.scale_by_architecture(arch, base, "none", width_rule="adam")
         updates, _ = scale.update(model, scale.init(model))
-        factors = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+        factors = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
         assert factors["value"] == 0.5
         for name in FOUR:
             assert float(getattr(updates, name)[0, 0]) == factors[name]

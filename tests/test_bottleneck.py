@@ -181,7 +181,7 @@ def test_layers_that_it_cannot_read_are_named():
     with pytest.raises(archscale.TraceError, match=r"layer of 'w' .* accepted are x @ W"):
         bottleneck(heads, {"w": jnp.ones((3, 2, 3))}, [jnp.ones((2, 3))])
 
-    with pytest.raises(ValueError, match="needs a batch, found none"):
+    with pytest.raises(ValueError, match="batches is empty; bottleneck needs"):
         bottleneck(shared, {"w": jnp.ones((3, 3))}, [])
 
     def overflowing(params, batch):

@@ -87,7 +87,7 @@ def test_the_author_codes_deviations_are_those_of_every_layer(golden_dir):
     assert len(records) == 5
     for record in records:
         model = abstract(record["code"], record["C"], record["N"], 3, record["classes"])
-        found = weight_standard_deviations(model.architecture(), "author_code")
+        found = weight_standard_deviations(model.architecture(), "chen2024_code")
         expected = {our_name(layer["layer"]): layer["std"] for layer in record["layers"]}
         assert found == pytest.approx(expected, rel=1e-6)
 
@@ -109,7 +109,7 @@ def our_name(layer):
 def test_a_network_of_cells_has_no_author_code_rate():
     graph = abstract("3_33_333").architecture().graph
     with pytest.raises(ValueError, match="pass cell_graph"):
-        archscale.learning_rate_scale(graph, rule="author_code")
+        archscale.learning_rate_scale(graph, rule="chen2024_code")
 
 
 # Against a reference in plain operations.
@@ -332,7 +332,7 @@ def test_the_architecture_is_the_one_that_trace_reads(cell, example):
     shapes = jax.eval_shape(lambda: params)  # these params are not those of an initialization
     traced = archscale.trace(apply, shapes, example[0].astype(jnp.float32))
     ours = model.architecture()
-    for rule in ("target", "none"):
+    for rule in ("target_in_degree", "he_normal"):
         deviations = [weight_standard_deviations(one, rule) for one in (ours, traced)]
         for one in deviations:  # of which `trace` sees a kernel that is padded for speed
             for block in range(2):

@@ -112,7 +112,7 @@ def test_what_was_lost_is_not_flat(value):
     assert archscale.tuning.flatness({0: {1: 1.0, 2: value}}) == {0: math.inf}
 
 
-def test_empty_arguments_and_unknown_choices_are_refused(batches):
+def test_empty_arguments_and_unknown_choices_raise(batches):
     make = functools.partial(linear_network, rate=0.5, scaled=False)
     for sizes, some, seeds, name in (
         ([], batches, [0], "sizes"), ([4], [], [0], "batches"), ([4], batches, [], "seeds")
@@ -122,7 +122,7 @@ def test_empty_arguments_and_unknown_choices_are_refused(batches):
     records = [Coordinate(1, 0, 1, 0, 1.0, 1.0)]
     with pytest.raises(ValueError, match="quantity 'size'; accepted are change, feature"):
         archscale.tuning.coordinate_curves(records, quantity="size")
-    with pytest.raises(ValueError, match=r"step 3 was not measured; accepted are \[1\]"):
+    with pytest.raises(ValueError, match=r"step must be one that was measured, of \[1\], found 3"):
         archscale.tuning.coordinate_curves(records, step=3)
 
 
@@ -144,7 +144,7 @@ RATES = np.geomspace(1e-3, 10, 21).tolist()
 def test_rates_that_stay_are_said_to_stay():
     train = {size: parabola(0.1, noise=0.2) for size in (8, 16, 32)}
     found = archscale.transfer_check(train, RATES)
-    assert found.stays
+    assert found.transfers
     assert found.drift < 0.05
     assert found.uncertainty == pytest.approx(math.sqrt(2) * 0.2 / math.sqrt(3), rel=0.2)
     assert max(found.excess.values()) < 0.02
@@ -153,7 +153,7 @@ def test_rates_that_stay_are_said_to_stay():
 def test_rates_that_move_are_said_to_move_and_what_it_costs():
     train = {8: parabola(0.1, 0.05), 16: parabola(0.2, 0.05), 32: parabola(0.4, 0.05)}
     found = archscale.transfer_check(train, RATES, refine=2)
-    assert not found.stays
+    assert not found.transfers
     assert found.drift == pytest.approx(math.log(4), rel=0.05)
     assert found.excess[32] == pytest.approx(math.log(4) ** 2, rel=0.1)
     assert found.excess[8] == pytest.approx(0.0, abs=0.02)
@@ -174,19 +174,19 @@ def searched(logs, error):
 @pytest.mark.parametrize("sizes", [2, 3, 6])
 def test_noise_alone_is_called_a_shift_in_one_of_twenty_checks(sizes):
     """Answers of three seeds a size that scatter by 0.2 nats around one rate."""
-    random, stays, caught = np.random.default_rng(sizes), [], []
+    random, transfers, caught = np.random.default_rng(sizes), [], []
     plain = searched(np.zeros(3), 0.0)
     for _ in range(600):
         logs = random.normal(0, 0.2, (sizes, 3))
         error = np.std(logs, axis=1, ddof=1) / math.sqrt(3)
-        for moved, found in ((0.0, stays), (1.0, caught)):
+        for moved, found in ((0.0, transfers), (1.0, caught)):
             places = logs.mean(axis=1) + np.linspace(0, moved, sizes)
             searches = {
                 size: plain._replace(rate=math.exp(place), seed_error=one, uncertainty=one)
                 for size, (place, one) in enumerate(zip(places, error, strict=True))
             }
-            found.append(archscale.tuning.summarise_transfer(searches).stays)
-    assert np.mean(stays) == pytest.approx(0.95, abs=0.03)
+            found.append(archscale.tuning.summarise_transfer(searches).transfers)
+    assert np.mean(transfers) == pytest.approx(0.95, abs=0.03)
     assert np.mean(caught) < 0.15
 
 
@@ -212,14 +212,14 @@ def test_cliffs_at_one_rate_stay_wherever_the_grid_meets_them(fall):
     }
     found = archscale.tuning.summarise_transfer(searches)
     assert found.drift > 0.05
-    assert found.stays
+    assert found.transfers
 
 
 def test_one_seed_tells_nothing_of_noise():
     train = dict.fromkeys((8, 16), parabola(0.1))
     found = archscale.transfer_check(train, RATES, seeds=[0])
     assert found.drift == 0 and math.isnan(found.limit)
-    assert not found.stays
+    assert not found.transfers
 
 
 @pytest.mark.parametrize("bottom", [10.0, -10.0, 0.0])
@@ -247,8 +247,8 @@ def test_losses_that_are_all_0_have_no_excess():
 def test_a_search_that_ends_at_the_edge_of_its_rates_says_nothing():
     found = archscale.transfer_check(dict.fromkeys((8, 16), parabola(100.0, 0.05)), RATES)
     assert found.drift <= 2 * found.uncertainty  # both end where the rates do
-    assert not found.closed
-    assert not found.stays
+    assert not found.bracketed
+    assert not found.transfers
 
 
 def test_a_start_goes_from_size_to_size():
@@ -267,6 +267,6 @@ def test_a_start_goes_from_size_to_size():
     assert [rates[0] for rates in tried.values()] == pytest.approx([0.01, 0.1, 10**-1.6])
 
 
-def test_one_size_is_refused():
-    with pytest.raises(ValueError, match=r"needs two; found \[8\]"):
+def test_one_size_raises():
+    with pytest.raises(ValueError, match=r"at least two sizes to compare, found \[8\]"):
         archscale.transfer_check({8: parabola(0.1)}, RATES)

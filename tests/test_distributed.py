@@ -48,7 +48,7 @@ def study():
 
     batch = tuple(placed(rng.normal(size=(8, size))) for size in (16, 8))
     architecture = archscale.trace(network, params, batch[0])
-    factors = archscale.learning_rate_factors(architecture, archscale.dag_graph("2"))
+    factors = archscale.learning_rate_multipliers(architecture, archscale.dag_graph("2"))
     eager = archscale.initialize(jax.random.key(0), params, architecture)
     born = jax.jit(lambda key: archscale.initialize(key, params, architecture))(jax.random.key(0))
     for leaf, struct in zip(jax.tree.leaves((eager, born)), 2 * list(params.values()), strict=True):

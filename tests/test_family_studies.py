@@ -9,9 +9,11 @@ import pytest
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.rules._residual import residual_branches
-from experiments import coordinate_report, size_transfer_study, transfer_study
-from experiments.lab import datasets, families, files
+from experiments.lab import datasets, families, files, networks
 from experiments.lab.sweeps import trial_hash
+from tests.binaries import imported
+
+coordinate, study = imported("coordinate"), imported("size_transfer")
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -24,7 +26,7 @@ def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_again):
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
-    rows = [line.split("|") for line in table.splitlines()[2:]]
+    rows = [line.split("|") for line in table.splitlines()[4:]]
     names = {tuple(cell.strip() for cell in row[1:4]) for row in rows}
     assert names == {("mlp", "depth", how) for how in ("standard", "closed_form", "measured")}
     assert (tmp_path / "coordinate_depth.png").read_bytes().startswith(b"\x89PNG")
@@ -48,12 +50,11 @@ def test_what_diverged_is_lost_and_not_flat():
         for size in (2, 4) for step in (0, 1) for vertex in (0, "output")
     ]  # fmt: skip
     records = [{"result": {"records": rows[:4]}}, {"result": {"records": rows[4:]}}]
-    table = coordinate_report.table(coordinate_report.curves_of(trials, records))
-    assert table[1] == ["mlp", "width", "standard", "lost", "1", "lost", "1"]
+    table = coordinate.table(coordinate.curves_of(trials, records))
+    assert table.iloc[0].tolist() == ["mlp", "width", "standard", "lost", "1"]
 
 
-def test_studies_that_are_not_there_are_refused(studies):
-    _, study = studies
+def test_studies_that_are_not_there_are_refused():
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": []}
     with pytest.raises(ValueError, match="unknown study 'dags'; accepted are resnet_depth"):
         study.all_trials(["dags"], settings)
@@ -61,17 +62,11 @@ def test_studies_that_are_not_there_are_refused(studies):
         study.all_trials(["resnet_depth"], settings | {"size": ["4"]})
 
 
-@pytest.fixture(scope="module")
-def studies():
-    return families, size_transfer_study
-
-
-def test_families_are_what_their_depth_says(studies):
-    families, _ = studies
+def test_families_are_what_their_depth_says():
     digits = datasets.load("digits")
     for family in families.FAMILIES:
         for depth in (1, 3):
-            model = families.create_model(family, digits, 8, depth, abstract=True)
+            model = families.create_network(family, digits, 8, depth, abstract=True)
             graph = model.architecture.graph
             additions = len(residual_branches(graph))
             found = archscale.path_statistics(graph)
@@ -84,16 +79,15 @@ def test_families_are_what_their_depth_says(studies):
             else:
                 assert (additions, found.count, found.max_depth) == (0, 1, depth)
     with pytest.raises(ValueError, match="unknown family 'rnn'"):
-        families.create_model("rnn", digits, 8, 1)
+        families.create_network("rnn", digits, 8, 1)
 
 
-def test_the_network_is_what_it_is_written_to_be(studies):
+def test_the_network_is_what_it_is_written_to_be():
     """x + W₂ σ(W₁ σ(x)) with 1×1 images, on which a convolution is the middle of its kernel."""
-    families, _ = studies
     digits = datasets.downscale(datasets.load("digits"), 8)
-    model = families.create_model("resnet", digits, 4, 2)
+    model = families.create_network("resnet", digits, 4, 2)
     images = digits.train_images[:3]
-    found = families.applier(model.graphdef, model.model_state)(model.params, images)
+    found = model.apply(model.params, images)
     leaves = named_leaves(model.params)
 
     def layer(name, features):
@@ -107,9 +101,8 @@ def test_the_network_is_what_it_is_written_to_be(studies):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_predictions_and_errors_of_known_searches(studies):
+def test_predictions_and_errors_of_known_searches():
     """Parabolas whose minimum moves by known factors."""
-    _, study = studies
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 2, "size": [1, 4]}
     trials = study.all_trials(["resnet_depth"], settings)
     best = {1: 0.1, 4: 0.05}
@@ -131,24 +124,25 @@ def test_predictions_and_errors_of_known_searches(studies):
     groups = study.grouped(trials, records)
     group = groups["resnet_depth", "initialized"]
     assert {size: one.rate for size, one in group.searches.items()} == pytest.approx(best, rel=1e-3)
-    assert group.predicted["measured"][4] == pytest.approx(0.05, rel=1e-3)
+    assert group.predicted["standardized_update"][4] == pytest.approx(0.05, rel=1e-3)
     assert group.predicted["none"][4] == pytest.approx(0.1, rel=1e-3)
     assert group.predicted["effective_depth"][4] == pytest.approx(
         0.1 * (3 / 6) ** 1.5,
         rel=1e-3,  # additions, stem and readout
     )
     assert list(groups["resnet_depth", "factors"].predicted) == ["none"]
-    rows = {(row[1], row[4]): row for row in study.table(groups)[1:]}
-    assert rows["initialized", "measured"][5] == "0.00"
-    assert float(rows["initialized", "measured"][6].rstrip("%")) == pytest.approx(0, abs=1)
+    rows = {(row[1], row[4]): row for row in study.table(groups).itertuples(index=False)}
+    assert rows["initialized", "standardized_update"][5] == "0.00"
+    assert float(rows["initialized", "standardized_update"][6].rstrip("%")) == pytest.approx(
+        0, abs=1
+    )
     assert rows["factors", "none"][5] == f"{math.log(2):.2f}"
     worst = float(rows["factors", "none"][6].rstrip("%"))
     assert worst == pytest.approx(100 * math.log(2) ** 2, abs=4)  # between rates of the grid
 
 
-def test_a_network_is_searched_and_measured(studies, monkeypatch):
-    _, study = studies
-    monkeypatch.setitem(transfer_study.RATES, "sgd", (0.05, 0.2))
+def test_a_network_is_searched_and_measured(monkeypatch):
+    monkeypatch.setitem(networks.RATES, "sgd", (0.05, 0.2))
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": [1, 2]}
     trial = next(
         one
@@ -164,8 +158,7 @@ def test_a_network_is_searched_and_measured(studies, monkeypatch):
 
 
 @pytest.mark.parametrize("parametrization", ["standard", "initialized", "factors"])
-def test_an_update_is_scaled_as_the_parametrization_says(studies, parametrization):
-    _, study = studies
+def test_an_update_is_scaled_as_the_parametrization_says(parametrization):
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": [1, 4]}
     trial = next(
         one

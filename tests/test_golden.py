@@ -25,7 +25,7 @@ def check(graph, row, rates):
     assert found.depth_cubed_sum == int(row["sum_L3"])
     assert (found.min_depth, found.max_depth) == (int(row["min_depth"]), int(row["max_depth"]))
     for column, one in rates.items():
-        scale = learning_rate_scale(one, rule="author_code")
+        scale = learning_rate_scale(one, rule="chen2024_code")
         assert scale == pytest.approx(float(row[column]), abs=1e-12)
 
 

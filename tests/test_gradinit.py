@@ -461,10 +461,10 @@ def test_groups_of_vertices():
     assert len(set(last.values())) > 2
 
 
-# Refusals.
+# Errors.
 
 
-def refused(
+def raises(
     match, error: type[Exception] = ValueError, loss=mlp_loss, params=None, batches=None, **options
 ):
     with pytest.raises(error, match=match):
@@ -474,20 +474,20 @@ def refused(
 
 
 def test_bad_losses():
-    refused(
+    raises(
         r"must return a scalar, found .*\(4,\)",
         loss=lambda params, batch: jnp.mean(params["layer_0"]["kernel"]) * batch[0][:, 0],
     )
-    refused(
+    raises(
         "floating number, found int32",
         error=TypeError,
         loss=lambda params, batch: jnp.int32(mlp_loss(params, batch)),
     )
-    refused(
+    raises(
         "loss of the initial params is nan",
         loss=lambda params, batch: jnp.nan * mlp_loss(params, batch),
     )
-    refused(
+    raises(
         "gradient norm of the initial params is inf",
         loss=lambda params, batch: 1e30 * mlp_loss(params, batch),
     )
@@ -496,31 +496,31 @@ def test_bad_losses():
 def test_a_loss_that_becomes_nan_is_told_with_its_iteration():
     batches = list(random_batches(30))
     batches[13][0][0, 0] = np.nan
-    refused("not finite after iteration 4, whose loss is nan", batches=batches)
+    raises("not finite after iteration 4, whose loss is nan", batches=batches)
 
 
 def test_bad_params():
     params = mlp_params() | {"table": jnp.arange(3)}
-    refused("'table' has dtype int32; .*freezes", error=TypeError, params=params)
-    refused("parameter in groups 'layer_9'; accepted are layer_0/bias", groups={"layer_9": None})
+    raises("'table' has dtype int32; .*freezes", error=TypeError, params=params)
+    raises("parameter in groups 'layer_9'; accepted are layer_0/bias", groups={"layer_9": None})
     names = [f"layer_{index}/{name}" for index in range(3) for name in ("kernel", "bias")]
-    refused("no tensor that is not frozen", groups=dict.fromkeys(names))
+    raises("frozen tensors alone", groups=dict.fromkeys(names))
     with pytest.raises(ValueError, match="parameter in multipliers 'other'; accepted are"):
         archscale.contrib.scale_parameters(mlp_params(), {"other": 2.0})
 
 
 def test_bad_batches():
-    refused("batch 5 has arrays .*one size", batches=[*random_batches(5), *random_batches(1, 3)])
-    refused("ended in iteration 0 of any; an iteration reads three", batches=random_batches(2))
-    refused("ended in iteration 2 of 3", num_steps=3)
-    refused("batch 0 has arrays", batches=[(np.float32(1), np.float32(2))] * 3)
+    raises("batch 5 has arrays .*one size", batches=[*random_batches(5), *random_batches(1, 3)])
+    raises("ended in iteration 0 of any; an iteration reads three", batches=random_batches(2))
+    raises("ended in iteration 2 of 3", num_steps=3)
+    raises("batch 0 has arrays", batches=[(np.float32(1), np.float32(2))] * 3)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; accepted are sgd, plain_sgd, adam"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, found 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, found 0"),
         ({"learning_rate": np.inf}, "learning_rate must be positive"),
         ({"max_gradient_norm": -1.0}, "max_gradient_norm must be positive"),
         ({"scale_learning_rate": np.nan}, "scale_learning_rate must be positive"),
@@ -533,4 +533,4 @@ def test_bad_batches():
     ],
 )
 def test_bad_options(options, match):
-    refused(match, **options)
+    raises(match, **options)

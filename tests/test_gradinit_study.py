@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 
 import archscale_jax as archscale
-from experiments import gradinit_figures, gradinit_report, gradinit_study
-from experiments.gradinit_networks import NETWORKS
+from experiments import gradinit_study
+from experiments.gradinit_study import NETWORKS
 from experiments.lab import datasets, files
+from tests.binaries import imported
+
+gradinit = imported("gradinit")
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -44,7 +47,7 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
     )
     for name, values in record.multipliers.items():
         np.testing.assert_allclose(found[name], values[-1], rtol=1e-5)
-    assert jax.tree.structure(params) == jax.tree.structure(network.create(0))
+    assert jax.tree.structure(params) == jax.tree.structure(network.draw(0))
 
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])  # cut
@@ -84,7 +87,7 @@ def test_networks_trace_and_start_as_their_rule_says(name):
 
     images = jax.random.normal(jax.random.key(0), (16, 14, 14, 1))
     architecture = archscale.trace(apply, params, images)
-    rule = "target" if parsed.family in ("plain", "dag") else "moment"
+    rule = "target_in_degree" if parsed.family in ("plain", "dag") else "second_moment"
     params = archscale.initialize(jax.random.key(1), params, architecture, rule)
     logits = apply(params, images)
     assert logits.shape == (16, 10)
@@ -147,26 +150,26 @@ def test_tables_of_known_records():
         ),
         {"trial": {}, "error": "ValueError: something"},
     ]
-    arms = gradinit_report.arms(records)
+    arms = gradinit.arms(records)
     plain, learned = (arms["plain_12", "he", how] for how in ("none", "gradinit"))
-    assert gradinit_report.best_rate(plain) == gradinit_report.best_rate(learned) == 0.2
-    assert gradinit_report.trained_rates(plain) == []  # one seed ends at 2.0
-    assert gradinit_report.trained_rates(learned) == [0.1, 0.2, 0.4]
+    assert gradinit.best_rate(plain) == gradinit.best_rate(learned) == 0.2
+    assert gradinit.trained_rates(plain) == []  # one seed ends at 2.0
+    assert gradinit.trained_rates(learned) == [0.1, 0.2, 0.4]
     # Four times the change needs half the rate: sizes are squares.
     base = arms["plain_6", "he", "none"].search.rate
-    predicted = gradinit_report.predicted_rate(plain, arms)
+    predicted = gradinit.predicted_rate(plain, arms)
     assert predicted is not None
     np.testing.assert_allclose(predicted, base / 2, rtol=1e-6)
-    rows = {tuple(row[:3]): row for row in gradinit_report.table(arms)}
+    rows = {tuple(row[:3]): row for row in gradinit.table(arms).values.tolist()}
     assert rows["plain_12", "he", "yes"][3:7] == ["0.2", "0.500 ± 0.000", "75.0 ± 0.0 %",
                                                  "0.1 to 0.4"]  # fmt: skip
     assert rows["plain_6", "he", "–"][7] == "–"
-    gains = gradinit_report.gains(arms)
-    assert gains[1] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
+    gains = gradinit.gains(arms).values.tolist()
+    assert gains[0] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
                         "+25.0 (+25.0 to +25.0)", "0 → 3", "+0.500 → +0.000"]  # fmt: skip
-    assert len(gains) == 2
-    assert gradinit_figures.has_networks(arms)
-    assert not gradinit_figures.has_networks({("plain_6", "he", "none"): plain})
+    assert len(gains) == 1
+    assert gradinit.by_network(arms)
+    assert not gradinit.by_network({("plain_6", "he", "none"): plain})
 
 
 def test_variants_are_trials_of_their_networks():

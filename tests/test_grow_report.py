@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import grow_figures, grow_report
+from experiments.lab import panels
+from tests.binaries import imported
+
+grow = imported("grow")
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -38,9 +41,7 @@ def seeds(spec, arm, rate, accuracies, **options):
 
 
 def rows_of(write, records):
-    head, *rows = write(grow_report.arms(records))
-    assert all(len(row) == len(head) for row in rows)
-    return [dict(zip(head, row, strict=True)) for row in rows]
+    return write(grow.runs_of(records)).to_dict("records")
 
 
 # Tables.
@@ -53,11 +54,11 @@ def test_the_best_rate_counts_lost_runs_as_guesses():
         record("mlp", "tiny", 0.1, 0, 0.8, parameters=100, flops=1e9, growth_flops=5e8),
         record("mlp", "tiny", 0.3, 0, 0.99),  # its other seed is missing
     ]
-    arm = grow_report.arms(records)["mlp", "tiny"]
-    assert (arm.spec, arm.arm, arm.rate, arm.rates) == ("mlp", "tiny", 0.1, [0.1, 0.2, 0.3])
-    assert [one["accuracy"] for one in arm.results] == [0.8, 0.6]
-    assert [one["accuracy"] for one in arm.runs[0.2].values()] == [0.9, 0.1]
-    (row,) = rows_of(grow_report.table, records)
+    runs = grow.by_arm(grow.runs_of(records))["mlp", "tiny"]
+    assert grow.best_rate(runs) == 0.1 and [*runs["rate"].unique()] == [0.1, 0.2, 0.3]
+    assert [*grow.at_rate(runs, 0.1)["accuracy"]] == [0.8, 0.6]
+    assert [*grow.at_rate(runs, 0.2)["accuracy"]] == [0.9, 0.1]
+    (row,) = rows_of(grow.table, records)
     assert row == {
         "network": "mlp",
         "arm": "TINY",
@@ -79,8 +80,8 @@ def test_rows_are_sorted_and_tell_what_was_lost():
         *seeds("dag_cnn", "random", 0.1, [0.5]),
         *seeds("mlp", "tiny", 0.1, [None, 0.5]),
     ]
-    rows = rows_of(grow_report.table, records)
-    labels = {name: label for label, name in grow_report.LABELS.items()}
+    rows = rows_of(grow.table, records)
+    labels = {name: label for label, name in grow.LABELS.items()}
     assert [(row["network"], labels[row["arm"]]) for row in rows] == [
         ("mlp", "tiny"), ("mlp", "scratch"), ("mlp_largest", "tiny"), ("dag_cnn", "random"),
         ("resnet18_quarter", "large"),
@@ -98,11 +99,11 @@ def test_failures_are_counted_by_arm():
     other = {**failed, "error": "ValueError: something else"}
     records = [*seeds("mlp", "tiny_measured", 0.1, [0.5]), failed, other,
                *seeds("mlp", "tiny", 0.1, [0.5])]  # fmt: skip
-    assert grow_report.failures(records)[1:] == [
+    assert grow.failures(records).values.tolist() == [
         ["mlp", "TINY, rate by measured change", "2 of 3", "ValueError: dead units"]
     ]
-    assert len(grow_report.failures(records[-1:])) == 1
-    assert len(grow_report.failures([])) == 1
+    assert len(grow.failures(records[-1:])) == 0
+    assert len(grow.failures([])) == 0
 
 
 def test_rescaling_is_compared_seed_by_seed_at_the_best_and_at_common_rates():
@@ -116,7 +117,7 @@ def test_rescaling_is_compared_seed_by_seed_at_the_best_and_at_common_rates():
         *seeds("dag_cnn", "tiny", 0.1, [0.5]),
         *seeds("resnet18_quarter", "tiny_width", 0.1, [0.5]),
     ]
-    rows = [list(row.values()) for row in rows_of(grow_report.rescaling, records)]
+    rows = [list(row.values()) for row in rows_of(grow.rescaling, records)]
     assert rows == [
         ["mlp", "TINY, rate by width", "0.2, 0.1 (best of each)", "+10.0 ± 0.0", "2"],
         ["mlp", "TINY, rate by width", "0.1, 0.1", "-15.0 ± 21.2", "2"],
@@ -133,7 +134,7 @@ def test_tiny_is_compared_with_every_other_arm():
         *seeds("mlp", "large", 0.1, [None, 0.9], parameters=80000, flops=1e10),
         record("mlp", "random", 0.1, 5, 0.9),  # no seed in common
     ]
-    rows = [list(row.values()) for row in rows_of(grow_report.against, records)]
+    rows = [list(row.values()) for row in rows_of(grow.against, records)]
     scratch = "TINY's architecture from scratch"
     assert rows == [
         ["mlp", scratch, "0.1, 0.2", "-20.0 ± 14.1", "0.25", "0.5", "2"],
@@ -153,10 +154,10 @@ def test_networks_share_what_is_the_same():
         *seeds("resnet18_sixteenth", "random", 0.1, [0.8]),
         *seeds("resnet18_quarter", "tiny", 0.1, [0.5]),
     ]
-    assert len(rows_of(grow_report.table, records)) == len(records)
+    assert len(rows_of(grow.table, records)) == len(records)
     found = [
         (row["network"], row["TINY against"], row["accuracy, points"])
-        for row in rows_of(grow_report.against, records)
+        for row in rows_of(grow.against, records)
     ]
     assert found == [
         ("mlp", "random neurons", "-20.0"),
@@ -168,7 +169,7 @@ def test_networks_share_what_is_the_same():
 
 
 def test_no_records_make_no_rows():
-    for write in (grow_report.table, grow_report.against, grow_report.rescaling):
+    for write in (grow.table, grow.against, grow.rescaling):
         assert rows_of(write, []) == []
         assert rows_of(write, [{"trial": {}, "error": "ValueError: dead"}]) == []
 
@@ -194,19 +195,19 @@ def growing(seed, spec="mlp", psi=0.5):
 def drawn(monkeypatch):
     """The figures that are saved, by name."""
     figures = {}
-    save = grow_figures.save
+    save = panels.save
 
     def keep(figure, path):
         figures[path.stem] = figure
         save(figure, path)
 
-    monkeypatch.setattr(grow_figures, "save", keep)
+    monkeypatch.setattr(panels, "save", keep)
     return figures
 
 
 def draw_all(records, folder):
-    arms = grow_report.arms(json.loads(json.dumps(records)))
-    return {name: draw(arms, folder / f"{name}.png") for name, draw in grow_figures.FIGURES.items()}
+    drawn = grow.draw(grow.runs_of(json.loads(json.dumps(records))), folder)
+    return {name: folder / f"{name}.png" in drawn for name in grow.FIGURES}
 
 
 def labelled(panel):
@@ -287,7 +288,7 @@ def test_means_of_curves_of_different_lengths(tmp_path, drawn):
     crosses = [line.get_xydata() for line in panel.get_lines() if line.get_marker() == "x"]
     np.testing.assert_allclose(crosses, [[[1e9, 90]]])
     low, high = panel.get_xlim()
-    assert high / low == pytest.approx(grow_figures.SHOWN)
+    assert high / low == pytest.approx(grow.SHOWN)
 
 
 def test_labels_keep_apart(tmp_path, drawn):
@@ -297,6 +298,6 @@ def test_labels_keep_apart(tmp_path, drawn):
     draw_all([record("resnet18_quarter", "tiny", 0.1, 0, 0.5, edits=[growth])], tmp_path)
     places = sorted(text.xyann[1] for text in drawn["bottlenecks"].axes[0].texts)
     assert len(places) == 20
-    assert min(np.diff(places)) > 0.99 * grow_figures.LINE_HEIGHT
+    assert min(np.diff(places)) > 0.99 * grow.LINE_HEIGHT
     assert places[0] > 0
     assert places[-1] < 1

@@ -12,7 +12,7 @@ from experiments.lab import files
 
 pytestmark = pytest.mark.quick_compilation
 
-SCHEDULE = {"order": "all", "growths": 2, "every": 4, "factor": 2.0}
+SCHEDULE = {"order": "all", "growths": 2, "interval": 4, "factor": 2.0}
 TRIAL = {
     "spec": "mlp", "network": "mlp", "arm": "tiny_width", "dataset": "digits", "downscale": 2,
     "start_width": 4, "large_width": 8, "steps": 12, "rate": 0.02, "seed": 0, "batch_size": 16,
@@ -53,7 +53,7 @@ def counting(drawn):
 
 def test_trials_of_scratch_cost_what_growing_did():
     specs = grow_study.chosen_specs(["mlp"], ["tiny", "scratch"], dict.fromkeys(
-        ("images_downscale", "start_width", "large_width", "steps", "growths", "every", "rate")
+        ("images_downscale", "start_width", "large_width", "steps", "growths", "interval", "rate")
     ))  # fmt: skip
     settings = {"num_seeds": 2, "dataset": "digits", "batch_size": 16, "normalize": True}
     trials = grow_study.all_trials(specs, ["tiny", "scratch"], settings)
@@ -72,33 +72,33 @@ def test_trials_of_scratch_cost_what_growing_did():
 
 
 def test_operations_are_those_of_the_compiled_program():
-    problem = grow_study.build("mlp", "digits", None, 2)
-    params = problem.create(8, 0)
-    batch = problem.dataset.train_images[:32], problem.dataset.train_labels[:32]
+    network, _ = grow_study.build("mlp", "digits", None, 2)
+    params = grow_study.create("mlp", network, 8, 0)
+    batch = network.dataset.train_images[:32], network.dataset.train_labels[:32]
     counted = 32 * grow_cost.forward_flops(
-        problem.loss, params, jax.tree.map(lambda one: one[:1], batch)
+        network.loss, params, jax.tree.map(lambda one: one[:1], batch)
     )
-    compiled = jax.jit(problem.loss).lower(params, batch).compile().cost_analysis()
+    compiled = jax.jit(network.loss).lower(params, batch).compile().cost_analysis()
     assert compiled is not None
     assert counted < compiled["flops"] < 1.5 * counted
 
 
 def test_networks_take_any_width():
-    problem = grow_study.build("resnet18", "digits", None, 2)
-    assert len(problem.units) == 12  # a stream and two or one inner layers of every stage
-    problem = grow_study.build("dag_cnn", "digits", None, 2)
-    params = problem.create(1, 0)
-    wide, _ = archscale.contrib.widen(params, {problem.units[0].name: 3}, problem.units)
-    images = problem.dataset.test_images[:4], problem.dataset.test_labels[:4]
-    np.testing.assert_allclose(problem.loss(params, images), problem.loss(wide, images), rtol=1e-5)
-    large = problem.create(2, 0)
-    assert set(archscale.contrib.count_neurons(large, problem.units).values()) == {2}
+    _, units = grow_study.build("resnet18", "digits", None, 2)
+    assert len(units) == 12  # a stream and two or one inner layers of every stage
+    network, units = grow_study.build("dag_cnn", "digits", None, 2)
+    params = grow_study.create("dag_cnn", network, 1, 0)
+    wide, _ = archscale.contrib.widen(params, {units[0].name: 3}, units)
+    images = network.dataset.test_images[:4], network.dataset.test_labels[:4]
+    np.testing.assert_allclose(network.loss(params, images), network.loss(wide, images), rtol=1e-5)
+    large = grow_study.create("dag_cnn", network, 2, 0)
+    assert set(archscale.contrib.count_neurons(large, units).values()) == {2}
 
 
 def test_the_binary(run_again, tmp_path):
     flags = [
         "--network=mlp", "--arm=tiny,large,scratch", "--dataset=digits", "--images_downscale=2",
-        "--start_width=4", "--large_width=8", "--steps=9", "--growths=2", "--every=3",
+        "--start_width=4", "--large_width=8", "--steps=9", "--growths=2", "--interval=3",
         "--num_seeds=1", "--rate=0.02", "--batch_size=16",
     ]  # fmt: skip
     done = run_again("grow", tmp_path, *flags)

@@ -16,7 +16,7 @@ from archscale_jax.contrib._growth.extension import extend, extended
 from archscale_jax.contrib._growth.measured import Measured, measure
 from archscale_jax.contrib._growth.neurons import new_neurons
 from archscale_jax.contrib._growth.solve import predicted_decrease, solve
-from archscale_jax.contrib._growth.widen import taken
+from archscale_jax.contrib._growth.widen import occupied
 from tests import growing
 
 pytestmark = pytest.mark.quick_compilation
@@ -28,14 +28,14 @@ def float64():
         yield
 
 
-ROOMS = 8
+SLOTS = 8
 
 
 class Case(NamedTuple):
-    """A network with rooms, so that whatever grows has the same shapes, and compiles once."""
+    """A network with slots, so that whatever grows has the same shapes, and compiles once."""
 
     network: growing.Network
-    units: list[archscale.contrib.Units]
+    groups: list[archscale.contrib.NeuronGroup]
     params: Any
     outputs: Any
     curvature: Any
@@ -46,9 +46,9 @@ class Case(NamedTuple):
 def case(request):
     with jax.enable_x64(True):
         network = growing.NETWORKS[request.param]()
-        units = growing.growable(network)
+        groups = growing.growable(network)
         params, _ = archscale.contrib.widen(
-            network.params, dict.fromkeys(names(units), ROOMS), units
+            network.params, dict.fromkeys(names(groups), SLOTS), groups
         )
 
         @jax.jit
@@ -59,20 +59,22 @@ def case(request):
             return 0.5 * jax.grad(jax.grad(along))(0.0)
 
         measured = {
-            restricted: measure(network.loss, params, [network.batch], units, restricted=restricted)
+            restricted: measure(
+                network.loss, params, [network.batch], groups, restricted=restricted
+            )
             for restricted in (False, True)
         }
-        yield Case(network, units, params, jax.jit(network.outputs), curvature, measured)
+        yield Case(network, groups, params, jax.jit(network.outputs), curvature, measured)
 
 
-def names(units):
-    return [one.name for one in units]
+def names(groups):
+    return [one.name for one in groups]
 
 
 @pytest.mark.parametrize("method", ["tiny", "random"])
 def test_predicted_decrease_is_the_derivative(case, method):
     """-½ d²L/dγ² at γ = 0 by automatic differentiation."""
-    choices = [[one] for one in case.units] + [case.units]
+    choices = [[one] for one in case.groups] + [case.groups]
     for (restricted, measured), chosen in itertools.product(case.measured.items(), choices):
         neurons = solve(
             case.params, measured, chosen, method=method, number=2, restricted=restricted,
@@ -90,11 +92,11 @@ def test_predicted_decrease_is_the_derivative(case, method):
 
 def test_the_remainder_is_of_second_order():
     network = growing.chain()  # tanh: no curvature at 0
-    units = growing.growable(network)
-    measured = measure(network.loss, network.params, [network.batch], units)
-    neurons = solve(network.params, measured, units, number=3)
-    extension, _ = extend(network.params, units, neurons, measured, update=True)
-    expected = predicted_decrease(neurons, measured, units, update=True)
+    groups = growing.growable(network)
+    measured = measure(network.loss, network.params, [network.batch], groups)
+    neurons = solve(network.params, measured, groups, number=3)
+    extension, _ = extend(network.params, groups, neurons, measured, update=True)
+    expected = predicted_decrease(neurons, measured, groups, update=True)
     squares = np.geomspace(1e-4, 1e-2, 6)
     before = network.loss(network.params, network.batch)
     losses = [network.loss(extended(extension, np.sqrt(one)), network.batch) for one in squares]
@@ -158,44 +160,44 @@ def test_convolutions_equal_the_dense_problem_on_unfolded_images():
 
 
 def test_amplitude_0_changes_nothing_bit_for_bit(case):
-    neurons = solve(case.params, case.measured[False], case.units, number=2)
-    extension, _ = extend(case.params, case.units, neurons, case.measured[False], update=True)
+    neurons = solve(case.params, case.measured[False], case.groups, number=2)
+    extension, _ = extend(case.params, case.groups, neurons, case.measured[False], update=True)
     inputs = case.network.batch[0]
     before = case.outputs(case.params, inputs)
     np.testing.assert_array_equal(case.outputs(extended(extension, 0.0), inputs), before)
     assert np.max(np.abs(case.outputs(extended(extension, 1.0), inputs) - before)) > 1e-6
 
 
-def test_new_rooms_change_nothing(case):
+def test_new_slots_change_nothing(case):
     inputs = case.network.batch[0]
     narrow = case.outputs(case.network.params, inputs)
     np.testing.assert_allclose(case.outputs(case.params, inputs), narrow, rtol=1e-10, atol=1e-13)
-    for one in case.units:
-        assert taken(case.params, one).sum() == taken(case.network.params, one).sum()
-    back = archscale.contrib.compact(case.params, case.units)
+    for one in case.groups:
+        assert occupied(case.params, one).sum() == occupied(case.network.params, one).sum()
+    back = archscale.contrib.compact(case.params, case.groups)
     for name, leaf in named_leaves(case.network.params).items():
         np.testing.assert_array_equal(named_leaves(back)[name], leaf)
 
 
-def test_grown_networks_equal_compact_ones_and_keep_rooms_empty(case):
-    network, units, outputs = case.network, case.units, case.outputs
+def test_grown_networks_equal_compact_ones_and_keep_slots_empty(case):
+    network, groups, outputs = case.network, case.groups, case.outputs
     optimizer = optax.adam(1e-2)
     growth = archscale.grow(
-        network.loss, case.params, [network.batch], network.batch, units, number=1,
+        network.loss, case.params, [network.batch], network.batch, groups, number=1,
         optimizer_state=optimizer.init(case.params),
     )  # fmt: skip
     assert growth.losses[1] < growth.losses[0]
-    small = archscale.contrib.compact(growth.params, units)
+    small = archscale.contrib.compact(growth.params, groups)
     inputs = network.batch[0]
     np.testing.assert_allclose(
         outputs(small, inputs), outputs(growth.params, inputs), rtol=1e-10, atol=1e-12
     )
-    for one in units:
-        added = taken(growth.params, one).sum() - taken(case.params, one).sum()
+    for one in groups:
+        added = occupied(growth.params, one).sum() - occupied(case.params, one).sum()
         assert added == growth.numbers[one.name] == 1
-        assert np.all(taken(small, one))
+        assert np.all(occupied(small, one))
 
-    # Training leaves empty rooms empty.
+    # Training leaves empty slots empty.
     @jax.jit
     def step(params, state):
         gradients = jax.grad(network.loss)(params, network.batch)
@@ -205,8 +207,8 @@ def test_grown_networks_equal_compact_ones_and_keep_rooms_empty(case):
     params, state = growth.params, growth.optimizer_state
     for _ in range(3):
         params, state = step(params, state)
-    assert archscale.contrib.count_neurons(params, units) == archscale.contrib.count_neurons(
-        growth.params, units
+    assert archscale.contrib.count_neurons(params, groups) == archscale.contrib.count_neurons(
+        growth.params, groups
     )
 
 
@@ -224,12 +226,12 @@ def test_grown_networks_equal_compact_ones_and_keep_rooms_empty(case):
 def test_moments_are_carried_over(optimizer):
     """Eagerly on arrays without a model: nothing is compiled for it."""
     network = growing.chain()
-    units = growing.growable(network)
+    groups = growing.growable(network)
     params = jax.tree.map(np.asarray, network.params)
     gradients = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * 0.1, params)
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     wide, new_state = archscale.contrib.widen(
-        params, {"w1": 7, "w2": 5}, units, optimizer_state=state
+        params, {"w1": 7, "w2": 5}, groups, optimizer_state=state
     )
     like = optimizer.init(wide)
     assert jax.tree.structure(like) == jax.tree.structure(new_state)
@@ -240,12 +242,12 @@ def test_moments_are_carried_over(optimizer):
     optimizer.update(jax.tree.map(jnp.ones_like, wide), new_state, wide)
 
 
-def test_states_of_other_shapes_are_refused():
+def test_states_of_other_shapes_raise():
     network = growing.chain()
-    units = growing.growable(network)
+    groups = growing.growable(network)
     state = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(network.params)
-    with pytest.raises(ValueError, match=r"keeps \(4,\) of 'w1', which has \(5, 4\)"):
-        archscale.contrib.widen(network.params, {"w1": 7}, units, optimizer_state=state)
+    with pytest.raises(ValueError, match=r"holds \(4,\) for 'w1', which has \(5, 4\)"):
+        archscale.contrib.widen(network.params, {"w1": 7}, groups, optimizer_state=state)
 
 
 def test_nothing_is_missing_where_the_layer_can_express_the_change():
@@ -265,8 +267,8 @@ def test_nothing_is_missing_where_the_layer_can_express_the_change():
 
 def test_gradmax_and_random_are_what_they_say():
     network = growing.chain()
-    units = growing.growable(network)[:1]
-    options = {"number": 2, "units": units, "held_out": network.batch}
+    groups = growing.growable(network)[:1]
+    options = {"number": 2, "groups": groups, "held_out": network.batch}
     arguments = network.loss, network.params, [network.batch]
     gradmax = archscale.grow(*arguments, method="gradmax", **options)
     assert gradmax.amplitude == 1 and gradmax.losses[0] == gradmax.losses[1]
@@ -298,8 +300,8 @@ def test_gradmax_and_random_are_what_they_say():
 
 def test_numbers_follow_count_threshold_and_budget():
     network = growing.chain()
-    units = growing.growable(network)
-    arguments = network.loss, network.params, [network.batch], network.batch, units
+    groups = growing.growable(network)
+    arguments = network.loss, network.params, [network.batch], network.batch, groups
     growth = archscale.grow(*arguments, threshold=0.0)
     values = growth.singular_values
     some = np.sort(np.concatenate(list(values.values())))[2]
@@ -318,29 +320,29 @@ def test_numbers_follow_count_threshold_and_budget():
 
 def test_nothing_is_added_that_does_not_help():
     network = growing.chain()
-    units = growing.growable(network)
+    groups = growing.growable(network)
     growth = archscale.grow(
-        network.loss, network.params, [network.batch], network.batch, units, number=1,
+        network.loss, network.params, [network.batch], network.batch, groups, number=1,
         amplitudes=(0.0, 1e6),
     )  # fmt: skip
     assert growth.amplitude == 0 and set(growth.numbers.values()) == {0}
     assert growth.params is network.params
 
 
-def test_the_architecture_counts_neurons_not_rooms():
+def test_the_architecture_counts_neurons_not_slots():
     network = growing.graph("2_22", None)
-    units = growing.growable(network)
-    wide, _ = archscale.contrib.widen(network.params, {one.name: 6 for one in units}, units)
+    groups = growing.growable(network)
+    wide, _ = archscale.contrib.widen(network.params, {one.name: 6 for one in groups}, groups)
     batch = network.batch
-    found = archscale.contrib.grown_architecture(network.loss, wide, batch, units)
+    found = archscale.contrib.grown_architecture(network.loss, wide, batch, groups)
     plain = archscale.trace(network.loss, network.params, batch)
     for one, other in zip(found.parameters, plain.parameters, strict=True):
         assert dataclasses.replace(one, shape=other.shape, uses=other.uses, filled=None) == other
         own, theirs = ([(use.kind, use.edge, use.contracted, use.output) for use in each.uses]
                        for each in (one, other))  # fmt: skip
         assert own == theirs
-    growth = archscale.grow(network.loss, wide, [batch], batch, units, number=1, normalize=True)
-    factors = archscale.learning_rate_factors(growth.architecture, plain, width_rule="sgd")
+    growth = archscale.grow(network.loss, wide, [batch], batch, groups, number=1, normalize=True)
+    factors = archscale.learning_rate_multipliers(growth.architecture, plain, width_rule="sgd")
     assert factors["readout/kernel"] == pytest.approx(3 / 4)
     assert factors["stem/kernel"] == pytest.approx(4 / 3)
     assert factors["layers/0_1/kernel"] == 1
@@ -352,9 +354,9 @@ def test_the_architecture_counts_neurons_not_rooms():
 def test_neurons_that_are_there_are_not_found_again():
     """TINY's neurons and δW* in full: what they do is no longer asked for."""
     network = growing.chain(activation=lambda x: x)
-    units = growing.growable(network)[1:]
-    measured = measure(network.loss, network.params, [network.batch], units)
-    neurons = solve(network.params, measured, units, threshold=0.0)
+    groups = growing.growable(network)[1:]
+    measured = measure(network.loss, network.params, [network.batch], groups)
+    neurons = solve(network.params, measured, groups, threshold=0.0)
     assert np.all(neurons["w2"].singular_values > 0)
     target = measured.pairs["w2"].projected / 40
     made = neurons["w2"].fan_in @ neurons["w2"].fan_out
@@ -362,34 +364,34 @@ def test_neurons_that_are_there_are_not_found_again():
     np.testing.assert_allclose(covariance @ made, target, atol=1e-9)
 
 
-def test_refusals():
+def test_errors():
     network = growing.chain()
-    units = archscale.contrib.find_units(network.loss, network.params, network.batch)
+    groups = archscale.contrib.find_neuron_groups(network.loss, network.params, network.batch)
     arguments = network.loss, network.params, [network.batch], network.batch
 
-    def refuses(match, *found: Any, **options):
+    def raises(match, *found: Any, **options):
         given: Any = found or (*arguments, growing.growable(network))
         with pytest.raises(ValueError, match=match):
             archscale.grow(*given, **options)
 
-    refuses("'w3' cannot grow: no layer follows", *arguments, units)
-    refuses("needs units", *arguments, [])
-    refuses("needs a batch", *arguments[:2], [], network.batch, units[:1])
-    refuses("method 'best'; accepted are tiny, gradmax, random", method="best")
-    refuses("'random' needs a key", method="random", number=1)
-    refuses("number must be None or at least 1, found 0", number=0)
-    refuses("budget must be", budget=-3)
-    refuses("amplitudes must be", amplitudes=(-1.0,))
+    raises("'w3' cannot grow: no layer follows", *arguments, groups)
+    raises("groups is empty", *arguments, [])
+    raises("batches is empty", *arguments[:2], [], network.batch, groups[:1])
+    raises("method 'best'; accepted are tiny, gradmax, random", method="best")
+    raises("'random' needs a key", method="random", number=1)
+    raises("number must be None or at least 1, found 0", number=0)
+    raises("budget must be", budget=-3)
+    raises("amplitudes must be", amplitudes=(-1.0,))
     few = jax.tree.map(lambda array: array[:4], network.batch)
-    refuses("'w1' have 6 inputs; their covariance needs at least 6 examples of 1 positions, "
-            "found 4", *arguments[:2], [few], few, units[:1])  # fmt: skip
+    raises("'w1' has 6 inputs; their covariance needs at least 6 examples of 1 positions, "
+            "found 4", *arguments[:2], [few], few, groups[:1])  # fmt: skip
     dead = {**network.params, "w3": jnp.zeros((3, 2))}
-    refuses("'w1' are dead: the gradients", network.loss, dead, *arguments[2:], units[:1])
+    raises("'w1' is dead: the gradients", network.loss, dead, *arguments[2:], groups[:1])
     zeros = jnp.zeros((40, 5)), network.batch[1]
-    refuses("'w1' are dead: the inputs", *arguments[:2], [zeros], zeros, units[:1])
+    raises("'w1' is dead: the inputs", *arguments[:2], [zeros], zeros, groups[:1])
     broken = jax.tree.map(lambda array: array * jnp.nan, network.batch)
-    refuses("not finite", *arguments[:2], [broken], broken, units[:1])
-    refuses("held-out loss is nan", *arguments[:3], broken, units[:1])
+    raises("not finite", *arguments[:2], [broken], broken, groups[:1])
+    raises("loss on held_out is nan", *arguments[:3], broken, groups[:1])
 
     def stiff(params, batch):  # as a module of fixed features
         assert params["w1"].shape == (5, 4)
@@ -397,7 +399,7 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="does not take the wider arrays"):
         archscale.grow(stiff, *arguments[1:], growing.growable(network)[:1])
-    with pytest.raises(ValueError, match="have 4 rooms, more than 2"):
-        archscale.contrib.widen(network.params, {"w1": 2}, units)
-    with pytest.raises(ValueError, match="units 'w9'; accepted are"):
-        archscale.contrib.widen(network.params, {"w9": 2}, units)
+    with pytest.raises(ValueError, match="capacity of .w1. is 4, found 2"):
+        archscale.contrib.widen(network.params, {"w1": 2}, groups)
+    with pytest.raises(ValueError, match="neuron group in capacity .w9.; accepted are"):
+        archscale.contrib.widen(network.params, {"w9": 2}, groups)

@@ -104,7 +104,7 @@ def test_graphs_grow_from_nothing(kind, kernel_size):
     np.testing.assert_allclose(loss(params, batch), growth.losses[1], rtol=1e-9)
     # An ordinary network.
     archscale.initialize(jax.random.key(0), params, growth.network.architecture())
-    assert archscale.contrib.find_units(loss, params, batch)
+    assert archscale.contrib.find_neuron_groups(loss, params, batch)
 
 
 @pytest.mark.parametrize("kind", ["edge", "vertex"])
@@ -138,19 +138,19 @@ def test_skips_are_tried():
         assert growth.kind is None and growth.network is model
 
 
-def test_refusals():
+def test_errors():
     model, batch = network("2_02"), batch_of()
 
-    def refuses(match, *arguments, **options):
+    def raises(match, *arguments, **options):
         with pytest.raises(ValueError, match=match):
             grow_graph(*arguments, **options)
 
-    refuses("kind 'loop'; accepted", model, make_loss, [batch], batch, kind="loop")
-    refuses("number must be", model, make_loss, [batch], batch, number=0)
-    refuses("needs a batch", model, make_loss, [], batch)
-    refuses("without normalization", network("2_02", normalization="layer"), make_loss,
+    raises("kind 'loop'; accepted", model, make_loss, [batch], batch, kind="loop")
+    raises("number must be", model, make_loss, [batch], batch, number=0)
+    raises("needs a batch", model, make_loss, [], batch)
+    raises("without normalization", network("2_02", normalization="layer"), make_loss,
             [batch], batch)  # fmt: skip
-    refuses("sum pre-activations", network("2_02", arrangement="activation"), make_loss,
+    raises("sum pre-activations", network("2_02", arrangement="activation"), make_loss,
             [batch], batch)  # fmt: skip
     full = grow_graph(network("2_22"), make_loss, [batch], batch)
     assert full.kind is None and full.gains == {}

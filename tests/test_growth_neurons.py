@@ -113,7 +113,7 @@ def test_bad_statistics():
         least_squares(good._replace(targets=good.targets * np.nan))
     with pytest.raises(ValueError, match="hold before that are not finite"):
         new_neurons(good.inputs * np.inf, good.targets, 5)
-    with pytest.raises(ValueError, match="number of neurons must be"):
+    with pytest.raises(ValueError, match="number must be None or at least 1, found 0"):
         new_neurons(good.inputs, good.targets, 5, number=0)
 
 

@@ -102,7 +102,7 @@ class TestDistribution:
         }
         self.check(nnx.state(network, nnx.Param), network.architecture(), expected)
 
-    @pytest.mark.parametrize("rule", ["none", "author_code", "second_moment"])
+    @pytest.mark.parametrize("rule", ["he_normal", "chen2024_code", "second_moment"])
     def test_takes_any_rule_by_name(self, rule):
         params, architecture = mlp("2_02_212")
         self.check(params, architecture, weight_standard_deviations(architecture, rule), rule)
@@ -141,8 +141,10 @@ class TestDraws:
         assert np.abs(correlations).max() < 5 / math.sqrt(64 * 64)
 
     def test_do_not_depend_on_which_other_layers_exist(self):
-        small = named_leaves(initialize(KEY, *mlp("2_02"), "none"))
-        large = named_leaves(initialize(KEY, *mlp("2_22_212_2222", normalization="batch"), "none"))
+        small = named_leaves(initialize(KEY, *mlp("2_02"), "he_normal"))
+        large = named_leaves(
+            initialize(KEY, *mlp("2_22_212_2222", normalization="batch"), "he_normal")
+        )
         assert set(small) < set(large)
         for name, leaf in small.items():
             np.testing.assert_array_equal(leaf, large[name], err_msg=name)

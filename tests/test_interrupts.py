@@ -1,7 +1,4 @@
-"""Ctrl-C ends a binary with one sentence and the status 130, whenever and however often it comes.
-
-`python -m benchmarks.interrupt` interrupts whole binaries; here are the parts.
-"""
+"""Ctrl-C ends a binary with a sentence and the status 130, whenever and however often it comes."""
 
 import os
 import pathlib

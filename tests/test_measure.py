@@ -111,7 +111,9 @@ def test_one_example_has_no_standardized_size():
     one = jitted(features, loss)(params, (images[:1], labels[:1]))
     assert np.all(np.isinf(one.standardized))
     assert np.all(np.isfinite(one.relative))
-    with pytest.raises(ValueError, match="'measured' gives the size .* a batch of several"):
+    with pytest.raises(
+        ValueError, match="'standardized_update' gives the size .* a batch of several"
+    ):
         predict_learning_rate(one, one, 0.1)
 
 
@@ -179,10 +181,10 @@ def test_of_an_optimizer_that_never_moves_is_0():
     )  # fmt: skip
     assert not np.any(frozen.absolute)
     with pytest.raises(ValueError, match="target was measured on an update of 0"):
-        predict_learning_rate(frozen, frozen, 0.1, "absolute")
+        predict_learning_rate(frozen, frozen, 0.1, "absolute_update")
 
 
-def test_refuses_no_update():
+def test_no_update_raises():
     with pytest.raises(ValueError, match="updates must be at least 1, found 0"):
         measure_update(lambda *_: [], lambda *_: jnp.zeros(()), {}, None, optax.sgd(1.0), updates=0)
 

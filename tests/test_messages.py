@@ -60,7 +60,7 @@ WRONG = {
     "a misspelt depth rule": (
         lambda: scaling(base=ARCHITECTURE, rule="none", depth_rule="adm"), "did you mean 'adam'?"),
     "a misspelt initialization": (
-        lambda: archscale.initialize(KEY, PARAMS, ARCHITECTURE, "targt"), "did you mean 'target'?"),
+        lambda: archscale.initialize(KEY, PARAMS, ARCHITECTURE, "he_norm"), "mean 'he_normal'?"),
     "a misspelt activation": (lambda: network(activation="rellu"), "did you mean 'relu'?"),
     "a misspelt normalization": (lambda: network(normalization="batchnorm"), "mean 'batch'?"),
     "a misspelt data set": (lambda: load("fashion-mnist"), "did you mean 'fashion_mnist'?"),

@@ -371,7 +371,7 @@ class TestArchitecture:
         network = nnx.eval_shape(lambda: create_network(graph, (8, 8, 3), 4, 3, rngs=nnx.Rngs(0)))
         self.same(network.graph(), graph)
         assert network.graph().globals["space"][0] == Space.CELL
-        scales = [learning_rate_scale(g, rule="author_code") for g in (network.graph(), graph)]
+        scales = [learning_rate_scale(g, rule="chen2024_code") for g in (network.graph(), graph)]
         assert scales[0] == scales[1]
 
     @staticmethod

@@ -83,7 +83,7 @@ def test_wrap_your_optimizer(shell):
     namespace, images = run(shell, tiny("wrap_your_optimizer"))
     assert len(images) == 3
     assert set(namespace["deep"]) == set(namespace["ways"])
-    factors = archscale.learning_rate_factors(namespace["arch"], namespace["base"])
+    factors = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
     assert set(np.round(list(factors.values()), 12)) == {round(4**-1.5, 12)}  # chains of 4 and 1
 
 
@@ -110,7 +110,7 @@ def test_grow_a_network(shell):
     grown, curve, edits = namespace["runs"][0]
     assert len(edits) == 2
     assert all(after <= before for _, growth in edits for before, after in [growth.losses])
-    neurons = archscale.contrib.count_neurons(grown, namespace["units"])
+    neurons = archscale.contrib.count_neurons(grown, namespace["groups"])
     added = sum(number for _, growth in edits for number in growth.numbers.values())
     assert sum(neurons.values()) == 4 * len(neurons) + added
     assert (np.diff(curve[:, 0]) > 0).all()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -236,11 +237,109 @@ def test_figures_are_the_same_files_whenever_they_are_drawn(tmp_path):
     assert b"<dc:date>" not in first.read_bytes()
 
 
-@pytest.mark.parametrize("content", ["", "<svg/>", '<p width="3pt"/>', "<svg width='3pt'>"])
-def test_a_figure_that_is_no_svg_is_refused(tmp_path, content):
-    (tmp_path / "bad.svg").write_text(content)
-    with pytest.raises(ValueError, match=r"bad\.svg is no SVG"):
-        inline_svg(tmp_path / "bad.svg", "one", "one")
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:x="http://www.w3.org/1999/xlink" width="9pt" '
+SVG += 'viewBox="0 0 9 9">{}</svg>'
+BOMB = """<!DOCTYPE svg [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>"""
+DAMAGED = {
+    "nothing": ("", "no element found"),
+    "no size": ("<svg/>", "a width in points"),
+    "another root": ('<p width="3pt" viewBox="0 0 9 9"/>', "a width in points"),
+    "cut off": ("<svg width='3pt' viewBox='0 0 9 9'>", "no element found"),
+    "no view box": ("<svg width='3pt'/>", "a viewBox of four numbers"),
+    "an infinite width": ("<svg width='1e999pt' viewBox='0 0 9 9'/>", "a width in points"),
+    "NUL": (SVG.format("<text>\0</text>"), "not well-formed"),
+    "nested deeply": (SVG.format("<g>" * 100_000 + "</g>" * 100_000), "nested deeper than 100"),
+    "entities": (BOMB + SVG.format("<text>&b;</text>"), "declares the entity 'a'"),
+    "too large": (SVG.format(" " * 21 * 2**20), "exceeds 20 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_of_a_damaged_figure_the_page_says_so_and_holds_the_rest(workdir, case):
+    content, problem = DAMAGED[case]
+    (workdir / "bad.svg").write_text(content)
+    with pytest.raises(ValueError, match=rf"bad\.svg .*{problem}"):
+        inline_svg(workdir / "bad.svg", "one", "one")
+    figures = {draw(workdir, "good"): "A good one.", workdir / "bad.png": "A bad one."}
+    started = time.monotonic()
+    reader = Reader(page.write(workdir, "A run", None, figures=figures).read_text())
+    assert time.monotonic() - started < 20  # linear in what there is
+    assert [tag for tag, _ in reader.elements].count("svg") == 1
+    assert ("figcaption", "A good one.") in reader.texts
+    (told,) = [text for tag, text in reader.texts if "bad.svg cannot be shown" in text]
+    assert problem in told
+
+
+def test_of_a_figure_only_what_draws_reaches_the_page(workdir):
+    hostile = """
+      <script>alert(1)</script><style>body {{ display: none }}</style><metadata>a</metadata>
+      <foreignObject><iframe src="javascript:alert(1)"/><meta http-equiv="refresh"/></foreignObject>
+      <a x:href="javascript:alert(1)"><text>link</text></a>
+      <image x:href="https://example.org/a.png"/><animate attributeName="href" to="javascript:1"/>
+      <text onclick="alert(1)" class="a" style="background: url(https://example.org); fill: red;
+        position: fixed; stroke: url(#p); opacity: expression(url)"
+        >&lt;img src=x onerror=1&gt;</text>
+      <path d="M 1.23456 2" fill="url(javascript:alert(1))" stroke="url(#q)" ONLOAD="alert(1)"/>
+      <use x:href="data:text/html,1"/><use x:href="#later"/>
+      <defs><path id="mark" d="M 0 0"/><use x:href="#mark"/></defs><use x:href="#mark" x="1.999"/>
+    """
+    (workdir / "bad.svg").write_text(SVG.format(hostile))
+    found = Reader(inline_svg(workdir / "bad.svg", "one", "label"))
+    assert [tag for tag, _ in found.elements] == ["svg", "text", "path", "defs", "path", "use"]
+    _, text, path, _, mark, use = (attributes for _, attributes in found.elements)
+    assert text == {"style": "fill: red; stroke: url(#one-p)"}
+    assert found.texts == [("text", "<img src=x onerror=1>")]
+    assert path == {"d": "M 1.23 2", "stroke": "url(#one-q)"}
+    assert mark == {"id": "one-mark", "d": "M 0 0"}
+    assert use == {"href": "#one-mark", "x": "2"}
+
+
+HOSTILE_COMMANDS = {
+    "markup": {"started": HOSTILE, "machine": HOSTILE, "devices": [HOSTILE],
+               "versions": {HOSTILE: HOSTILE}, "command": f"python '{HOSTILE}"},
+    "types": {"started": 3, "machine": None, "devices": [1], "versions": {"a": []}, "resumed": 1},
+    "nothing": {},
+    "devices that are a number": {"devices": 3},
+    "versions that are a text": {"versions": "1.0"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_COMMANDS)
+def test_every_field_of_a_command_is_escaped(workdir, case):
+    (workdir / "commands.jsonl").write_text(json.dumps(HOSTILE_COMMANDS[case]) + "\n")
+    reader = Reader(page.write(workdir, "A run", None).read_text())
+    tags = {tag for tag, _ in reader.elements}
+    assert not tags & {"img", "iframe", "a", "form"}
+    scripts = [attributes for tag, attributes in reader.elements if tag == "script"]
+    assert scripts == [{}]
+    assert [one for _, one in reader.elements if any(name.startswith("on") for name in one)] == []
+    if case == "markup":
+        assert ("dd", HOSTILE) in reader.texts
+    if case.startswith(("devices", "versions")):
+        assert any("made this run cannot be read" in text for _, text in reader.texts)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", "{", "\udcff"])
+def test_settings_that_cannot_be_read_leave_the_rest(workdir, content):
+    (workdir / "config.json").write_text(content, errors="surrogateescape")
+    reader = Reader(page.write(workdir, "A run", None, remarks=["It ran."]).read_text())
+    assert any("config.json, cannot be read" in text for _, text in reader.texts)
+    assert ("p", "It ran.") in reader.texts
+
+
+@pytest.mark.parametrize("cell", ["7" * 200_000, "-" * 200_000, "7," * 100_000, "a" * 200_000])
+def test_a_huge_cell_is_cut_quickly(workdir, cell):
+    started = time.monotonic()
+    rows = [["network", "loss"], ["one", cell], ["two", "3"]]
+    text = page.write(workdir, "A run", None, tables={"T": rows}).read_text()
+    assert time.monotonic() - started < 10
+    assert "… (the first 4000 of 200000 characters)" in text
+    assert len(text) < 50_000
+
+
+def test_control_characters_are_replaced(workdir):
+    text = page.write(workdir, "A\0run\x1b\udcff", None).read_text()
+    assert "<h1>A�run" in text and "\0" not in text
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(workdir):
@@ -248,8 +347,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(workdir):
     before = sorted(workdir.iterdir())
     with pytest.raises(ValueError, match="table 'T' has 2 columns, and a row of 1"):
         page.write(workdir, "New", None, tables={"T": [["a", "b"], ["1"]]})
-    with pytest.raises(FileNotFoundError, match=r"absent\.svg"):
-        page.write(workdir, "New", None, figures={workdir / "absent.png": "nothing"})
     assert (workdir / "report.html").read_bytes() == old
     assert sorted(workdir.iterdir()) == before
 

@@ -43,13 +43,13 @@ def test_rounding_is_no_effect():
 
 
 def test_a_wrong_factor_is_found(monkeypatch):
-    honest = archscale.learning_rate_factors
+    honest = archscale.learning_rate_multipliers
 
     def dishonest(architecture, *arguments, **options):
         found = honest(architecture, *arguments, **options)
         return found | {"w1": found["w1"] * architecture.shapes["w1"][0] / WIDTHS[0]}
 
-    monkeypatch.setattr(archscale, "learning_rate_factors", dishonest)
+    monkeypatch.setattr(archscale, "learning_rate_multipliers", dishonest)
     found = leaf_steps(NETWORKS["MLP with biases"], "adam", DRAWS)
     assert [one.leaf for one in found if not one.holds] == ["w1"]
 

@@ -112,7 +112,7 @@ def case(make, mode: str) -> Case:
     shapes = jax.eval_shape(network.init, KEY, images)["params"]
     architecture = archscale.trace(apply, shapes, images)
     if mode == "float32":
-        draw = jax.jit(lambda: archscale.initialize(KEY, shapes, architecture, "target"))
+        draw = jax.jit(lambda: archscale.initialize(KEY, shapes, architecture, "target_in_degree"))
         params = draw()
     else:  # the same, rounded once, as is tested below
         exact = case(make, "float32").params
@@ -163,7 +163,9 @@ def test_factors_are_those_of_exact_arithmetic_in_any_precision():
                     lambda params, x, network=network: network.apply({"params": params}, x),
                     shapes, images,
                 )  # fmt: skip
-                found.add(json.dumps(archscale.learning_rate_factors(architecture, base)))
+                found.add(
+                    json.dumps(archscale.learning_rate_multipliers(architecture, base, "path_sum"))
+                )
     assert len(found) == 1
     factors = json.loads(found.pop())
     assert set(factors) == {f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")}
@@ -176,7 +178,7 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
     for x64, dtype in ((False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.float32)):
         with jax.enable_x64(x64):
             shapes = jax.tree.map(lambda one, d=dtype: jax.ShapeDtypeStruct(one.shape, d), exact)
-            drawn = archscale.initialize(KEY, shapes, architecture, "target")
+            drawn = archscale.initialize(KEY, shapes, architecture, "target_in_degree")
             rounded = jax.tree.map(lambda one, d=dtype: np.asarray(one).astype(d), exact)
             jax.tree.map(np.testing.assert_array_equal, drawn, rounded)
 
@@ -185,9 +187,9 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
 def test_a_factor_is_applied_with_one_rounding(dtype):
     architecture = reference(Perceptron).architecture
     base = archscale.dag_graph("2")
-    factors = archscale.learning_rate_factors(architecture, base)
+    factors = archscale.learning_rate_multipliers(architecture, base, "path_sum")
     updates = jax.tree.map(lambda one: one.astype(dtype), reference(Perceptron).params)
-    scaled, _ = archscale.scale_by_architecture(architecture, base).update(
+    scaled, _ = archscale.scale_by_architecture(architecture, base, "path_sum").update(
         updates, optax.EmptyState()
     )
     kernel = updates["Dense_1"]["kernel"]
@@ -333,8 +335,8 @@ def test_sharpness_in_low_precision():
 @functools.cache
 def growth(mode):
     one = case(Perceptron, mode)
-    found = archscale.contrib.find_units(one.loss, one.params, one.batch)
-    units = [unit for unit in found if not unit.obstacle]
+    found = archscale.contrib.find_neuron_groups(one.loss, one.params, one.batch)
+    units = [unit for unit in found if not unit.blocker]
     measured = measure(one.loss, one.params, [one.batch], units)
     neurons = solve(one.params, measured, units)
     every = archscale.bottleneck(one.loss, one.params, [one.batch])
@@ -370,10 +372,10 @@ def test_neurons_are_found_behind_a_mean_over_positions():
 
     params = {"a": jnp.full((2, 3), 0.5), "b": jnp.full((3, 2), 0.5)}
     inputs = jax.random.normal(KEY, (2, 196, 2))
-    found = archscale.contrib.find_units(
+    found = archscale.contrib.find_neuron_groups(
         lambda params, batch: jnp.mean(outputs(params, batch).astype(jnp.float32)), params, inputs
     )
-    assert [(one.obstacle, one.joint("b")) for one in found[:1]] == [(None, "mean")]
+    assert [(one.blocker, one.joint("b")) for one in found[:1]] == [(None, "mean")]
     # The mean of both slopes of ReLU.
     assert abs(found[0].slope - 0.5) < 16 * float(jnp.finfo(dtype).eps)
 
@@ -394,8 +396,8 @@ def test_a_grown_network_keeps_its_precision():
 
     found = [
         unit
-        for unit in archscale.contrib.find_units(loss, one.params, one.batch)
-        if not unit.obstacle
+        for unit in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
+        if not unit.blocker
     ]
     grown = archscale.grow(loss, one.params, [one.batch], one.batch, found[1:], number=2)
     assert grown.losses[1] <= grown.losses[0]

@@ -45,17 +45,19 @@ def test_of_graphs_is_the_closed_form(rule):
 
 
 def test_options_reach_a_closed_form():
-    expected = learning_rate_scale(GRAPH, BASE_GRAPH, "path_sum", depth_offset=2)
-    found = predict_learning_rate(GRAPH, BASE_GRAPH, 1.0, "path_sum", depth_offset=2)
+    expected = learning_rate_scale(GRAPH, BASE_GRAPH, "path_sum", rule_options={"depth_offset": 2})
+    found = predict_learning_rate(
+        GRAPH, BASE_GRAPH, 1.0, "path_sum", rule_options={"depth_offset": 2}
+    )
     assert found == expected != predict_learning_rate(GRAPH, BASE_GRAPH, 1.0, "path_sum")
 
 
 @pytest.mark.parametrize(
     ("rule", "factor"),
     [
-        ("absolute", math.sqrt(1 / 16)),
-        ("relative", math.sqrt(4 / 9)),
-        ("measured", math.sqrt(25 / 36)),
+        ("absolute_update", math.sqrt(1 / 16)),
+        ("relative_update", math.sqrt(4 / 9)),
+        ("standardized_update", math.sqrt(25 / 36)),
     ],
 )
 def test_of_measured_sizes_worked_by_hand(rule, factor):
@@ -64,13 +66,13 @@ def test_of_measured_sizes_worked_by_hand(rule, factor):
     assert predict_learning_rate(BASE, BASE, 0.2, rule) == near(0.2)
 
 
-def test_is_measured_by_default():
+def test_is_of_standardized_updates_by_default():
     assert predict_learning_rate(TARGET, BASE, 1.0) == predict_learning_rate(
-        TARGET, BASE, 1.0, "measured"
+        TARGET, BASE, 1.0, "standardized_update"
     )
 
 
-@pytest.mark.parametrize("rule", ["absolute", "relative", "measured"])
+@pytest.mark.parametrize("rule", ["absolute_update", "relative_update", "standardized_update"])
 def test_seeds_are_averaged_in_log_rate(rule):
     seeds = [TARGET, size(*[[2.0, 1.0, 5.0]] * 3), size(*[[0.1] * 3] * 3)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
@@ -90,7 +92,9 @@ def test_of_eigenvalues_is_their_inverse():
 def test_takes_a_function():
     mean = predict_learning_rate(TARGET, BASE, 1.0, lambda size: jnp.mean(size.relative))
     assert mean == near(2.5 / (11 / 3))
-    powered = predict_learning_rate(3.0, 1.0, 1.0, lambda size, power: size**power, power=2)
+    powered = predict_learning_rate(
+        3.0, 1.0, 1.0, lambda size, power: size**power, rule_options={"power": 2}
+    )
     assert powered == near(1 / 9)
     assert predict_learning_rate(GRAPH, BASE_GRAPH, 0.5, lambda graph, base: 3.0) == 1.5
 
@@ -116,11 +120,13 @@ def test_takes_a_registered_rule(monkeypatch):
 
 def test_names_the_rules_where_one_is_unknown():
     for pair in ((TARGET, BASE), (GRAPH, BASE_GRAPH)):
-        with pytest.raises(ValueError, match="'best'; accepted are absolute, .*, path_sum"):
+        with pytest.raises(
+            ValueError, match="'best'; accepted are standardized_update, .*, path_sum"
+        ):
             predict_learning_rate(*pair, 1.0, "best")
 
 
-@pytest.mark.parametrize("rule", ["absolute", "relative", "measured"])
+@pytest.mark.parametrize("rule", ["absolute_update", "relative_update", "standardized_update"])
 @pytest.mark.parametrize("pair", [(GRAPH, BASE_GRAPH), (TARGET, BASE_GRAPH), (2.0, BASE)])
 def test_update_sizes_are_wanted(rule, pair):
     kinds = " and ".join(type(one).__name__ for one in pair)
@@ -152,7 +158,7 @@ def test_refuses_what_is_no_rule():
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 0.0])
-@pytest.mark.parametrize("rule", ["absolute", "relative", "measured"])
+@pytest.mark.parametrize("rule", ["absolute_update", "relative_update", "standardized_update"])
 def test_refuses_a_size_that_is_not_positive_and_finite(rule, bad):
     one = size(*[[bad, bad]] * 3)
     message = f"'{rule}' gives the size .*positive and finite" if bad else "on an update of 0: no v"
@@ -172,7 +178,7 @@ def test_refuses_a_base_rate(rate):
         predict_learning_rate(TARGET, BASE, rate)
 
 
-@pytest.mark.parametrize("rule", ["absolute", "relative", "measured"])
+@pytest.mark.parametrize("rule", ["absolute_update", "relative_update", "standardized_update"])
 def test_a_loss_times_c_takes_the_rate_over_c(rule):
     """SGD on c times the loss at a rate over c is SGD on the loss."""
     weights = [jnp.ones((3, 4)), jnp.full((4, 4), 0.5)]

@@ -114,7 +114,7 @@ def chain_moments(architecture, rule):
     return dict(enumerate(np.cumprod(variances)))
 
 
-@pytest.mark.parametrize("rule", ["target", "moment"])
+@pytest.mark.parametrize("rule", ["target_in_degree", "second_moment"])
 def test_moments_of_a_chain_are_measured_right(rule):
     written = spelled(chain("relu", 4), Spelling())
     found = second_moments(written, rule, chain_moments, width=256)
@@ -132,7 +132,7 @@ def test_second_moments_of_programs_are_those_of_a_mean_field(seed):
     """What a promise can know of a program, its second moments have at a finite width too."""
     program, width = generate(seed), 512
     width = width // 4 if program.image else width
-    measured, deviations = variable_moments(program, "target", width=width, draws=4)
+    measured, deviations = variable_moments(program, "target_in_degree", width=width, draws=4)
     expected = MeanField(program, deviations, width).moments()
     assert measured == pytest.approx({name: expected[name] for name in measured}, rel=0.1)
 
@@ -147,7 +147,7 @@ def test_spellings_change_nothing(seed):
                                  f"--seed={seed} shows the program"])  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", ["target", "moment"])
+@pytest.mark.parametrize("rule", ["target_in_degree", "second_moment"])
 @pytest.mark.parametrize("seed", range(100, 105))
 def test_vertices_have_the_second_moments_that_are_promised(seed, rule):
     promise = library_promise()

@@ -41,7 +41,7 @@ REFUSED = {  # by the binary: flags, and what is said of them
     "grow": {
         "--rate=0.1,-1": "item '-1': accepted is a number above 0",
         "--growths=-1": "accepted is an integer from 0 to 1000",
-        "--every=0": "accepted is an integer from 1",
+        "--interval=0": "accepted is an integer from 1",
         "--steps=0": "accepted is an integer from 1",
         "--arm=tinny": "unknown arm 'tinny'; accepted are tiny, .*; did you mean 'tiny'?",
     },
@@ -57,8 +57,6 @@ REFUSED = {  # by the binary: flags, and what is said of them
     "gradinit": {"--network=plain_99999999": "of DEPTH 1 to 256 and the families plain"},
     "size_transfer": {"--study=": "accepted are 1 to 1000 items between commas, found 0"},
     "transfer": {"--max_networks=1": "accepted is an integer from 2"},
-    "measure_when": {"--study=all": "unknown study 'all'"},
-    "plan": {"--samples=0": "accepted is an integer from 1"},
 }
 
 
@@ -142,7 +140,6 @@ UNFIT = {
         "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),
     "a size that is no depth": (
         "size_transfer", "--study=transformer_depth --size=1,999", "--size, found the depth 999"),
-    "a study that is not there": ("measure_when", "--truth=absent", "--truth=absent holds no st"),
     "an address without its runner": (
         "coordinate", "--family=mlp --axis=depth --ray_address=a:1 --width=8", "--ray_address is"),
 }  # fmt: skip
@@ -151,8 +148,7 @@ UNFIT = {
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_does_not_fit_together_is_told_before_anything_is_written(case, tmp_path):
     name, arguments, message = UNFIT[case]
-    command = [f"--workdir={tmp_path / 'run'}", *arguments.split()]
-    command += ["--dataset=digits"] * (name != "measure_when")
+    command = [f"--workdir={tmp_path / 'run'}", *arguments.split(), "--dataset=digits"]
     done = run_forked(name, command, tmp_path, ROOT)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]

@@ -18,10 +18,10 @@ import archscale_jax as archscale
 from archscale_jax._architecture import named_leaves
 from archscale_jax._spaces import canonical_cell, cell_graph
 from experiments.lab.models import CellNetwork
-from experiments.nasbench import rank_recipes, rank_study
+from experiments.nasbench import rank_study
 
 SMALL = rank_study.PRESETS["small"] | {"dataset": "digits", "downscale": 1, "cell": []}
-SMALL |= {"recipe": list(rank_recipes.RECIPES), "num_cells": 5, "num_seeds": 2, "batch_size": 100}
+SMALL |= {"recipe": list(rank_study.RECIPES), "num_cells": 5, "num_seeds": 2, "batch_size": 100}
 
 
 def test_sampled_cells_differ_have_a_path_and_extend_each_other():
@@ -53,7 +53,7 @@ def trial(recipe, cell, rate=0.5):
     ],
 )
 def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, factor):
-    assert rank_recipes.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * factor)
+    assert rank_study.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * factor)
 
 
 def test_measured_rates_are_of_the_vertices_on_paths():
@@ -66,22 +66,22 @@ def test_measured_rates_are_of_the_vertices_on_paths():
         "3_33_333": measured([1.0, None, 16.0, 100.0], [True, False, True, False]),
         "0_00_300": measured([1.0, 4.0], [True, True]),
     }
-    found = rank_recipes.learning_rate(trial("measured", "3_33_333"), measurements)
+    found = rank_study.learning_rate(trial("measured", "3_33_333"), measurements)
     assert found == pytest.approx(0.5 * math.sqrt(4 / 16))
     with pytest.raises(ValueError, match="the cell 1_11_111 has no measurement"):
-        rank_recipes.learning_rate(trial("measured", "1_11_111"), measurements)
+        rank_study.learning_rate(trial("measured", "1_11_111"), measurements)
 
 
 def test_path_sum_says_nothing_of_a_cell_without_convolutions():
     with pytest.raises(ValueError, match="no path of the graph crosses a weight edge"):
-        rank_recipes.learning_rate(trial("path_sum", "1_11_141"))
+        rank_study.learning_rate(trial("path_sum", "1_11_141"))
 
 
 @pytest.mark.quick_compilation
 def test_the_fixed_recipe_draws_as_pytorch_does_by_default():
     network = nnx.eval_shape(lambda: CellNetwork("3_22_222", 3, 16, 1, 10, rngs=nnx.Rngs(0)))
     params = nnx.state(network, nnx.Param)
-    leaves = named_leaves(rank_recipes.pytorch_default(jax.random.key(0), params))
+    leaves = named_leaves(rank_study.pytorch_default(jax.random.key(0), params))
     for name, leaf in leaves.items():
         if name.endswith("kernel"):
             bound = math.prod(leaf.shape[:-1]) ** -0.5
@@ -97,7 +97,11 @@ def test_the_fixed_recipe_draws_as_pytorch_does_by_default():
 def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     plan = rank_study.plan_of(SMALL)
     found = {(one["cell"], one["initialization"]) for one in plan.searches}
-    assert found == {("0_00_100", "author_code"), ("0_00_300", "target"), ("0_00_300", "none")}
+    assert found == {
+        ("0_00_100", "chen2024_code"),
+        ("0_00_300", "target_in_degree"),
+        ("0_00_300", "he_normal"),
+    }
     assert [one["cell"] for one in plan.measurements] == sorted({*plan.cells, "0_00_300"})
     bases = [
         {"trial": one, "result": {"rate": 0.1 * number}}
@@ -110,8 +114,8 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     by_base = {(one["trial"]["cell"], one["trial"]["initialization"]): one["result"]["rate"]
                for one in bases}  # fmt: skip
     assert rates["fixed"] == 0.1
-    assert rates["path_sum"] == rates["measured"] == by_base["0_00_300", "target"]
-    assert rates["mup"] == by_base["0_00_300", "none"]
+    assert rates["path_sum"] == rates["measured"] == by_base["0_00_300", "target_in_degree"]
+    assert rates["mup"] == by_base["0_00_300", "he_normal"]
     few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
     bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}

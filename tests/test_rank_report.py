@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.nasbench import rank_figures, rank_report
+from experiments.lab import panels
+from tests.binaries import imported
+
+rank = imported("rank")
 
 CELLS = ["1_00_100", "2_03_100", "3_03_103", "3_00_130", "0_00_300", "3_33_333",
          "2_13_124", "1_11_111", "4_40_004", "3_34_131", "0_30_031", "2_22_222"]  # fmt: skip
@@ -22,15 +25,13 @@ def accuracies_of(seeds=3, noise=1e-4):
 
 
 def rows_of(study, **options):
-    head, *rows = rank_report.table(study, **options)
-    assert all(len(row) == len(head) for row in rows)
-    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    return {row["recipe"]: row for row in rank.table(study, **options).to_dict("records")}
 
 
 def test_the_table_tells_what_each_recipe_does():
     accuracies = accuracies_of()
     published = dict(zip(CELLS, 100 * accuracies["fixed"].mean(1), strict=True))
-    rows = rows_of(rank_report.ranking_of(accuracies, CELLS, published=published), resamples=50)
+    rows = rows_of(rank.ranking_of(accuracies, CELLS, published=published), resamples=50)
     assert list(rows) == ["fixed", "better", "reversed"]
     for recipe, row in rows.items():
         means = 100 * accuracies[recipe].mean(1)
@@ -55,7 +56,7 @@ def test_cells_that_a_recipe_lost_are_left_out_of_all():
     accuracies = accuracies_of()
     accuracies["better"][0] = math.nan
     accuracies["fixed"][1, 2] = math.nan
-    study = rank_report.ranking_of(accuracies, CELLS)
+    study = rank.ranking_of(accuracies, CELLS)
     assert study.cells == CELLS[1:]
     rows = rows_of(study, resamples=5)
     assert [row["runs lost"] for row in rows.values()] == ["1 of 36", "3 of 36", "0 of 36"]
@@ -66,7 +67,7 @@ def test_cells_that_a_recipe_lost_are_left_out_of_all():
 
 
 def test_one_seed_has_no_control():
-    study = rank_report.ranking_of(accuracies_of(seeds=1), CELLS)
+    study = rank.ranking_of(accuracies_of(seeds=1), CELLS)
     rows = rows_of(study, resamples=20)
     assert rows["reversed"]["tau to fixed, all"] == "-1.00 [-1.00, -1.00]"
     assert (
@@ -75,7 +76,7 @@ def test_one_seed_has_no_control():
 
 
 def test_another_recipe_can_be_the_one_to_compare_with():
-    study = rank_report.ranking_of(accuracies_of(), CELLS, fixed="better")
+    study = rank.ranking_of(accuracies_of(), CELLS, fixed="better")
     assert study.others == ["fixed", "reversed"]
     assert rows_of(study, resamples=5)["fixed"]["gain, points"].startswith("-5.0")
 
@@ -99,15 +100,13 @@ def test_what_is_wrong_is_named(change, message):
     if "better" in change:
         accuracies["better"] = change["better"]
     with pytest.raises(ValueError, match=message):
-        rank_report.ranking_of(
-            accuracies, change.get("cells", CELLS), fixed=change.get("fixed", "fixed")
-        )
+        rank.ranking_of(accuracies, change.get("cells", CELLS), fixed=change.get("fixed", "fixed"))
 
 
 def test_features_of_cells_counted_by_hand():
     # A skip; 1x1 and 3x3 convolutions and a skip beside; 3 convolutions or a skip beside; one way
     # over a convolution and a skip, and one convolution.
-    depths, shortcut = rank_figures.cell_features(["1_00_100", "2_03_101", "3_03_103", "3_00_310"])
+    depths, shortcut = rank.cell_features(["1_00_100", "2_03_101", "3_03_103", "3_00_310"])
     np.testing.assert_allclose(depths, [0, 2 / 2, 3 / 2, 2 / 2])
     assert shortcut.tolist() == [True, True, True, False]
 
@@ -116,13 +115,13 @@ def test_features_of_cells_counted_by_hand():
 def drawn(monkeypatch):
     """The figures that are saved, by name."""
     figures = {}
-    save = rank_figures.save
+    save = panels.save
 
     def keep(figure, path):
         figures[path.stem] = figure
         save(figure, path)
 
-    monkeypatch.setattr(rank_figures, "save", keep)
+    monkeypatch.setattr(panels, "save", keep)
     return figures
 
 
@@ -130,11 +129,11 @@ def drawn(monkeypatch):
 def test_every_figure_is_drawn(tmp_path, drawn, seeds):
     accuracies = accuracies_of(seeds, noise=0.01)
     accuracies["better"][2, 0] = math.nan
-    study = rank_report.ranking_of(accuracies, CELLS)
-    rank_figures.draw_accuracies(study, tmp_path / "accuracies.png")
-    rank_figures.draw_taus(study, tmp_path / "taus.png", resamples=20)
-    rank_figures.draw_gaps(study, tmp_path / "gaps.png")
-    rank_figures.draw_gains(study, tmp_path / "gains.png")
+    study = rank.ranking_of(accuracies, CELLS)
+    rank.draw_accuracies(study, tmp_path / "accuracies.png")
+    rank.draw_taus(study, tmp_path / "taus.png", resamples=20)
+    rank.draw_gaps(study, tmp_path / "gaps.png")
+    rank.draw_gains(study, tmp_path / "gains.png")
     names = {"accuracies", "taus", "gaps", "gains"}
     assert set(drawn) == names
     kinds = ("png", "svg")
@@ -148,11 +147,11 @@ def test_every_figure_is_drawn(tmp_path, drawn, seeds):
 
 def test_figures_show_the_numbers(tmp_path, drawn):
     accuracies = accuracies_of(noise=0.01)
-    study = rank_report.ranking_of(accuracies, CELLS)
-    rank_figures.draw_accuracies(study, tmp_path / "accuracies.png")
-    rank_figures.draw_taus(study, tmp_path / "taus.png", resamples=20)
-    rank_figures.draw_gaps(study, tmp_path / "gaps.png")
-    rank_figures.draw_gains(study, tmp_path / "gains.png")
+    study = rank.ranking_of(accuracies, CELLS)
+    rank.draw_accuracies(study, tmp_path / "accuracies.png")
+    rank.draw_taus(study, tmp_path / "taus.png", resamples=20)
+    rank.draw_gaps(study, tmp_path / "gaps.png")
+    rank.draw_gains(study, tmp_path / "gains.png")
     means = {recipe: 100 * values.mean(1) for recipe, values in accuracies.items()}
     for index, recipe in enumerate(("better", "reversed")):
         panel = drawn["accuracies"].axes[index]

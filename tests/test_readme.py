@@ -10,20 +10,17 @@ pytestmark = pytest.mark.quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
-    "README.md": "depth sgd; m: residual additions over the base's",
-    "docs/transfer.md": "",
-    "docs/own_model.md": "",
-    "docs/initialization.md": "",
-    "docs/coordinate.md": "{0: 1.",
-    "docs/gradinit.md": "True",
-    "docs/growing.md": "edge",
-    "docs/devices.md": "",
-    "docs/start_optimizer.md": "losses fall: True",
-    "docs/start_study.md": "",
-    "docs/start_notebook.md": "layers/3_4/kernel",
-    "docs/faq.md": "True",
+    "README.md": "depth adam; m: residual additions over the base's",
+    "docs/index.md": "parametrization for adamw",
+    "docs/quickstart.md": "losses fall: True",
+    "docs/tune_small_train_large.md": "large is better: True",
+    "docs/your_model.md": "",
+    "docs/which_parametrization.md": "True",
+    "docs/checks.md": "'output': 1.",
+    "docs/running.md": "",
+    "docs/faq.md": "",
+    "docs/contrib.md": "restored: True",
     "docs/extending.md": "paths 0.5",
-    "docs/reports.md": "",
 }
 """What a page prints, beside its blocks of `text`."""
 

@@ -19,9 +19,11 @@ from rich.cells import cell_len
 
 import archscale_jax as archscale
 from archscale_jax import Architecture, Parameter, Report, Role, report
-from archscale_jax._reporting.names import count_text, merged_names, range_of
+from archscale_jax._reporting.names import count_text, merged_names
+from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._reporting.table import MAX_ROWS, rows_of
-from archscale_jax.rules import INITIALIZATION_RULES, LEARNING_RATE_RULES, WeightVariances
+from archscale_jax.rules import INITIALIZATION_RULES, WeightVariances
+from archscale_jax.rules._registry import Part
 from tests import zoo_linen, zoo_nnx_sequences, zoo_plain
 
 BASE = archscale.dag_graph("2")
@@ -99,9 +101,9 @@ def transformer(blocks: int, width: int = 16, heads: int = 2) -> Architecture:
 
 
 def test_a_network_on_paper():
-    found = report(BY_HAND, BASE)
+    found = report(BY_HAND, BASE, "path_sum")
     assert found.paths == (2, 2, 8, 0, 2)
-    assert by_name(found, "learning_rate_factor") == dict.fromkeys(
+    assert by_name(found, "learning_rate_multiplier") == dict.fromkeys(
         BY_HAND.shapes, pytest.approx(8**-0.5)
     )
     assert by_name(found, "standard_deviation") == {
@@ -118,20 +120,21 @@ def test_a_network_on_paper():
     }  # fmt: skip
     assert by_name(found, "initialization_reason") == {
         "stem/kernel": "stem: C = 2, n = 36 [AAS Eq. 4]",
-        "one/kernel": "target: C = 1, n = 8 [AAS Eq. 12]",
-        "one/bias": "bias: 0",
-        "norm/scale": "scale: 1",
-        "two/kernel": "target: C = 1, n = 16 [AAS Eq. 12]",
-        "head/kernel": "readout: C = 2, N(0, C/n²), n = 8 [AAS Eq. 2]",
+        "one/kernel": "target_in_degree: C = 1, n = 8 [AAS Eq. 12]",
+        "one/bias": "bias: start = 0",
+        "norm/scale": "scale: start = 1",
+        "two/kernel": "target_in_degree: C = 1, n = 16 [AAS Eq. 12]",
+        "head/kernel": "readout, N(0, C/n²): C = 2, n = 8 [AAS Eq. 2]",
     }
     assert set(by_name(found, "learning_rate_reason").values()) == {
         "path_sum 0.3536 [AAS Eq. 8, 9]"
     }
-    assert found.records[0] | {"path": "", "initialization_reason": ""} == {
+    shown = {key: value for key, value in found.records[0].items() if not key.endswith("parts")}
+    assert shown | {"path": "", "initialization_reason": ""} == {
         "path": "", "role": "input", "layer": "input", "shape": (3, 3, 4, 8), "fan_in": 36,
         "fan_out": 72, "kernel_size": 3, "in_degree": 1, "source_in_degree": None,
         "standard_deviation": pytest.approx(math.sqrt(2 / 36)), "initialization_reason": "",
-        "learning_rate_factor": pytest.approx(8**-0.5),
+        "learning_rate_multiplier": pytest.approx(8**-0.5),
         "learning_rate_reason": "path_sum 0.3536 [AAS Eq. 8, 9]",
     }  # fmt: skip
 
@@ -139,7 +142,11 @@ def test_a_network_on_paper():
 def test_the_source_is_shown_to_rules_that_take_it():
     graph = archscale.dag_graph("2_12_002")  # d_in is 1, 1, 2, 1
     last = leaf("last", "hidden", "hidden", (4, 4), 4, 4, edge=3)
-    for rule, source, numerator in (("source", 2, 1), ("author_code", 2, 1), ("target", None, 2)):
+    for rule, source, numerator in (
+        ("source_in_degree", 2, 1),
+        ("chen2024_code", 2, 1),
+        ("target_in_degree", None, 2),
+    ):
         found = report(Architecture(graph, (last,)), BASE, initialization=rule).records[0]
         assert (found["source_in_degree"], found["in_degree"]) == (source, 1)
         assert found["standard_deviation"] == pytest.approx(math.sqrt(numerator / 4))
@@ -150,21 +157,21 @@ def test_the_source_is_shown_to_rules_that_take_it():
     ("name", "base", "options"),
     [
         ("linen-lenet", BASE, {}),
-        ("linen-resnet18", BASE, {"kernel_per_layer": True}),
+        ("linen-resnet18", BASE, {"rule": "path_sum", "kernel_per_layer": True}),
         ("nnx_sequences-gpt_with_tied_embeddings", BASE, {"rule": "path_sum_activations"}),
         ("linen-unrolled_stack", "half", {"width_rule": "sgd", "rule": "none"}),
-        ("plain-message_passing", BASE, {"rule": "author_code"}),
+        ("plain-message_passing", BASE, {"rule": "chen2024_code"}),
     ],
 )
-@pytest.mark.parametrize("initialization", [None, "moment"])
+@pytest.mark.parametrize("initialization", [None, "second_moment"])
 def test_numbers_are_those_of_the_rules(name, base, options, initialization):
     architecture = traced(name)
     if base == "half":
         base = archscale.with_widths(architecture, {16: 8, 32: 16})
     found = report(architecture, base, initialization=initialization, **options)
     assert [one["path"] for one in found.records] == [one.name for one in architecture.parameters]
-    factors = archscale.learning_rate_factors(architecture, base, **options)
-    assert by_name(found, "learning_rate_factor") == factors
+    factors = archscale.learning_rate_multipliers(architecture, base, **options)
+    assert by_name(found, "learning_rate_multiplier") == factors
     drawn = archscale.weight_standard_deviations(architecture, initialization)
     constant = {one.name: 0.0 for one in architecture.parameters if one.role in ("bias", "scale")}
     assert by_name(found, "standard_deviation") == drawn | constant
@@ -188,14 +195,14 @@ def test_reasons_name_the_parts_of_a_factor():
         width_rule="sgd",
     )
     assert by_name(found, "learning_rate_reason") == {
-        name: f"none 1 × kernel {kernel} × width sgd, {width} [μP]"
-        for name, kernel, width in (
-            ("stem", "7/7", "input: 4 at r = 1, s = 4"),
-            ("conv", "7/3", "hidden: 1 at r = 4, s = 4"),
-            ("head", "7/1", "readout: 0.25 at r = 4, s = 1"),
+        name: f"kernel {7 / q:.4g}: q_network = 7, q = {q} × width sgd {width} [μP]"
+        for name, q, width in (
+            ("stem", 7, "4, input: r = 1, s = 4"),
+            ("conv", 3, "1, hidden: r = 4, s = 4"),
+            ("head", 1, "0.25, readout: r = 4, s = 1"),
         )
     }
-    assert by_name(found, "learning_rate_factor") == pytest.approx(
+    assert by_name(found, "learning_rate_multiplier") == pytest.approx(
         {"stem": 4, "conv": 7 / 3, "head": 7 / 4}
     )
 
@@ -203,16 +210,16 @@ def test_reasons_name_the_parts_of_a_factor():
 def test_reasons_name_the_places_in_a_residual_stack():
     """Twice the blocks at α = 1: Adam's rate is 1/2 at the ends of branches, 1 inside."""
     deep, shallow = (transformer(blocks) for blocks in (4, 2))
-    options = {"initialization": "moment", "initialization_options": {"depth_exponent": 1}}
+    options = {"initialization": "second_moment", "initialization_options": {"depth_exponent": 1}}
     found = report(deep, shallow, "none", depth_rule="adam", depth_exponent=1, **options)
-    reasons, factors = (by_name(found, f"learning_rate_{key}") for key in ("reason", "factor"))
+    reasons, factors = (by_name(found, f"learning_rate_{key}") for key in ("reason", "multiplier"))
     for name, factor, place in (
-        ("blocks/0/out", 0.5, "ends a branch: 1/m, m = 2, α = 1"),
-        ("blocks/3/up/kernel", 1, "in a branch: m^(0), m = 2, α = 1"),
+        ("blocks/0/out", 0.5, "ends a branch, 1/m: m = 2, α = 1"),
+        ("blocks/3/up/kernel", 1, "in a branch, m^(0): m = 2, α = 1"),
         ("table", 1, "in no branch"),
     ):
         assert (factors[name], reasons[name]) == (
-            factor, f"none 1 × depth adam {factor}, {place}"
+            factor, f"depth adam {factor}, {place}"
         )  # fmt: skip
     assert not [note for note in found.notes if "depth_rule" in note]
 
@@ -230,21 +237,10 @@ def test_rules_of_the_user_are_named():
 
     found = report(BY_HAND, rule=double, initialization=constant)
     last = found.records[-2]
-    assert last["initialization_reason"] == "rule constant: C = 3, n = 16 [Me, Eq. 1]"
+    assert last["initialization_reason"] == "rule constant: C = 3, n = 16"
     assert last["learning_rate_reason"] == "rule double 2"
     assert "initialization rule constant: C = 3 everywhere [Me, Eq. 1]" in found.header
     assert "learning rate rule double" in found.header
-
-
-def test_what_a_registry_tells_of_a_rule():
-    moment = INITIALIZATION_RULES.describe(
-        functools.partial(INITIALIZATION_RULES.resolve("moment"), branch_share=1)
-    )
-    assert (moment.name, moment.source) == ("second_moment", "(theory §3)")
-    assert LEARNING_RATE_RULES.describe(lambda graph, base: 1).name == "rule <lambda>"
-    for name in LEARNING_RATE_RULES:
-        assert LEARNING_RATE_RULES.describe(name).name == name
-        assert LEARNING_RATE_RULES.describe(name).summary
 
 
 def test_a_data_frame_can_be_made_of_the_records():
@@ -269,36 +265,38 @@ def test_an_ordinary_chain_has_no_notes():
     assert report(Architecture(BASE, (hidden,)), BASE, params=params).notes == []
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "none", "width_rule": "sgd"}])
+@pytest.mark.parametrize("options", [{"rule": "path_sum"}, {"rule": "none", "width_rule": "sgd"}])
 def test_without_a_base_the_factors_are_left_out(options):
     found = report(BY_HAND, **options)
     assert the_note(found, "^no base: ").endswith("measure_update, which needs no graph")
-    assert set(by_name(found, "learning_rate_factor").values()) == {None}
+    assert set(by_name(found, "learning_rate_multiplier").values()) == {None}
     assert not any("left out" in note for note in found.notes)
 
 
-@pytest.mark.parametrize("rule", ["author_code", "none"])
+@pytest.mark.parametrize("rule", ["chen2024_code", "none"])
 def test_rules_that_need_no_base_go_without(rule):
     found = report(BY_HAND, rule=rule)
     assert not any("no base" in note for note in found.notes)
-    factors = archscale.learning_rate_factors(BY_HAND, rule=rule)
-    assert by_name(found, "learning_rate_factor") == factors
+    factors = archscale.learning_rate_multipliers(BY_HAND, rule=rule)
+    assert by_name(found, "learning_rate_multiplier") == factors
 
 
 def test_what_a_rule_refuses_is_a_note():
-    found = report(BY_HAND, archscale.dag_graph("1"))
-    assert the_note(found, "^learning-rate factors left out: .*no path of the base crosses")
-    assert set(by_name(found, "learning_rate_factor").values()) == {None}
+    found = report(BY_HAND, archscale.dag_graph("1"), "path_sum")
+    assert the_note(found, "^learning-rate multipliers left out: .*no path of the base crosses")
+    assert set(by_name(found, "learning_rate_multiplier").values()) == {None}
     assert found.records[0]["standard_deviation"] == pytest.approx(math.sqrt(2 / 36))
     found = report(BY_HAND, BASE, width_rule="adam")
     assert the_note(found, "left out: width_rule compares fans: .*found GraphsTuple")
     options = {"branch_share": -1}
-    found = report(BY_HAND, BASE, initialization="moment", initialization_options=options)
+    found = report(
+        BY_HAND, BASE, "path_sum", initialization="second_moment", initialization_options=options
+    )
     assert the_note(found, "^standard deviations left out: branch_share must be")
     assert by_name(found, "standard_deviation") == dict.fromkeys(BY_HAND.shapes) | {
         "one/bias": 0, "norm/scale": 0
     }  # fmt: skip
-    assert found.records[0]["learning_rate_factor"] == pytest.approx(8**-0.5)
+    assert found.records[0]["learning_rate_multiplier"] == pytest.approx(8**-0.5)
 
 
 def test_dead_layers_are_named():
@@ -321,7 +319,10 @@ def test_tied_tables_follow_the_readout():
 
 def test_widths_that_differ():
     wide, narrow = transformer(2), archscale.with_widths(transformer(2), {16: 8, 64: 32})
-    attention, unaccounted = r"1/d_head instead of 1/sqrt\(d_head\)", "no factor here accounts for"
+    attention, unaccounted = (
+        r"1/d_head instead of 1/sqrt\(d_head\)",
+        "no multiplier here accounts for",
+    )
     found = report(wide, narrow)
     assert the_note(found, attention)
     assert the_note(found, unaccounted)
@@ -366,7 +367,7 @@ def test_a_leaf_whose_layers_want_different_variances():
     assert by_name(found, "in_degree")["cell/if/kernel"] == 2
 
 
-@pytest.mark.parametrize("rule", [None, "source", "none", "author_code"])
+@pytest.mark.parametrize("rule", [None, "source_in_degree", "he_normal", "chen2024_code"])
 def test_residual_additions_are_counted(rule):
     found = report(transformer(3), BASE, initialization=rule)
     assert "(6)" in the_note(found, "residual additions .* rule second_moment bounds it")
@@ -374,7 +375,7 @@ def test_residual_additions_are_counted(rule):
 
 @pytest.mark.parametrize("architecture", [lambda: transformer(3), lambda: BY_HAND])
 def test_moment_needs_no_word_on_residual_additions(architecture):
-    found = report(architecture(), BASE, initialization="moment")
+    found = report(architecture(), BASE, "none", initialization="second_moment")
     assert not any("residual additions" in note for note in found.notes)
 
 
@@ -387,17 +388,21 @@ def test_kernel_sizes_that_are_mixed():
 
 def test_a_depth_rule_belongs_to_moment_and_none():
     deep, shallow = transformer(4), transformer(2)
-    found = report(deep, shallow, "path_sum", depth_rule="sgd")
+    found = report(deep, shallow, "none", depth_rule="sgd")
     assert the_note(found, "depth_rule belongs to weights .*'second_moment'.*'depth_exponent': 0.5")
-    assert the_note(found, "depth_rule and the rule path_sum both answer for depth")
+    assert report(deep, shallow, depth_rule="sgd").records == found.records
+    found = report(deep, shallow, "path_sum")
     assert the_note(found, r"residual addition \(8\) doubles the paths over which rule path_sum")
-    implied = report(deep, shallow, depth_rule="sgd")
-    assert implied.records == report(deep, shallow, "none", depth_rule="sgd").records
+    with pytest.raises(ValueError, match="the rule path_sum both answer for depth"):
+        report(deep, shallow, "path_sum", depth_rule="sgd")
+    found = report(deep, shallow)
+    assert the_note(found, "left out: the network has 8 residual additions and products, where no")
+    assert not [line for line in found.header if "rate" in line]
     found = report(
-        deep, shallow, "none", initialization="moment", depth_rule="sgd", depth_exponent=1
+        deep, shallow, "none", initialization="second_moment", depth_rule="sgd", depth_exponent=1
     )
     assert the_note(found, "'depth_exponent': 1")
-    partial = functools.partial(INITIALIZATION_RULES.resolve("moment"), depth_exponent=1)
+    partial = functools.partial(INITIALIZATION_RULES.resolve("second_moment"), depth_exponent=1)
     found = report(
         deep, shallow, "none", initialization=partial, depth_rule="sgd", depth_exponent=1
     )
@@ -504,10 +509,17 @@ def test_merged_names(names, merged):
     assert merged_names(names) == merged
 
 
-def test_ranges_can_be_joined_again():
-    joined = range_of(["C = 2, n = 16 [Eq. 12]", "C = 0.5, n = 16 [Eq. 12]"])
-    assert joined == "C = 0.5…2, n = 16 [Eq. 12]"
-    assert range_of([joined, "C = 1e-05, n = 8 [Eq. 12]"]) == "C = 1e-05…2, n = 8…16 [Eq. 12]"
+def test_reasons_of_one_kind_show_ranges():
+    first, second = (
+        Part(value, "a rule", "a place", {"C": c, "n": 16}, "[Eq. 12]")
+        for value, c in ((0.25, 1e-5), (0.125, 2.0))
+    )
+    assert reason_text([[first]]) == "a rule, a place: C = 1e-05, n = 16 [Eq. 12]"
+    assert reason_text([[first], [second]]) == "a rule, a place: C = 1e-05…2, n = 16 [Eq. 12]"
+    other = Part(3.0, "kernel")
+    found = reason_text([[first, other], [second, other]], values=True)
+    assert found == "a rule 0.125…0.25, a place: C = 1e-05…2, n = 16 [Eq. 12] × kernel 3"
+    assert reason_text([[]]) == ""
 
 
 @pytest.mark.parametrize(
@@ -560,7 +572,7 @@ def test_rows_of_many_variances_show_ranges():
         for block in range(blocks)
         for name, edge in (("first", 0), ("second", 2))
     )
-    found = report(Architecture(graph, parameters), BASE, initialization="moment")
+    found = report(Architecture(graph, parameters), BASE, initialization="second_moment")
     assert len(set(by_name(found, "standard_deviation").values())) > MAX_ROWS
     rows = rows_of(found.records)
     assert [len(row.indices) for row in rows] == [blocks, blocks]
@@ -650,7 +662,7 @@ def test_html_holds_the_rows_and_the_notes():
     for number, row in enumerate(rows, start=1):
         shown = dict(zip(names, page.cells[columns * number :], strict=False))
         assert shown == {name: row.cells[name] for name in names}
-    assert {"path", "init std", "lr factor", "why std", "why factor"} <= set(names)
+    assert {"path", "init std", "lr ×", "why std", "why lr"} <= set(names)
 
 
 def test_html_escapes_names_and_stands_alone():
@@ -681,5 +693,5 @@ assert callable(archscale.draw)
     found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     row = next(line for line in found.stdout.splitlines() if line.startswith("w "))
     assert row.split() == ["w", "hidden", "4×4", "4→4", "1", "0.707", "1", "1"]
-    assert "target: C = 2, n = 4 [AAS Eq. 12]" in found.stdout
+    assert "target_in_degree: C = 2, n = 4 [AAS Eq. 12]" in found.stdout
     assert max(map(cell_len, found.stdout.splitlines())) <= 120

@@ -13,7 +13,7 @@ import archscale_jax as archscale
 from archscale_jax._graph import Operator, build_graph
 from archscale_jax._trees import parameter_name
 from archscale_jax.rules._learning_rate import shortest_path_length
-from archscale_jax.rules._residual import depth_factors, residual_branches
+from archscale_jax.rules._residual import depth_multipliers, residual_branches
 
 RELU = jax.nn.relu
 
@@ -97,7 +97,7 @@ def test_factors_are_those_of_forward_multipliers(optimizer, exponent, layers):
     m = 4.0  # as if the base had a quarter of the additions
     apply, params, arch = stack(8, layers)
     base = stack(2, layers)[2]
-    factors = archscale.learning_rate_factors(
+    factors = archscale.learning_rate_multipliers(
         arch, base, "none", depth_rule=optimizer, depth_exponent=exponent
     )
 
@@ -146,7 +146,9 @@ def test_moment_draws_branches_smaller_by_the_exponent(depth_exponent):
     deviations = {}
     for depth in (4, 16):
         arch = stack(depth)[2]
-        found = archscale.weight_standard_deviations(arch, "moment", depth_exponent=depth_exponent)
+        found = archscale.weight_standard_deviations(
+            arch, "second_moment", rule_options={"depth_exponent": depth_exponent}
+        )
         deviations[depth] = found["block0/0"]
     ratio = deviations[4] / deviations[16]
     assert ratio == pytest.approx(4**depth_exponent)
@@ -161,9 +163,9 @@ def test_of_a_product_the_layer_that_enters_linearly_ends_the_branch():
     names = {"stem": (8, 4), "a": (4, 4), "b": (4, 4), "out": (4, 3)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in names.items()}
     arch = archscale.trace(apply, params, jnp.ones((2, 8)))
-    reasons = {name: one.reason for name, one in depth_factors(arch, arch, "adam").items()}
-    assert reasons["a"].startswith("ends a branch")
-    assert reasons["b"].startswith("in a branch")
+    places = {name: part.place for name, part in depth_multipliers(arch, arch, "adam").items()}
+    assert places["a"].startswith("ends a branch")
+    assert places["b"].startswith("in a branch")
 
 
 def test_a_branch_that_ends_in_no_layer_is_refused():
@@ -178,20 +180,22 @@ def test_a_branch_that_ends_in_no_layer_is_refused():
     with pytest.raises(
         ValueError, match=r"branch \(of 'a', 'b'\).*no layer that it enters linearly"
     ):
-        depth_factors(arch, arch, "adam")
+        depth_multipliers(arch, arch, "adam")
 
 
 def test_refusals():
     arch = stack(2)[2]
     chain = archscale.dag_graph("2_02")
     with pytest.raises(ValueError, match="2 residual additions and the base 0; both need some"):
-        depth_factors(arch, chain, "adam")
+        depth_multipliers(arch, chain, "adam")
     with pytest.raises(ValueError, match="depth rule 'lion'; accepted are sgd, adam, muon"):
-        depth_factors(arch, arch, "lion")  # pyright: ignore[reportArgumentType]
+        depth_multipliers(arch, arch, "lion")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="depth_exponent must be finite and not negative"):
-        archscale.weight_standard_deviations(arch, "moment", depth_exponent=-1.0)
+        archscale.weight_standard_deviations(
+            arch, "second_moment", rule_options={"depth_exponent": -1.0}
+        )
     with pytest.raises(ValueError, match="depth_rule compares depths: pass the base"):
-        archscale.learning_rate_factors(arch, None, "none", depth_rule="sgd")
+        archscale.learning_rate_multipliers(arch, None, "none", depth_rule="sgd")
 
 
 def test_joined_sources_are_one_contribution():

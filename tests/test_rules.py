@@ -6,9 +6,11 @@ are paths of skip edges from where it arises to the vertex.
 """
 
 import functools
+import importlib
 import itertools
 import json
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -27,16 +29,18 @@ from archscale_jax.rules import (
     LEARNING_RATE_RULES,
     WIDTH_RULES,
     WeightVariances,
-    kernel_size_factor,
+    kernel_size_multiplier,
     learning_rate_scale,
     register_initialization_rule,
     register_learning_rate_rule,
     register_width_rule,
     shortest_path_length,
     weight_standard_deviations,
-    width_factors,
+    width_multipliers,
 )
+from archscale_jax.rules._registry import DEPRECATED, _warn_once
 from archscale_jax.rules._residual import residual_branches
+from archscale_jax.tuning import MEASURED_RULES
 from experiments.lab.models.dag import DagCNN, DagMLP
 
 PRE_ACTIVATION, ACTIVATION = Arrangement.PRE_ACTIVATION, Arrangement.ACTIVATION
@@ -131,7 +135,7 @@ def test_author_code_gives_the_published_rates_of_dags(golden_dir, column, kerne
         texts, expected, count = golden["dag"].astype(str), golden[column], golden["n_paths"]
     joined = np.flatnonzero(count > 0)[part::6]
     found = [
-        learning_rate_scale(dag_graph(text, kernel_size=kernel_size), rule="author_code")
+        learning_rate_scale(dag_graph(text, kernel_size=kernel_size), rule="chen2024_code")
         for text in texts[joined].tolist()
     ]
     np.testing.assert_allclose(found, expected[joined], rtol=1e-12, atol=0)
@@ -143,7 +147,8 @@ def test_author_code_gives_the_published_rates_of_cells(golden_dir):
     joined = np.flatnonzero(count > 0)
     assert not np.isnan(expected[joined]).any()
     found = [
-        learning_rate_scale(cell_graph(code), rule="author_code") for code in codes[joined].tolist()
+        learning_rate_scale(cell_graph(code), rule="chen2024_code")
+        for code in codes[joined].tolist()
     ]
     np.testing.assert_allclose(found, expected[joined], rtol=1e-12, atol=0)
 
@@ -168,9 +173,11 @@ def test_path_sum_is_the_sum_over_all_paths(text, base_text, kernel, base_kernel
     expected = (
         math.sqrt(sum_of_cubes(base) / sum_of_cubes(graph)) * (base_kernel or 1) / (kernel or 1)
     )
-    found = learning_rate_scale(graph, base, depth_offset=offset)
+    found = learning_rate_scale(graph, base, rule_options={"depth_offset": offset})
     assert found == pytest.approx(expected, rel=1e-12)
-    assert found * learning_rate_scale(base, graph, depth_offset=offset) == pytest.approx(1)
+    assert found * learning_rate_scale(
+        base, graph, rule_options={"depth_offset": offset}
+    ) == pytest.approx(1)
     if offset == 1:  # the activation of the stem
         assert found == learning_rate_scale(graph, base, "path_sum_activations")
 
@@ -246,17 +253,19 @@ def test_the_rule_none_needs_no_base():
     assert learning_rate_scale(dag_graph("2_22_222"), rule="none") == 1
 
 
-def test_kernel_size_factor_divides_by_the_size():
-    assert kernel_size_factor(5) == pytest.approx(1 / 5)
-    assert kernel_size_factor(5, 3) == pytest.approx(3 / 5)
-    assert kernel_size_factor(1) == 1
+def test_kernel_size_multiplier_divides_by_the_size():
+    assert kernel_size_multiplier(5) == pytest.approx(1 / 5)
+    assert kernel_size_multiplier(5, 3) == pytest.approx(3 / 5)
+    assert kernel_size_multiplier(1) == 1
     for sizes in ((0, 1), (3, 0), (-1, 1)):
         with pytest.raises(ValueError, match="start at 1"):
-            kernel_size_factor(*sizes)
+            kernel_size_multiplier(*sizes)
 
 
 def test_an_unknown_rule_is_refused_by_the_names_of_the_others():
-    with pytest.raises(ValueError, match=r"'cubes'; accepted are .*path_sum, .*author_code, depth"):
+    with pytest.raises(
+        ValueError, match=r"'cubes'; accepted are .*path_sum, .*chen2024_code, depth"
+    ):
         learning_rate_scale(dag_graph("2"), dag_graph("2"), "cubes")
 
 
@@ -274,9 +283,9 @@ def test_graphs_without_weights_are_refused(rule):
 
 
 def test_the_stem_gives_a_graph_without_weights_a_depth():
-    found = learning_rate_scale(dag_graph("1_11"), dag_graph("2"), depth_offset=1)
+    found = learning_rate_scale(dag_graph("1_11"), dag_graph("2"), rule_options={"depth_offset": 1})
     assert found == pytest.approx(math.sqrt(8 / 2))
-    assert learning_rate_scale(dag_graph("1_11"), rule="author_code") == 1
+    assert learning_rate_scale(dag_graph("1_11"), rule="chen2024_code") == 1
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, -math.inf, math.nan])
@@ -285,7 +294,7 @@ def test_no_rule_may_give_a_factor_that_is_no_rate(factor):
         learning_rate_scale(dag_graph("2"), rule=lambda graph, base: factor)
 
 
-@pytest.mark.parametrize("rule", ["path_sum", "author_code"])
+@pytest.mark.parametrize("rule", ["path_sum", "chen2024_code"])
 def test_a_factor_below_every_float_is_refused(rule):
     with pytest.raises(ValueError, match="many paths"):
         learning_rate_scale(residual_blocks(2200), dag_graph("2"), rule)
@@ -297,7 +306,7 @@ def test_a_function_is_its_own_rule():
 
     graph, base = dag_graph("2_22_222"), dag_graph("2")
     assert learning_rate_scale(graph, base, inverse_size) == 0.5
-    assert learning_rate_scale(graph, base, inverse_size, power=2) == 0.25
+    assert learning_rate_scale(graph, base, inverse_size, rule_options={"power": 2}) == 0.25
 
 
 @pytest.mark.usefixtures("registries")
@@ -319,21 +328,95 @@ def test_rules_can_be_added_by_name_once():
     assert weight_standard_deviations(architecture, "unit") == pytest.approx(
         weight_standard_deviations(architecture, unit)
     )
-    assert set(width_factors(architecture, architecture, "unit").values()) == {1.0}
+    assert set(width_multipliers(architecture, architecture, "unit").values()) == {1.0}
     assert no_width(None, 2.0, 2.0) == 1.0
     for name, register_again in {
         "half": lambda: register_learning_rate_rule("half")(half),
         "path_sum": lambda: register_learning_rate_rule("path_sum")(half),
-        "target": lambda: register_initialization_rule("target")(unit),
+        "target_in_degree": lambda: register_initialization_rule("target_in_degree")(unit),
         "adam": lambda: register_width_rule("adam")(no_width),
     }.items():
         with pytest.raises(ValueError, match=f"'{name}' is registered already"):
             register_again()
 
 
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [(kind, *names) for kind, table in DEPRECATED.items() for names in table.items()],
+)
+def test_names_of_version_0_1_warn_once(kind, old, new):
+    registries = (INITIALIZATION_RULES, LEARNING_RATE_RULES, MEASURED_RULES)
+    (registry,) = (one for one in registries if one._kind == kind)
+    _warn_once.cache_clear()
+    with pytest.warns(DeprecationWarning, match=f"the {kind} '{old}' is now '{new}'"):
+        assert registry.resolve(old) is registry.resolve(new)
+    assert registry.resolve(old).name == new  # without a warning, which would be an error here
+    assert old in registry and old not in list(registry)
+    with pytest.raises(ValueError, match=f"'{old}' is registered already"):
+        registry.register(old)(len)
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [
+        ("archscale_jax", "learning_rate_factors", "learning_rate_multipliers"),
+        ("archscale_jax.rules", "width_factors", "width_multipliers"),
+        ("archscale_jax.rules", "kernel_size_factor", "kernel_size_multiplier"),
+    ],
+)
+def test_functions_of_version_0_1_warn(package, old, new):
+    module = importlib.import_module(package)
+    with pytest.warns(DeprecationWarning, match=f"{package}.{old} moved to {package}.{new}"):
+        assert getattr(module, old) is getattr(module, new)
+    with pytest.raises(AttributeError, match="has no attribute 'factors'"):
+        module.factors  # noqa: B018
+
+
+def test_what_a_rule_says_of_itself():
+    moment = INITIALIZATION_RULES.resolve(
+        functools.partial(INITIALIZATION_RULES.resolve("second_moment"), branch_share=1)
+    )
+    assert (moment.name, moment.citation) == ("second_moment", "(theory §3)")
+    assert moment.option("branch_share", {}) == 1
+    assert moment.option("depth_exponent", {"depth_exponent": 2}) == 2
+    assert moment.option("power", {}) is None
+    assert LEARNING_RATE_RULES.resolve(lambda graph, base: 1).name == "rule <lambda>"
+    registries: tuple[Any, ...] = (
+        INITIALIZATION_RULES, LEARNING_RATE_RULES, WIDTH_RULES, MEASURED_RULES,
+    )  # fmt: skip
+    for registry in registries:
+        for name in registry:
+            rule = registry.resolve(name)
+            assert rule.name == name and rule.summary
+            assert registry.resolve(rule) is registry.resolve(rule.function) is rule
+
+
+def test_options_that_a_rule_does_not_have_are_named():
+    graph = dag_graph("2")
+    for call in (
+        lambda: learning_rate_scale(graph, graph, rule_options={"depth_ofset": 1}),
+        lambda: LEARNING_RATE_RULES.resolve("path_sum")(graph, graph, depth_ofset=1),
+    ):
+        with pytest.raises(TypeError, match="path_sum: 'depth_ofset'; .* mean 'depth_offset'"):
+            call()
+    with pytest.raises(TypeError, match="option of the rule depth: 'power'; there are none"):
+        learning_rate_scale(graph, graph, "depth", rule_options={"power": 2})
+    options = {"power": 2}
+    for rule in (lambda graph, base, **any: 2.0, lambda graph, base, power: power):
+        assert learning_rate_scale(graph, graph, rule, rule_options=options) == 2
+
+
 def test_the_rules_that_others_name_are_there():
-    assert {"path_sum", "author_code", "depth", "effective_depth", "none"} <= {*LEARNING_RATE_RULES}
-    assert {"target", "source", "none", "author_code", "second_moment"} <= {*INITIALIZATION_RULES}
+    assert {"path_sum", "chen2024_code", "depth", "effective_depth", "none"} <= {
+        *LEARNING_RATE_RULES
+    }
+    assert {*INITIALIZATION_RULES} >= {
+        "target_in_degree",
+        "source_in_degree",
+        "he_normal",
+        "chen2024_code",
+        "second_moment",
+    }
     assert {"sgd", "adam"} <= {*WIDTH_RULES}
 
 
@@ -378,7 +461,7 @@ def test_author_code_gives_the_published_deviations_of_dags(golden_deviations):
     assert {record["model"] for record in records} == {"mlp", "cnn"}
     for record in records:
         architecture = network_of_record(record).architecture()
-        found = weight_standard_deviations(architecture, "author_code")
+        found = weight_standard_deviations(architecture, "chen2024_code")
         expected = {our_name(layer["layer"]): layer["std"] for layer in record["layers"]}
         assert found == pytest.approx(expected, rel=1e-6)  # the same layers, none left over
         shapes = {one.name: one.shape for one in architecture.parameters if one.name in found}
@@ -392,7 +475,7 @@ def test_drawn_weights_have_the_published_deviations(golden_deviations):
     record = next(record for record in golden_deviations if record["model"] == "cnn")
     one = network_of_record(record)
     params = nnx.state(one, nnx.Param)
-    drawn = initialize(jax.random.key(0), params, one.architecture(), "author_code")
+    drawn = initialize(jax.random.key(0), params, one.architecture(), "chen2024_code")
     leaves = nnx.to_pure_dict(drawn)
     for layer in record["layers"]:
         leaf = leaves
@@ -451,7 +534,7 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
         # Every layer of ours has a counterpart: the weights of every cell, stem and classifier.
         assert len(parameters) == weighted * len(cells) + 2
         found = weight_standard_deviations(
-            Architecture(graph, tuple(parameters), ACTIVATION), "author_code"
+            Architecture(graph, tuple(parameters), ACTIVATION), "chen2024_code"
         )
         assert found == pytest.approx(expected, rel=1e-6)
         # Degrees of the block between two cells, which are no in-degrees of any graph.
@@ -493,21 +576,21 @@ def numerators(graph, rule, arrangement=PRE_ACTIVATION):
 def test_rules_take_the_in_degree_of_their_vertex():
     # Vertex 1 cannot be reached; 2 sums 1 live contribution, 3 sums 2, 4 sums 3 (one a skip).
     graph = dag_graph("0_22_202_1222")
-    assert numerators(graph, "target") == pytest.approx(
+    assert numerators(graph, "target_in_degree") == pytest.approx(
         {(0, 2): 2, (1, 2): 2, (0, 3): 1, (2, 3): 1, (1, 4): 2 / 3, (2, 4): 2 / 3, (3, 4): 2 / 3}
     )
-    assert numerators(graph, "source") == pytest.approx(
+    assert numerators(graph, "source_in_degree") == pytest.approx(
         {(0, 2): 2, (1, 2): 2, (0, 3): 2, (2, 3): 2, (1, 4): 2, (2, 4): 2, (3, 4): 1}
     )
-    assert numerators(graph, "author_code") == pytest.approx(
+    assert numerators(graph, "chen2024_code") == pytest.approx(
         {(0, 2): 2, (1, 2): 2, (0, 3): 2, (2, 3): 1, (1, 4): 2, (2, 4): 1, (3, 4): 1}
     )
-    assert set(numerators(graph, "none").values()) == {2.0}
+    assert set(numerators(graph, "he_normal").values()) == {2.0}
 
 
 def test_stem_and_readout_stand_outside_the_graph():
     architecture = network(dag_graph("2_22", kernel_size=3), in_features=4).architecture()
-    for rule in ("target", "source", "none", "second_moment"):
+    for rule in ("target_in_degree", "source_in_degree", "he_normal", "second_moment"):
         deviations = weight_standard_deviations(architecture, rule)
         assert deviations["stem/kernel"] == pytest.approx(math.sqrt(2 / (4 * 9)))
         assert deviations["layers/0_1/kernel"] == pytest.approx(math.sqrt(2 / (8 * 9)))
@@ -525,7 +608,9 @@ def test_what_a_layer_reads_decides_its_deviation():
         Parameter("of_features", fan_in=8, fan_out=16, edge=1, activated=False, **hidden),
         Parameter("table", Role.EMBEDDING, Role.INPUT, (50, 16), fan_in=1, fan_out=16),
     )
-    deviations = weight_standard_deviations(Architecture(dag_graph("2_02"), parameters), "none")
+    deviations = weight_standard_deviations(
+        Architecture(dag_graph("2_02"), parameters), "he_normal"
+    )
     # ReLU takes half of a second moment; a row of a table is one feature, read as it is.
     expected = {"of_activations": math.sqrt(2 / 8), "of_features": math.sqrt(1 / 8), "table": 1.0}
     assert deviations == pytest.approx(expected)
@@ -533,18 +618,21 @@ def test_what_a_layer_reads_decides_its_deviation():
 
 def test_the_default_rule_goes_with_what_vertices_sum():
     graph = dag_graph("2_22_222")
-    for arrangement, rule in ((PRE_ACTIVATION, "target"), (ACTIVATION, "source")):
+    rules = {PRE_ACTIVATION: "target_in_degree", ACTIVATION: "source_in_degree"}
+    for arrangement, rule in rules.items():
         architecture = network(graph, arrangement=arrangement).architecture()
         default = weight_standard_deviations(architecture)
         assert default == weight_standard_deviations(architecture, rule)
-        assert default != weight_standard_deviations(
-            architecture, {"target": "source", "source": "target"}[rule]
-        )
+        (other,) = {*rules.values()} - {rule}
+        assert default != weight_standard_deviations(architecture, other)
 
 
 def test_variances_that_are_none_are_refused():
     architecture = network(dag_graph("2_12")).architecture()
-    with pytest.raises(ValueError, match=r"'he'.*target, source, none, author_code, second_moment"):
+    with pytest.raises(
+        ValueError,
+        match=r"'he'; accepted are target_in_degree, .*, he_normal, chen2024_code, second_moment",
+    ):
         weight_standard_deviations(architecture, "he")
     for bad in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="layers/0_1/kernel"):
@@ -612,7 +700,9 @@ def branches_end_in_layers(graph):
 
 
 @pytest.mark.parametrize("arrangement", Arrangement)
-@pytest.mark.parametrize("rule", ["target", "source", "none", "second_moment"])
+@pytest.mark.parametrize(
+    "rule", ["target_in_degree", "source_in_degree", "he_normal", "second_moment"]
+)
 def test_moments_are_those_of_wide_networks(rule, arrangement):
     # Skips, dead ends (4), vertices that the input cannot reach (1), and plain weights.
     for text in ("0_20_002_0220_10212", "2_12_112_0212", "2_22_222"):
@@ -697,7 +787,7 @@ def test_no_variances_beat_moment_by_more_than_its_share(text, seed, share):
 @hypothesis.given(dag_strings(max_vertices=7, operators="02"))
 def test_without_skips_moment_is_target(text):
     graph = dag_graph(text)
-    found, expected = numerators(graph, "second_moment"), numerators(graph, "target")
+    found, expected = numerators(graph, "second_moment"), numerators(graph, "target_in_degree")
     reached = reached_from_input(graph)
     for (source, target), numerator in found.items():
         if source in reached:
@@ -771,7 +861,7 @@ def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
     if normalization:
         table[Role.SCALE, Role.HIDDEN] = (4, 1)
     for column, rule in enumerate(("sgd", "adam")):
-        found = roles_of(width_factors(wide, base, rule), wide)
+        found = roles_of(width_multipliers(wide, base, rule), wide)
         assert found == {pair: factors[column] for pair, factors in table.items()}
 
 
@@ -779,17 +869,17 @@ def test_networks_of_one_width_keep_their_rates():
     wide = network(dag_graph("2_22_222")).architecture()
     base = network(dag_graph("2")).architecture()
     for rule in ("sgd", "adam"):
-        assert set(width_factors(wide, base, rule).values()) == {1.0}
-    assert width_factors(wide, base, lambda role, r, s: r * s + 1)["stem/kernel"] == 2
+        assert set(width_multipliers(wide, base, rule).values()) == {1.0}
+    assert width_multipliers(wide, base, lambda role, r, s: r * s + 1)["stem/kernel"] == 2
 
 
 def test_width_factors_need_one_counterpart():
     architecture = network(dag_graph("2")).architecture()
     with pytest.raises(ValueError, match="'lion'; accepted are sgd, adam"):
-        width_factors(architecture, architecture, "lion")
+        width_multipliers(architecture, architecture, "lion")
     without_layers = network(dag_graph("1")).architecture()
     with pytest.raises(ValueError, match=r"layers/0_1/\w+.*none"):
-        width_factors(architecture, without_layers, "sgd")
+        width_multipliers(architecture, without_layers, "sgd")
     two_widths = Architecture(
         dag_graph("2_02"),
         tuple(
@@ -799,7 +889,7 @@ def test_width_factors_need_one_counterpart():
     )
     one = Parameter("w0", Role.HIDDEN, Role.HIDDEN, (4, 4), 4, 4, edge=0)
     with pytest.raises(ValueError, match=r"'w0'.*\(4, 4\), \(4, 8\).*with_widths"):
-        width_factors(Architecture(dag_graph("2"), (one,)), two_widths, "sgd")
+        width_multipliers(Architecture(dag_graph("2"), (one,)), two_widths, "sgd")
 
 
 @hypothesis.settings(deadline=None, max_examples=20)
@@ -833,16 +923,16 @@ def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
         np.concatenate([chain + 1, starts + 2]),
         np.concatenate([np.full(2 * blocks, Operator.LINEAR), np.full(blocks, Operator.SKIP)]),
     )
-    with pytest.raises(ValueError, match="path_sum' gives the factor inf"):
+    with pytest.raises(ValueError, match="path_sum' gives the multiplier inf"):
         learning_rate_scale(dag_graph("2"), huge)
 
 
 def test_options_reach_an_initialization_rule():
     architecture = network(dag_graph("2_12")).architecture()
     small, large = (
-        weight_standard_deviations(architecture, "second_moment", branch_share=share)[
-            "layers/1_2/kernel"
-        ]
+        weight_standard_deviations(
+            architecture, "second_moment", rule_options={"branch_share": share}
+        )["layers/1_2/kernel"]
         for share in (0.25, 1.0)
     )
     assert large == pytest.approx(2 * small)
@@ -852,7 +942,9 @@ def test_options_reach_an_initialization_rule():
 def test_moment_refuses_a_share_that_is_none(share):
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(ValueError, match="branch_share"):
-        weight_standard_deviations(architecture, "second_moment", branch_share=share)
+        weight_standard_deviations(
+            architecture, "second_moment", rule_options={"branch_share": share}
+        )
 
 
 @pytest.mark.parametrize("rule", [None, 3])

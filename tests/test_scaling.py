@@ -6,7 +6,10 @@ import math
 import pytest
 
 import archscale_jax as archscale
-from experiments import scaling_report
+from experiments.lab.tables import markdown
+from tests.binaries import imported
+
+scaling = imported("scaling")
 
 SMALL = [
     "--width=8",
@@ -89,14 +92,15 @@ def test_the_report_counts_seeds_that_diverged_apart():
         for (text, rule), values in losses.items()
         for seed, loss in enumerate(values)
     ]
-    rules = ["none", "path_sum"]
-    rows = scaling_report.summarise(
-        {"two": "2"}, archscale.dag_graph, rules, records, guessing=math.log(10)
-    )
-    assert rows[0]["none"]["train_loss"] == 1.0
-    assert rows[0]["none"]["diverged"] == 1
-    assert rows[0]["none"]["counted_loss"] == pytest.approx((1 + math.log(10)) / 2)
-    heading, unscaled, scaled = scaling_report.overview(rows, rules)
-    assert dict(zip(heading, unscaled, strict=True))["diverged"] == "1 of 2"
-    assert dict(zip(heading, scaled, strict=True))["better than unscaled on"] == "1 of 1"
-    assert "| two | 1 | 1 | 1†1.000 |" in scaling_report.markdown(rows, rules, "title")
+    results = scaling.summarise({"two": "2"}, records, guessing=math.log(10))
+    unscaled, scaled = (row._asdict() for row in results.itertuples())
+    assert (unscaled["loss"], unscaled["diverged"], unscaled["losses"]) == (1.0, 1, [1.0])
+    assert unscaled["counted"] == pytest.approx((1 + math.log(10)) / 2)
+    assert (scaled["factor"], scaled["seeds"]) == (0.5, 2)
+    unscaled, scaled = (dict(row) for _, row in scaling.overview(results).iterrows())
+    assert unscaled["diverged"] == "1 of 2"
+    assert scaled["better than unscaled on"] == "1 of 1"
+    row = markdown(scaling.by_network(results)).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:5]] == ["two", "1", "1", "1†1.000"]
+    (sentence,) = scaling.answer(results)
+    assert sentence.startswith("Unscaled, 1 of 2 runs diverged; by path_sum, 0.")

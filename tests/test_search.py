@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from archscale_jax import find_learning_rate
 from archscale_jax.tuning import Run, summarise_runs
-from archscale_jax.tuning._search import excess_loss, find_basin
+from archscale_jax.tuning._basin import excess_loss, find_basin
 
 GRID = np.geomspace(1e-3, 4, 13).tolist()
 STEP = math.log(GRID[1] / GRID[0])
@@ -49,7 +49,7 @@ class TestBasin:
         assert basin.rate == near(minimum)
         assert basin.loss == min(losses.values())
         assert basin.lower < minimum < basin.upper
-        assert basin.closed == (True, True)
+        assert basin.bracketed == (True, True)
 
     @pytest.mark.parametrize("tolerance", [0.02, 0.5])
     def test_edges_of_a_wedge_are_their_closed_form(self, tolerance):
@@ -69,10 +69,10 @@ class TestBasin:
         assert basin.upper == near(math.sqrt(4 * 8))
         assert basin.lower == near(4 * 2**-0.02)
         assert basin.lower <= basin.rate <= basin.upper
-        assert basin.closed == (True, True)
+        assert basin.bracketed == (True, True)
 
     @pytest.mark.parametrize(
-        ("values", "closed"),
+        ("values", "bracketed"),
         [
             ((1.0, 2.0, 3.0), (False, True)),
             ((3.0, 2.0, 1.0), (True, False)),
@@ -81,11 +81,11 @@ class TestBasin:
             ((1.0, 1.01, math.inf), (False, True)),
         ],
     )
-    def test_is_open_where_the_grid_ends_within_the_tolerance(self, values, closed):
+    def test_is_open_where_the_grid_ends_within_the_tolerance(self, values, bracketed):
         basin = find_basin(dict(zip((1.0, 2.0, 4.0), values, strict=True)))
-        assert basin.closed == closed
-        assert closed[0] or basin.lower == near(1.0)
-        assert closed[1] or basin.upper == near(4.0)
+        assert basin.bracketed == bracketed
+        assert bracketed[0] or basin.lower == near(1.0)
+        assert bracketed[1] or basin.upper == near(4.0)
 
     def test_is_that_of_the_largest_of_equal_rates(self):
         basin = find_basin({0.1: 1.0, 0.3: 2.0, 1.0: 1.0, 3.0: 2.0})
@@ -306,7 +306,7 @@ class TestSigns:
         found = find_learning_rate(train, GRID, start=start)
         assert found.basin.loss == 0.0
         assert 0.04 < found.rate < 0.6
-        assert found.basin.closed == (True, True)
+        assert found.basin.bracketed == (True, True)
 
 
 class TestWalk:
@@ -414,7 +414,7 @@ class TestRuns:
         found = find_learning_rate(lambda rate, seed: [5.0, 0.0, 2.5], [0.1], seeds=[0])
         assert found.runs == (Run(0.1, 0, 2.5),)
 
-    def test_a_run_above_the_largest_loss_is_lost(self):
+    def test_a_run_above_the_largest_loss_has_diverged(self):
         def train(rate, seed):
             return {1.0: [2.0, 1.0], 2.0: [2.1, 0.5], 4.0: [2.0, 2.1]}[rate]
 
@@ -466,21 +466,21 @@ class TestInput:
         "rates",
         [[], [0.0, 1.0], [-1.0], [math.nan], [1.0, math.inf], [1.0, 0.5, 1.0]],
     )
-    def test_refuses_rates(self, rates):
+    def test_bad_rates_raise(self, rates):
         with pytest.raises(ValueError, match="rates must be positive, finite and different"):
             find_learning_rate(parabola(1.0), rates)
 
     @pytest.mark.parametrize("seeds", [[], [1, 1]])
-    def test_refuses_seeds(self, seeds):
+    def test_bad_seeds_raise(self, seeds):
         with pytest.raises(ValueError, match="seeds must be different, and one at least"):
             find_learning_rate(parabola(1.0), GRID, seeds=seeds)
 
     @pytest.mark.parametrize("name", ["start", "tolerance", "margin"])
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-    def test_refuses_what_is_not_positive(self, name, value):
+    def test_what_is_not_positive_raises(self, name, value):
         with pytest.raises(ValueError, match=f"{name} must be positive and finite, found {value}"):
             find_learning_rate(parabola(1.0), GRID, **{name: value})
 
-    def test_refuses_no_workers(self):
+    def test_no_workers_raise(self):
         with pytest.raises(ValueError, match="workers"):
             find_learning_rate(parabola(1.0), GRID, workers=0)

@@ -335,7 +335,7 @@ def check_stacked():
     memory = program.memory_analysis()
     assert memory is not None
     assert memory.argument_size_in_bytes == 8  # the key is all that goes in
-    tx = archscale.scale_by_architecture(architecture, archscale.dag_graph("2"))
+    tx = archscale.scale_by_architecture(architecture, archscale.dag_graph("2"), "path_sum")
     nothing_whole(jax.jit(tx.update).lower(structs, optax.EmptyState()).compile(), leaves)
     plain = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in structs.items()}
     specs = {name: spec for name, (_, spec) in places.items()}
@@ -514,7 +514,7 @@ def check_training(kind):
     architecture = archscale.trace(transformer, plain, tokens())
     tx = optax.chain(
         optax.sgd(0.1, momentum=0.9),
-        archscale.scale_by_architecture(architecture, archscale.dag_graph("2")),
+        archscale.scale_by_architecture(architecture, archscale.dag_graph("2"), "path_sum"),
     )
     start = archscale.initialize(jax.random.key(0), plain, architecture)
     batches = [tokens()] * 3
@@ -528,7 +528,9 @@ def check_training(kind):
         born = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, structs))
         scaled, _ = jax.jit(tx.update)(born, tx.init(born))
         equal(scaled, jax.device_get(jax.jit(tx.update)(start, tx.init(start))[0]), SPECS)
-        program = jax.jit(archscale.scale_by_architecture(architecture, architecture).update)
+        program = jax.jit(
+            archscale.scale_by_architecture(architecture, architecture, "path_sum").update
+        )
         lowered = program.lower(structs, optax.EmptyState())
         nothing_whole(lowered.compile(), jax.tree.leaves(structs))
         placed = [jax.device_put(batch, rows) for batch in batches]

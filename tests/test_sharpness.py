@@ -110,6 +110,6 @@ def test_more_products_come_closer():
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_refuses_so_few_parameters(count):
-    with pytest.raises(ValueError, match=f"at least 6 parameters, found {count}"):
+def test_so_few_parameters_raise(count):
+    with pytest.raises(ValueError, match=f"params must hold at least 6 entries, found {count}"):
         jitted(zeros(count), jnp.eye(count))

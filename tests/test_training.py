@@ -148,7 +148,9 @@ class TestTrainEpoch:
         graphdef, _, _, architecture = network()
         base = dag_graph("2")
         factor = math.sqrt(1 / (0 + 8))  # paths of depth 0 and 2 against one of depth 1
-        optimizer = optax.chain(momentum_optimizer(), scale_by_architecture(architecture, base))
+        optimizer = optax.chain(
+            momentum_optimizer(), scale_by_architecture(architecture, base, "path_sum")
+        )
         state = fresh_state(optimizer)
         after, losses = train_epoch(
             state,

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import archscale_jax as archscale
-from experiments import transfer_study, transfer_summary
+from experiments import transfer_study
+from tests.binaries import imported
+
+transfer = imported("transfer")
 
 STUDY = ["--study=chains", "--max_networks=2", "--width=8", "--steps=10", "--num_seeds=2"]
 SEARCH = ["--architecture=2", "--width=8", "--epochs=0.2", "--num_rates=3", "--min_rate=0.01",
@@ -116,9 +119,9 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     predicted = np.exp(generator.normal(size=40))
     true = 2 * predicted**0.5
     rows = [
-        dict.fromkeys(transfer_summary.RULES, math.nan)
+        dict.fromkeys(transfer.RULES, math.nan)
         | {
-            "measured": p,
+            "standardized_update": p,
             "none": 1.0,
             "rate": t,
             "noise": 0.1,
@@ -126,9 +129,9 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
         }
         for p, t in zip(predicted, true, strict=True)
     ]
-    found = {one.rule: one for one in transfer_summary.summarise("made up", rows)}
-    assert set(found) == {"measured", "none"}
-    measured = found["measured"]
+    found = {one.rule: one for one in transfer.summarise("made up", rows).itertuples()}
+    assert set(found) == {"standardized_update", "none"}
+    measured = found["standardized_update"]
     assert measured.correlation == pytest.approx(1)
     assert measured.slope == pytest.approx(0.5)
     assert measured.noise == pytest.approx(0.1)
@@ -149,7 +152,7 @@ def test_losses_between_trained_rates_are_interpolated_in_log_rate():
         (1.6, 0, 9.0),
         (1.6, 1, None),
     ]
-    losses = transfer_summary.mean_losses({"runs": runs})
+    losses = transfer.mean_losses({"runs": runs})
     assert losses == {0.1: 4.0, 0.4: 2.0, 1.6: math.inf}
     for rate, loss in {
         0.01: 4.0,

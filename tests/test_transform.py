@@ -13,9 +13,11 @@ import pytest
 from flax import nnx
 
 from archscale_jax._architecture import Architecture, Parameter, Role
-from archscale_jax._optax import learning_rate_factors, scale_by_architecture
+from archscale_jax._graph import Operator, build_graph
+from archscale_jax._optax import scale_by_architecture
 from archscale_jax._spaces import cell_graph, dag_graph
 from archscale_jax._trees import named_leaves
+from archscale_jax.rules import learning_rate_multipliers
 from experiments.lab.models import DagCNN, DagMLP
 
 BASE = dag_graph("2")
@@ -38,7 +40,11 @@ def tree(make):
 
 
 def scale(**options):
-    return scale_by_architecture(ARCHITECTURE, BASE, **options)
+    return scale_by_architecture(ARCHITECTURE, BASE, "path_sum", **options)
+
+
+def scaled_rates(**options):
+    return learning_rate_multipliers(ARCHITECTURE, BASE, "path_sum", **options)
 
 
 def trajectory(optimizer, steps=5, seed=0):
@@ -87,7 +93,7 @@ def close(one, other, rtol=1e-6):
 
 
 def test_the_factor_is_that_of_the_equation():
-    factors = learning_rate_factors(ARCHITECTURE, BASE)
+    factors = scaled_rates()
     assert factors == {parameter.name: pytest.approx(FACTOR) for parameter in PARAMETERS}
     updates, _ = scale().update(tree(jnp.ones), optax.EmptyState())
     close(updates, tree(lambda shape: np.full(shape, FACTOR, np.float32)))
@@ -386,9 +392,8 @@ class TestComposition:
         )
         nnx.update(network, filled)
         before = nnx.to_pure_dict(filled)
-        chain = optax.chain(
-            optax.sgd(RATE, momentum=0.9), scale_by_architecture(network.architecture(), BASE)
-        )
+        scaling = scale_by_architecture(network.architecture(), BASE, "path_sum")
+        chain = optax.chain(optax.sgd(RATE, momentum=0.9), scaling)
         optimizer = nnx.Optimizer(network, chain, wrt=nnx.Param)
         gradients = nnx.grad(lambda network: jnp.sum(network(jnp.ones((4, 2)))))(network)
         optimizer.update(network, gradients)
@@ -407,12 +412,12 @@ class TestFactors:
 
     def test_divide_by_the_kernel_size_of_the_network(self):
         network, base = self.abstract(4, kernel_size=5), self.abstract(4, kernel_size=3)
-        factors = learning_rate_factors(network, base)
+        factors = learning_rate_multipliers(network, base, "path_sum")
         assert factors == dict.fromkeys(factors, pytest.approx(3 / 5))
 
     def test_of_a_layer_can_divide_by_its_own_kernel_size(self):
         network, base = self.abstract(4, kernel_size=5), self.abstract(4, kernel_size=3)
-        factors = learning_rate_factors(network, base, kernel_per_layer=True)
+        factors = learning_rate_multipliers(network, base, "path_sum", kernel_per_layer=True)
         for parameter in network.parameters:
             convolution = parameter.name.startswith(("stem", "layers"))
             expected = 3 / 5 if convolution else 3  # q_base / q_layer
@@ -424,7 +429,7 @@ class TestFactors:
         ).architecture()
         sizes = {p.name: p.kernel_size for p in network.parameters if p.name.startswith("layers")}
         assert sorted(sizes.values()) == [1, 1, 3, 3]
-        factors = learning_rate_factors(network, rule="none", kernel_per_layer=True)
+        factors = learning_rate_multipliers(network, rule="none", kernel_per_layer=True)
         for name, size in sizes.items():
             assert factors[name] == 3 / size
 
@@ -460,17 +465,17 @@ class TestFactors:
     )
     def test_of_width_multiply(self, rule, expected):
         wide, base = self.abstract(12), self.abstract(4)
-        factors = learning_rate_factors(wide, base, "none", width_rule=rule)
+        factors = learning_rate_multipliers(wide, base, "none", width_rule=rule)
         assert {name: factors[name] for name in expected} == pytest.approx(expected)
-        both = learning_rate_factors(wide, self.abstract(4, text="2"), width_rule=rule)
+        both = learning_rate_multipliers(wide, self.abstract(4, text="2"), width_rule=rule)
         assert both == pytest.approx(factors)  # a width rule alone answers for width alone
         options = {"rule": "path_sum", "width_rule": rule}
-        both = learning_rate_factors(wide, self.abstract(4, text="2"), **options)
-        topology = learning_rate_factors(wide, self.abstract(4, text="2"))
+        both = learning_rate_multipliers(wide, self.abstract(4, text="2"), **options)
+        topology = learning_rate_multipliers(wide, self.abstract(4, text="2"), "path_sum")
         assert both == pytest.approx({name: factors[name] * topology[name] for name in factors})
 
     def test_of_width_take_a_function(self):
-        factors = learning_rate_factors(
+        factors = learning_rate_multipliers(
             self.abstract(12),
             self.abstract(4),
             width_rule=lambda parameter, r, s: r if parameter.role == Role.READOUT else s,
@@ -481,24 +486,24 @@ class TestFactors:
     @pytest.mark.parametrize("base", [BASE, None])
     def test_of_width_need_an_architecture(self, base):
         with pytest.raises(ValueError, match=r"width_rule .* pass the base network's Architecture"):
-            learning_rate_factors(ARCHITECTURE, base, "none", width_rule="sgd")
+            learning_rate_multipliers(ARCHITECTURE, base, "none", width_rule="sgd")
 
     def test_pass_options_to_the_rule(self):
-        factors = learning_rate_factors(ARCHITECTURE, BASE, depth_offset=1)
+        factors = scaled_rates(rule_options={"depth_offset": 1})
         expected = math.sqrt(2**3 / (2**3 + 2**3 + 4**3))
         assert factors["readout"] == pytest.approx(expected)
-        updates, _ = scale(depth_offset=1).update(tree(jnp.ones), optax.EmptyState())
+        updates, _ = scale(rule_options={"depth_offset": 1}).update(
+            tree(jnp.ones), optax.EmptyState()
+        )
         np.testing.assert_allclose(updates["readout"], expected, rtol=1e-6)
 
     def test_take_an_architecture_as_base(self):
         base = Architecture(BASE, ())
-        assert learning_rate_factors(ARCHITECTURE, base) == learning_rate_factors(
-            ARCHITECTURE, BASE
-        )
+        assert learning_rate_multipliers(ARCHITECTURE, base, "path_sum") == scaled_rates()
 
     def test_of_a_state_and_its_dictionary_have_the_same_names(self):
         network = nnx.eval_shape(lambda: DagMLP(BASE, 2, 3, 1, rngs=nnx.Rngs(0)))
-        factors = learning_rate_factors(network.architecture(), BASE)
+        factors = learning_rate_multipliers(network.architecture(), BASE)
         assert set(factors) == set(named_leaves(nnx.state(network, nnx.Param)))
 
 
@@ -516,7 +521,43 @@ class TestErrors:
 
     def test_ask_for_a_base(self):
         with pytest.raises(ValueError, match="pass base"):
-            scale_by_architecture(ARCHITECTURE)
+            scale_by_architecture(ARCHITECTURE, rule="path_sum")
+
+    @pytest.mark.parametrize(
+        ("operators", "match"),
+        [
+            ((2, 1, 2), "has 1 residual addition, .*depth_rule='sgd', .*width_rule=.*'path_sum'"),
+            ((2, Operator.CONCATENATION, Operator.CONCATENATION), "has concatenations, .*'none'"),
+            ((2, Operator.PRODUCT, Operator.PRODUCT), "has products, .*pass width_rule='sgd'"),
+        ],
+    )
+    def test_ask_for_a_rule_where_none_is_safe(self, operators, match):
+        network = Architecture(build_graph(3, [0, 0, 1], [1, 2, 2], operators), ())
+        with pytest.raises(ValueError, match=match):
+            scale_by_architecture(network, BASE)
+        assert learning_rate_multipliers(network, BASE, "none") == {}
+        plain = Architecture(dag_graph("2_22"), PARAMETERS)  # layers alone are summed
+        assert learning_rate_multipliers(plain, BASE) == learning_rate_multipliers(
+            plain, BASE, "path_sum"
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            (
+                {"rule": "path_sum", "depth_rule": "adam"},
+                "depth_rule='adam' and the rule path_sum both answer for depth",
+            ),
+            ({"consistent_rms": 0.2}, "consistent_rms .* width_rule='muon', found width_rule=None"),
+            (
+                {"width_rule": "sgd", "dimension_numbers": True},
+                "dimension_numbers .* width_rule='muon', found width_rule='sgd'",
+            ),
+        ],
+    )
+    def test_name_what_contradicts(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            scale_by_architecture(ARCHITECTURE, ARCHITECTURE, **options)
 
     def test_name_an_unknown_leaf_beside_masked_ones(self):
         masked = optax.masked(scale(), {"hidden": True, "readout": False, "extra": True})

@@ -11,7 +11,7 @@ from flax import linen
 
 import archscale_jax as archscale
 from archscale_jax._architecture import Parameter, Role
-from archscale_jax.rules import width_factors
+from archscale_jax.rules import width_multipliers
 from archscale_jax.rules._width import WIDTH_RULES
 
 pytestmark = pytest.mark.quick_compilation
@@ -53,23 +53,25 @@ def factors_by_role(architecture, factors):
 @pytest.mark.parametrize("base_blocks", [1, 3])
 def test_stages_of_any_width_are_compared_in_one_ratio(blocks, base_blocks):
     wide, base = traced(Stages(32, blocks)), traced(Stages(8, base_blocks))
-    adam = factors_by_role(wide, width_factors(wide, base, "adam"))
+    adam = factors_by_role(wide, width_multipliers(wide, base, "adam"))
     assert adam == {"input": {1.0}, "hidden": {0.25}, "readout": {0.25}, "bias": {1.0}}
-    sgd = factors_by_role(wide, width_factors(wide, base, "sgd"))
+    sgd = factors_by_role(wide, width_multipliers(wide, base, "sgd"))
     assert sgd == {"input": {4.0}, "hidden": {1.0}, "readout": {0.25}, "bias": {1.0, 4.0}}
 
 
 def test_deeper_networks_of_the_same_widths_keep_their_rates():
     deep, base = traced(Stages(16, 3)), traced(Stages(16, 1))
     for rule in ("sgd", "adam", "muon"):
-        assert set(width_factors(deep, base, rule).values()) == {1.0}
+        assert set(width_multipliers(deep, base, rule).values()) == {1.0}
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "muon"])
 def test_widths_alone_are_as_good_as_a_base_that_was_built(rule):
     wide = traced(Stages(32, 2))
     by_widths = archscale.with_widths(wide, {32: 8, 64: 16})
-    assert width_factors(wide, by_widths, rule) == width_factors(wide, traced(Stages(8, 2)), rule)
+    assert width_multipliers(wide, by_widths, rule) == width_multipliers(
+        wide, traced(Stages(8, 2)), rule
+    )
 
 
 def test_widths_leave_the_ends_of_the_network_alone():
@@ -97,8 +99,8 @@ def test_a_table_that_is_the_readout_follows_the_readout():
         Parameter("table", Role.EMBEDDING, Role.READOUT, (50, size), 1, size) for size in (64, 16)
     ]
     wide, base = (archscale.Architecture(archscale.dag_graph("2"), (one,)) for one in tied)
-    assert width_factors(wide, base, "adam") == {"table": 1 / 4}
-    assert width_factors(wide, base, "sgd") == {"table": 1 / 4}
+    assert width_multipliers(wide, base, "adam") == {"table": 1 / 4}
+    assert width_multipliers(wide, base, "sgd") == {"table": 1 / 4}
 
 
 def spectral_change(rows, columns):
@@ -132,14 +134,14 @@ def test_muon_changes_matrices_alike_in_spectral_norm(role, shape, base_shape):
         )
         for size in (shape, base_shape)
     ]
-    factor = width_factors(both[0], both[1], "muon")["w"]
+    factor = width_multipliers(both[0], both[1], "muon")["w"]
     # Newton-Schulz brings singular values near 1 only, hence the tolerance.
     assert factor * spectral_change(*shape) == pytest.approx(spectral_change(*base_shape), rel=0.3)
 
 
 def test_muon_leaves_kernels_of_convolutions_to_adam():
     wide, base = traced(Stages(32, 1)), traced(Stages(8, 1))
-    muon, adam = (width_factors(wide, base, rule) for rule in ("muon", "adam"))
+    muon, adam = (width_multipliers(wide, base, rule) for rule in ("muon", "adam"))
     kernels = [p.name for p in wide.parameters if len(p.shape) == 4]
     assert {name: muon[name] for name in kernels} == {name: adam[name] for name in kernels}
 

@@ -30,7 +30,9 @@ BLOCK = archscale.build_graph(
 """One pre-LN block, x + W σ(W norm(x)): the base of the depth multipliers."""
 
 FIELDS = ("role", "layer", "fan_in", "fan_out", "kernel_size")
-INITIALIZATIONS = ("target", "moment", "none")
+INITIALIZATIONS = {"target": "target_in_degree", "moment": "second_moment", "none": "he_normal"}
+"""Rules by the names that they had in version 0.1."""
+
 WIDTH_RULES = ("sgd", "adam", "muon")
 DEPTH_RULES = ("adam", "sgd")
 
@@ -78,15 +80,15 @@ def columns_of(architecture: Architecture) -> dict[str, Mapping[str, float | Non
 
     def deviations(rule: str) -> Mapping[str, float | None]:
         # A report leaves out the one leaf that is refused; `weight_standard_deviations` all.
-        report = archscale.report(architecture, rule="none", initialization=rule)
+        report = archscale.report(architecture, rule="none", initialization=INITIALIZATIONS[rule])
         return {one["path"]: one["standard_deviation"] for one in report.records}
 
     def width(rule: str) -> Mapping[str, float | None]:
         base = archscale.with_widths(architecture, halves(architecture))
-        return archscale.learning_rate_factors(architecture, base, "none", width_rule=rule)
+        return archscale.learning_rate_multipliers(architecture, base, "none", width_rule=rule)
 
     def depth(rule: Any) -> Mapping[str, float | None]:
-        return archscale.learning_rate_factors(architecture, BLOCK, "none", depth_rule=rule)
+        return archscale.learning_rate_multipliers(architecture, BLOCK, "none", depth_rule=rule)
 
     kinds = (
         ("std", deviations, INITIALIZATIONS),

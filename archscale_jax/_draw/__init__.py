@@ -1,7 +1,6 @@
-"""A picture of an architecture: its layers by name, from top to bottom."""
+"""A picture of an architecture or a graph: its layers by name, from top to bottom."""
 
-from archscale_jax._draw.graph import draw_graph
 from archscale_jax._draw.picture import MAX_VERTICES, draw
 from archscale_jax._draw.texts import MAX_NAME
 
-__all__ = ["MAX_NAME", "MAX_VERTICES", "draw", "draw_graph"]
+__all__ = ["MAX_NAME", "MAX_VERTICES", "draw"]

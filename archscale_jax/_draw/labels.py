@@ -84,7 +84,8 @@ def _edge_layer(
         kernel = f"{kernel_size}×{kernel_size} " if kernel_size > 1 else ""
         return Layer(name, f"{kernel}average pool", operator)
     if weight is None:
-        text = {Operator.LINEAR: "linear", Operator.CONV: "convolution"}.get(operator, "")
+        convolution = f"{kernel_size}×{kernel_size} convolution"
+        text = {Operator.LINEAR: "linear", Operator.CONV: convolution}.get(operator, "")
         return Layer(name, text, operator)
     slices = _slices(weight)
     text = _weight_text(weight, operator, slices)

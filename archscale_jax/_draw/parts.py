@@ -1,11 +1,12 @@
 """What a picture of an architecture consists of: its graph, between the stem and the readout."""
 
+import collections
 import dataclasses
 
+import jraph
 import numpy as np
 
 from archscale_jax._architecture import Architecture, Role
-from archscale_jax._draw.graph import edge_ids
 from archscale_jax._draw.labels import Layer, edge_layers, outer_layers
 from archscale_jax._draw.layout import Line
 from archscale_jax._graph import JOIN_OPERATORS, Operator, is_weight, live_edges, live_vertices
@@ -84,6 +85,17 @@ def picture_parts(architecture: Architecture) -> tuple[list[Knot], list[Stroke]]
         for knot, join in zip(knots, joins, strict=True)
     ]
     return knots, strokes
+
+
+def edge_ids(graph: jraph.GraphsTuple) -> list[str]:
+    """Names every edge, `u-v`; the second and further of parallel edges `u-v-1`, `u-v-2`, …."""
+    seen: collections.Counter[str] = collections.Counter()
+    names = []
+    for sender, receiver in zip(graph.senders.tolist(), graph.receivers.tolist(), strict=True):
+        name = f"{sender}-{receiver}"
+        names.append(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
 
 
 def _joins(num_knots: int, strokes: list[Stroke]) -> list[Operator | None]:

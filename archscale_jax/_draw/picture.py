@@ -1,4 +1,4 @@
-"""Draws an architecture: `draw`."""
+"""Draws an architecture or a graph: `draw`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jraph
+
 from archscale_jax._architecture import Architecture, check_architecture
-from archscale_jax._draw.graph import (
-    DEAD_COLOR,
-    EDGE_STYLES,
-    INK,
-    check_drawable,
-    draw_legend,
-)
 from archscale_jax._draw.labels import vertex_layers
 from archscale_jax._draw.layout import Layout, Row, arrange
 from archscale_jax._draw.parts import Knot, Stroke, picture_parts
+from archscale_jax._draw.styles import DEAD_COLOR, EDGE_STYLES, INK, draw_legend
 from archscale_jax._draw.texts import LANE, ROW, fit_figure, write_rows
 from archscale_jax._extras import needed_by
 from archscale_jax._files import write_atomically
-from archscale_jax._graph import Operator
+from archscale_jax._graph import Operator, validate_graph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
 MAX_VERTICES = 120
-"""More vertices than this are no picture any more."""
+"""Larger graphs cannot be read as a picture."""
+
+SUFFIXES = (".png", ".svg")
 
 # Lengths are in inches, heights are counted downwards.
 _SMALL_ROW = 0.13  # of a vertex that joins nothing
@@ -40,7 +38,10 @@ _DOT_RADIUS = 0.035
 
 
 def draw(
-    architecture: Architecture, path: str | pathlib.Path | None = None, *, title: str | None = None
+    architecture: Architecture | jraph.GraphsTuple,
+    path: str | pathlib.Path | None = None,
+    *,
+    title: str | None = None,
 ) -> Figure:
     """Draws an architecture from top to bottom, and writes the picture where a path is given.
 
@@ -55,7 +56,8 @@ def draw(
     and `text-` before these for what belongs to a line.
 
     Args:
-      architecture: what `trace` returns; of at most `MAX_VERTICES` vertices.
+      architecture: what `trace` returns, or a single graph, whose layers have no names; of at most
+        `MAX_VERTICES` vertices.
       path: file to write, PNG or SVG by its suffix; a picture that fails leaves no file.
       title: text above the picture.
 
@@ -63,15 +65,18 @@ def draw(
       The figure.
 
     Raises:
-      TypeError: `architecture` is no `Architecture`.
-      ValueError: another suffix, too many vertices, or a graph that `validate_graph` refuses.
+      ModuleNotFoundError: matplotlib is not installed.
+      TypeError: `architecture` is neither an `Architecture` nor a graph.
+      ValueError: another suffix, too many vertices, or a graph that is not valid.
     """
     with needed_by("archscale_jax.draw", "plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    check_architecture(architecture, "draw_graph draws a graph alone")
-    check_drawable(architecture.graph, path, MAX_VERTICES)
+    if isinstance(architecture, jraph.GraphsTuple):
+        architecture = Architecture(architecture, ())
+    check_architecture(architecture)
+    _check(architecture.graph, path)
     knots, strokes = picture_parts(architecture)
     layout = arrange(len(knots), [stroke.line for stroke in strokes])
     heights = _row_heights(layout, knots)
@@ -89,6 +94,17 @@ def draw(
     if path is not None:
         write_atomically(path, figure.savefig)
     return figure
+
+
+def _check(graph: jraph.GraphsTuple, path: str | pathlib.Path | None) -> None:
+    if path is not None and pathlib.Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, found {str(path)!r}")
+    validate_graph(graph)
+    if len(graph.nodes) > MAX_VERTICES:
+        raise ValueError(
+            f"architecture has {len(graph.nodes)} vertices, too many for a picture; accepted are "
+            f"at most {MAX_VERTICES}"
+        )
 
 
 def _row_heights(layout: Layout, knots: Sequence[Knot]) -> dict[Row, float]:

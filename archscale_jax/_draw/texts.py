@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from archscale_jax._draw.graph import DEAD_COLOR, INK, write_text
 from archscale_jax._draw.layout import Layout, Row
 from archscale_jax._draw.parts import Knot, Stroke
+from archscale_jax._draw.styles import DEAD_COLOR, INK, TEXT_SIZE, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,6 @@ ROW = 0.2
 
 _MARGIN = 0.15
 _GAP = 0.2  # between columns
-_SIZE = 8.5  # of texts, in points
 _NUMBER_SIZE = 6.5
 _NOTE_SIZE = 7
 _TITLE_SIZE = 11
@@ -52,9 +51,9 @@ def write_rows(
     for index, knot in enumerate(knots):
         y = heights["vertex", index]
         if knot.number is not None:
-            _write(axes, numbers, y, str(knot.number), _NUMBER_SIZE, ha="right", color=_PALE)
+            write_text(axes, numbers, y, str(knot.number), _NUMBER_SIZE, ha="right", color=_PALE)
         if knot.text:
-            _write(axes, first, y, knot.text, style="italic")
+            write_text(axes, first, y, knot.text, style="italic")
     for index, (stroke, name) in enumerate(zip(strokes, names, strict=True)):
         if stroke.line.marked:
             y = heights["line", index]
@@ -63,10 +62,10 @@ def write_rows(
             color = INK if stroke.alive else DEAD_COLOR
             folder = name[: name.rfind("/") + 1]
             pale = _PALE if stroke.alive else color
-            _write(axes, first, y, folder, color=pale, gid=f"folder-{stroke.name}")
+            write_text(axes, first, y, folder, color=pale, gid=f"folder-{stroke.name}")
             leaf_x = first + _width(canvas, folder)
-            _write(axes, leaf_x, y, name[len(folder) :], color=color, gid=f"name-{stroke.name}")
-            _write(axes, second, y, stroke.layer.text, color=color, gid=f"text-{stroke.name}")
+            write_text(axes, leaf_x, y, name[len(folder) :], color=color, gid=f"name-{stroke.name}")
+            write_text(axes, second, y, stroke.layer.text, color=color, gid=f"text-{stroke.name}")
     return left, right
 
 
@@ -89,11 +88,11 @@ def fit_figure(
     if notes:
         bottom += ROW * 1.2
         text = _listed(canvas, notes, width)
-        _write(axes, middle - width / 2, bottom, text, _NOTE_SIZE, color=_PALE, gid="note")
+        write_text(axes, middle - width / 2, bottom, text, _NOTE_SIZE, color=_PALE, gid="note")
     top = -_MARGIN
     if title is not None:
         options = {"va": "bottom", "ha": "center", "gid": "title"}
-        _write(axes, middle, -_MARGIN / 2, title, _TITLE_SIZE, **options)
+        write_text(axes, middle, -_MARGIN / 2, title, _TITLE_SIZE, **options)
         top -= len(lines) * _TITLE_SIZE * 1.3 / 72
     below = legend_box.height / figure.dpi + _MARGIN / 2
     size = width + 2 * _MARGIN, bottom + _MARGIN - top + below
@@ -103,7 +102,7 @@ def fit_figure(
 
 
 def _listed(canvas: FigureCanvasAgg, names: Sequence[str], width: float) -> str:
-    """Names of as many layers of vertices as there is room for."""
+    """Names of as many layers of vertices as the width holds."""
     for count in range(len(names), 0, -1):
         more = f", … ({len(names)} in all)" if count < len(names) else ""
         text = "at vertices: " + ", ".join(map(_shortened, names[:count])) + more
@@ -119,16 +118,10 @@ def _shortened(name: str) -> str:
     return name[: MAX_NAME - end - 1] + "…" + name[-end:]
 
 
-def _width(canvas: FigureCanvasAgg, text: str, size: float = _SIZE) -> float:
+def _width(canvas: FigureCanvasAgg, text: str, size: float = TEXT_SIZE) -> float:
     """Width of one line of text, in inches."""
     from matplotlib.font_manager import FontProperties
 
     renderer = canvas.get_renderer()
     font = FontProperties(size=size)
     return renderer.get_text_width_height_descent(text, font, False)[0] / canvas.figure.dpi
-
-
-def _write(axes: Axes, x: float, y: float, text: str, size: float = _SIZE, **options: Any) -> None:
-    if text:  # names may hold dollar signs, which are no formulas
-        options = {"ha": "left", "color": INK, "parse_math": False} | options
-        write_text(axes, x, y, text, size, **options)

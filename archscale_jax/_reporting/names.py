@@ -6,10 +6,6 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-_ONE = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-NUMBER = re.compile(f"{_ONE}(?:…{_ONE})?")
-"""A number, or the range that `range_of` makes of several."""
-
 
 def merged_names(names: Sequence[str]) -> list[str]:
     """Returns names with those joined that differ in numbers only, `blocks/{0…11}/kernel ×12`."""
@@ -82,20 +78,6 @@ def _numbers(numbers: Sequence[str]) -> str:
     if len(values) > 5:
         return f"{{{','.join(numbers[:3])},…,{numbers[-1]}}}"
     return f"{{{','.join(numbers)}}}"
-
-
-def range_of(texts: Sequence[str]) -> str:
-    """Returns texts that differ in numbers only as one, with ranges."""
-    if len(set(texts)) == 1:
-        return texts[0]
-    between = NUMBER.split(texts[0])
-    columns = zip(*(NUMBER.findall(text) for text in texts), strict=True)
-    ranges = []
-    for column in columns:
-        numbers = [number for text in column for number in text.split("…")]
-        ends = [pick(numbers, key=float) for pick in (min, max)]
-        ranges.append(ends[0] if ends[0] == ends[1] else "…".join(ends))
-    return "".join(text + one for text, one in zip(between, [*ranges, ""], strict=True))
 
 
 def count_text(number: int) -> str:

@@ -1,7 +1,7 @@
 """The notes of a report: where a network goes beyond what the rules say. One sentence each."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from archscale_jax._graph import Operator, live_edges, network_kernel_size
 from archscale_jax._paths import path_statistics
 from archscale_jax._reporting.names import merged_names
 from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.rules._rates import RateRules
+from archscale_jax.rules._registry import Rule
 from archscale_jax.rules._residual import residual_branches
 from archscale_jax.rules._width import features, width_ratios
 
@@ -21,28 +23,34 @@ NO_BASE = (
     "with measure_update, which needs no graph"
 )
 
-_PATH_SUMS = ("path_sum", "path_sum_activations", "author_code")
 
-_BLIND_TO_SKIPS = ("target", "source", "none", "author_code")  # what others do is not known here
+class Subject(NamedTuple):
+    """What a report is of; the rule is that of the whole network, None where none was chosen."""
+
+    architecture: Architecture
+    base: Architecture | jraph.GraphsTuple | None
+    rates: RateRules
+    rule: Rule | None
+    drawing: Rule
+    drawing_options: Mapping[str, Any]
+    params: PyTree | None
 
 
-def first_notes(
-    architecture: Architecture,
-    base: Architecture | jraph.GraphsTuple | None,
-    rule: str,
-    params: PyTree | None,
-    options: Mapping[str, Any],
-) -> list[str]:
-    """Returns what makes the numbers of a report wrong unless it is seen to, first.
+def notes_of(subject: Subject, *raised: str) -> list[str]:
+    """Returns the notes of a report, with what the rules raise."""
+    return [
+        *_first_notes(subject),
+        *subject.architecture.notes,
+        *raised,
+        *_rate_notes(subject),
+        *_graph_notes(subject),
+        *(_params_notes(subject.params) if subject.params is not None else ()),
+    ]
 
-    Args:
-      architecture: the network.
-      base: the network to compare with.
-      rule: name of the learning-rate rule.
-      params: the params, if they were given: arrays bring their own values.
-      options: those of `learning_rate_factors`.
-    """
-    notes = []
+
+def _first_notes(subject: Subject) -> Iterator[str]:
+    """What makes the numbers of a report wrong unless it is seen to."""
+    architecture, params = subject.architecture, subject.params
     leaves = {} if params is None else named_leaves(params)
     unknown = [
         one.name
@@ -52,188 +60,159 @@ def first_notes(
         and (one.name not in leaves or isinstance(leaves[one.name], jax.ShapeDtypeStruct))
     ]
     if unknown:
-        notes.append(
+        yield (
             "the value before training is not plain from what these leaves do (slopes, "
             "temperatures, decays, gates): initialize keeps that of arrays, and of shapes alone "
             f"makes biases 0 and scales 1: {_listed(unknown, limit=40)}"
         )
     zero = [one.name for one in architecture.parameters if one.starts_at_zero]
     if zero:
-        notes.append(
+        yield (
             "these weights are 0 in the arrays that were traced, and initialize leaves them 0; "
             f"trace shapes, as of jax.eval_shape, to draw them: {_listed(zero, limit=40)}"
         )
-    if isinstance(base, Architecture):
-        notes += _comparison_notes(architecture, base, rule, options)
-    if options.get("width_rule") is not None:
-        notes.append(
+    if isinstance(subject.base, Architecture):
+        yield from _comparison_notes(subject, subject.base)
+    if subject.rates.width_rule is not None:
+        yield (
             "width_rule supposes weights drawn by initialize(...), readouts of size 1/n; on "
-            "weights as frameworks draw them, 1/√n, these factors are not μP [μP]"
+            "weights as frameworks draw them, 1/√n, these multipliers are not μP [μP]"
         )
-    return [*notes, *architecture.notes]
 
 
-def _comparison_notes(
-    architecture: Architecture, base: Architecture, rule: str, options: Mapping[str, Any]
-) -> list[str]:
+def _comparison_notes(subject: Subject, base: Architecture) -> Iterator[str]:
     """Bases that were swapped, and depths that no rule answers for."""
-    notes = []
-    try:
-        ratios = [max(pair) for pair in width_ratios(architecture, base).values()]
-    except ValueError:  # no parameter by parameter comparison
-        ratios = []
+    architecture, rule = subject.architecture, subject.rule
+    ratios = [max(pair) for pair in _ratios(architecture, base).values()]
     counts = [len(residual_branches(one)) for one in (architecture, base)]
     depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
     narrower = bool(ratios) and min(ratios) < 1 and max(ratios) <= 1
     shallower = depths[0] < depths[1] and (not ratios or max(ratios) <= 1)
     if narrower or shallower:
         what = "wider" if narrower else "deeper"
-        notes.append(
+        yield (
             f"the base is {what} than the network: base is the small network on which the rate was "
             "tuned, and may have been swapped with the network"
         )
-    if rule == "none" and options.get("depth_rule") is None and depths[0] != depths[1]:
+    unscaled = rule is not None and not rule.scales and subject.rates.depth_rule is None
+    if unscaled and depths[0] != depths[1]:
         way = (
             "depth_rule='sgd', 'adam' or 'muon' does"
             if all(counts)
             else "rule='path_sum' or another learning-rate rule does"
         )
-        notes.append(
-            f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no factor answers "
-            f"for it: {way}"
+        yield (
+            f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no multiplier "
+            f"answers for it: {way}"
         )
-    return notes
 
 
-def graph_notes(architecture: Architecture, initialization: str) -> list[str]:
-    """Returns what there is to know of a network under an initialization rule of this name."""
-    parameters = architecture.parameters
-    notes = []
+def _graph_notes(subject: Subject) -> Iterator[str]:
+    """What there is to know of a network under an initialization rule."""
+    architecture, parameters = subject.architecture, subject.architecture.parameters
     live = live_edges(architecture.graph)
     edges = {one.name: (one.edge, *one.further_edges) for one in parameters if one.edge is not None}
     dead = [name for name, places in edges.items() if not live[list(places)].any()]
     if dead:
-        notes.append(
+        yield (
             f"dead layers, on no path from input to output, do not train ({len(dead)} leaves): "
             f"{_listed(dead)}"
         )
     additions = len(residual_branches(architecture))
-    if additions and initialization in _BLIND_TO_SKIPS:
-        notes.append(
+    if additions and subject.drawing.blind_to_skips:
+        yield (
             f"residual additions ({additions}) grow the second moment, as initialization rule "
-            f"{initialization} cannot scale a skip: rule second_moment bounds it"
+            f"{subject.drawing.name} cannot scale a skip: rule second_moment bounds it"
         )
     hidden = [one for one in parameters if one.role == Role.HIDDEN]
     linear = [one for one in hidden if not one.activated]
     if linear:
-        notes.append(
+        yield (
             f"{len(linear)} of {len(hidden)} hidden weights read features without an activation "
             "before: ReLU would take half of the second moment, so that they get half the variance"
         )
     shared = [one.name for one in parameters if one.role in _WEIGHTS and one.further_edges]
     if shared:
-        notes.append(
-            "weights of several layers have one factor for all of them, and one standard "
+        yield (
+            "weights of several layers have one multiplier for all of them, and one standard "
             "deviation, the smallest that one of them wants, or one for every slice of a stack: "
             f"{_listed(shared)}"
         )
     for name in [one.name for one in parameters if one.is_tied]:
-        notes.append(
-            f"{name} is embedding table and readout in one: its standard deviation and factor "
+        yield (
+            f"{name} is embedding table and readout in one: its standard deviation and multiplier "
             "follow the readout; for full μP multiply the logits by base width / width [μP]"
         )
-    return notes
 
 
 _WEIGHTS = (Role.INPUT, Role.HIDDEN, Role.READOUT, Role.EMBEDDING)
 
 
-def rate_notes(
-    architecture: Architecture,
-    base: Architecture | jraph.GraphsTuple | None,
-    rule: str,
-    initialization: str,
-    initialization_options: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> list[str]:
-    """Returns what there is to know of the learning rates.
-
-    Args:
-      architecture: the network.
-      base: the network to compare with.
-      rule: name of the learning-rate rule.
-      initialization: name of the initialization rule.
-      initialization_options: its options.
-      options: those of `learning_rate_factors`.
-    """
-    notes = []
+def _rate_notes(subject: Subject) -> Iterator[str]:
+    """What there is to know of the learning rates."""
+    architecture, base, rates, rule = subject[:4]
     additions = len(residual_branches(architecture))
-    if additions > 1 and rule in _PATH_SUMS:
-        notes.append(
-            f"every residual addition ({additions}) doubles the paths over which rule {rule} sums, "
-            "so that rates become far too small: take rule='none', with depth_rule='sgd', 'adam' "
-            "or 'muon' and initialization='second_moment'"
+    if additions > 1 and rule is not None and rule.sums_paths:
+        yield (
+            f"every residual addition ({additions}) doubles the paths over which rule {rule.name} "
+            "sums, so that rates become far too small: take rule='none', with depth_rule='sgd', "
+            "'adam' or 'muon' and initialization='second_moment'"
         )
     sizes = _kernel_sizes(architecture)
-    if len(sizes) > 1 and not options.get("kernel_per_layer"):
-        notes.append(
+    if len(sizes) > 1 and not rates.kernel_per_layer:
+        yield (
             f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
             f"{network_kernel_size(architecture.graph):g}, for the whole network, unless "
             "kernel_per_layer=True"
         )
-    frozen = _inputs_wider(architecture, base) if isinstance(base, Architecture) else []
-    if frozen and options.get("width_rule") is not None:
-        notes.append(
+    ratios = _ratios(architecture, base)
+    stem = [one.name for one in architecture.parameters if one.role == Role.INPUT]
+    frozen = [name for name in stem if name in ratios and ratios[name][0] != 1]
+    if frozen and rates.width_rule is not None:
+        yield (
             "layers that read the inputs read other numbers of features in the base, as if inputs "
             "grew with the width; frozen layers before them belong in params, with "
             f"optax.multi_transform, not among the inputs: {_listed(frozen)}"
         )
-    wider = isinstance(base, Architecture) and _widths_differ(architecture, base)
-    if wider and options.get("width_rule") is None:
-        notes.append(
-            "the width differs from the base's, which no factor here accounts for: "
+    wider = any(pair != (1, 1) for pair in ratios.values())
+    if isinstance(base, Architecture) and not ratios:
+        wider = _hidden_features(architecture) != _hidden_features(base)
+    if wider and rates.width_rule is None:
+        yield (
+            "the width differs from the base's, which no multiplier here accounts for: "
             "width_rule='sgd', 'adam' or 'muon' does [μP]"
         )
     if wider and np.any(architecture.graph.edges["operator"] == Operator.PRODUCT):
-        notes.append(
+        yield (
             "features are multiplied (attention, gates) and the width differs from the base's: μP "
             "scales q·k by 1/d_head instead of 1/sqrt(d_head), which matters only if d_head grows "
             "with the width [μP]"
         )
-    if options.get("depth_rule") is not None:
-        exponent = options.get("depth_exponent", 0.5)
-        drawn = initialization_options.get("depth_exponent", 0.5)
-        if initialization != "second_moment" or drawn != exponent:
-            notes.append(
-                "depth_rule belongs to weights drawn with initialization='second_moment' and "
-                f"initialization_options={{'depth_exponent': {exponent}}}"
-            )
-        if rule != "none":
-            notes.append(
-                f"depth_rule and the rule {rule} both answer for depth: take rule='none' with it"
-            )
-    return notes
+    drawn = subject.drawing.option("depth_exponent", subject.drawing_options)
+    if rates.depth_rule is not None and drawn != rates.depth_exponent:
+        yield (
+            "depth_rule belongs to weights drawn with initialization='second_moment' and "
+            f"initialization_options={{'depth_exponent': {rates.depth_exponent}}}"
+        )
 
 
-def params_notes(params: PyTree) -> list[str]:
-    """Returns what there is to know of the dtypes of params."""
+def _params_notes(params: PyTree) -> Iterator[str]:
+    """What there is to know of the dtypes of params."""
     dtypes = {name: leaf.dtype for name, leaf in named_leaves(params).items()}
     inexact = [dtype for dtype in dtypes.values() if jnp.issubdtype(dtype, jnp.inexact)]
     names = sorted({str(dtype) for dtype in inexact})
-    notes = []
     if len(names) > 1:
-        notes.append(
-            f"parameters of dtype {' and '.join(names)}: factors are computed in float64 and "
+        yield (
+            f"parameters of dtype {' and '.join(names)}: multipliers are computed in float64 and "
             "applied in float32 at least"
         )
     others = [name for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.inexact)]
     if others:
         found = ", ".join(sorted({str(dtypes[name]) for name in others}))
-        notes.append(
+        yield (
             f"leaves of dtype {found} have no gradient and are better kept out of params: "
             f"{_listed(others)}"
         )
-    return notes
 
 
 def _kernel_sizes(architecture: Architecture) -> list[int]:
@@ -248,25 +227,18 @@ def _kernel_sizes(architecture: Architecture) -> list[int]:
     return sorted({*inner, *stems})
 
 
-def _inputs_wider(architecture: Architecture, base: Architecture) -> list[str]:
-    """Weights of the stem whose fan-in is not the base's."""
+def _ratios(
+    architecture: Architecture, base: Architecture | jraph.GraphsTuple | None
+) -> dict[str, tuple[float, float]]:
+    """Ratios of widths by parameter, where parameters can be compared one by one."""
     try:
-        ratios = width_ratios(architecture, base)
-    except ValueError:  # no parameter by parameter comparison
-        return []
-    stem = [one.name for one in architecture.parameters if one.role == Role.INPUT]
-    return [name for name in stem if ratios[name][0] != 1]
+        return width_ratios(architecture, base) if isinstance(base, Architecture) else {}
+    except ValueError:
+        return {}
 
 
-def _widths_differ(architecture: Architecture, base: Architecture) -> bool:
-    try:
-        return any(ratios != (1, 1) for ratios in width_ratios(architecture, base).values())
-    except ValueError:  # no parameter by parameter comparison
-        ours, theirs = (
-            {features(parameter) for parameter in one.parameters if parameter.role == Role.HIDDEN}
-            for one in (architecture, base)
-        )
-        return ours != theirs
+def _hidden_features(architecture: Architecture) -> set[tuple[int, int]]:
+    return {features(one) for one in architecture.parameters if one.role == Role.HIDDEN}
 
 
 def _listed(names: Iterable[str], limit: int = 6) -> str:

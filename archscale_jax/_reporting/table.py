@@ -11,14 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from archscale_jax._reporting.names import (
-    NUMBER,
-    blocks_of,
-    grouped,
-    merged_path,
-    pattern_of,
-    range_of,
-)
+from archscale_jax._reporting.names import blocks_of, grouped, merged_path, pattern_of
+from archscale_jax._reporting.reasons import kind_of, range_text, reason_text
 
 Record = Mapping[str, Any]
 
@@ -26,8 +20,7 @@ MAX_ROWS = 60
 """Tables that would be longer join rows that differ in standard deviation alone."""
 
 _WIDTH = 120  # where there is no terminal
-_FLEXIBLE = ("init std", "why std")
-_REASONS = ("why std", "why factor")
+_REASONS = ("why std", "why lr")
 
 
 class Row(NamedTuple):
@@ -48,9 +41,27 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     Records share a row if they are equal, as shown, up to numbers in the path. If there are more
     than `MAX_ROWS` such rows, rows that differ in the standard deviation alone show its range.
     """
-    cells = _cells(records)
-    rows = _rows(cells, ())
-    return rows if len(rows) <= MAX_ROWS else _rows(cells, _FLEXIBLE)
+    rows = _rows(records, ranging=False)
+    return rows if len(rows) <= MAX_ROWS else _rows(records, ranging=True)
+
+
+def _rows(records: Sequence[Record], *, ranging: bool) -> list[Row]:
+    several = len({record["learning_rate_reason"] for record in records}) > 1
+    cells = [_cells([record], several) for record in records]
+
+    def key(index: int) -> Hashable:
+        shown = {**cells[index], "path": pattern_of(records[index]["path"])}
+        if ranging:
+            kind = kind_of(records[index]["initialization_parts"])
+            shown |= {"init std": "", "why std": kind}
+        return tuple(shown.items())
+
+    rows = []
+    for indices in grouped(range(len(records)), key):
+        for block in blocks_of([records[index]["path"] for index in indices]):
+            found = [indices[place] for place in block]
+            rows.append(Row(_cells([records[index] for index in found], several), found))
+    return rows
 
 
 def text_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[str]) -> str:
@@ -60,7 +71,7 @@ def text_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[st
     console = Console(file=file, width=width, color_system=None, force_jupyter=False)
     for line in header:
         console.print(Text(line, overflow="fold"))
-    for part in [*_text_tables(rows_of(records)), _listing(("•", note) for note in notes)]:
+    for part in [*_text_tables(rows_of(records), records), _listing(("•", note) for note in notes)]:
         console.print(part)
     return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
 
@@ -73,12 +84,12 @@ def html_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[st
     cell = f"padding: 0.15em 0.7em; vertical-align: top; color: inherit; {line}"
 
     def row_of(tag: str, texts: Iterable[str]) -> str:
-        shown = map(html.escape, texts)
-        parts = [
-            f'<{tag} style="{cell}; text-align: {_side(name)}">{text}</{tag}>'
-            for name, text in zip(columns, shown, strict=True)
-        ]
-        return "<tr>" + "".join(parts) + "</tr>"
+        return "<tr>{}</tr>".format(
+            "".join(
+                f'<{tag} style="{cell}; text-align: {_side(name)}">{html.escape(text)}</{tag}>'
+                for name, text in zip(columns, texts, strict=True)
+            )
+        )
 
     body = "".join(row_of("td", (row.cells[name] for name in columns)) for row in rows)
     style = "border-collapse: collapse; margin: 0.7em 0; background: transparent"
@@ -94,28 +105,33 @@ def html_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[st
 
 
 def _side(name: str) -> str:
-    return "right" if name in ("kernel", "d_in", "init std", "lr factor") else "left"
+    return "right" if name in ("kernel", "d_in", "init std", "lr ×") else "left"
 
 
-def _cells(records: Sequence[Record]) -> list[dict[str, str]]:
-    several = len({record["learning_rate_reason"] for record in records}) > 1
+def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
+    """What a row shows of records that are equal but for paths and standard deviations."""
+    record = same[0]
+    role, layer = record["role"], record["layer"]
+    deviations = [one for each in same for one in _numbers(each["standard_deviation"])]
+    return {
+        "path": merged_path([one["path"] for one in same]),
+        "role": role if layer in (role, "hidden") else f"{role} ({layer})",
+        "shape": "×".join(map(str, record["shape"])) or "scalar",
+        "fans": f"{record['fan_in']}→{record['fan_out']}",
+        "kernel": str(record["kernel_size"]),
+        "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
+        "init std": range_text(deviations, ".3g"),
+        "lr ×": range_text(_numbers(record["learning_rate_multiplier"]), ".3g"),
+        "why std": _reason("why std", same),
+        "why lr": _reason("why lr", same) if several else "",
+    }
 
-    def cells(record: Record) -> dict[str, str]:
-        role, layer = record["role"], record["layer"]
-        return {
-            "path": record["path"],
-            "role": role if layer in (role, "hidden") else f"{role} ({layer})",
-            "shape": "×".join(map(str, record["shape"])) or "scalar",
-            "fans": f"{record['fan_in']}→{record['fan_out']}",
-            "kernel": str(record["kernel_size"]),
-            "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
-            "init std": _number_text(record["standard_deviation"]),
-            "lr factor": _number_text(record["learning_rate_factor"]),
-            "why std": record["initialization_reason"],
-            "why factor": record["learning_rate_reason"] if several else "",
-        }
 
-    return [cells(record) for record in records]
+def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:
+    """The numbers of a cell: none, one, or those of the slices of a stack."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _degrees(source: Any, target: Any) -> str:
@@ -128,21 +144,14 @@ def _degrees(source: Any, target: Any) -> str:
     return "→".join(",".join(map(str, end)) for end in ends)
 
 
-def _number_text(value: float | tuple[float, ...] | None) -> str:
-    """A number; of several, as of a stack, the smallest and the largest."""
-    if isinstance(value, tuple):
-        return " to ".join(f"{one:.3g}" for one in (min(value), max(value)))
-    return "" if value is None else f"{value:.3g}"
-
-
 def _columns(rows: Sequence[Row]) -> list[str]:
     """The columns to show: kernel sizes and reasons only where there are some."""
-    optional = {"kernel": "1", "why std": "", "why factor": ""}
+    optional = {"kernel": "1", **dict.fromkeys(_REASONS, "")}
     names = rows[0].cells if rows else ()
     return [name for name in names if any(row.cells[name] != optional.get(name) for row in rows)]
 
 
-def _text_tables(rows: Sequence[Row]) -> list[RenderableType]:
+def _text_tables(rows: Sequence[Row], records: Sequence[Record]) -> list[RenderableType]:
     """The table with numbers for the reasons, and the reasons."""
     if not rows:
         return []
@@ -152,24 +161,33 @@ def _text_tables(rows: Sequence[Row]) -> list[RenderableType]:
         # Columns that may be folded give way to those that hold numbers.
         justify, folded = "right" if _side(name) == "right" else "left", name in ("path", "role")
         table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not folded)
-    kinds: dict[Hashable, list[str]] = {}
+    kinds: dict[tuple[str, Hashable], list[int]] = {}
     for name in _REASONS:
         for row in rows:
             if row.cells[name]:
-                kinds.setdefault(_kind(name, row), []).append(row.cells[name])
+                kinds.setdefault(_kind(name, row, records), []).extend(row.indices)
     numbers = {kind: str(number) for number, kind in enumerate(kinds, start=1)}
     for row in rows:
-        why = [numbers[kind] for kind in (_kind(name, row) for name in _REASONS) if kind in numbers]
+        why = [numbers[_kind(name, row, records)] for name in _REASONS if row.cells[name]]
         texts = [*(row.cells[name] for name in names), " ".join(why)]
         table.add_row(*(Text(text, overflow="fold") for text in texts))
-    reasons = _listing((numbers[kind], range_of(texts)) for kind, texts in kinds.items())
-    return [table, Text("why"), reasons, Text()]
+    reasons = [
+        (numbers[kind], _reason(kind[0], [records[index] for index in indices]))
+        for kind, indices in kinds.items()
+    ]
+    return [table, Text("why"), _listing(reasons), Text()]
 
 
-def _kind(name: str, row: Row) -> Hashable:
+def _kind(name: str, row: Row, records: Sequence[Record]) -> tuple[str, Hashable]:
     """Reasons of one kind share a line; numbers that columns show tell none apart."""
-    text = row.cells[name]
-    return name, tuple(NUMBER.split(text)) if name in _FLEXIBLE else text
+    parts = records[row.indices[0]]["initialization_parts"]
+    return name, kind_of(parts) if name == "why std" else row.cells[name]
+
+
+def _reason(name: str, same: Sequence[Record]) -> str:
+    if name == "why lr":
+        return same[0]["learning_rate_reason"]
+    return reason_text([record["initialization_parts"] for record in same])
 
 
 def _listing(items: Iterable[tuple[str, str]]) -> RenderableType:
@@ -177,22 +195,3 @@ def _listing(items: Iterable[tuple[str, str]]) -> RenderableType:
     for mark, text in items:
         table.add_row(mark, Text(text, overflow="fold"))
     return table
-
-
-def _rows(cells: Sequence[dict[str, str]], ranging: Sequence[str]) -> list[Row]:
-    """Rows of cells that are equal up to numbers in the path and in columns that show ranges."""
-
-    def key(index: int) -> Hashable:
-        between = {name: tuple(NUMBER.split(cells[index][name])) for name in ranging}
-        return tuple(
-            ({**cells[index], **between, "path": pattern_of(cells[index]["path"])}).items()
-        )
-
-    rows = []
-    for indices in grouped(range(len(cells)), key):
-        for part in blocks_of([cells[index]["path"] for index in indices]):
-            found = [cells[indices[place]] for place in part]
-            merged = {name: range_of([one[name] for one in found]) for name in ranging}
-            merged["path"] = merged_path([one["path"] for one in found])
-            rows.append(Row({**found[0], **merged}, [indices[place] for place in part]))
-    return rows

@@ -6,24 +6,12 @@ from archscale_jax.contrib._gradinit import (
     scale_parameters,
     vertex_groups,
 )
-from archscale_jax.contrib._growth import (
-    Bottleneck,
-    Edit,
-    Growth,
-    GrowthSchedule,
-    Link,
-    Units,
-    bottleneck,
-    choose_growth,
-    compact,
-    count_neurons,
-    count_parameters,
-    find_units,
-    geometric,
-    grow,
-    grown_architecture,
-    widen,
-)
+from archscale_jax.contrib._growth.architecture import grown_architecture
+from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
+from archscale_jax.contrib._growth.grow import Growth, grow
+from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup, find_neuron_groups
+from archscale_jax.contrib._growth.schedule import Edit, GrowthSchedule, choose_growth, geometric
+from archscale_jax.contrib._growth.widen import compact, count_neurons, count_parameters, widen
 
 __all__ = [
     "Bottleneck",
@@ -32,13 +20,13 @@ __all__ = [
     "Growth",
     "GrowthSchedule",
     "Link",
-    "Units",
+    "NeuronGroup",
     "bottleneck",
     "choose_growth",
     "compact",
     "count_neurons",
     "count_parameters",
-    "find_units",
+    "find_neuron_groups",
     "geometric",
     "gradinit",
     "grow",
@@ -47,3 +35,7 @@ __all__ = [
     "vertex_groups",
     "widen",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

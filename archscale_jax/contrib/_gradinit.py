@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from archscale_jax._architecture import Architecture, Parameter, Role
+from archscale_jax._architecture import Architecture, Parameter, Role, check_architecture
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._gradinit_step import (
@@ -96,7 +96,7 @@ def gradinit(
       max_gradient_norm: γ > 0, in the L2 norm or for Adam the L1 norm, so that η γ bounds the
         decrease that one step promises; None takes 1, or 1000 for Adam.
       scale_learning_rate: rate of the multipliers, 1e-3 to 1e-1 in the paper.
-      num_steps: iterations; None reads `batches` to their end, and leaves out what is no triple.
+      num_steps: iterations; None reads `batches` to their end, but for an incomplete triple.
       bounds: smallest and largest multiplier. That of a bias (`BIAS_NAMES`) may fall to 0.
       clip: largest size of the derivative by one multiplier.
       groups: from the names of tensors to the multiplier that they share; a tensor that is not in
@@ -112,14 +112,18 @@ def gradinit(
 
     Raises:
       TypeError: integer parameters that are not frozen, or a loss that is not floating.
-      ValueError: an option out of its range, groups of unknown tensors, a loss that is no scalar,
-        batches of different shapes or too few of them, a loss or gradient that is not finite at the
-        start (nothing can be learned from it) or becomes so later.
+      ValueError: an option out of its range, groups of unknown tensors, a loss that is not a
+        scalar, batches of different shapes or too few of them, a loss or gradient that is not
+        finite at the start (nothing can be learned from it) or becomes so later.
     """
-    rate, limit = _check_options(
-        optimizer, learning_rate, max_gradient_norm, scale_learning_rate, bounds, clip
-    )
-    _check_variants(optimizer, second_order, penalty, num_steps)
+    if optimizer not in DEFAULTS:
+        raise ValueError(unknown("optimizer", optimizer, DEFAULTS))
+    rate, limit = DEFAULTS[optimizer]
+    rate = rate if learning_rate is None else learning_rate
+    limit = limit if max_gradient_norm is None else max_gradient_norm
+    _check_positive(max_gradient_norm=limit, scale_learning_rate=scale_learning_rate, clip=clip)
+    _check_positive(finite=True, learning_rate=rate, penalty=1.0 if penalty is None else penalty)
+    _check_options(optimizer, bounds, second_order, num_steps)
     labels = _labels(params, groups or {})
     names = tuple(dict.fromkeys(label for label in labels.values() if label is not None))
     settings = {
@@ -161,14 +165,14 @@ def gradinit(
 
 
 def scale_parameters(params: PyTree, multipliers: Mapping[str, Float[Array, ""] | float]) -> PyTree:
-    """Multiplies the tensors of a tree, the rest stays.
+    """Multiplies some tensors of a tree, and keeps the others.
 
     Args:
       params: what the multipliers were learned on.
-      multipliers: from the names of tensors to their multipliers.
+      multipliers: by the names of tensors, scalars; the product has the dtype of the tensor.
 
     Raises:
-      ValueError: a name that params do not hold.
+      ValueError: a name that params does not hold.
     """
     _check_names(multipliers, params, "multipliers")
 
@@ -183,7 +187,14 @@ def vertex_groups(architecture: Architecture) -> dict[str, str]:
 
     The weights of all edges into a vertex share it, and their biases; so do those of the stem, and
     those of the readout. Scales and biases of normalization keep their own.
+
+    Args:
+      architecture: of the params that `gradinit` shall scale, as `trace` returns it.
+
+    Raises:
+      TypeError: `architecture` is not an `Architecture`.
     """
+    check_architecture(architecture)
     receivers = np.asarray(architecture.graph.receivers)
 
     def group(one: Parameter) -> str:
@@ -194,44 +205,24 @@ def vertex_groups(architecture: Architecture) -> dict[str, str]:
     return {one.name: group(one) for one in architecture.parameters}
 
 
+def _check_positive(finite: bool = False, **options: float) -> None:
+    for name, value in options.items():
+        if not value > 0 or (finite and math.isinf(value)):
+            kind = "positive and finite" if finite else "positive"
+            raise ValueError(f"{name} must be {kind}, found {value}")
+
+
 def _check_options(
-    optimizer: str,
-    learning_rate: float | None,
-    max_gradient_norm: float | None,
-    scale_learning_rate: float,
-    bounds: tuple[float, float],
-    clip: float,
-) -> tuple[float, float]:
-    """Checks the options that every variant has, and returns η and γ."""
-    if optimizer not in DEFAULTS:
-        raise ValueError(unknown("optimizer", optimizer, DEFAULTS))
-    rate, limit = DEFAULTS[optimizer]
-    rate = rate if learning_rate is None else learning_rate
-    limit = limit if max_gradient_norm is None else max_gradient_norm
-    for name, value in {
-        "learning_rate": rate,
-        "max_gradient_norm": limit,
-        "scale_learning_rate": scale_learning_rate,
-        "clip": clip,
-    }.items():
-        if not value > 0 or (name == "learning_rate" and math.isinf(value)):
-            raise ValueError(f"{name} must be positive, found {value}")
+    optimizer: str, bounds: tuple[float, float], second_order: bool, num_steps: int | None
+) -> None:
     if not 0 <= bounds[0] < 1 < bounds[1]:
         raise ValueError(
             f"bounds must hold 1, where multipliers start, and nothing negative; found {bounds}"
         )
-    return rate, limit
-
-
-def _check_variants(
-    optimizer: str, second_order: bool, penalty: float | None, num_steps: int | None
-) -> None:
     if second_order and optimizer == "adam":
         raise ValueError(
             "second_order changes nothing for adam, whose sign has no derivative; leave it out"
         )
-    if penalty is not None and not 0 < penalty < math.inf:
-        raise ValueError(f"penalty must be None or positive and finite, found {penalty}")
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"num_steps must be None or at least 1, found {num_steps}")
 
@@ -249,7 +240,7 @@ def _labels(params: PyTree, groups: Mapping[str, str | None]) -> dict[str, str |
                 f"groups={{{name!r}: None}}, which freezes it"
             )
     if all(label is None for label in labels.values()):
-        raise ValueError("params hold no tensor that is not frozen; groups freezes with None")
+        raise ValueError("params holds frozen tensors alone; give one of them a name in groups")
     return labels
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree
+from archscale_jax.tracing.layers import Loss
 
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
 Update = Literal["sgd", "plain_sgd", "adam"]
 
 
@@ -147,19 +147,14 @@ def lower_objective(
 ) -> tuple[State, Float[Array, ""]]:
     """A step along ∂/∂θ of L(S̃; θ - η A(g))/η on S̃ = [a, c], and that loss.
 
-    Args:
-      state: m and its moments.
-      gradient: g.
-      initial: the params W⁰.
-      batches: a, b, c.
-      settings: see `Settings`.
-      barrier: weight of the norm's derivative that is added: λ where the norm exceeds γ.
-      variant: see `Variant`.
+    `barrier` is the weight of the norm's derivative that is added: λ where the norm exceeds γ.
     """
     theta, loss = _network(state.multipliers, initial, variant)
     direction, pull = jax.vjp(lambda g: _direction(g, variant.optimizer), gradient)
     rate = settings["rate"]
-    moved = [_moved(t, d, rate) for t, d in zip(theta, direction, strict=True)]
+    moved = [
+        (exact(t) - rate * exact(d)).astype(t.dtype) for t, d in zip(theta, direction, strict=True)
+    ]
     updated, slope = jax.value_and_grad(loss)(moved, _joined(batches[0], batches[2]))
     found = [exact(one) / rate for one in slope]  # 1/η may take it out of the range of float16
     if variant.second_order or barrier is not None:
@@ -273,10 +268,6 @@ def _norm(tensors: list[Array], order: int) -> Float[Array, ""]:
     total = jnp.sum(jnp.stack([jnp.sum(jnp.square(one)) for one in tensors]))
     # The root has no derivative at 0.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
-
-
-def _moved(theta: Array, direction: Array, rate: Array) -> Array:
-    return (exact(theta) - rate * exact(direction)).astype(theta.dtype)
 
 
 def _joined(first: Any, second: Any) -> Any:

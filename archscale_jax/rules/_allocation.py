@@ -10,24 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    OUTPUT,
-    Architecture,
-    Role,
-)
+from archscale_jax._architecture import OUTPUT, Architecture, Role
 from archscale_jax._expressions import Moments, statistics, variables
 from archscale_jax._graph import Operator
-from archscale_jax._moments import (
-    Propagation,
-    first_moments,
-    kernel_moments,
-    leaf_distribution,
-)
+from archscale_jax._moments import Propagation, first_moments, kernel_moments, leaf_distribution
 from archscale_jax._quadrature import slope
-from archscale_jax.rules._residual import (
-    linear_slices,
-    number_of_uses,
-)
+from archscale_jax.rules._residual import linear_slices, number_of_uses
 from archscale_jax.rules._variances import (
     STEM_NUMERATOR,
     WeightVariances,
@@ -152,7 +140,7 @@ class Allocation(Propagation):
             raise ValueError(
                 f"what {names[0]!r} reads has no finite second moment for normal features, as the "
                 "logarithm or root of what may be negative has none; take the initialization rule "
-                "'none', or bound the function (jnp.maximum, softplus)"
+                "'he_normal', or bound the function (jnp.maximum, softplus)"
             )
         return second
 

@@ -2,27 +2,34 @@
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    Architecture,
-    Role,
-)
+from archscale_jax._architecture import Architecture, Arrangement, Role
 from archscale_jax._graph import Operator, Space, in_degrees, reachable_vertices
 from archscale_jax.rules._allocation import in_equal_parts
-from archscale_jax.rules._variances import (
-    WeightVariances,
-    register_initialization_rule,
+from archscale_jax.rules._variances import WeightVariances, register_initialization_rule
+
+
+@register_initialization_rule(
+    "target_in_degree",
+    equation="C = 1 / (d_in(v) ρ)",
+    citation="[AAS Eq. 12]",
+    blind_to_skips=True,
+    arrangement=Arrangement.PRE_ACTIVATION,
 )
-
-
-@register_initialization_rule("target")
-def target(architecture: Architecture) -> WeightVariances:
-    """C = 1 / (d_in(v) ρ), the target's live in-degree [AAS Eq. 12]; for summed pre-activations."""
+def target_in_degree(architecture: Architecture) -> WeightVariances:
+    """Divides by the live in-degree of the target; for summed pre-activations."""
     return in_equal_parts(architecture, _contributions(architecture)[architecture.graph.receivers])
 
 
-@register_initialization_rule("source")
-def source(architecture: Architecture) -> WeightVariances:
-    """C = 1 / (d_in(u) ρ), the source's live in-degree [AAS Eq. 4]; for summed activations."""
+@register_initialization_rule(
+    "source_in_degree",
+    equation="C = 1 / (d_in(u) ρ)",
+    citation="[AAS Eq. 4]",
+    blind_to_skips=True,
+    reads_source=True,
+    arrangement=Arrangement.ACTIVATION,
+)
+def source_in_degree(architecture: Architecture) -> WeightVariances:
+    """Divides by the live in-degree of the source; for summed activations."""
     return in_equal_parts(architecture, _contributions(architecture)[architecture.graph.senders])
 
 
@@ -35,9 +42,9 @@ def _contributions(architecture: Architecture) -> np.ndarray:
     return np.maximum(degrees, 1)
 
 
-@register_initialization_rule("none")
-def none(architecture: Architecture) -> WeightVariances:
-    """C = 2 for every edge (He), whatever the graph; half where the layer reads no activation."""
+@register_initialization_rule("he_normal", equation="C = 2", blind_to_skips=True)
+def he_normal(architecture: Architecture) -> WeightVariances:
+    """The same for every layer (He), whatever the graph; half where it reads no activation."""
     edges = np.full(len(architecture.graph.senders), 2.0)
     return WeightVariances(edges / (1 + _reads_features(architecture)))
 
@@ -52,9 +59,15 @@ def _reads_features(architecture: Architecture) -> np.ndarray:
     return found
 
 
-@register_initialization_rule("author_code")
-def author_code(architecture: Architecture) -> WeightVariances:
-    """C = 2 / d_in(u) as in the authors' published code (theory §3).
+@register_initialization_rule(
+    "chen2024_code",
+    equation="C = 2 / d_in(u)",
+    citation="(theory §3)",
+    blind_to_skips=True,
+    reads_source=True,
+)
+def chen2024_code(architecture: Architecture) -> WeightVariances:
+    """As in the authors' published code.
 
     The in-degree counts dead edges too, in a network of cells within one cell. MLP and CNN take the
     fan-out, cells the fan-in, and the readout has standard deviation 2/n, where the text has

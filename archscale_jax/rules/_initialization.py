@@ -6,26 +6,21 @@ leaf, which may be the weight of several layers or of a stack, is said here.
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from archscale_jax._architecture import (
     Architecture,
-    Arrangement,
     Parameter,
     ParameterUse,
     Role,
     check_architecture,
 )
 from archscale_jax._graph import in_degrees
-from archscale_jax._moments import (
-    leaf_distribution,
-    leaf_kernel,
-    vertex_moments,
-)
-from archscale_jax.rules._registry import Description, Explained
+from archscale_jax._moments import leaf_distribution, leaf_kernel, vertex_moments
+from archscale_jax.rules._registry import Explained, Part, Rule
 from archscale_jax.rules._variances import (
     INITIALIZATION_RULES,
     Deviation,
@@ -37,7 +32,10 @@ from archscale_jax.rules._variances import (
 
 
 def weight_standard_deviations(
-    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
+    architecture: Architecture,
+    rule: str | InitializationRule | None = None,
+    *,
+    rule_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Deviation]:
     """Returns the standard deviation of every input, hidden and readout weight by name.
 
@@ -48,62 +46,61 @@ def weight_standard_deviations(
     Args:
       architecture: the graph with its parameters.
       rule: name of a rule, or a function `(architecture) -> WeightVariances`. None takes the rule
-        that measurably preserves the flow: `target` where vertices sum pre-activations,
-        `source` where they sum activations (docs/initialization.md).
-      **options: passed to the rule, e.g. `branch_share` of `second_moment`.
+        that measurably preserves the flow: `target_in_degree` where vertices sum pre-activations,
+        `source_in_degree` where they sum activations (docs/initialization.md).
+      rule_options: options of the rule, e.g. `{"branch_share": 0.5}` of `second_moment`.
 
     Returns:
       A number for every leaf that is drawn; for one that holds the layers of a stack, as scanned
       layers are, or both halves of a gate, an array with the leaf's number of axes if they differ.
 
     Raises:
-      TypeError: no architecture.
+      TypeError: no architecture, or an option that the rule does not have.
       ValueError: an unknown rule, a rule that gives a variance that is not finite or negative, or a
         layer that reads what has no finite second moment.
     """
-    check_architecture(architecture)
-    rule = default_rule(architecture) if rule is None else rule
-    variances = INITIALIZATION_RULES.resolve(rule)(architecture, **options)
-    description = INITIALIZATION_RULES.describe(rule)
-    return {
-        parameter.name: standard_deviation(parameter, architecture, variances, description).value
+    return drawn_and_set(architecture, rule, rule_options)[0]
+
+
+def drawn_and_set(
+    architecture: Architecture,
+    rule: str | InitializationRule | None = None,
+    rule_options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Deviation], dict[str, Deviation]]:
+    """Returns standard deviations, and the values of leaves that a rule sets without drawing them.
+
+    The latter are the gains of normalizations that end a residual branch, under `second_moment`:
+    they, and not the layer before them, decide what the branch adds.
+    """
+    found = initialization_rule(architecture, rule)
+    variances = found(architecture, **(rule_options or {}))
+    deviations = {
+        parameter.name: standard_deviation(parameter, architecture, variances, found).value
         for parameter in architecture.parameters
         if parameter.is_drawn
     }
+    return deviations, _gains(architecture, variances.gains)
 
 
-def default_rule(architecture: Architecture) -> str:
-    """Returns the name of the rule that fits what the vertices sum."""
-    return DEFAULT_RULES[architecture.arrangement]
-
-
-DEFAULT_RULES = {
-    Arrangement.PRE_ACTIVATION: "target",
-    Arrangement.ACTIVATION: "source",
-}
-
-
-def start_values(
-    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
-) -> dict[str, Deviation]:
-    """Returns the values of the leaves that a rule sets without drawing them, by name.
-
-    These are the gains of normalizations that end a residual branch, under `second_moment`: they,
-    and not the layer before them, decide what the branch adds.
-
-    Raises:
-      TypeError, ValueError: see `weight_standard_deviations`.
-    """
+def initialization_rule(
+    architecture: Architecture, rule: str | InitializationRule | None
+) -> Rule[WeightVariances]:
+    """Returns a rule; of None the one that fits what the vertices sum."""
     check_architecture(architecture)
-    rule = default_rule(architecture) if rule is None else rule
-    gains = INITIALIZATION_RULES.resolve(rule)(architecture, **options).gains
+    if rule is not None:
+        return INITIALIZATION_RULES.resolve(rule)
+    rules = map(INITIALIZATION_RULES.resolve, INITIALIZATION_RULES)
+    return next(one for one in rules if one.arrangement == architecture.arrangement)
+
+
+def _gains(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, Deviation]:
+    """The values of gains by name, from those behind the layers of edges."""
     found: dict[str, Deviation] = {}
     for parameter in architecture.parameters:
         neutral = parameter.neutral_value
-        if parameter.role != Role.SCALE or not parameter.start_known:
+        chosen = parameter.given not in (None, neutral)  # as a gain that the model starts at 0
+        if parameter.role != Role.SCALE or not parameter.start_known or chosen:
             continue
-        if parameter.given not in (None, neutral):
-            continue  # as a gain that the model starts at 0
         offset = 1.0 - neutral  # of 1 + w, w
         by_use = [
             (use, [gains[edge] - offset for edge in use.ends if edge in gains])
@@ -117,51 +114,53 @@ def start_values(
 
 
 def standard_deviation(
-    parameter: Parameter,
-    architecture: Architecture,
-    variances: WeightVariances,
-    rule: Description,
+    parameter: Parameter, architecture: Architecture, variances: WeightVariances, rule: Rule
 ) -> Explained:
-    """Returns the standard deviation of a parameter that is drawn, and its reason.
-
-    Args:
-      parameter: the parameter.
-      architecture: the network that it is part of.
-      variances: what the rule says of the graph.
-      rule: what the registry tells of the rule.
+    """Returns the standard deviation of a parameter that is drawn, and the equation that decides.
 
     Raises:
       ValueError: a variance that is not finite or negative.
     """
     if parameter.role == Role.EMBEDDING:
-        return embedding_deviation(parameter, architecture)
+        part = embedding_deviation(parameter, architecture)
+        return Explained(part.value, (part,))
     uses = [use for use in parameter.uses if use.kind == "weight"] or [
         ParameterUse("weight", edge=edge, layer=parameter.layer, fan_in=parameter.fan_in)
         for edge in dict.fromkeys((parameter.edge, *parameter.further_edges))
     ]
     linear: list[tuple[ParameterUse, float]] = []
     others: list[tuple[ParameterUse, float]] = []
-    reasons: dict[str, None] = {}
+    parts: list[Part] = []
     for use in uses:
         layer = use.layer if parameter.uses else parameter.role
-        deviation, reason = _kernel_deviation(parameter, architecture, use, layer, variances, rule)
+        part = _kernel_deviation(parameter, architecture, use, layer, variances, rule)
         kernel = leaf_kernel(use.expression, parameter.name, leaf_distribution(architecture))
         if not kernel.linear:
-            reason += ", as if its kernel were linear in it"
+            part = part.at("as if its kernel were linear in it")
         if kernel.factor not in (0.0, 1.0):
-            deviation /= kernel.factor
-            reason += f", over the constant {kernel.factor:.4g} in front"
-        deviation = _finite(parameter, deviation, rule)
-        for part, factor in _slices_of_use(use, variances):
-            (linear if kernel.linear else others).append((part, deviation * math.sqrt(factor)))
-            reasons[reason if factor == 1 else f"{reason}, C times {factor:.4g}"] = None
+            symbols = {**part.symbols, "constant in front": kernel.factor}
+            part = part._replace(value=part.value / kernel.factor, symbols=symbols)
+        if not math.isfinite(part.value):
+            raise ValueError(
+                f"initialization rule {rule.name!r} gives {parameter.name!r} the standard "
+                f"deviation {part.value}"
+            )
+        for one, factor in _slices_of_use(use, variances):
+            (linear if kernel.linear else others).append((one, part.value * math.sqrt(factor)))
+            sliced = {**part.symbols, "times": factor}
+            parts.append(part if factor == 1 else part._replace(symbols=sliced))
     # What a square of a weight brings, as the norm of its columns, follows from its other uses.
     found = linear or others
     value: Any = _by_slice(parameter, _steps_of_loops(architecture, found, variances.free))
-    reason = next(iter(reasons))
-    if len(reasons) > 1:
-        reason += " (the smallest of its uses)" if isinstance(value, float) else " (first slice)"
-    return Explained(value, reason)
+    first = parts[0]
+    if not all(_alike(one, first) for one in parts):
+        first = first.at("the smallest of its uses" if isinstance(value, float) else "first slice")
+    return Explained(value, (first,))
+
+
+def _alike(one: Part, other: Part) -> bool:
+    numbers = [list(part.symbols.values()) for part in (one, other)]
+    return one.kind == other.kind and np.allclose(*numbers, rtol=1e-4)
 
 
 def _kernel_deviation(
@@ -170,24 +169,25 @@ def _kernel_deviation(
     use: ParameterUse,
     layer: Role,
     variances: WeightVariances,
-    rule: Description,
-) -> tuple[float, str]:
+    rule: Rule,
+) -> Part:
     fan = use.fan_in if variances.fan == "fan_in" and parameter.uses else getattr(
         parameter, variances.fan
     )  # fmt: skip
     if layer == Role.READOUT and any(one.layer != Role.READOUT for one in parameter.uses):
-        return fan**-0.5, f"another layer's weight and readout: rows of norm 1, n = {fan}"
+        return Part(fan**-0.5, "another layer's weight and readout", "rows of norm 1", {"n": fan})
     if layer == Role.READOUT:
         gain = variances.readout_gain
-        return gain / fan, f"readout: C = {gain**2:.4g}, N(0, C/n²), n = {fan} [AAS Eq. 2]"
-    if use.edge is None:
-        numerator = stem_numerator(architecture, parameter.name)
-        return math.sqrt(numerator / fan), f"stem: C = {numerator:.4g}, n = {fan} [AAS Eq. 4]"
-    numerator = float(variances.edges[use.edge])
+        symbols = {"C": gain**2, "n": fan}
+        return Part(gain / fan, "readout", "N(0, C/n²)", symbols, "[AAS Eq. 2]")
+    stem = use.edge is None
+    numerator = (
+        stem_numerator(architecture, parameter.name) if stem else float(variances.edges[use.edge])
+    )
     if numerator < 0:
         raise ValueError(f"{parameter.name!r} would get the variance {numerator} / {fan}")
-    reason = f"{rule.name}: C = {numerator:.4g}, n = {fan} {rule.source}".rstrip()
-    return math.sqrt(numerator / fan), reason
+    name, citation = ("stem", "[AAS Eq. 4]") if stem else (rule.name, rule.citation)
+    return Part(math.sqrt(numerator / fan), name, "", {"C": numerator, "n": fan}, citation)
 
 
 def _steps_of_loops(
@@ -252,17 +252,11 @@ def _slices_of_use(
     ] or [(use, 1.0)]
 
 
-def _finite(parameter: Parameter, deviation: Deviation, rule: Description) -> Any:
-    if not np.all(np.isfinite(deviation)):
-        raise ValueError(
-            f"initialization rule {rule.name!r} gives {parameter.name!r} the standard deviation "
-            f"{deviation}"
-        )
-    return deviation
-
-
 def second_moments(
-    architecture: Architecture, rule: str | InitializationRule | None = None, **options: Any
+    architecture: Architecture,
+    rule: str | InitializationRule | None = None,
+    *,
+    rule_options: Mapping[str, Any] | None = None,
 ) -> dict[int, float]:
     """Returns the second moment of every vertex that a rule promises (theory §9).
 
@@ -278,13 +272,12 @@ def second_moments(
     Args:
       architecture: the network.
       rule: initialization rule, see `weight_standard_deviations`.
-      **options: passed to the rule.
+      rule_options: options of the rule.
 
     Raises:
       TypeError, ValueError: see `weight_standard_deviations`; a vertex without a finite moment.
     """
-    deviations = weight_standard_deviations(architecture, rule, **options)
-    starts = start_values(architecture, rule, **options)
+    deviations, starts = drawn_and_set(architecture, rule, rule_options)
     parameters = tuple(
         dataclasses.replace(one, given=float(np.mean(starts[one.name])))
         if one.name in starts

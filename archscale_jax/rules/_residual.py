@@ -1,15 +1,15 @@
-"""Depth factors of residual stacks (theory §5, §11): depth-μP, CompleteP without multipliers.
+"""Depth multipliers of residual stacks (theory §5, §11): depth-μP, CompleteP without multipliers.
 
 A stack of n residual additions whose branches are multiplied by m^(-α), m = n / base n, keeps its
-rate, whatever the depth. Without multipliers the factor sits in the weights that end a branch,
-which the initialization rule `second_moment` draws smaller by n^(-α), and in the rates:
+rate, whatever the depth. Without multipliers in the model, m^(-α) sits in the weights that end a
+branch, which the initialization rule `second_moment` draws smaller by n^(-α), and in the rates:
 
 | optimizer   | what ends a branch | the rest of a branch | all else |
 |-------------|--------------------|----------------------|----------|
 | SGD         | 1/m · K_b/K        | m^(2α-1) · K_b/K     | 1        |
 | Adam, Muon  | 1/m                | m^(α-1)              | 1        |
 
-Of a branch that ends in a product of n layers each takes an n-th of its factor: m^(2α-1-2α/n) for
+Of a branch that ends in a product of n layers each takes m^(-α/n): its rate is m^(2α-1-2α/n) for
 SGD, m^(α-1-α/n) for Adam. K is how often a leaf is used, K_b how often in the base. A rate η of a
 weight that a multiplier a follows is a rate η·a² of their product for SGD and η·a for Adam; with L
 layers that change a feature together, the change is η·a²·L or η·a·L. A multiplier that the model
@@ -20,6 +20,7 @@ gain of that normalization, since it undoes the size of the layer.
 """
 
 import collections
+from collections.abc import Collection
 from typing import Literal
 
 import jraph
@@ -37,7 +38,7 @@ from archscale_jax._expressions import (
 from archscale_jax._graph import Operator, is_weight, live_edges
 from archscale_jax._moments import Propagation
 from archscale_jax._quadrature import slope
-from archscale_jax.rules._registry import Explained
+from archscale_jax.rules._registry import Part
 
 Optimizer = Literal["sgd", "adam", "muon"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
@@ -55,34 +56,26 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, se
     of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
     around no layer that reads the other.
     """
-    graph, slices = (
-        (network.graph, _slices(network)) if isinstance(network, Architecture) else (network, {})
-    )
-    live = live_edges(graph)
-    weight = is_weight(graph)
-    incoming: dict[int, list[int]] = collections.defaultdict(list)
-    outgoing: dict[int, list[int]] = collections.defaultdict(list)
-    for edge in live.nonzero()[0].tolist():
-        incoming[int(graph.receivers[edge])].append(edge)
-        outgoing[int(graph.senders[edge])].append(edge)
+    known = isinstance(network, Architecture)
+    graph, slices = (network.graph, _slices(network)) if known else (network, {})
+    ways, weight, operators = _Ways(graph), is_weight(graph), graph.edges["operator"]
     branches: dict[int, set[int]] = {}
     sources: dict[int, set[int]] = {}
-    for vertex, edges in incoming.items():
-        skips = [edge for edge in edges if graph.edges["operator"][edge] in _WEIGHTLESS]
-        for skip in skips:
-            source = int(graph.senders[skip])
+    for vertex, edges in ways.incoming.items():
+        for skip in (edge for edge in edges if operators[edge] in _WEIGHTLESS):
+            source = ways.senders[skip]
             others = {
                 edge
-                for edge in outgoing[source]
+                for edge in ways.outgoing[source]
                 if slices.get(skip) and slices.get(edge) and not slices[skip] & slices[edge]
             }
-            around = _edges_between(graph, incoming, source, vertex, others) - {skip}
+            around = ways.between(source, vertex, others) - {skip}
             if any(weight[edge] for edge in around):
                 branches.setdefault(vertex, set()).update(around)
                 sources.setdefault(vertex, set()).add(source)
-    blocks = _blocks(graph, branches, sources)
+    blocks = _blocks(int(graph.n_node[0]) - 1, branches, sources)
     for vertex in blocks:
-        _extend(graph, branches[vertex], incoming, outgoing, vertex, set(branches))
+        ways.extend(branches[vertex], vertex, branches.keys())
     return {vertex: branches[vertex] for vertex in blocks}
 
 
@@ -95,20 +88,12 @@ def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
     return found
 
 
-def _blocks(
-    graph: jraph.GraphsTuple, branches: dict[int, set[int]], sources: dict[int, set[int]]
-) -> list[int]:
+def _blocks(last: int, branches: dict[int, set[int]], sources: dict[int, set[int]]) -> list[int]:
     """The additions that make a stack, see `residual_branches`."""
-    last = int(graph.n_node[0]) - 1
-
-    def inside(vertex: int) -> list[int]:
-        return [
-            other
-            for other, edges in branches.items()
-            if other != vertex and edges < branches[vertex]
-        ]
-
-    nested = {vertex: inside(vertex) for vertex in branches}
+    nested = {
+        vertex: [other for other, edges in branches.items() if edges < own and other != vertex]
+        for vertex, own in branches.items()
+    }
     around = {
         vertex
         for vertex, held in nested.items()
@@ -122,56 +107,47 @@ def _blocks(
     return [vertex for vertex in left if not any(vertex in nested[other] for other in left)]
 
 
-def _extend(
-    graph: jraph.GraphsTuple,
-    branch: set[int],
-    incoming: dict[int, list[int]],
-    outgoing: dict[int, list[int]],
-    end: int,
-    additions: set[int],
-) -> None:
-    """Adds to a branch what is read nowhere else, back to the next addition, in place."""
-    interior = {int(graph.receivers[edge]) for edge in branch} - {end}
-    wanted = sorted(interior)
-    while wanted:
-        vertex = wanted.pop()
-        for edge in incoming[vertex]:
-            branch.add(edge)
-            source = int(graph.senders[edge])
-            if source in interior or source in additions or source == 0:
-                continue
-            if {int(graph.receivers[one]) for one in outgoing[source]} <= interior:
-                interior.add(source)
-                wanted.append(source)
+class _Ways:
+    """The live edges of a graph by vertex, in both directions."""
 
+    def __init__(self, graph: jraph.GraphsTuple):
+        self.senders, self.receivers = graph.senders.tolist(), graph.receivers.tolist()
+        self.incoming: dict[int, list[int]] = collections.defaultdict(list)
+        self.outgoing: dict[int, list[int]] = collections.defaultdict(list)
+        for edge in live_edges(graph).nonzero()[0].tolist():
+            self.incoming[self.receivers[edge]].append(edge)
+            self.outgoing[self.senders[edge]].append(edge)
 
-def _edges_between(
-    graph: jraph.GraphsTuple,
-    incoming: dict[int, list[int]],
-    source: int,
-    target: int,
-    left_out: set[int],
-) -> set[int]:
-    """The edges on paths from one vertex to another that do not begin with one left out."""
-    reached, wanted = {source}, [target]
-    behind: dict[int, list[int]] = {}
-    while wanted:  # back from the target, not beyond the source
-        vertex = wanted.pop()
-        if vertex in behind or vertex <= source:
-            continue
-        behind[vertex] = incoming[vertex]
-        wanted.extend(int(graph.senders[edge]) for edge in incoming[vertex])
-    found: set[int] = set()
-    for vertex in sorted(behind):
-        here = {
-            edge
-            for edge in behind[vertex]
-            if int(graph.senders[edge]) in reached and edge not in left_out
-        }
-        if here:
-            reached.add(vertex)
-            found |= here
-    return found if target in reached else set()
+    def between(self, source: int, target: int, left_out: set[int]) -> set[int]:
+        """The edges on paths from one vertex to another that do not begin with one left out."""
+        reached, wanted, behind = {source}, [target], set()
+        while wanted:  # back from the target, not beyond the source
+            vertex = wanted.pop()
+            if vertex not in behind and vertex > source:
+                behind.add(vertex)
+                wanted.extend(self.senders[edge] for edge in self.incoming[vertex])
+        found: set[int] = set()
+        for vertex in sorted(behind):
+            edges = set(self.incoming[vertex]) - left_out
+            here = {edge for edge in edges if self.senders[edge] in reached}
+            if here:
+                reached.add(vertex)
+                found |= here
+        return found if target in reached else set()
+
+    def extend(self, branch: set[int], end: int, additions: Collection[int]) -> None:
+        """Adds to a branch what is read nowhere else, back to the next addition, in place."""
+        interior = {self.receivers[edge] for edge in branch} - {end}
+        wanted = sorted(interior)
+        while wanted:
+            for edge in self.incoming[wanted.pop()]:
+                branch.add(edge)
+                source = self.senders[edge]
+                if source in interior or source in additions or source == 0:
+                    continue
+                if {self.receivers[one] for one in self.outgoing[source]} <= interior:
+                    interior.add(source)
+                    wanted.append(source)
 
 
 # What ends a branch.
@@ -182,39 +158,40 @@ def branch_ends(
 ) -> dict[int, dict[int, float]]:
     """Returns the last layers that every residual addition takes linearly, as edges by vertex.
 
-    Every layer comes with the part of a factor that it takes: 1, or in a product of n layers, as of
-    a gate and a branch, 1/n.
+    Every layer comes with the part of m^(-α) that it takes: 1, or in a product of n layers, as of a
+    gate and a branch, 1/n.
 
     Raises:
       ValueError: a branch that ends in no layer that it enters linearly; the message says where.
     """
     branches = residual_branches(architecture) if branches is None else branches
     propagation = Propagation(architecture)
-    found: dict[int, dict[int, float]] = {}
-    for vertex, branch in branches.items():
-        found[vertex] = {}
-        for edge in propagation.incoming[vertex]:
-            if edge in branch:
-                found[vertex] |= _last_layers(propagation, edge, branch, vertex)
-    return found
+    return {
+        vertex: {
+            layer: part
+            for edge in propagation.incoming[vertex]
+            if edge in branch
+            for layer, part in _last_layers(propagation, edge, branch, vertex).items()
+        }
+        for vertex, branch in branches.items()
+    }
 
 
 def _last_layers(
     propagation: Propagation, edge: int, branch: set[int], end: int
 ) -> dict[int, float]:
-    found = _linear_layers(propagation, edge, branch)
-    if not found:
-        source = propagation.senders[edge]
-        behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
-        names = [name for one in behind for name in propagation.functions[one].weights]
-        shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
-        raise ValueError(
-            f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
-            "through no layer that it enters linearly, so that no weight can take m^(-α). "
-            "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
-            "it by m^(-α) in the model and take depth_rule=None for it"
-        )
-    return found
+    if found := _linear_layers(propagation, edge, branch):
+        return found
+    source = propagation.senders[edge]
+    behind = [one for one in sorted(branch) if propagation.receivers[one] <= source]
+    names = [name for one in behind for name in propagation.functions[one].weights]
+    shown = f" (of {', '.join(map(repr, names[-3:]))})" if names else ""
+    raise ValueError(
+        f"depth rule: a branch{shown} that ends in vertex {end} brings vertex {source} there "
+        "through no layer that it enters linearly, so that no weight can take m^(-α). "
+        "Multiply the branch by a scale or a layer of its own before it is added, or multiply "
+        "it by m^(-α) in the model and take depth_rule=None for it"
+    )
 
 
 def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dict[int, float]:
@@ -265,17 +242,17 @@ def _special(variable: Variable) -> Moments | float:
     return 1.0 if variable.kind == "leaf" else Moments(0.0, 1.0)
 
 
-# Factors.
+# Multipliers.
 
 
-def depth_factors(
+def depth_multipliers(
     architecture: Architecture,
     base: Architecture | jraph.GraphsTuple,
     optimizer: Optimizer,
     *,
     exponent: float = 0.5,
-) -> dict[str, Explained]:
-    """Returns the depth factor of every parameter by name, see above, and which one it is.
+) -> dict[str, Part]:
+    """Returns the depth multiplier of every parameter by name, see above, and its place.
 
     Use it with weights from the initialization rule `second_moment` and its `depth_exponent`.
 
@@ -287,7 +264,7 @@ def depth_factors(
 
     Raises:
       ValueError: another optimizer, a network without residual additions, or a branch that no layer
-        enters linearly, so that no weight can take the factor.
+        enters linearly, so that no weight can take m^(-α).
     """
     check_optimizer(optimizer)
     branches = residual_branches(architecture)
@@ -301,37 +278,32 @@ def depth_factors(
     ratio = counts[0] / counts[1]
     sgd = optimizer == "sgd"
     power = 2 * exponent - 1 if sgd else exponent - 1
-    numbers = f"m = {ratio:.4g}, α = {exponent:g}"
-    found = {
-        "inside": Explained(ratio**power, f"in a branch: m^({power:g}), {numbers}"),
-        "outside": Explained(1.0, "in no branch"),
-    }
-
-    def end(part: float) -> Explained:
-        own = power - part * exponent * (2 if sgd else 1)
-        how = "1/m" if part == 1 else f"m^({own:g}), one of {round(1 / part)} factors"
-        return Explained(ratio**own, f"ends a branch: {how}, {numbers}")
-
+    rule, numbers = f"depth {optimizer}", {"m": ratio, "α": exponent}
     own = places.multiplier
     theirs = Places(base).multiplier if isinstance(base, Architecture) else own
-    base_uses = {one.name: number_of_uses(one) for one in base.parameters} if isinstance(
-        base, Architecture
-    ) else {}  # fmt: skip
+    of_base = base.parameters if isinstance(base, Architecture) else ()
+    base_uses = {one.name: number_of_uses(one) for one in of_base}
 
-    def factor(parameter: Parameter) -> Explained:
-        place, part = places.of(parameter)
-        value, reason = end(part) if place == "end" else found[place]
-        if place == "end" and own != theirs and parameter.role == Role.HIDDEN:
-            times = (own / theirs) ** (2 if sgd else 1)
-            value, reason = value / times, f"{reason}, the model has the multiplier {own:.4g}"
+    def multiplier(parameter: Parameter) -> Part:
+        place, share = places.of(parameter)
+        if place == "outside":
+            return Part(1.0, rule, "in no branch")
+        found = Part(ratio**power, rule, f"in a branch, m^({power:g})", numbers)
+        if place == "end":
+            ending = power - share * exponent * (2 if sgd else 1)
+            how = "1/m" if share == 1 else f"m^({ending:g}), one of {round(1 / share)} layers"
+            found = Part(ratio**ending, rule, f"ends a branch, {how}", numbers)
+            if own != theirs and parameter.role == Role.HIDDEN:
+                value = found.value / (own / theirs) ** (2 if sgd else 1)
+                found = found._replace(value=value, symbols={**numbers, "multiplier there": own})
         uses = number_of_uses(parameter)
         before = base_uses.get(parameter.name, uses)
-        if sgd and place != "outside" and uses != before:
-            value *= before / uses
-            reason += f", used {uses} times, {before} in the base"
-        return Explained(value, reason)
+        if sgd and uses != before:
+            symbols = {**found.symbols, "K": uses, "K_b": before}
+            found = found._replace(value=found.value * (before / uses), symbols=symbols)
+        return found
 
-    return {parameter.name: factor(parameter) for parameter in architecture.parameters}
+    return {parameter.name: multiplier(parameter) for parameter in architecture.parameters}
 
 
 class Places:
@@ -339,7 +311,7 @@ class Places:
 
     Attributes:
       branches: edges of the branches by the vertex of their addition.
-      ends: edges of the layers that end them, and the part of the factor that each takes.
+      ends: edges of the layers that end them, and the part of m^(-α) that each takes.
       inside: edges of all branches.
       skips: edges around the branches.
       normalized: those of the ends behind which a normalization stands.
@@ -395,7 +367,7 @@ class Places:
                 branches_of[vertex] |= reading
 
     def of(self, parameter: Parameter) -> tuple[str, float]:
-        """Returns where a parameter stands, and of an end the part of the factor that it takes.
+        """Returns where a parameter stands, and of an end the part of m^(-α) that it takes.
 
         Of several places it is the one nearest to an end.
         """
@@ -444,10 +416,6 @@ def number_of_uses(parameter: Parameter) -> int:
 
 
 def check_optimizer(optimizer: str) -> None:
-    """Checks that a depth rule has this name.
-
-    Raises:
-      ValueError: it has not.
-    """
+    """Raises ValueError unless a depth rule has this name."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(unknown("depth rule", optimizer, OPTIMIZERS))

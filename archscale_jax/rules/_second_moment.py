@@ -5,25 +5,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    Architecture,
-)
+from archscale_jax._architecture import Architecture
 from archscale_jax._expressions import Moments, Variable
 from archscale_jax._graph import is_weight
 from archscale_jax._quadrature import moments
 from archscale_jax.rules._allocation import Allocation
-from archscale_jax.rules._residual import (
-    branch_ends,
-    residual_branches,
-)
-from archscale_jax.rules._variances import (
-    INITIALIZATION_RULES,
-    WeightVariances,
-    register_initialization_rule,
-)
+from archscale_jax.rules._residual import branch_ends, residual_branches
+from archscale_jax.rules._variances import WeightVariances, register_initialization_rule
 
 
-@register_initialization_rule("second_moment")
+@register_initialization_rule("second_moment", citation="(theory §3)")
 def second_moment(
     architecture: Architecture,
     *,
@@ -31,7 +22,7 @@ def second_moment(
     depth_exponent: float = 0.5,
     readout_gain: float = math.sqrt(2.0),
 ) -> WeightVariances:
-    """Second moments carried through the graph, equal as far as skips allow (theory §3).
+    """Second moments carried through the graph, equal as far as skips allow.
 
     The layers that feed a vertex bring, in equal parts, what its skips lack to the second moment of
     vertex 0, or to 1 if that is less and they read normalized features. Skips from any vertex bring
@@ -51,12 +42,10 @@ def second_moment(
     Raises:
       ValueError: a branch share, exponent or gain that is negative or not finite.
     """
-    if not 0 <= branch_share < math.inf:
-        raise ValueError(f"branch_share must be finite and not negative, found {branch_share}")
-    if not 0 <= depth_exponent < math.inf:
-        raise ValueError(f"depth_exponent must be finite and not negative, found {depth_exponent}")
-    if not 0 <= readout_gain < math.inf:
-        raise ValueError(f"readout_gain must be finite and not negative, found {readout_gain}")
+    options = {"branch_share": branch_share, "depth_exponent": depth_exponent}
+    for name, value in (options | {"readout_gain": readout_gain}).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, found {value}")
     layers = is_weight(architecture.graph)
     branches = residual_branches(architecture)
     probe = Allocation(architecture)
@@ -195,9 +184,8 @@ def _with_means(
 
     from scipy.optimize import brentq
 
-    if missing <= 0 or all(allocation.ends_in_norm(edge) for edge in edges):
-        return equal
-    if not brought(1e-9) < 0 < brought(1.0):
+    normalized = all(allocation.ends_in_norm(edge) for edge in edges)
+    if normalized or not brought(1e-9) < 0 < brought(1.0):
         return equal
     scale = brentq(brought, 1e-9, 1.0, xtol=1e-14, rtol=1e-14)
     return {edge: part * scale for edge, part in equal.items()}
@@ -225,9 +213,6 @@ def _balance(
     if brought <= 0 or math.isclose(wanted, brought, rel_tol=1e-12):
         return False
     for edge, part in ends.items():
-        factor = allocation.shrink(edge, (wanted / brought) ** part)
-        shrink[edge] = shrink.get(edge, 1.0) * factor
+        left = allocation.shrink(edge, (wanted / brought) ** part)
+        shrink[edge] = shrink.get(edge, 1.0) * left
     return True
-
-
-INITIALIZATION_RULES.alias("moment", "second_moment")

@@ -11,18 +11,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from archscale_jax._architecture import (
-    OUTPUT,
-    Architecture,
-    Parameter,
-    Role,
-)
+from archscale_jax._architecture import OUTPUT, Architecture, Parameter, Role
 from archscale_jax._expressions import statistics
-from archscale_jax._moments import (
-    input_moment,
-)
+from archscale_jax._moments import input_moment
 from archscale_jax._quadrature import slope
-from archscale_jax.rules._registry import Explained, Registry
+from archscale_jax.rules._registry import Part, Registry
 
 STEM_NUMERATOR = 2.0
 """C of a layer that reads the inputs, times the contributions to its vertex [AAS Eq. 4]."""
@@ -40,8 +33,8 @@ class WeightVariances(NamedTuple):
         chooses one.
       free: edges whose layers read nothing but zeros, as in the first step of a loop, or are
         multiplied by them: of a weight of several layers the others decide.
-      slices: by edge, axis and entries of its leaf whose variance is a factor of the edge's, and
-        the factor, where one leaf holds both halves of a gate.
+      slices: by edge, axis and entries of its leaf whose variance is a multiple of the edge's, and
+        the multiple, where one leaf holds both halves of a gate.
     """
 
     edges: np.ndarray
@@ -54,7 +47,7 @@ class WeightVariances(NamedTuple):
 
 InitializationRule = Callable[..., WeightVariances]
 
-INITIALIZATION_RULES: Registry[InitializationRule] = Registry("initialization rule")
+INITIALIZATION_RULES: Registry[WeightVariances] = Registry("initialization rule")
 register_initialization_rule = INITIALIZATION_RULES.register
 
 Deviation = float | np.ndarray
@@ -80,12 +73,13 @@ def stem_numerator(architecture: Architecture, name: str) -> float:
     return found
 
 
-def embedding_deviation(parameter: Parameter, architecture: Architecture) -> Explained:
-    """Returns the standard deviation of a table's entries, and its reason."""
-    small = Explained(1 / math.sqrt(parameter.fan_out), f"rows of norm 1, n = {parameter.fan_out}")
+def embedding_deviation(parameter: Parameter, architecture: Architecture) -> Part:
+    """Returns the standard deviation of a table's entries."""
+    small = Part(
+        1 / math.sqrt(parameter.fan_out), "embedding", "rows of norm 1", {"n": parameter.fan_out}
+    )
     if parameter.is_tied:
-        return small._replace(reason=f"table and readout: {small.reason}")
+        return small._replace(rule="table and readout")
     added = parameter.layer == Role.INPUT and any(one.is_tied for one in architecture.parameters)
-    if added:  # rows of norm √n would drown those of the tied table
-        return small._replace(reason=f"added to a tied table: {small.reason}")
-    return Explained(1.0, "embedding: std 1")
+    # Beside a tied table, rows of norm √n would drown those of the table.
+    return small.at("added to a tied table") if added else Part(1.0, "embedding", "std 1")

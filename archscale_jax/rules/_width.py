@@ -1,4 +1,4 @@
-"""Width factors [μP] in the form without forward multipliers (theory §5, §10).
+"""Width multipliers [μP] in the form without forward multipliers (theory §5, §10).
 
 For every use of a parameter the traced operation tells which of its axes are summed over and which
 are written; an axis whose size differs from the base's is a width. With k inputs that one unit
@@ -15,8 +15,8 @@ and by 1 where no axis is a width. Input weights, embeddings, biases, gains, dep
 kernels of groups or heads of a fixed size are vector-like. Of several uses the strictest counts, so
 that a table that is the readout's weight too follows the readout.
 
-The factors suppose weights whose sizes follow [μP], as `initialize` draws them: a readout of size
-1/n, not 1/√n as frameworks draw it.
+The multipliers suppose weights whose sizes follow [μP], as `initialize` draws them: a readout of
+size 1/n, not 1/√n as frameworks draw it.
 """
 
 import dataclasses
@@ -34,21 +34,23 @@ from archscale_jax._architecture import (
     ParameterUse,
     Role,
     check_architecture,
+    check_parameters,
 )
 from archscale_jax._graph import Operator
-from archscale_jax.rules._registry import Explained, Registry
+from archscale_jax._trees import map_with_names
+from archscale_jax.rules._registry import Part, Registry
 
-WidthRule = Callable[[Parameter, float, float], float]
+WidthRule = Callable[..., float]
 
-WIDTH_RULES: Registry[WidthRule] = Registry("width rule")
+WIDTH_RULES: Registry[float] = Registry("width rule")
 register_width_rule = WIDTH_RULES.register
 
 _MATRICES = (Role.HIDDEN, Role.READOUT)
 
 
-@register_width_rule("sgd")
+@register_width_rule("sgd", equation="hidden weights s/r, readout 1/r, all else s", citation="[μP]")
 def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
-    """Hidden weights s/r, readout 1/r, all else s: SGD with or without momentum [μP]."""
+    """SGD with or without momentum."""
     if parameter.role == Role.HIDDEN:
         return fan_out_ratio / fan_in_ratio
     if parameter.is_tied:
@@ -59,15 +61,15 @@ def sgd(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> floa
     return 1.0 if parameter.layer == Role.READOUT else fan_out_ratio
 
 
-@register_width_rule("adam")
+@register_width_rule("adam", equation="hidden weights and readout 1/r, all else 1", citation="[μP]")
 def adam(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> float:
-    """Hidden weights and readout 1/r, all else 1: Adam and others that divide by gradients [μP]."""
+    """Adam and others that divide by the size of the gradient."""
     if parameter.is_tied:
         return 1 / fan_out_ratio
     return 1 / fan_in_ratio if parameter.role in _MATRICES else 1.0
 
 
-@register_width_rule("muon")
+@register_width_rule("muon", equation="spectral size √(out/in)", citation="(theory §10)")
 def muon(
     parameter: Parameter,
     fan_in_ratio: float,
@@ -77,7 +79,7 @@ def muon(
     consistent_rms: float | None = None,
     dimension_numbers: bool = False,
 ) -> float:
-    """Spectral size √(out/in) of every update, over optax's own: `optax.contrib.muon` (theory §10).
+    """The size of every update, over that of `optax.contrib.muon`.
 
     Without dimension numbers optax orthogonalizes every leaf of two axes, tables and stacked
     vectors too, scales it by sqrt(max(1, columns/rows)), and leaves the rest to Adam. A matrix
@@ -92,33 +94,24 @@ def muon(
       consistent_rms: as given to `optax.contrib.muon`.
       dimension_numbers: whether optax is given `muon_dimension_numbers(architecture, params)`.
     """
-    matrix = parameter.role in (*_MATRICES, Role.INPUT)
-    use = parameter.uses[0] if parameter.uses else None
     hidden = parameter.role == Role.HIDDEN  # what muon_dimension_numbers leaves to Muon
     orthogonalized = hidden if dimension_numbers else len(parameter.shape) == 2
     if not orthogonalized:
         return adam(parameter, fan_in_ratio, fan_out_ratio)
-    shape = parameter.shape
-    if dimension_numbers or use is None:
-        own = parameter.fan_in, parameter.fan_out
-        base = own[0] / fan_in_ratio, own[1] / fan_out_ratio
-        if use is not None:
-            base = own = (1.0, 1.0)
-            own = _in_and_out(use, shape)
-            base = own[0] / fan_in_ratio, own[1] / fan_out_ratio
-        seen = own, base
+    use = parameter.uses[0] if parameter.uses else None
+    if use is None or dimension_numbers:
+        own = _in_and_out(use, parameter.shape) if use else (parameter.fan_in, parameter.fan_out)
+        seen = own, (own[0] / fan_in_ratio, own[1] / fan_out_ratio)
     else:
-        seen = shape, base_shape or shape
-    sizes = [_optax_size(one, consistent_rms) for one in seen]
-    if use is None or matrix:
-        inputs, outputs = _in_and_out(use, shape) if use else (parameter.fan_in, parameter.fan_out)
-        wanted = math.sqrt(outputs / inputs)
-        return (sizes[1] / sizes[0]) * wanted / (wanted * math.sqrt(fan_in_ratio / fan_out_ratio))
-    rms = [
-        size * math.sqrt(min(one)) / math.sqrt(math.prod(one))
-        for size, one in zip(sizes, seen, strict=True)
-    ]
-    return rms[1] / rms[0]
+        seen = parameter.shape, base_shape or parameter.shape
+    size, base_size = (_optax_size(one, consistent_rms) for one in seen)
+    if use is None or parameter.role in (*_MATRICES, Role.INPUT):
+        return base_size / size * math.sqrt(fan_out_ratio / fan_in_ratio)
+    rms, base_rms = (
+        norm * math.sqrt(min(one) / math.prod(one))
+        for norm, one in zip((size, base_size), seen, strict=True)
+    )
+    return base_rms / rms
 
 
 def _optax_size(shape: tuple[float, ...], consistent_rms: float | None) -> float:
@@ -156,9 +149,6 @@ def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
     """
     from optax.contrib import MuonDimensionNumbers
 
-    from archscale_jax._architecture import check_parameters
-    from archscale_jax._trees import map_with_names
-
     check_parameters(architecture, params)
     by_name = {one.name: one for one in architecture.parameters}
 
@@ -176,10 +166,10 @@ def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
     return map_with_names(numbers, params)
 
 
-def width_factors(
+def width_multipliers(
     architecture: Architecture, base: Architecture, rule: str | WidthRule
 ) -> dict[str, float]:
-    """Returns the width factor of every parameter by name.
+    """Returns the width multiplier of every parameter by name.
 
     Networks of one graph are compared parameter by parameter. Otherwise a parameter is compared
     with those of its role and layer in the base, or with those of them whose names differ from its
@@ -189,45 +179,35 @@ def width_factors(
       architecture: the network to train.
       base: the network on which the rate was tuned; of widths alone, `with_widths` makes one.
       rule: `sgd`, `adam`, `muon`, or a function `(parameter, fan_in_ratio, fan_out_ratio)` to the
-        factor; it sees a parameter of several uses once for every use, in the role of that use.
+        multiplier; it sees a parameter of several uses once for every use, in the role of that use.
 
     Raises:
       ValueError: an unknown rule, or a parameter without a counterpart in the base, or with several
         of different widths, so that there is no one width to compare with.
     """
-    found = explained_width_factors(architecture, base, rule)
-    return {name: factor.value for name, factor in found.items()}
+    found = width_parts(architecture, base, rule)
+    return {name: part.value for name, part in found.items()}
 
 
-def explained_width_factors(
-    architecture: Architecture, base: Architecture, rule: str | WidthRule
-) -> dict[str, Explained]:
-    """Returns what `width_factors` does, with the ratios that each comes from."""
-    function, description = WIDTH_RULES.resolve(rule), WIDTH_RULES.describe(rule)
+def width_parts(
+    architecture: Architecture, base: Architecture, rule: str | WidthRule, **options: Any
+) -> dict[str, Part]:
+    """Returns what `width_multipliers` does, with the ratios that each comes from."""
+    found = WIDTH_RULES.resolve(rule)
     compare = _counterparts(architecture, base)
-    factors = {}
-    for parameter in architecture.parameters:
-        compared = [
-            (seen, r, s, _call(function, seen, r, s, base_shape))
-            for seen, r, s, base_shape in _views(parameter, *compare(parameter))
-        ]
-        seen, r, s, factor = min(compared, key=lambda one: one[3])
-        role = "tied table" if parameter.is_tied else seen.role
-        reason = f"width {description.name}, {role}: {factor:.4g} at r = {r:.4g}, s = {s:.4g}"
-        factors[parameter.name] = Explained(factor, f"{reason} {description.source}".rstrip())
-    return factors
 
+    def part(parameter: Parameter, r: float, s: float, shape: tuple[int, ...]) -> Part:
+        base_shape = {"base_shape": shape} if "base_shape" in found.parameters else {}
+        value = float(found(parameter, r, s, **base_shape, **options))
+        role = "tied table" if parameter.is_tied else str(parameter.role)
+        return Part(value, f"width {found.name}", role, {"r": r, "s": s}, found.citation)
 
-def _call(
-    function: WidthRule, parameter: Parameter, r: float, s: float, base_shape: tuple[int, ...]
-) -> float:
-    rule: Any = function
-    options: dict[str, Any] = {}
-    while isinstance(rule, functools.partial):
-        rule = rule.func
-    if rule is muon:
-        options["base_shape"] = base_shape
-    return float(function(parameter, r, s, **options))
+    return {
+        one.name: min(
+            (part(*view) for view in _views(one, *compare(one))), key=lambda part: part.value
+        )
+        for one in architecture.parameters
+    }
 
 
 def _views(
@@ -255,16 +235,12 @@ def _views(
             role = Role.INPUT
         else:
             role = Role.READOUT if s == 1 else Role.HIDDEN
-        if use.kind == "weight" and use.layer != Role.INPUT and _no_width(parameter.sizes, shape):
+        if use.kind == "weight" and use.layer != Role.INPUT and parameter.sizes == shape:
             role = use.layer if use.layer in _MATRICES else Role.HIDDEN
         layer = Role.HIDDEN if role in (Role.INPUT, Role.EMBEDDING) else use.layer
         seen = dataclasses.replace(parameter, role=role, layer=layer, uses=(use,))
         found[role, r, s, use.contracted, use.output] = (seen, r, s, shape)
     return list(found.values())
-
-
-def _no_width(shape: tuple[int, ...], base: tuple[int, ...]) -> bool:
-    return shape == base
 
 
 def _ratio(shape: tuple[int, ...], base: tuple[int, ...], axes: set[int]) -> float:
@@ -275,14 +251,14 @@ def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tu
     """Returns r and s of every parameter by name, see above; of several uses the largest.
 
     Raises:
-      ValueError: see `width_factors`.
+      ValueError: see `width_multipliers`.
     """
     compare = _counterparts(architecture, base)
-    ratios = {}
-    for parameter in architecture.parameters:
-        views = _views(parameter, *compare(parameter))
-        ratios[parameter.name] = max(view[1] for view in views), max(view[2] for view in views)
-    return ratios
+    views = {one.name: _views(one, *compare(one)) for one in architecture.parameters}
+    return {
+        name: (max(view[1] for view in found), max(view[2] for view in found))
+        for name, found in views.items()
+    }
 
 
 # Bases that were never built.
@@ -378,11 +354,13 @@ def _stem_ratio(architecture: Architecture, sizes: Mapping[str, Any]) -> float |
 def _narrowed(
     parameter: Parameter, widths: Mapping[int, int], unused: set[int], left_out: dict[int, str]
 ) -> Parameter:
+    if not parameter.uses:
+        fan_in, fan_out = _fans_of(parameter, widths, unused)
+        return dataclasses.replace(parameter, fan_in=fan_in, fan_out=fan_out)
     shape = list(parameter.shape)
     ratios = {"in": 1.0, "out": 1.0}
-    uses = parameter.uses or (_supposed_use(parameter),)
     done: set[int] = set()
-    for use in uses:
+    for use in parameter.uses:
         positions = {*use.positions, *(axis for axis, _ in use.slices)}
         sides = {
             "in": [] if use.layer == Role.INPUT else list(use.contracted),
@@ -404,9 +382,6 @@ def _narrowed(
             done.update(found)
         if len(listed) == 2 and use.kind == "weight" and use.layer == Role.HIDDEN:
             _note_left_out(parameter, listed, widths, left_out)
-    if not parameter.uses:
-        fan_in, fan_out = _fans_of(parameter, widths, unused)
-        return dataclasses.replace(parameter, fan_in=fan_in, fan_out=fan_out)
     return dataclasses.replace(
         parameter,
         shape=tuple(shape),
@@ -445,11 +420,6 @@ def _note_left_out(
     size, listed_size = (other, one) if one_listed else (one, other)
     if 2 * size >= listed_size:  # less is a rank, a number of experts or the like
         left_out[size] = parameter.name
-
-
-def _supposed_use(parameter: Parameter) -> ParameterUse:
-    """No use was read off a function: fans alone are known."""
-    return ParameterUse("weight", layer=parameter.layer)
 
 
 def _fans_of(parameter: Parameter, widths: Mapping[int, int], unused: set[int]) -> tuple[int, int]:
@@ -493,24 +463,49 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
     exact = {parameter.name: parameter for parameter in base.parameters}
     if _same_graph(architecture, base) and exact.keys() == architecture.shapes.keys():
         return lambda parameter: _sizes(exact[parameter.name], parameter)
-    kinds = (_kind, lambda parameter: (*_kind(parameter), _pattern(parameter)))
+    kinds = (_kind_and_name, _kind)
     groups = [(kind, _members(architecture, kind), _members(base, kind)) for kind in kinds]
 
+    @functools.cache
+    def narrowed() -> dict[str, Parameter]:
+        return {one.name: one for one in _at_widths_of(architecture, base)}
+
     def counterpart(parameter: Parameter) -> _Sizes:
-        for kind, ours, theirs in reversed(groups):
+        for kind, ours, theirs in groups:
             key = kind(parameter)
             matched = _matched(ours[key], theirs.get(key, {}), parameter)
             if matched is not None:
                 return matched
-        found = sorted({one[1] for one in groups[0][2].get(_kind(parameter), ())})
+        if parameter.name in (same := narrowed()):
+            return _sizes(same[parameter.name], parameter)
+        found = sorted({one[1] for one in groups[-1][2].get(_kind(parameter), ())})
         raise ValueError(
-            f"the width factor of {parameter.name!r} needs one base fan for {parameter.role} "
+            f"the width multiplier of {parameter.name!r} needs one base fan for {parameter.role} "
             f"parameters of the {parameter.layer} layer(s); the base network has "
             f"{found or 'none'} (fan-in, fan-out). Pass a base that differs in width or in depth "
             "alone, or with_widths(architecture, {width: base width})"
         )
 
     return counterpart
+
+
+def _at_widths_of(architecture: Architecture, base: Architecture) -> tuple[Parameter, ...]:
+    """The parameters at the widths of a base that has all of them, or all in one ratio; or none."""
+    ours, theirs = (sorted(_widths(one)) for one in (architecture, base))
+    if set(ours) <= set(theirs):
+        return architecture.parameters
+    if len(ours) != len(theirs) or len({a / b for a, b in zip(ours, theirs, strict=True)}) > 1:
+        return ()
+    return with_widths(architecture, dict(zip(ours, theirs, strict=True))).parameters
+
+
+def _widths(architecture: Architecture) -> set[int]:
+    """Numbers of features that layers read from layers or write for them."""
+    found: set[int] = set()
+    for one in architecture.parameters:
+        inner = {Role.HIDDEN: (0, 1), Role.INPUT: (1,), Role.READOUT: (0,)}.get(one.role, ())
+        found.update(int(features(one)[side]) for side in inner)
+    return found
 
 
 def _sizes(base: Parameter, parameter: Parameter) -> _Sizes:
@@ -545,9 +540,9 @@ def _kind(parameter: Parameter) -> tuple[str, ...]:
     return parameter.role, parameter.layer
 
 
-def _pattern(parameter: Parameter) -> str:
-    """The name without numbers, which tell layers of one kind apart."""
-    return re.sub(r"\d+", "#", parameter.name)
+def _kind_and_name(parameter: Parameter) -> tuple[str, ...]:
+    """The name is taken without numbers, which tell layers of one kind apart."""
+    return (*_kind(parameter), re.sub(r"\d+", "#", parameter.name))
 
 
 def _members(

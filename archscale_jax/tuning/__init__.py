@@ -1,5 +1,6 @@
 """Learning rates by search and by measurement, and checks that one rate serves all sizes."""
 
+from archscale_jax.tuning._basin import Basin, loss_at
 from archscale_jax.tuning._coordinate import (
     Coordinate,
     coordinate_check,
@@ -7,13 +8,15 @@ from archscale_jax.tuning._coordinate import (
     flatness,
 )
 from archscale_jax.tuning._measure import UpdateSize, measure_update
-from archscale_jax.tuning._predict import predict_learning_rate, register_measured_rule
+from archscale_jax.tuning._predict import (
+    MEASURED_RULES,
+    predict_learning_rate,
+    register_measured_rule,
+)
 from archscale_jax.tuning._search import (
-    Basin,
     RateSearch,
     Run,
     find_learning_rate,
-    loss_at,
     mean_losses,
     summarise_runs,
 )
@@ -21,6 +24,7 @@ from archscale_jax.tuning._sharpness import sharpness
 from archscale_jax.tuning._transfer_check import TransferCheck, summarise_transfer, transfer_check
 
 __all__ = [
+    "MEASURED_RULES",
     "Basin",
     "Coordinate",
     "RateSearch",
@@ -41,3 +45,7 @@ __all__ = [
     "summarise_transfer",
     "transfer_check",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

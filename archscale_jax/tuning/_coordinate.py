@@ -2,7 +2,7 @@
 
 A parametrization that transfers changes every feature by the same amount in every step, whatever
 the size of the network [AAS Eq. 7; μP]. That is necessary, not sufficient: whether the best rate
-stays where it is, only training tells, and `archscale_jax.transfer_check` asks that.
+transfers, only training tells, and `archscale_jax.transfer_check` asks that.
 """
 
 import math
@@ -54,13 +54,14 @@ def coordinate_check(
     *,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> list[Coordinate]:
-    """Trains networks of several sizes for a few steps and measures every vertex after each.
+    """Trains networks of several sizes for a few steps and measures every vertex [AAS Eq. 7; μP].
 
     Args:
-      make: from a size to the function `(params, inputs)` to outputs, which is one that `trace`
-        reads, to the function from a seed to params, and to the optimizer at its learning rate.
+      make: from a size to the function `(params, inputs)` to outputs, which `trace` can read; the
+        function from a seed to params; and the optimizer at its learning rate.
       sizes: widths or depths, increasing.
-      batches: `(inputs, targets)` of every step, of one shape; the first is measured.
+      batches: `(inputs, targets)` of every step, of one shape; on the inputs of the first all
+        features are measured.
       loss: `(outputs, targets)` to a scalar.
       seeds: of the initializations.
 
@@ -69,7 +70,7 @@ def coordinate_check(
 
     Raises:
       ValueError: no size, batch or seed.
-      TraceError: a function that cannot be read.
+      TraceError: a function that `trace` cannot read.
     """
     for name, values in (("sizes", sizes), ("batches", batches), ("seeds", seeds)):
         if not len(values):
@@ -90,33 +91,31 @@ def _train(size, function, draw, optimizer, batches, loss, seeds) -> list[Coordi
 
     @jax.jit
     def measure(params, start, inputs):
-        sizes = []
         before, after = (
-            vertex_features(function, one, inputs) | {OUTPUT: function(one, inputs)}
+            (vertex_features(function, one, inputs), function(one, inputs))
             for one in (start, params)
         )
-        for vertex, feature in after.items():
-            change = exact(feature) - exact(before[vertex])
-            sizes.append([_root_mean_square(change), _root_mean_square(exact(feature))])
-        vertices[:] = after
-        return jnp.array(sizes)
+        return jax.tree.map(
+            lambda old, new: [_root_mean_square(exact(new) - exact(old)), _root_mean_square(new)],
+            before,
+            after,
+        )
 
-    vertices: list[int | str] = []
     records = []
     for seed in seeds:
         params = start = draw(seed)
         state = optimizer.init(params)
         for number, batch in enumerate([*batches, None]):
-            sizes = np.asarray(measure(params, start, batches[0][0]), float)
-            for vertex, (change, feature) in zip(vertices, sizes.tolist(), strict=True):
-                records.append(Coordinate(size, seed, number, vertex, change, feature))
+            sizes, output = jax.device_get(measure(params, start, batches[0][0]))
+            for vertex, pair in {**sizes, OUTPUT: output}.items():
+                records.append(Coordinate(size, seed, number, vertex, *map(float, pair)))
             if batch is not None:
                 params, state = step(params, state, batch)
     return records
 
 
 def _root_mean_square(values: Array) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.square(values)))
+    return jnp.sqrt(jnp.mean(jnp.square(exact(values))))
 
 
 def coordinate_curves(
@@ -132,43 +131,48 @@ def coordinate_curves(
       step: after how many updates; None takes the last.
       quantity: `change` or `feature`.
 
+    Returns:
+      By vertex, by size, the root mean square of the quantity.
+
     Raises:
-      ValueError: another quantity, or a step that was not measured.
+      ValueError: no records, another quantity, or a step that was not measured.
     """
     if quantity not in ("change", "feature"):
         raise ValueError(unknown("quantity", quantity, ("change", "feature")))
+    if not records:
+        raise ValueError("records is empty; pass what coordinate_check returns")
     steps = sorted({record.step for record in records})
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise ValueError(f"step {step} was not measured; accepted are {steps}")
-    values: dict[tuple[float, int | str], list[float]] = {}
+        raise ValueError(f"step must be one that was measured, of {steps}, found {step}")
+    values: dict[float, dict[int | str, list[float]]] = {}
     for record in records:
         if record.step == step:
-            values.setdefault((record.size, record.vertex), []).append(getattr(record, quantity))
-    means = {key: float(np.mean(found)) for key, found in values.items()}
-    found: dict[float, dict[int | str, float]] = {}
-    for (size, vertex), mean in means.items():
-        found.setdefault(size, {})[vertex] = mean
+            at_size = values.setdefault(record.size, {})
+            at_size.setdefault(record.vertex, []).append(getattr(record, quantity))
+    found = {
+        size: {vertex: float(np.mean(one)) for vertex, one in vertices.items()}
+        for size, vertices in values.items()
+    }
     if len({frozenset(vertices) for vertices in found.values()}) > 1:
-        found = {size: _summary(vertices) for size, vertices in found.items()}
+        for size, vertices in found.items():
+            inner = {one: value for one, value in vertices.items() if isinstance(one, int)}
+            largest, last = max(inner.values()), inner[max(inner)]
+            found[size] = {"largest": largest, "last": last, OUTPUT: vertices[OUTPUT]}
     names = next(iter(found.values()))
     return {name: {size: found[size][name] for size in found} for name in names}
 
 
-def _summary(values: Mapping[int | str, float]) -> dict[int | str, float]:
-    inner = {vertex: value for vertex, value in values.items() if isinstance(vertex, int)}
-    last = inner[max(inner)]
-    return {"largest": max(inner.values()), "last": last, OUTPUT: values[OUTPUT]}
-
-
 def flatness(curves: Mapping[Any, Mapping[float, float]]) -> dict[Any, float]:
-    """Returns, for every curve, how many times its largest value is its smallest; 1 is flat.
+    """Returns the largest value of every curve over its smallest; 1 is flat.
 
     A curve with a value that is 0 or not finite, as after a run that diverged, has inf.
+
+    Args:
+      curves: of `coordinate_curves`, or any values by size, by name.
     """
-
-    def ratio(values: Sequence[float]) -> float:
-        usable = all(0 < value < math.inf for value in values)
-        return max(values) / min(values) if usable else math.inf
-
-    return {name: ratio(list(curve.values())) for name, curve in curves.items()}
+    found = {name: list(curve.values()) for name, curve in curves.items()}
+    return {
+        name: max(values) / min(values) if all(0 < one < math.inf for one in values) else math.inf
+        for name, values in found.items()
+    }

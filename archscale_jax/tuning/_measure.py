@@ -15,9 +15,7 @@ from jaxtyping import Array, Float
 
 from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree
-
-Features = Callable[[PyTree, Any], PyTree]
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+from archscale_jax.tracing.layers import Loss
 
 
 class UpdateSize(NamedTuple):
@@ -36,7 +34,7 @@ class UpdateSize(NamedTuple):
 
 
 def measure_update(
-    features: Features,
+    features: Callable[[PyTree, Any], PyTree],
     loss: Loss,
     params: PyTree,
     batch: Any,
@@ -68,7 +66,7 @@ def measure_update(
       batch of one, has such a standardized size. All sizes are 0 where all updates are.
 
     Raises:
-      TypeError: an optimizer that is none, or a loss that is no floating number.
+      TypeError: an optimizer that is not an optax transformation, or a loss that is not floating.
       ValueError: `updates` below 1.
     """
     if updates < 1:
@@ -101,12 +99,10 @@ def _first_update(
         return first[0]
 
     def is_zero(carry: tuple[Array, PyTree, PyTree]) -> Array:
-        count, update, _ = carry
-        zero = jnp.stack([jnp.all(leaf == 0) for leaf in jax.tree.leaves(update)])
-        return (count < limit) & jnp.all(zero)
+        zero = [jnp.all(leaf == 0) for leaf in jax.tree.leaves(carry[1])]
+        return (carry[0] < limit) & jnp.all(jnp.stack(zero))
 
     def next_update(carry: tuple[Array, PyTree, PyTree]) -> tuple[Array, PyTree, PyTree]:
-        count, _, state = carry
-        return count + 1, *optimizer.update(gradients, state, params)
+        return carry[0] + 1, *optimizer.update(gradients, carry[2], params)
 
     return jax.lax.while_loop(is_zero, next_update, (jnp.int32(1), *first))[1]

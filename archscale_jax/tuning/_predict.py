@@ -6,7 +6,7 @@ optimizer and data.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,66 +18,91 @@ from jaxtyping import Array, Float
 from archscale_jax._architecture import Architecture
 from archscale_jax._errors import unknown
 from archscale_jax.rules import LEARNING_RATE_RULES, learning_rate_scale
-from archscale_jax.rules._registry import Registry
+from archscale_jax.rules._registry import Registry, Rule
 from archscale_jax.tuning._measure import UpdateSize
 
-MeasuredRule = Callable[[Any], Float[Array, "..."]]
+MeasuredRule = Callable[..., Float[Array, "..."]]
 
-MEASURED_RULES: Registry[MeasuredRule] = Registry("measured rule")
+MEASURED_RULES: Registry[Float[Array, "..."]] = Registry("measured rule")
 register_measured_rule = MEASURED_RULES.register
 
 
-@register_measured_rule("absolute")
-def absolute(size: UpdateSize) -> Float[Array, "..."]:
-    """η ∝ max_v S_v^(-1/2) (theory §6): the largest change of a vertex is the same everywhere."""
-    return jnp.sqrt(jnp.max(size.absolute, axis=-1))
+@register_measured_rule(
+    "standardized_update",
+    equation="η ∝ max_v (S_v / Var z_v)^(-1/2)",
+    citation="(theory §6)",
+    compares="UpdateSize",
+)
+def standardized_update(size: UpdateSize) -> Float[Array, "..."]:
+    """The largest change in units of what tells examples apart is the same everywhere.
 
-
-@register_measured_rule("relative")
-def relative(size: UpdateSize) -> Float[Array, "..."]:
-    """η ∝ max_v R_v^(-1/2) (theory §6): the largest relative change is the same everywhere."""
-    return jnp.sqrt(jnp.max(size.relative, axis=-1))
-
-
-@register_measured_rule("measured")
-def measured(size: UpdateSize) -> Float[Array, "..."]:
-    """η ∝ max_v (S_v / Var z_v)^(-1/2): the measured rule to use (docs/transfer.md).
-
-    `relative`, with features counted from their mean over examples. Through deep ReLU networks that
-    mean grows at the cost of what tells examples apart, and `relative` overrates their rates.
+    The measured rule to use (docs/transfer.md): `relative_update`, with features counted from their
+    mean over examples. Through deep ReLU networks that mean grows at the cost of what tells
+    examples apart, and `relative_update` overrates their rates.
     """
     return jnp.sqrt(jnp.max(size.standardized, axis=-1))
 
 
-@register_measured_rule("sharpness")
+@register_measured_rule(
+    "relative_update",
+    equation="η ∝ max_v R_v^(-1/2)",
+    citation="(theory §6)",
+    compares="UpdateSize",
+)
+def relative_update(size: UpdateSize) -> Float[Array, "..."]:
+    """The largest relative change is the same everywhere."""
+    return jnp.sqrt(jnp.max(size.relative, axis=-1))
+
+
+@register_measured_rule(
+    "absolute_update",
+    equation="η ∝ max_v S_v^(-1/2)",
+    citation="(theory §6)",
+    compares="UpdateSize",
+)
+def absolute_update(size: UpdateSize) -> Float[Array, "..."]:
+    """The largest change of a vertex is the same everywhere."""
+    return jnp.sqrt(jnp.max(size.absolute, axis=-1))
+
+
+@register_measured_rule("sharpness", equation="η ∝ 1/λ_max", compares="eigenvalue")
 def sharpness(eigenvalue: Float[Array, "..."]) -> Float[Array, "..."]:
-    """η ∝ 1/λ_max of the Hessian, the stability limit of gradient descent on a quadratic."""
+    """λ_max of the Hessian: the stability limit of gradient descent on a quadratic."""
     return jnp.asarray(eigenvalue)
 
 
 Measurement = UpdateSize | float | Array | np.ndarray
 Network = jraph.GraphsTuple | Architecture
 
+_COMPARED = {
+    "graphs": (jraph.GraphsTuple, "two graphs or Architectures"),
+    "UpdateSize": (UpdateSize, "two UpdateSizes, see measure_update"),
+    "eigenvalue": ((float, int, jax.Array, np.ndarray, np.generic), "eigenvalues"),
+}
+"""Types of what rules compare, and their names in errors."""
+
 
 def predict_learning_rate(
     target: Measurement | Network,
     base: Measurement | Network,
     base_rate: float,
-    rule: str | Callable[..., Any] = "measured",
-    **options: Any,
+    rule: str | Callable[..., Any] = "standardized_update",
+    *,
+    rule_options: Mapping[str, Any] | None = None,
 ) -> float:
     """Returns the learning rate of a network from that of the base network.
 
     Args:
-      target: what the rule compares. `measured`, `relative` and `absolute`: the `UpdateSize` of
-        the network from `measure_update`, [V] or, of several seeds, [seeds, V]. `sharpness`: the
-        eigenvalue, a scalar or [seeds]. A closed-form rule: its graph or `Architecture`.
+      target: what the rule compares. `standardized_update`, `relative_update` and
+        `absolute_update`: the `UpdateSize` of the network from `measure_update`, [V] or, of several
+        seeds, [seeds, V]. `sharpness`: the eigenvalue, a scalar or [seeds]. A closed-form rule: its
+        graph or `Architecture`.
       base: the same of the base network, measured with the same optimizer at rate 1 and on a batch
         of the same size.
       base_rate: the best rate of the base network, e.g. from `find_learning_rate`.
       rule: name of a measured or of a closed-form rule, or a function: of a measurement to a size
         that is inverse to the rate, or a learning-rate rule of two graphs.
-      **options: passed to the rule.
+      rule_options: options of the rule.
 
     Returns:
       The rate; seeds are averaged in log rate.
@@ -86,42 +111,28 @@ def predict_learning_rate(
       ValueError: an unknown rule, a base rate that is not positive and finite, or a size that is
         not (a vertex with features that are all 0 has no relative size; an update of 0, as the
         first one of a warm-up from 0 or of `optax.MultiSteps`, has no size).
-      TypeError: a target or base of another kind than the rule compares.
+      TypeError: a target or base of another kind than the rule compares, or an option that the rule
+        does not have.
     """
     if not 0 < base_rate < math.inf:
         raise ValueError(f"base_rate must be positive and finite, found {base_rate}")
     pair = [one.graph if isinstance(one, Architecture) else one for one in (target, base)]
-    _check_kinds(rule, pair)
-    if all(isinstance(one, jraph.GraphsTuple) for one in pair):
-        return base_rate * learning_rate_scale(pair[0], pair[1], rule, **options)
+    graphs = [isinstance(one, jraph.GraphsTuple) for one in pair]
+    if isinstance(rule, str) and rule not in MEASURED_RULES and rule not in LEARNING_RATE_RULES:
+        raise ValueError(unknown("rule", rule, (*MEASURED_RULES, *LEARNING_RATE_RULES)))
+    closed_form = rule in LEARNING_RATE_RULES if isinstance(rule, str) else all(graphs)
+    found: Rule[Any] = (LEARNING_RATE_RULES if closed_form else MEASURED_RULES).resolve(rule)
+    compared = "graphs" if closed_form else found.compares
+    types, wanted = _COMPARED.get(compared, (object, "measurements"))
+    if not all(isinstance(one, types) for one in pair) or (any(graphs) and not closed_form):
+        kinds = " and ".join(type(one).__name__ for one in pair)
+        raise TypeError(f"rule {found.name!r} compares {wanted}, found {kinds}")
+    if closed_form:
+        return base_rate * learning_rate_scale(pair[0], pair[1], found, rule_options=rule_options)
     for name, one in zip(("target", "base"), pair, strict=True):
         _check_update(name, one)
-    function = MEASURED_RULES.resolve(rule)
-    target_size, base_size = (_log_size(function(one, **options), rule) for one in pair)
-    return base_rate * math.exp(base_size - target_size)
-
-
-def _check_kinds(rule: Any, pair: list[Any]) -> None:
-    """Checks that a rule gets what it compares, as far as its name tells."""
-    numbers = (float, int, jax.Array, np.ndarray, np.generic)
-    if not isinstance(rule, str):
-        graphs = isinstance(pair[0], jraph.GraphsTuple)
-        if graphs == isinstance(pair[1], jraph.GraphsTuple):
-            return
-        wanted, name = (), "two graphs or two measurements"
-    elif rule in LEARNING_RATE_RULES:
-        wanted, name = (jraph.GraphsTuple,), "two graphs or Architectures"
-    elif rule == "sharpness":
-        wanted, name = numbers, "eigenvalues"
-    elif rule in ("absolute", "relative", "measured"):
-        wanted, name = (UpdateSize,), "two UpdateSizes, see measure_update"
-    elif rule in MEASURED_RULES:
-        wanted, name = (UpdateSize, *numbers), "measurements"
-    else:
-        raise ValueError(unknown("rule", rule, (*MEASURED_RULES, *LEARNING_RATE_RULES)))
-    if not all(isinstance(one, wanted) for one in pair):
-        kinds = " and ".join(type(one).__name__ for one in pair)
-        raise TypeError(f"rule {rule!r} compares {name}, found {kinds}")
+    sizes = [_log_size(found(one, **(rule_options or {})), found.name) for one in pair]
+    return base_rate * math.exp(sizes[1] - sizes[0])
 
 
 def _check_update(name: str, size: Any) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Scalar
 
+from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree
 
 
@@ -27,24 +28,24 @@ def sharpness(
 
     Args:
       loss: `(params, batch)` to a scalar.
-      params: where the Hessian is taken; leaves below float32 are raised to it, exactly. What the
-        loss itself rounds stays rounded.
+      params: where the Hessian is taken; leaves below float32 are cast to it, which is exact, but
+        for what the loss itself rounds.
       batch: what `loss` reads.
-      key: of the random start; `jax.random.key(0)` if left out.
+      key: of the random start; None takes `jax.random.key(0)`.
       max_iterations: products at most; it stops earlier where the eigenvalue has converged.
 
     Returns:
       The eigenvalue; NaN where the Hessian is 0 (a loss that is linear in the parameters).
 
     Raises:
-      ValueError: fewer than 6 parameters, of which LOBPCG finds no eigenvalue.
+      ValueError: params of fewer than 6 entries, of which LOBPCG finds no eigenvalue.
     """
     from jax.experimental.sparse.linalg import lobpcg_standard  # slow to import: SciPy's matrices
 
     # Eigenvectors need float32 at least, and so do sums along them.
-    flat, unravel = ravel_pytree(jax.tree.map(_exact, params))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: exact(jnp.asarray(leaf)), params))
     if len(flat) < 6:
-        raise ValueError(f"sharpness takes at least 6 parameters, found {len(flat)}")
+        raise ValueError(f"params must hold at least 6 entries, found {len(flat)}")
     gradient = jax.grad(lambda flat: loss(unravel(flat), batch))
 
     def multiply(vectors: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -56,10 +57,3 @@ def sharpness(
     start = jax.random.normal(key, (len(flat), 1), flat.dtype)
     values, *_ = lobpcg_standard(multiply, start, max_iterations)
     return values[0]
-
-
-def _exact(leaf: Array) -> Array:
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.promote_types(dtype, jnp.float32)
-    return jnp.asarray(leaf, dtype)

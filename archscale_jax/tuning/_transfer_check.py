@@ -3,13 +3,11 @@
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from archscale_jax.tuning._search import RateSearch, excess_loss, find_learning_rate, mean_losses
-
-_ROUNDING = 1e-9
-"""Nats by which equal rates may differ."""
+from archscale_jax.tuning._basin import excess_loss
+from archscale_jax.tuning._search import RateSearch, Train, find_learning_rate, mean_losses
 
 
 class TransferCheck(NamedTuple):
@@ -22,9 +20,9 @@ class TransferCheck(NamedTuple):
       uncertainty: the standard error of the distance of two rates in nats, √2 times that of one
         rate, pooled over sizes; nan for one seed.
       excess: by how much the loss exceeds the smallest one, as a fraction of the latter's size, at
-        the rate that is best for the first size; never negative, inf where runs at it are lost. Of
-        a smallest loss that is 0 see `archscale_jax.tuning._search`.
-      closed: whether every search saw rates that are too small and too large.
+        the rate that is best for the first size; never negative, inf where runs at it diverge.
+        Of a smallest loss that is 0 see `find_learning_rate`.
+      bracketed: whether every search saw rates that are too small and too large.
       limit: the drift in nats that 95 of 100 checks stay below where nothing moves; nan for one
         seed. The root of the sum of two squares: the `seed_error` of one rate, pooled over sizes,
         times the 95 % quantile of the studentized range of as many rates as there are sizes with
@@ -36,28 +34,26 @@ class TransferCheck(NamedTuple):
     drift: float
     uncertainty: float
     excess: dict[Any, float]
-    closed: bool
+    bracketed: bool
     limit: float
 
     @property
-    def stays(self) -> bool:
-        """Whether every search is closed and the rates lie no further apart than noise explains.
+    def transfers(self) -> bool:
+        """Whether every search is bracketed, and rates lie no further apart than noise explains.
 
         True in about 95 of 100 checks where nothing moves, whatever the number of sizes. False for
         one seed, which tells nothing of the noise.
         """
-        return self.closed and self.drift <= self.limit + _ROUNDING
+        return self.bracketed and self.drift <= self.limit + 1e-9  # rounding of equal rates
 
 
 def transfer_check(
-    train: Mapping[Any, Callable[[float, int], Iterable[float]]],
-    rates: Sequence[float],
-    **options: Any,
+    train: Mapping[Any, Train], rates: Sequence[float], **options: Any
 ) -> TransferCheck:
     """Searches the best rate of networks of several sizes, trained with one parametrization.
 
     A flat coordinate check says that features change alike at the start; this says whether the best
-    rate stays where it is.
+    rate transfers [μP].
 
     Args:
       train: by size, first the one on which the rate would be tuned: `(rate, seed)` to training
@@ -67,10 +63,11 @@ def transfer_check(
         before ended.
 
     Raises:
+      TypeError: an option that `find_learning_rate` does not have; what it raises.
       ValueError: fewer than two sizes; what `find_learning_rate` raises.
     """
     if len(train) < 2:
-        raise ValueError(f"a transfer check compares sizes, and needs two; found {list(train)}")
+        raise ValueError(f"train must hold at least two sizes to compare, found {list(train)}")
     searches: dict[Any, RateSearch] = {}
     for size, one in train.items():
         searches[size] = find_learning_rate(one, rates, **options)
@@ -80,7 +77,7 @@ def transfer_check(
 
 
 def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:
-    """Returns what searches, in order of size, say about transfer."""
+    """Returns what searches of two or more sizes, by size and in order, say about transfer."""
     found = list(searches.values())
     rates = [search.rate for search in found]
     freedom = sum(len(search.seed_rates) - 1 for search in found)
@@ -91,7 +88,7 @@ def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:
         math.log(max(rates) / min(rates)),
         math.sqrt(2) * _root_mean_square(search.uncertainty for search in found),
         {size: excess_loss(rates[0], mean_losses(one)) for size, one in searches.items()},
-        all(all(search.basin.closed) for search in found),
+        all(all(search.basin.bracketed) for search in found),
         math.hypot(_range_quantile(len(found), freedom) * seed_error, 2 * grid_error),
     )
 

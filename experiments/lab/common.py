@@ -45,11 +45,12 @@ def define_flags(*, batch_size: int, epochs: float, workdir: str) -> None:
         [str(arrangement) for arrangement in archscale.Arrangement],
         "What vertices sum; `activation` is the arrangement of the authors' code.",
     )
-    flags.DEFINE_enum(
+    ranges.define_rule(
         "initialization",
         "auto",
-        ["auto", *INITIALIZATION_RULES],
         "Initialization rule; auto takes the one that fits the arrangement.",
+        INITIALIZATION_RULES,
+        "auto",
     )
     flags.DEFINE_enum(
         "precision",

@@ -12,6 +12,7 @@ from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
+from archscale_jax.rules import Registry
 
 flags.disclaim_key_flags()  # they belong to the binary that defines them by this module
 
@@ -65,6 +66,17 @@ def name_of(what: str, names: Iterable[str]) -> Checked:
     return Checked(check, f"of {', '.join(known)}")
 
 
+class RuleName(Checked):
+    """The name of a rule of a registry, also one that it had before, or one of other texts."""
+
+    def __init__(self, registry: Registry, *others: str):
+        super().__init__(registry.canonical, f"of {', '.join([*others, *registry])}")
+        self._others = others
+
+    def parse(self, argument: str) -> str:
+        return argument if argument in self._others else self._check(argument)
+
+
 class Items(flags.ArgumentParser):
     """Texts between commas, each as its parser takes it; one that is given again counts once."""
 
@@ -76,9 +88,11 @@ class Items(flags.ArgumentParser):
         if not isinstance(argument, list | tuple):
             argument = next(csv.reader([argument], strict=True), []) if argument else []
         items = list(dict.fromkeys(str(item).strip() for item in argument))
+        names = []
         for item in items:
             try:
-                self._item.parse(item)
+                found = self._item.parse(item)
+                names.append(found if isinstance(found, str) else item)
             except ValueError as error:
                 alone = items == [item]  # the flag is named with all that was found
                 raise ValueError(str(error) if alone else f"item {item!r}: {error}") from None
@@ -87,7 +101,7 @@ class Items(flags.ArgumentParser):
                 f"accepted are {self._least} to {self._most} items between commas, "
                 f"found {len(items)}"
             )
-        return items
+        return list(dict.fromkeys(names))
 
     def flag_type(self) -> str:
         return "list"
@@ -161,6 +175,12 @@ KINDS: dict[str, Parser] = {
 def define(name: str, default: Any, text: str, kind: str | None = None) -> None:
     """Defines a flag of a kind, that of its name if none is given."""
     flags.DEFINE(KINDS[kind or name], name, default, text, serializer=flags.ArgumentSerializer())
+
+
+def define_rule(name: str, default: str, text: str, registry: Registry, *others: str) -> None:
+    """Defines a flag that names a rule, or one of other texts."""
+    parser = RuleName(registry, *others)
+    flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer())
 
 
 def define_multi(name: str, default: Any, text: str, kind: str | None = None) -> None:

@@ -82,7 +82,7 @@ def deviation(model: Model, ending: str, rule: str | None = None) -> np.ndarray:
 
 def factors(model: Model, base: Model, **options: Any) -> dict[str, Any]:
     """Learning-rate multipliers against a base, without a rule of paths."""
-    return archscale.learning_rate_factors(model.trace(), base.trace(), "none", **options)
+    return archscale.learning_rate_multipliers(model.trace(), base.trace(), "none", **options)
 
 
 def array_of(factor: Any, shape: Sequence[int]) -> np.ndarray:
@@ -194,7 +194,9 @@ def step_growth(
     def size(width: int) -> float:
         model = make(width)
         architecture = model.trace()
-        multipliers = archscale.learning_rate_factors(architecture, base, "none", width_rule=rule)
+        multipliers = archscale.learning_rate_multipliers(
+            architecture, base, "none", width_rule=rule
+        )
         seen = model.apply if observe is None else observe(width)
         optimizer = OPTIMIZERS[rule]
 

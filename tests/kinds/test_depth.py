@@ -427,7 +427,7 @@ def test_modulated_blocks_of_a_diffusion_transformer(given):
 
     network, base = traced(4), traced(2)
     assert len(residual_branches(network)) == 8
-    found = archscale.learning_rate_factors(network, base, "none", depth_rule="adam")
+    found = archscale.learning_rate_multipliers(network, base, "none", depth_rule="adam")
     inside = (
         "ada",
         "up",
@@ -677,7 +677,7 @@ def test_effective_depth_counts_from_input_to_output():
         shapes = specs(stem=(8, 16), out=(16, 3)) | {"w": [spec(16, 16)] * (2 * blocks)}
         return Model(apply, shapes, (spec(2, 8),))
 
-    found = archscale.learning_rate_factors(make(8).trace(), make(1).trace(), "effective_depth")
+    found = archscale.learning_rate_multipliers(make(8).trace(), make(1).trace(), "effective_depth")
     assert found["stem"] == pytest.approx((4 / 18) ** 1.5)
 
 
@@ -687,7 +687,7 @@ def test_effective_depth_of_a_chain():
     def make(hidden):
         return haiku_model(lambda x: hk.nets.MLP([16] * (hidden + 1) + [3])(x), normal(2, 8))
 
-    found = archscale.learning_rate_factors(make(8).trace(), make(2).trace(), "effective_depth")
+    found = archscale.learning_rate_multipliers(make(8).trace(), make(2).trace(), "effective_depth")
     np.testing.assert_allclose(list(found.values()), (4 / 10) ** 1.5, rtol=1e-6)
 
 
@@ -711,5 +711,5 @@ def test_kernels_divide_the_rate_by_the_root_of_their_positions(kernel):
         return linen_model(Net(), spec(1, *(8,) * len(size), 2)).trace()
 
     base = make((1,) * len(kernel))
-    found = archscale.learning_rate_factors(make(kernel), base, "path_sum")
+    found = archscale.learning_rate_multipliers(make(kernel), base, "path_sum")
     np.testing.assert_allclose(list(found.values()), np.prod(kernel) ** -0.5, rtol=1e-6)

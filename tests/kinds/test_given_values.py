@@ -149,7 +149,7 @@ def traced(module):
     return apply, params, archscale.trace(apply, params, X)
 
 
-@pytest.mark.parametrize("rule", ["second_moment", "target"])
+@pytest.mark.parametrize("rule", ["second_moment", "target_in_degree"])
 @pytest.mark.parametrize("module", MODELS, ids=lambda module: type(module).__name__)
 def test_moments_are_those_of_the_given_values(module, rule):
     apply, params, _ = traced(module)
@@ -188,11 +188,11 @@ def test_weights_are_drawn_where_shapes_or_placeholders_were_traced():
 def test_a_layer_that_starts_at_zero_is_no_contribution():
     """The layer beside it gets the whole variance, 2/n, not half of it."""
     _, _, architecture = traced(LowRank())
-    deviations = archscale.weight_standard_deviations(architecture, "target")
+    deviations = archscale.weight_standard_deviations(architecture, "target_in_degree")
     np.testing.assert_allclose(value(deviations, "hidden/kernel"), np.sqrt(2 / WIDTH))
 
 
-@pytest.mark.parametrize("rule", ["second_moment", "target"])
+@pytest.mark.parametrize("rule", ["second_moment", "target_in_degree"])
 def test_a_branch_that_is_multiplied_by_zero_carries_its_source(rule):
     """Behind ReLU 2/n, as without the scalar; no share of the stream decides it."""
     _, _, architecture = traced(ReZero())
@@ -279,7 +279,7 @@ def test_a_kernel_that_features_scale_is_refused_with_a_way_on(kind):
     archscale.trace(modulated, MODULATED, spec(4, 32), spec(4, 32))  # the way on that it names
 
 
-@pytest.mark.parametrize("rule", ["target", "second_moment"])
+@pytest.mark.parametrize("rule", ["target_in_degree", "second_moment"])
 def test_what_a_bias_adds_is_not_carried_on(rule):
     """Layers behind a stem whose bias starts at 1.5 bring what the stem brings without it, 2."""
     _, _, architecture = traced(Shifted())
@@ -302,7 +302,7 @@ def test_a_chain_behind_a_bias_keeps_its_moment():
     shapes = {"stem": (32, WIDTH), "w0": (WIDTH, WIDTH), "w1": (WIDTH, WIDTH), "head": (WIDTH, 4)}
     params = {name: jax.random.normal(KEY, shape) for name, shape in shapes.items()}
     params["bias"] = jnp.full(WIDTH, 3.0)
-    for rule in ("target", "second_moment"):
+    for rule in ("target_in_degree", "second_moment"):
         promised = archscale.second_moments(archscale.trace(apply, params, X), rule)
         np.testing.assert_allclose([promised[1], promised[2]], 2.0, rtol=1e-6)
         check_promised(apply, params, (X,), rule)

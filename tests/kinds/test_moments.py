@@ -57,15 +57,6 @@ def numerator(model, ending="b", rule=None, fan=WIDTH):
 # Names of rules
 
 
-def test_second_moment_is_the_name_of_moment():
-    """Both names are accepted and give the same numbers."""
-    model = chain(RELU, 32)
-    arch = model.trace()
-    assert archscale.weight_standard_deviations(
-        arch, "second_moment"
-    ) == archscale.weight_standard_deviations(arch, "moment")
-
-
 # Normalization, in any spelling
 
 NORMS = {

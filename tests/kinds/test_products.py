@@ -158,7 +158,7 @@ def test_the_report_shows_what_differs_by_slice():
     )
     values = next(one for one in told.records if one["path"] == "both/0")["standard_deviation"]
     assert len(values) == 2 and values[0] != values[1]
-    assert f"{min(values):.3g} to {max(values):.3g}" in str(told)
+    assert f"{min(values):.3g}…{max(values):.3g}" in str(told)
 
 
 @pytest.mark.parametrize("kind", ["apart", "split"])
@@ -231,7 +231,7 @@ def test_fused_attention_of_haiku():
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
-@pytest.mark.parametrize("rule", ["second_moment", "target"])
+@pytest.mark.parametrize("rule", ["second_moment", "target_in_degree"])
 def test_maxout_is_the_largest_of_its_pieces(pieces, rule):
     """E[max²] of 2 and 4 normal pieces is 1 and 1.551 [order statistics]."""
 
@@ -261,7 +261,7 @@ def test_experts_chosen_by_size_are_promised_about_what_they_bring():
     model = Model(apply, shapes | specs(head=(128, 3)), (normal(64, 32),))
     architecture = model.trace()
     assert any("top_k" in note for note in architecture.notes)
-    _, moments = promised_and_measured(apply, model.shapes, model.inputs, "target")
+    _, moments = promised_and_measured(apply, model.shapes, model.inputs, "target_in_degree")
     ratios = [promised / measured for promised, measured in moments.values()]
     assert 0.5 < min(ratios) <= max(ratios) < 2
 
@@ -273,12 +273,12 @@ def test_what_has_no_finite_moment_is_refused_with_a_way_on():
     architecture = archscale.trace(
         apply, specs(stem=(8, 16), inner=(16, 16), head=(16, 3)), spec(2, 8)
     )
-    for rule in ("target", "second_moment"):
+    for rule in ("target_in_degree", "second_moment"):
         with pytest.raises(ValueError, match="'inner' reads has no finite second moment"):
             archscale.weight_standard_deviations(architecture, rule)
-    assert archscale.weight_standard_deviations(architecture, "none")["inner"] > 0
+    assert archscale.weight_standard_deviations(architecture, "he_normal")["inner"] > 0
     with pytest.raises(ValueError, match="vertex 1 has no finite second moment"):
-        archscale.second_moments(architecture, "none")
+        archscale.second_moments(architecture, "he_normal")
 
 
 # One function, its products and averages written in several ways
@@ -295,7 +295,7 @@ JOINS = {
 }
 
 
-@pytest.mark.parametrize("rule", ["target", "second_moment"])
+@pytest.mark.parametrize("rule", ["target_in_degree", "second_moment"])
 @pytest.mark.parametrize("join", JOINS)
 def test_a_product_beside_what_it_holds_is_not_independent_of_it(join, rule):
     """z = σ(W h): E[h²(1 + z)²] is 4.64 for m = 2, not m + m·0.32."""
@@ -341,14 +341,14 @@ def test_a_weighted_average_keeps_the_moment_of_one_position(average, gated):
 
     The layer behind carries the moment of what it reads, 2, or behind the gate 2 · E[σ(z)²].
     """
-    found = deviation(weighted_average(average, gated), "out", "target")
-    expected = deviation(weighted_average("einsum", gated), "out", "target")
+    found = deviation(weighted_average(average, gated), "out", "target_in_degree")
+    expected = deviation(weighted_average("einsum", gated), "out", "target_in_degree")
     np.testing.assert_allclose(found, expected, rtol=0.02)
     architecture = weighted_average(average, gated).trace()
-    assert max(archscale.second_moments(architecture, "target").values()) < 200
+    assert max(archscale.second_moments(architecture, "target_in_degree").values()) < 200
     if gated:
         out = next(one for one in architecture.parameters if one.name == "out")
-        read = archscale.second_moments(architecture, "target")[
+        read = archscale.second_moments(architecture, "target_in_degree")[
             int(architecture.graph.senders[out.edge])
         ]
         np.testing.assert_allclose(read, 2 * 0.3184, rtol=0.02)

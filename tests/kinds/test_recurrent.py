@@ -56,7 +56,7 @@ def network(cell, layers, width=8, length=4, tokens=False):
     return linen_model(Net(), x)
 
 
-@pytest.mark.parametrize("rule", [None, "second_moment", "none"])
+@pytest.mark.parametrize("rule", [None, "second_moment", "he_normal"])
 @pytest.mark.parametrize(("layers", "tokens"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_networks_are_initialized(cell, layers, tokens, rule):

@@ -409,7 +409,7 @@ def test_a_normalized_weight_is_the_weight_of_its_layer(make, name):
     arch, base = make(64).trace(), make(32).trace()
     one = parameter(arch, name)
     assert (str(one.role), one.fan_in, one.fan_out) == ("hidden", 64, 128)
-    found = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, name) == pytest.approx(0.5)
     if make is weight_norm:
         assert parameter(arch, "hidden/g").role == "scale"
@@ -489,7 +489,7 @@ def test_learned_queries_are_embeddings_read_by_hidden_layers(make, table, query
     assert parameter(arch, table).role == "embedding"
     one = parameter(arch, query)
     assert (str(one.role), one.fan_in, one.fan_out) == ("hidden", 64, 64)
-    found = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, query) == pytest.approx(0.5)
     assert value(found, table) == pytest.approx(1)
     np.testing.assert_allclose(deviation(make(64), query), deviation(make(64), key), rtol=0.5)
@@ -516,7 +516,7 @@ def test_joined_kernels_of_an_lstm_are_what_they_are_apart():
     def numbers(cell):
         arch, base = lstm(cell, width=32).trace(), lstm(cell, width=16).trace()
         deviations = archscale.weight_standard_deviations(arch)
-        rates = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+        rates = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
         return {
             one.name.replace("Optimized", ""): (
                 str(one.role),

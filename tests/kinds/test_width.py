@@ -421,10 +421,10 @@ def test_with_widths_names_places_and_not_numbers(tokens):
     arch = make(64).trace()
     base = archscale.with_widths(arch, {64: 32, 256: 128})
     for rule in ("adam", "sgd"):
-        found = archscale.learning_rate_factors(arch, base, "none", width_rule=rule)
+        found = archscale.learning_rate_multipliers(arch, base, "none", width_rule=rule)
         traced = factors(make(64), make(32), width_rule=rule)
         assert found == pytest.approx(traced), rule
-    found = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, "tokens_up/kernel") == pytest.approx(1)
     assert value(found, "tokens_down/kernel") == pytest.approx(1)
     assert value(found, "features_up/kernel") == pytest.approx(0.5)
@@ -454,7 +454,7 @@ def test_with_widths_leaves_positions_of_a_token_mixing_layer():
 
     arch = equinox_model(Net, normal(2, 32, 6)).trace()
     base = archscale.with_widths(arch, {128: 32})
-    found = archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, "features/weight") == pytest.approx(0.25)
     assert value(found, "out/weight") == pytest.approx(0.25)
     assert value(found, "over/0/weight") == pytest.approx(1)
@@ -480,10 +480,10 @@ def test_with_widths_must_list_all_widths_of_the_hidden_layers():
     with pytest.raises(ValueError, match="512"):
         archscale.with_widths(arch, {128: 32})
     whole = archscale.with_widths(arch, {128: 32, 512: 128})
-    found = archscale.learning_rate_factors(arch, whole, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, whole, "none", width_rule="adam")
     assert value(found, "narrow0/kernel") == pytest.approx(0.25)
     fixed = archscale.with_widths(arch, {128: 32, 512: 512})
-    found = archscale.learning_rate_factors(arch, fixed, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, fixed, "none", width_rule="adam")
     assert value(found, "widen0/kernel") == pytest.approx(0.25)
     assert value(found, "narrow0/kernel") == pytest.approx(1)
 
@@ -497,7 +497,7 @@ def test_with_widths_must_list_widths_of_a_plain_chain():
     arch = Model(apply, specs(a=(8, 64), b=(64, 48), c=(48, 64), d=(64, 3)), (spec(2, 8),)).trace()
     with pytest.raises(ValueError, match="48"):
         archscale.with_widths(arch, {64: 16})
-    found = archscale.learning_rate_factors(
+    found = archscale.learning_rate_multipliers(
         arch, archscale.with_widths(arch, {64: 16, 48: 12}), "none", width_rule="adam"
     )
     assert (found["a"], found["b"], found["c"], found["d"]) == pytest.approx((1, 0.25, 0.25, 0.25))
@@ -525,12 +525,12 @@ def test_a_width_rule_alone_is_a_width_rule_alone():
     With a path sum it was 0.025.
     """
     arch, base = deep(4, 64).trace(), deep(2, 16).trace()
-    found = archscale.learning_rate_factors(arch, base, width_rule="adam")
+    found = archscale.learning_rate_multipliers(arch, base, width_rule="adam")
     assert found["w/0"] == pytest.approx(0.25)
     assert found["out"] == pytest.approx(0.25)
     assert found["stem"] == pytest.approx(1)
     assert found == pytest.approx(
-        archscale.learning_rate_factors(arch, base, "none", width_rule="adam")
+        archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     )
     transformation = archscale.scale_by_architecture(arch, base, width_rule="adam")
     updates = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), deep(4, 64).shapes)
@@ -554,8 +554,8 @@ def test_a_width_rule_alone_for_chains_of_linen(rule):
         return linen_model(Net(), normal(2, 8)).trace()
 
     arch, base = make(5, 64), make(2, 16)
-    found = archscale.learning_rate_factors(arch, base, width_rule=rule)
-    expected = archscale.learning_rate_factors(arch, base, "none", width_rule=rule)
+    found = archscale.learning_rate_multipliers(arch, base, width_rule=rule)
+    expected = archscale.learning_rate_multipliers(arch, base, "none", width_rule=rule)
     assert found == pytest.approx(expected)
 
 
@@ -620,5 +620,5 @@ def test_widths_of_joined_features_must_fit(widths):
     with pytest.raises(ValueError, match="128 joined features that 'w' reads"):
         archscale.with_widths(architecture, widths)
     base = archscale.with_widths(architecture, {64: 32, 128: 64})
-    found = archscale.learning_rate_factors(architecture, base, "none", width_rule="adam")
+    found = archscale.learning_rate_multipliers(architecture, base, "none", width_rule="adam")
     assert found == {"a": 1.0, "b": 1.0, "w": 0.5, "o": 0.5}

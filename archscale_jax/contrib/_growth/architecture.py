@@ -1,73 +1,77 @@
-"""The architecture of a network with empty rooms."""
+"""The architecture of a network with empty slots."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from jaxtyping import Array, Float
 
 from archscale_jax._architecture import Architecture, Parameter
 from archscale_jax._trees import PyTree
-from archscale_jax.contrib._growth.units import Units
-from archscale_jax.contrib._growth.widen import taken
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
+from archscale_jax.contrib._growth.widen import occupied
 from archscale_jax.tracing import trace
-from archscale_jax.tracing.layers import layer_kinds
+from archscale_jax.tracing.layers import Loss, layer_kinds
 
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+_WHOLE = (1, 1)
 
 
 def grown_architecture(
-    loss_fn: Loss, params: PyTree, batch: Any, units: Sequence[Units]
+    loss_fn: Loss, params: PyTree, batch: Any, groups: Sequence[NeuronGroup]
 ) -> Architecture:
-    """Traces a network that may have empty rooms: they count in shapes, not in fans.
+    """Traces a network that may have empty slots: they count in shapes, not in fans.
 
-    So learning-rate factors of it follow from its neurons, and fit its params.
+    So the learning-rate multipliers of it follow from its neurons, and fit its params.
 
     Args:
       loss_fn: `(params, batch)` to a scalar.
       params: tree of arrays.
       batch: tree of arrays or shapes.
-      units: neurons of `find_units`.
+      groups: of `find_neuron_groups`.
 
     Raises:
       TraceError: see `trace`.
     """
     architecture = trace(loss_fn, params, batch)
-    parts: dict[tuple[str, str], tuple[int, int]] = {}
-    for one in units:
-        used = taken(params, one)
+    parts: dict[tuple[str, str], tuple[int, int]] = {}  # occupied slots, and all, by leaf and fan
+    for group in groups:
+        used = occupied(params, group)
         part = max(int(used.sum()), 1), len(used)
-        vectors = [name for name, _, _ in one.vectors]
-        parts |= {(name, "fan_out"): part for name in (*one.producers, *vectors)}
-        parts |= {(name, "fan_in"): part for name in (*one.consumers, *vectors)}
+        vectors = [name for name, _, _ in group.vectors]
+        parts |= {(name, "fan_out"): part for name in (*group.producers, *vectors)}
+        parts |= {(name, "fan_in"): part for name in (*group.consumers, *vectors)}
     for kind in layer_kinds(loss_fn, params, batch):
         if kind.bias is not None:  # has the fans of its weight
-            for field in ("fan_in", "fan_out"):
-                parts[kind.bias, field] = parts.get((kind.weight, field), (1, 1))
+            for fan in ("fan_in", "fan_out"):
+                parts[kind.bias, fan] = parts.get((kind.weight, fan), _WHOLE)
 
     def counted(parameter: Parameter) -> Parameter:
-        found = {}
-        for field in ("fan_in", "fan_out"):
-            used, every = parts.get((parameter.name, field), (1, 1))
-            found[field] = max(getattr(parameter, field) * used // every, 1)
-        sides = [parts.get((parameter.name, field), (1, 1)) for field in ("fan_in", "fan_out")]
-        return dataclasses.replace(parameter, **found, filled=_filled(parameter, *sides))
+        inputs = parts.get((parameter.name, "fan_in"), _WHOLE)
+        outputs = parts.get((parameter.name, "fan_out"), _WHOLE)
+        return dataclasses.replace(
+            parameter,
+            fan_in=_part(parameter.fan_in, inputs),
+            fan_out=_part(parameter.fan_out, outputs),
+            filled=_filled(parameter, inputs, outputs),
+        )
 
-    parameters = tuple(counted(one) for one in architecture.parameters)
+    parameters = tuple(counted(parameter) for parameter in architecture.parameters)
     return dataclasses.replace(architecture, parameters=parameters)
+
+
+def _part(size: int, part: tuple[int, int]) -> int:
+    return max(size * part[0] // part[1], 1)
 
 
 def _filled(
     parameter: Parameter, inputs: tuple[int, int], outputs: tuple[int, int]
 ) -> tuple[int, ...]:
-    """The shape of a leaf without empty rooms, of parts of what it reads and writes."""
+    """The shape of a leaf without empty slots, of parts of what it reads and writes."""
     sizes = list(parameter.shape)
     done: set[int] = set()
     for use in parameter.uses:
-        for axes, (used, every) in ((use.contracted, inputs), ((*use.output, *use.batch), outputs)):
+        for axes, part in ((use.contracted, inputs), ((*use.output, *use.batch), outputs)):
             for axis in axes:
-                if axis not in use.positions and axis not in done and sizes[axis] % every == 0:
-                    sizes[axis] = max(sizes[axis] * used // every, 1)
+                if axis not in use.positions and axis not in done and sizes[axis] % part[1] == 0:
+                    sizes[axis] = _part(sizes[axis], part)
                     done.add(axis)
                     break
     return tuple(sizes)

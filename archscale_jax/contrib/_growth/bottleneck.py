@@ -5,7 +5,7 @@ pass, and summed over examples into small matrices as batches come by; no activa
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,7 @@ from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.neurons import LayerStatistics, least_squares
 from archscale_jax.contrib._growth.patches import product, rows_of, sum_over_examples
-from archscale_jax.tracing.layers import LayerKind, layer_gradients, layer_kinds
-
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+from archscale_jax.tracing.layers import LayerKind, Loss, layer_gradients, layer_kinds
 
 
 class Bottleneck(NamedTuple):
@@ -57,8 +55,8 @@ def bottleneck(
     Args:
       loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
       params: tree of arrays.
-      batches: trees of arrays, examples along their first axis; sums are taken over all of them.
-      layers: names of weights, None for all: of others nothing is computed.
+      batches: trees of arrays [n, ...], n examples; sums are taken over all batches.
+      layers: names of weights; None for all. Nothing is computed for others.
       cutoff: eigenvalues of Σ B Bᵀ below this part of the largest count as 0.
 
     Returns:
@@ -76,7 +74,7 @@ def bottleneck(
         found = layer_statistics(params, batch, loss_fn=loss_fn, kinds=kinds)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
-        raise ValueError("bottleneck needs a batch, found none: batches is empty")
+        raise ValueError("batches is empty; bottleneck needs at least one")
     leaves = named_leaves(params)
     return {kind.weight: _solved(kind, total[kind.weight], leaves, cutoff) for kind in kinds}
 
@@ -85,7 +83,7 @@ def _chosen(kinds: tuple[LayerKind, ...], layers: Sequence[str] | None) -> tuple
     names = [kind.weight for kind in kinds]
     for name in layers or ():
         if name not in names:
-            raise ValueError(unknown("layer", name, names))
+            raise ValueError(unknown("layer in layers", name, names))
     return tuple(kind for kind in kinds if layers is None or kind.weight in layers)
 
 
@@ -98,8 +96,7 @@ def _solved(
     update = {kind.weight: solution.update[:rows].reshape(shape)}
     if kind.bias is not None:
         update[kind.bias] = solution.update[rows].reshape(leaves[kind.bias].shape)
-    numbers = solution.absolute, solution.relative, solution.rank, solution.explained
-    return Bottleneck(update, *numbers)
+    return Bottleneck(update, *solution[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "kinds"))

@@ -1,4 +1,4 @@
-"""A network with rooms and what growth adds to it, by an amplitude that is searched."""
+"""A network with slots and what growth adds to it, by an amplitude that is searched."""
 
 import functools
 import math
@@ -8,27 +8,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree, named_leaves, with_leaves
-from archscale_jax.contrib._growth import candidates
 from archscale_jax.contrib._growth.measured import Measured
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.neurons import Neurons
-from archscale_jax.contrib._growth.statistics import blocks
-from archscale_jax.contrib._growth.units import Units
-from archscale_jax.contrib._growth.widen import taken, widen
+from archscale_jax.contrib._growth.statistics import Block, blocks
+from archscale_jax.contrib._growth.widen import occupied, widen
+from archscale_jax.tracing.layers import Loss
 
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
 AMPLITUDES = (0.0, *(2.0**power for power in range(-5, 8)))
 """What growth chooses from, where nothing else is asked for."""
 
 
 class Extension(NamedTuple):
-    """A network with rooms, and what growth adds to it: three trees alike.
+    """A network with slots, and what growth adds to it: three trees alike.
 
     Attributes:
-      params: with rooms; the function is that of before.
+      params: with slots; the function is that of before.
       change: the new neurons at amplitude 1.
       move: δW* of the layers that read them, or 0.
     """
@@ -40,48 +39,78 @@ class Extension(NamedTuple):
 
 def extend(
     params: PyTree,
-    units: Sequence[Units],
+    groups: Sequence[NeuronGroup],
     neurons: Mapping[str, Neurons],
     measured: Measured,
     *,
     restricted: bool = False,
     update: bool = False,
-    rooms: Callable[[int], int] = int,
+    capacity: Callable[[int], int] = int,
     optimizer_state: Any = None,
 ) -> tuple[Extension, Any]:
-    """Makes rooms for neurons; returns what they add, and the optimizer's state; see `grow`."""
+    """Makes slots for neurons; returns what they add, and the optimizer's state; see `grow`."""
     needed, free = {}, {}
-    for one in units:
-        used = taken(params, one)
-        total = int(used.sum()) + len(neurons[one.name].singular_values)
-        needed[one.name] = len(used) if total <= len(used) else max(rooms(total), total)
-        places = np.flatnonzero(~np.pad(used, (0, needed[one.name] - len(used))))
-        free[one.name] = places[: len(neurons[one.name].singular_values)]
-    wide, state = widen(params, needed, units, optimizer_state=optimizer_state)
+    for group in groups:
+        used, number = occupied(params, group), neurons[group.name].number
+        total = int(used.sum()) + number
+        needed[group.name] = len(used) if total <= len(used) else max(capacity(total), total)
+        places = np.flatnonzero(~np.pad(used, (0, needed[group.name] - len(used))))
+        free[group.name] = places[:number]
+    wide, state = widen(params, needed, groups, optimizer_state=optimizer_state)
     change = jax.tree.map(_zeros, wide)
-    for one in units:
-        # Of a network in which these units alone are wider, then with the rooms of the others.
-        own, _ = widen(params, {one.name: needed[one.name]}, units)
-        leaves = named_leaves(own)
-        made, read = blocks(one, measured.kinds, params, restricted)
-        added = candidates.changes(neurons[one.name], leaves, made, read, free[one.name])
+    for group in groups:
+        # Of a network in which this group alone is wider, then with the slots of the others.
+        own, _ = widen(params, {group.name: needed[group.name]}, groups)
+        made, read = blocks(group, measured.kinds, params, restricted)
+        added = _changes(neurons[group.name], named_leaves(own), made, read, free[group.name])
         tree = with_leaves(jax.tree.map(_zeros, own), added)
-        others = {name: count for name, count in needed.items() if name != one.name}
-        change = jax.tree.map(np.add, change, widen(tree, others, units)[0])
-    moves = {}
+        others = {name: count for name, count in needed.items() if name != group.name}
+        change = jax.tree.map(np.add, change, widen(tree, others, groups)[0])
+    move = jax.tree.map(_zeros, params)
     if update:
-        for name in dict.fromkeys(name for one in units for name in one.consumers):
-            moves |= measured.bottlenecks[name].update
-    leaves = {
-        name: np.asarray(moves.get(name, _zeros(leaf)), leaf.dtype)
-        for name, leaf in named_leaves(params).items()
-    }
-    move, _ = widen(with_leaves(params, leaves), needed, units)
-    return Extension(wide, change, move), state
+        updates = [measured.bottlenecks[name].update for name in readers(groups)]
+        dtypes = {name: leaf.dtype for name, leaf in named_leaves(params).items()}
+        move = with_leaves(
+            move,
+            {name: np.asarray(leaf, dtypes[name]) for one in updates for name, leaf in one.items()},
+        )
+    return Extension(wide, change, widen(move, needed, groups)[0]), state
 
 
 def _zeros(leaf: Any) -> np.ndarray:
     return np.zeros(leaf.shape, leaf.dtype)
+
+
+def _changes(
+    neurons: Neurons,
+    leaves: Mapping[str, Any],
+    made: list[Block],
+    read: list[Block],
+    slots: Int[np.ndarray, " k"],
+) -> dict[str, np.ndarray]:
+    """Returns what K neurons of amplitude 1, put in slots, add to leaves, by name; 0 elsewhere."""
+    capacity = leaves[made[0].weight].shape[-1]
+    found: dict[str, np.ndarray] = {}
+    parts = np.split(neurons.fan_in, np.cumsum([block.size for block in made])[:-1])
+    for block, rows in zip(made, parts, strict=True):
+        weight = np.zeros(leaves[block.weight].shape)
+        if block.bias is not None:
+            found[block.bias] = np.zeros(leaves[block.bias].shape)
+            found[block.bias][..., slots] = rows[-1]
+            rows = rows[:-1]
+        kernel = weight.shape[:-2]  # a layer that reads what it makes has slots on both sides
+        inputs = len(rows) // math.prod(kernel)
+        weight[..., :inputs, slots] = rows.reshape(*kernel, inputs, len(slots))
+        found[block.weight] = weight
+    parts = np.split(neurons.fan_out, np.cumsum([block.size for block in read])[:-1], axis=1)
+    for block, columns in zip(read, parts, strict=True):
+        shape = leaves[block.weight].shape
+        weight = np.zeros((math.prod(shape[:-1]) // capacity, capacity, shape[-1]))
+        outputs = block.size // len(block.entries)
+        new = columns.reshape(len(slots), len(block.entries), outputs)
+        weight[np.asarray(block.entries)[:, None], slots, :outputs] = new.swapaxes(0, 1)
+        found[block.weight] = found.get(block.weight, 0) + weight.reshape(shape)
+    return {name: value.astype(leaves[name].dtype) for name, value in found.items()}
 
 
 def extended(extension: Extension, amplitude: float | Float[Array, ""]) -> PyTree:
@@ -104,8 +133,8 @@ def search_amplitude(
     before, *losses = np.asarray(_losses(extension, every, held_out, loss_fn=loss_fn)).tolist()
     if not math.isfinite(before) or not np.any(np.isfinite(losses)):
         raise ValueError(
-            f"the held-out loss is {before} before growth and {losses} at the amplitudes "
-            f"{tuple(amplitudes)}"
+            f"the loss on held_out is {before} before growth and {losses} at the amplitudes "
+            f"{tuple(amplitudes)}; it must be finite before growth and at one amplitude at least"
         )
     return before, losses
 

@@ -7,21 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from archscale_jax._architecture import Architecture
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth import candidates
 from archscale_jax.contrib._growth.architecture import grown_architecture
 from archscale_jax.contrib._growth.bottleneck import Bottleneck
 from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
 from archscale_jax.contrib._growth.measured import measure
-from archscale_jax.contrib._growth.solve import predicted_decrease, solve
-from archscale_jax.contrib._growth.units import Units
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
+from archscale_jax.contrib._growth.solve import METHODS, predicted_decrease, solve
 from archscale_jax.tracing import trace
-
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+from archscale_jax.tracing.layers import Loss
 
 
 class Growth(NamedTuple):
@@ -30,14 +28,14 @@ class Growth(NamedTuple):
     Attributes:
       params: its parameters; the old ones where no amplitude lowered the held-out loss.
       optimizer_state: its optimizer's state, moments of old entries carried over, 0 of new ones.
-      architecture: its architecture; empty rooms count in shapes, not in fans.
-      numbers: of new neurons, by the names of units.
+      architecture: its architecture; empty slots count in shapes, not in fans.
+      numbers: of new neurons, by the names of groups.
       amplitude: γ, which multiplies their fan-ins and fan-outs.
       losses: held-out loss before and after.
       predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured; with
         ReLU, of the mean of its two slopes.
-      singular_values: λ of the new neurons, by the names of units.
-      bottlenecks: of the layers that read the units, before, by the names of weights.
+      singular_values: λ of the new neurons, by the names of groups.
+      bottlenecks: of the layers that read the groups, before, by the names of weights.
     """
 
     params: PyTree
@@ -56,7 +54,7 @@ def grow(
     params: PyTree,
     batches: Sequence[Any],
     held_out: Any,
-    units: Sequence[Units],
+    groups: Sequence[NeuronGroup],
     *,
     number: int | Mapping[str, int] | None = None,
     threshold: float = 1e-3,
@@ -66,14 +64,14 @@ def grow(
     normalize: bool = False,
     update: bool = False,
     amplitudes: Sequence[float] = AMPLITUDES,
-    rooms: Callable[[int], int] | None = None,
+    capacity: Callable[[int], int] = int,
     cutoff: float = 1e-6,
     key: Array | None = None,
     optimizer_state: Any = None,
 ) -> Growth:
     """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
 
-    Empty rooms are filled first; if there are too few, arrays are widened, and `loss_fn` must take
+    Empty slots are filled first; if there are too few, arrays are widened, and `loss_fn` must take
     the wider ones: Flax NNX, Equinox and plain functions do; of a linen module build the module in
     it from the shapes of params. Pure: nothing is changed in place.
 
@@ -81,14 +79,14 @@ def grow(
       loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar. Programs
         are compiled once for it and every shape of params.
       params: tree of arrays.
-      batches: trees of arrays, examples along their first axes; read twice.
+      batches: trees of arrays [n, ...], n examples; read twice.
       held_out: a batch on which the amplitude is chosen.
-      units: the neurons to add to, of `find_units`.
-      number: the most new neurons of each units, or by their names; None, or a name that is
-        missing, for no limit.
+      groups: where to add neurons, of `find_neuron_groups`.
+      number: the most new neurons of each group, or of a group by its name; None, or a name that
+        is missing, for no limit.
       threshold: the smallest λ of `tiny`, whose square is what a neuron gains at amplitude 1. The
         best neuron is taken in any case that a budget allows.
-      budget: the most new parameters, all units together.
+      budget: the most new parameters, all groups together.
       method: `tiny`; for comparison `gradmax`, whose new neurons have fan-ins of 0, fan-outs of the
         size of the others' and no amplitude, and `random`.
       restricted: new neurons write through the middle of a kernel only: less to compute.
@@ -96,25 +94,25 @@ def grow(
         done for `gradmax` and `random`, whose sizes mean nothing.
       update: change the layers that read the neurons by γ² δW* too.
       amplitudes: to choose from.
-      rooms: from the neurons that units need to the rooms that they get, where arrays are widened;
-        by default as many. See `geometric`.
+      capacity: from the neurons that a group needs to the slots that it gets, where arrays are
+        widened; by default as many. See `geometric`.
       cutoff: eigenvalues of covariances below this part of the largest count as 0.
       key: random key of `random`.
       optimizer_state: of the optimizer, to be carried over; see `widen`.
 
     Raises:
       TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
-      ValueError: units with an obstacle, or whose layers are dead (read or pass back nothing but
+      ValueError: a group with a blocker, or whose layers are dead (read or pass back nothing but
         0); too few examples for the statistics; no batch; statistics or losses that are not finite;
         a function that does not take wider arrays; an option outside its range.
     """
-    _check(units, batches, number, budget, method, amplitudes, key)
+    _check(groups, batches, number, budget, method, amplitudes, key)
     trace(loss_fn, params, batches[0])  # raises what it would raise in the end
-    measured = measure(loss_fn, params, batches, units, restricted=restricted, cutoff=cutoff)
+    measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
         params,
         measured,
-        units,
+        groups,
         method=method,
         restricted=restricted,
         normalize=normalize,
@@ -126,12 +124,12 @@ def grow(
     )
     extension, state = extend(
         params,
-        units,
+        groups,
         neurons,
         measured,
         restricted=restricted,
         update=update,
-        rooms=rooms or int,
+        capacity=capacity,
         optimizer_state=optimizer_state,
     )
     _check_shapes(loss_fn, extension.params, batches[0])
@@ -148,36 +146,36 @@ def grow(
     return Growth(
         grown,
         state,
-        grown_architecture(loss_fn, grown, batches[0], units),
-        {name: len(one.singular_values) * (amplitude != 0) for name, one in neurons.items()},
+        grown_architecture(loss_fn, grown, batches[0], groups),
+        {name: one.number * (amplitude != 0) for name, one in neurons.items()},
         amplitude,
         (before, losses[best]),
-        predicted_decrease(neurons, measured, units, update=update),
+        predicted_decrease(neurons, measured, groups, update=update),
         {name: one.singular_values for name, one in neurons.items()},
         measured.bottlenecks,
     )
 
 
-def _check(units, batches, number, budget, method, amplitudes, key) -> None:
-    if not units:
-        raise ValueError("grow needs units to add to, found none; find_units lists them")
-    for one in units:
-        if one.obstacle is not None:
-            raise ValueError(f"units {one.name!r} cannot grow: {one.obstacle}")
-    if not len(batches):
-        raise ValueError("grow needs a batch, found none: batches is empty")
-    if method not in candidates.METHODS:
-        raise ValueError(unknown("method", method, candidates.METHODS))
-    numbers = number.values() if isinstance(number, Mapping) else [number]
-    for name in number if isinstance(number, Mapping) else ():
-        if name not in [one.name for one in units]:
-            raise ValueError(unknown("units in number", name, [one.name for one in units]))
-    for name, value in (*(("number", one) for one in numbers), ("budget", budget)):
+def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
+    for name, values in (("groups", groups), ("batches", batches), ("amplitudes", amplitudes)):
+        if not len(values):
+            raise ValueError(f"{name} is empty; grow needs at least one")
+    for group in groups:
+        if group.blocker is not None:
+            raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
+    if method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
+    names = [group.name for group in groups]
+    for name in numbers:
+        if name not in names:
+            raise ValueError(unknown("neuron group in number", name, names))
+    for name, value in (*(("number", one) for one in numbers.values()), ("budget", budget)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be None or at least 1, found {value}")
     if method == "random" and (key is None or (number is None and budget is None)):
         raise ValueError("method 'random' needs a key, and a number or a budget")
-    if not len(amplitudes) or not all(0 <= one < math.inf for one in amplitudes):
+    if not all(0 <= one < math.inf for one in amplitudes):
         raise ValueError(f"amplitudes must be finite and not negative, found {tuple(amplitudes)}")
 
 
@@ -190,8 +188,8 @@ def _check_unchanged(
     loss = float(jax.jit(loss_fn)(params, held_out))
     if not math.isclose(loss, before, rel_tol=1e-2, abs_tol=1e-3):
         raise ValueError(
-            f"the held-out loss is {loss} and with empty rooms {before}: something in the function "
-            "depends on the number of features"
+            f"the loss on held_out is {loss}, and {before} with empty slots: loss_fn depends on "
+            "the number of features; leave the groups out whose features it counts"
         )
 
 
@@ -201,7 +199,7 @@ def _check_shapes(loss_fn: Loss, params: PyTree, batch: Any) -> None:
     except Exception as error:
         shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
         raise ValueError(
-            f"the function does not take the wider arrays {shapes}: {type(error).__name__}: "
-            f"{error}. Build the model inside the function from the shapes of params, or begin "
-            "with empty rooms (rows and columns of 0)"
+            f"loss_fn does not take the wider arrays {shapes}: {type(error).__name__}: {error}. "
+            "Build the model inside loss_fn from the shapes of params, or begin with empty slots "
+            "(rows and columns of 0)"
         ) from error

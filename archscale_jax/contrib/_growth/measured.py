@@ -1,21 +1,18 @@
 """What growth measures of a network: bottlenecks, and sums for pairs of layers (theory §8)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.statistics import PairStatistics, pair_statistics
-from archscale_jax.contrib._growth.units import Units
-from archscale_jax.tracing.layers import LayerKind, layer_kinds
-
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+from archscale_jax.tracing.layers import LayerKind, Loss, layer_kinds
 
 
 class Measured(NamedTuple):
@@ -23,8 +20,8 @@ class Measured(NamedTuple):
 
     Attributes:
       kinds: of its layers.
-      bottlenecks: of the layers that read the units, by the names of weights.
-      pairs: sums for the units, by name.
+      bottlenecks: of the layers that read the groups, by the names of weights.
+      pairs: sums for the groups, by name.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -36,7 +33,7 @@ def measure(
     loss_fn: Loss,
     params: PyTree,
     batches: Sequence[Any],
-    units: Sequence[Units],
+    groups: Sequence[NeuronGroup],
     *,
     restricted: bool = False,
     cutoff: float = 1e-6,
@@ -48,8 +45,8 @@ def measure(
       ValueError: see `grow`.
     """
     kinds = layer_kinds(loss_fn, params, batches[0])
-    readers = dict.fromkeys(name for one in units for name in one.consumers)
-    found = bottleneck(loss_fn, params, batches, layers=tuple(readers), cutoff=cutoff)
+    names = readers(groups)
+    found = bottleneck(loss_fn, params, batches, layers=names, cutoff=cutoff)
     leaves = named_leaves(params)
     by_name = {kind.weight: kind for kind in kinds}
 
@@ -58,32 +55,34 @@ def measure(
         rows = update.pop(name).reshape(-1, leaves[name].shape[-1])
         return np.vstack([rows, *(bias.reshape(1, -1) for bias in update.values())])
 
-    updates = {name: best_update(name) for name in readers}
+    updates = {name: best_update(name) for name in names}
     total: dict[str, PairStatistics] | None = None
     for batch in batches:
         sums = pair_statistics(
-            params, batch, updates, loss_fn=loss_fn, kinds=kinds, units=tuple(units),
+            params, batch, updates, loss_fn=loss_fn, kinds=kinds, groups=tuple(groups),
             restricted=restricted,
         )  # fmt: skip
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None  # there is a batch
-    for one in units:
-        _check_statistics(one, total[one.name], by_name)
+    for group in groups:
+        _check_statistics(group, total[group.name], by_name)
     return Measured(kinds, found, jax.tree.map(np.asarray, total))
 
 
-def _check_statistics(units: Units, pair: PairStatistics, kinds: Mapping[str, LayerKind]) -> None:
+def _check_statistics(
+    group: NeuronGroup, pair: PairStatistics, kinds: Mapping[str, LayerKind]
+) -> None:
     alive = int(np.sum(np.diag(pair.before) > 0))
-    biases = sum(kinds[name].bias is not None for name in units.producers)
+    biases = sum(kinds[name].bias is not None for name in group.producers)
     if alive <= biases or not np.any(np.asarray(pair.projected)):
         what = "inputs" if alive <= biases else "gradients"
         raise ValueError(
-            f"units {units.name!r} are dead: the {what} of their layers are 0 on all "
-            f"{int(pair.examples)} examples"
+            f"neuron group {group.name!r} is dead: the {what} of its layers are 0 on all "
+            f"{int(pair.examples)} examples; leave it out of groups"
         )
     if pair.positions < alive:
         each = int(pair.positions // pair.examples)
         raise ValueError(
-            f"units {units.name!r} have {alive} inputs; their covariance needs at least "
+            f"neuron group {group.name!r} has {alive} inputs; their covariance needs at least "
             f"{math.ceil(alive / each)} examples of {each} positions, found {int(pair.examples)}"
         )

@@ -30,7 +30,7 @@ class LayerStatistics(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The best update of a layer, and how far it stays from what its output should change by.
+    """The best update of a layer, and how far it is from what its output should change by.
 
     Attributes:
       update: δW*, [I, O].
@@ -60,6 +60,17 @@ class Neurons(NamedTuple):
     fan_out: Float[np.ndarray, "k o"]
     singular_values: Float[np.ndarray, " k"]
 
+    @property
+    def number(self) -> int:
+        """K."""
+        return len(self.singular_values)
+
+    def first(self, number: int) -> "Neurons":
+        """Returns the first so many neurons."""
+        return Neurons(
+            self.fan_in[:, :number], self.fan_out[:number], self.singular_values[:number]
+        )
+
 
 def least_squares(statistics: LayerStatistics, *, cutoff: float = 1e-6) -> Solution:
     """The best update δW* = V Bᵀ (B Bᵀ)⁺ and the expressivity bottleneck Ψ [TINY].
@@ -72,9 +83,9 @@ def least_squares(statistics: LayerStatistics, *, cutoff: float = 1e-6) -> Solut
       ValueError: statistics that are not finite, or of no sample.
     """
     count = _count(statistics.examples)
-    inputs = _finite("inputs", statistics.inputs) / count
-    targets = _finite("targets", statistics.targets) / count
-    square = float(_finite("target_square", statistics.target_square)) / count
+    inputs = finite("inputs", statistics.inputs) / count
+    targets = finite("targets", statistics.targets) / count
+    square = float(finite("target_square", statistics.target_square)) / count
     root = inverse_root(inputs, cutoff=cutoff)
     update = root @ (root.T @ targets)
     explained = float(np.vdot(update, 2 * targets - inputs @ update))
@@ -112,11 +123,11 @@ def new_neurons(
       ValueError: statistics that are not finite, or of no sample; a number below 1.
     """
     if number is not None and number < 1:
-        raise ValueError(f"number of neurons must be None or at least 1, found {number}")
+        raise ValueError(f"number must be None or at least 1, found {number}")
     n = _count(count)
-    root = inverse_root(_finite("before", before) / n, cutoff=cutoff)
+    root = inverse_root(finite("before", before) / n, cutoff=cutoff)
     left, values, right = np.linalg.svd(
-        root.T @ (_finite("projected", projected) / n), full_matrices=False
+        root.T @ (finite("projected", projected) / n), full_matrices=False
     )
     least = min(threshold, values.max(initial=0.0))
     kept = np.flatnonzero((values >= least) & (values > 0))[:number]
@@ -148,12 +159,20 @@ def inverse_root(matrix: Float[np.ndarray, "a a"], *, cutoff: float) -> Float[np
 
 def _count(count: float | Matrix) -> float:
     if not float(count) > 0:
-        raise ValueError(f"statistics of {float(count):g} samples; accumulate a batch first")
+        raise ValueError(f"statistics hold {float(count):g} samples; accumulate a batch first")
     return float(count)
 
 
-def _finite(name: str, values: Matrix) -> np.ndarray:
+def finite(name: str, values: Matrix) -> np.ndarray:
+    """Returns statistics in float64.
+
+    Raises:
+      ValueError: they are not finite.
+    """
     found = np.asarray(values, np.float64)
     if not np.all(np.isfinite(found)):
-        raise ValueError(f"the statistics hold {name} that are not finite: the loss has overflowed")
+        raise ValueError(
+            f"statistics hold {name} that are not finite: the loss or its gradient overflows; "
+            "train at a smaller learning rate, or from smaller weights"
+        )
     return found

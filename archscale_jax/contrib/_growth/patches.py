@@ -76,5 +76,5 @@ def sum_over_examples(function: Callable[..., Sums], arrays: tuple, *, one_by_on
 
 
 def product(left: Array, right: Array) -> Array:
-    """Returns the matrix product without rounding its factors."""
+    """Returns the matrix product without rounding what is multiplied."""
     return jnp.matmul(left, right, precision=EXACT)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,9 @@ from jaxtyping import Array, Float
 
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import desired_change
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.patches import EXACT, product, rows_of, slices, sum_over_examples
-from archscale_jax.contrib._growth.units import Units
-from archscale_jax.tracing.layers import LayerGradient, LayerKind, layer_gradients
-
-Loss = Callable[[PyTree, Any], Float[Array, ""]]
+from archscale_jax.tracing.layers import LayerGradient, LayerKind, Loss, layer_gradients
 
 
 class PairStatistics(NamedTuple):
@@ -57,7 +55,7 @@ class Block(NamedTuple):
     size: int
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds", "units", "restricted"))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds", "groups", "restricted"))
 def pair_statistics(
     params: PyTree,
     batch: Any,
@@ -65,39 +63,32 @@ def pair_statistics(
     *,
     loss_fn: Loss,
     kinds: tuple[LayerKind, ...],
-    units: tuple[Units, ...],
+    groups: tuple[NeuronGroup, ...],
     restricted: bool,
 ) -> dict[str, PairStatistics]:
-    """Returns the sums of one batch by the names of units.
+    """Returns the sums of one batch by the names of groups, which have no blockers; see `grow`.
 
-    Args:
-      params: tree of arrays.
-      batch: tree of arrays, examples along their first axes.
-      updates: δW* of the layers that read the neurons, [rows, outputs], by the names of weights;
-        what V asks for beyond it is summed.
-      loss_fn: `(params, batch)` to the mean loss over the examples.
-      kinds: of the layers of the function.
-      units: the neurons, without obstacles.
-      restricted: a new neuron writes through the middle of the kernels that read it only.
+    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
+    beyond them is summed.
     """
     _, gradients = layer_gradients(loss_fn, params, batch)
     by_name = {kind.weight: kind for kind in kinds}
-    return {one.name: _pair_sums(one, by_name, gradients, updates, restricted) for one in units}
+    return {one.name: _pair_sums(one, by_name, gradients, updates, restricted) for one in groups}
 
 
 def _pair_sums(
-    units: Units,
+    group: NeuronGroup,
     kinds: Mapping[str, LayerKind],
     gradients: Mapping[str, LayerGradient],
     updates: Mapping[str, Array],
     restricted: bool,
 ) -> PairStatistics:
-    names = units.producers, units.consumers
+    names = group.producers, group.consumers
     arrays = (
         {name: gradients[name].inputs for name in (*names[0], *names[1])},
         {name: desired_change(gradients[name].outputs) for name in names[1]},
     )
-    grid = gradients[units.producers[0]].outputs.shape[1:-1]
+    grid = gradients[group.producers[0]].outputs.shape[1:-1]
 
     def sums(inputs: dict[str, Array], targets: dict[str, Array]) -> tuple[Array, Array, Array]:
         rows = {name: rows_of(kinds[name], inputs[name]) for name in names[0]}
@@ -105,12 +96,12 @@ def _pair_sums(
         wanted, rest = [], []
         for name in names[1]:
             # A layer that does not reach this one has no part in what it reads.
-            slopes = [units.slope_between(producer, name) / units.slope for producer in names[0]]
+            slopes = [group.slope_between(producer, name) / group.slope for producer in names[0]]
             sizes = [rows[producer].shape[-1] for producer in names[0]]
             read = stacked * np.repeat(slopes, sizes).astype(stacked.dtype)
             target = targets[name].reshape(len(targets[name]), -1, targets[name].shape[-1])
             projected = target - product(rows_of(kinds[name], inputs[name]), updates[name])
-            seen = functools.partial(_seen, kinds[name], units.joint(name), read, grid, restricted)
+            seen = functools.partial(_seen, kinds[name], group.joint(name), read, grid, restricted)
             wanted.append(seen(target))
             rest.append(seen(projected))
         flat = stacked.reshape(-1, stacked.shape[-1])
@@ -118,7 +109,7 @@ def _pair_sums(
 
     convolutional = any(kinds[name].window is not None for name in (*names[0], *names[1]))
     found = sum_over_examples(sums, arrays, one_by_one=convolutional)
-    count = len(arrays[0][units.producers[0]])
+    count = len(arrays[0][group.producers[0]])
     positions = count * math.prod(grid)
     return PairStatistics(jnp.float32(count), jnp.float32(positions), *found)
 
@@ -157,19 +148,12 @@ def _middle(kind: LayerKind) -> int:
 
 
 def blocks(
-    units: Units, kinds: tuple[LayerKind, ...], params: PyTree, restricted: bool = False
+    group: NeuronGroup, kinds: tuple[LayerKind, ...], params: PyTree, restricted: bool = False
 ) -> tuple[list[Block], list[Block]]:
-    """Returns the layers stacked along A and along O in the `PairStatistics` of units.
-
-    Args:
-      units: the neurons.
-      kinds: of the layers.
-      params: of which the statistics are.
-      restricted: as for `pair_statistics`.
-    """
+    """Returns the layers stacked along A and along O in the `PairStatistics` of a group."""
     by_name = {kind.weight: kind for kind in kinds}
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    count = shapes[units.producers[0]][-1]
+    capacity = shapes[group.producers[0]][-1]
 
     def maker(name: str) -> Block:
         *kernel, _ = shapes[name]
@@ -179,9 +163,9 @@ def blocks(
 
     def reader(name: str) -> Block:
         *kernel, inputs, outputs = shapes[name]
-        entries = tuple(range(math.prod(kernel) * inputs // count))
+        entries = tuple(range(math.prod(kernel) * inputs // capacity))
         if restricted and by_name[name].window is not None:
             entries = (_middle(by_name[name]),)
         return Block(name, None, entries, len(entries) * outputs)
 
-    return [maker(name) for name in units.producers], [reader(name) for name in units.consumers]
+    return [maker(name) for name in group.producers], [reader(name) for name in group.consumers]

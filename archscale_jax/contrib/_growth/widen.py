@@ -1,10 +1,12 @@
-"""Rooms for neurons in the arrays of a network: more of them, which are taken, and without them.
+"""Capacity for neurons in the arrays of a network: more of it, what is occupied, and no more.
 
-A room is taken if any weight into or out of it is not 0. An empty one changes nothing: its feature
-is 0, nothing reads it, and its gradients are 0.
+The capacity of a group is the number of its slots, places for a neuron in all its arrays. A slot is
+occupied if any weight into or out of it is not 0. An empty one changes nothing: its feature is 0,
+nothing reads it, and its gradients are 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,163 +16,137 @@ from jaxtyping import Bool
 
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, map_with_names, named_leaves, with_leaves
-from archscale_jax.contrib._growth.units import Units
+from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 
-Pad = Callable[[Any, str], Any]  # of an array, new entries `like` the others, or `zero`
+Pad = Callable[[np.ndarray, bool], np.ndarray]
+"""Of an array, and whether new entries are like the others (or 0)."""
 
 
-def taken(params: PyTree, units: Units) -> Bool[np.ndarray, " c"]:
-    """Returns which rooms hold a neuron."""
+def occupied(params: PyTree, group: NeuronGroup) -> Bool[np.ndarray, " c"]:
+    """Returns which of C slots hold a neuron."""
     leaves = named_leaves(params)
-    count = leaves[units.producers[0]].shape[-1]
+    count = group.capacity(leaves)
     found = np.zeros(count, bool)
-    for name in units.producers:
+    for name in group.producers:
         found |= np.any(np.asarray(leaves[name]).reshape(-1, count) != 0, axis=0)
-    for name in units.consumers:
+    for name in group.consumers:
         leaf = np.asarray(leaves[name])
-        outputs = leaf.shape[-1]
-        found |= np.any(leaf.reshape(-1, count, outputs) != 0, axis=(0, 2))
+        found |= np.any(leaf.reshape(-1, count, leaf.shape[-1]) != 0, axis=(0, 2))
     return found
 
 
-def count_neurons(params: PyTree, units: Iterable[Units]) -> dict[str, int]:
-    """Returns the neurons that params hold, by the names of units."""
-    return {one.name: int(taken(params, one).sum()) for one in units}
+def count_neurons(params: PyTree, groups: Iterable[NeuronGroup]) -> dict[str, int]:
+    """Returns the neurons that params hold, by the names of groups; empty slots do not count."""
+    return {group.name: int(occupied(params, group).sum()) for group in groups}
 
 
-def count_parameters(params: PyTree, units: Iterable[Units]) -> int:
-    """Returns the number of parameters of the network without its empty rooms."""
-    return sum(leaf.size for leaf in jax.tree.leaves(compact_shapes(params, units)))
+def count_parameters(params: PyTree, groups: Iterable[NeuronGroup]) -> int:
+    """Returns the number of parameters of the network without its empty slots."""
+    return sum(leaf.size for leaf in jax.tree.leaves(compact(params, groups)))
 
 
 def widen(
     params: PyTree,
-    rooms: Mapping[str, int],
-    units: Iterable[Units],
+    capacity: Mapping[str, int],
+    groups: Iterable[NeuronGroup],
     *,
     optimizer_state: Any = None,
 ) -> tuple[PyTree, Any]:
-    """Makes empty rooms, and keeps all else, the optimizer's moments included; on the host.
+    """Adds empty slots, and keeps all else, the optimizer's moments included (theory §8).
+
+    Works on the host, with NumPy.
 
     Args:
       params: tree of arrays.
-      rooms: how many each of the units shall have, by name.
-      units: the neurons.
+      capacity: how many slots each group shall have, by its name; others keep theirs.
+      groups: of `find_neuron_groups`.
       optimizer_state: of any optax optimizer that keeps arrays like the parameters, masked or not;
-        entries of new rooms are 0.
+        entries of new slots are 0.
 
     Returns:
       params and optimizer_state.
 
     Raises:
-      ValueError: fewer rooms than there are; a name of no units; an optimizer that keeps sums over
+      ValueError: less capacity than there is; a name of no group; an optimizer that keeps sums over
         axes, as Adafactor.
     """
-    by_name = {one.name: one for one in units}
+    by_name = {group.name: group for group in groups}
     leaves = named_leaves(params)
-    pads: list[tuple[str, Pad]] = []
-    for name, number in rooms.items():
+    pads: dict[str, list[Pad]] = collections.defaultdict(list)
+    for name, number in capacity.items():
         if name not in by_name:
-            raise ValueError(unknown("units", name, by_name))
-        one = by_name[name]
-        count = leaves[one.producers[0]].shape[-1]
+            raise ValueError(unknown("neuron group in capacity", name, by_name))
+        count = by_name[name].capacity(leaves)
         if number < count:
-            raise ValueError(f"units {name!r} have {count} rooms, more than {number}")
-        pads += _pads(one, count, number - count)
+            raise ValueError(
+                f"capacity of {name!r} is {count}, found {number}; accepted is the same or more: "
+                "compact removes empty slots"
+            )
+        for leaf, axis, value in _axes(by_name[name]) if number > count else ():
+            pads[leaf].append(_pad(axis, count, number - count, value == "mean"))
 
-    def widened(tree: PyTree, fill: str) -> PyTree:
-        found = {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
-        for leaf, pad in pads:
-            found[leaf] = pad(found[leaf], fill)
-        return with_leaves(tree, {leaf: jnp.asarray(found[leaf]) for leaf, _ in pads})
+    def padded(name: str, leaf: Any, like: bool) -> Any:
+        leaf = np.asarray(leaf)
+        for pad in pads[name]:
+            leaf = pad(leaf, like)
+        return jnp.asarray(leaf)
 
-    new = widened(params, "like")
-    return new, _widened_state(optimizer_state, leaves, dict(_joined(pads)))
-
-
-def _joined(pads: list[tuple[str, Pad]]) -> Iterator[tuple[str, list[Pad]]]:
-    for name in dict.fromkeys(name for name, _ in pads):
-        yield name, [pad for other, pad in pads if other == name]
-
-
-def _widened_state(state: Any, leaves: Mapping[str, Any], pads: Mapping[str, list[Pad]]) -> Any:
-    """Pads what an optimizer keeps of a leaf: its path in the state ends with the leaf's name."""
-
-    def padded(path: str, value: Any) -> Any:
+    def padded_state(path: str, value: Any) -> Any:
+        """Pads what an optimizer keeps of a leaf: its path in the state ends with its name."""
         names = [name for name in leaves if f"/{path}".endswith(f"/{name}")]
         name = max(names, key=len, default="")
-        if name not in pads:
-            return value
-        if value.shape == (1,) != leaves[name].shape:  # a place that is not used
+        if name not in pads or value.shape == (1,) != leaves[name].shape:  # (1,): it is not used
             return value
         if value.shape != leaves[name].shape:
             raise ValueError(
-                f"the optimizer keeps {value.shape} of {name!r}, which has {leaves[name].shape}; "
-                "accepted are states with the shapes of the parameters. Begin with a new state"
+                f"optimizer_state holds {value.shape} for {name!r}, which has "
+                f"{leaves[name].shape}; accepted are states with the shapes of the parameters: "
+                "begin with a new state"
             )
-        value = np.asarray(value)
-        for pad in pads[name]:
-            value = pad(value, "zero")
-        return jnp.asarray(value)
+        return padded(name, value, False)
 
-    return map_with_names(padded, state)
+    wide = with_leaves(params, {name: padded(name, leaves[name], True) for name in pads})
+    return wide, map_with_names(padded_state, optimizer_state)
 
 
-def _pads(units: Units, count: int, extra: int) -> list[tuple[str, Pad]]:
-    def along(axis: int, value: str) -> Pad:
-        def pad(leaf: Any, fill: str) -> Any:
-            shape = list(leaf.shape)
-            shape[axis] = extra
-            mean = value == "mean" and fill == "like"
-            entry = np.mean(leaf, axis=axis, keepdims=True) if mean else np.zeros((), leaf.dtype)
-            return np.concatenate([leaf, np.broadcast_to(entry, shape)], axis=axis)
+def _axes(group: NeuronGroup) -> Iterator[tuple[str, int, str]]:
+    """The leaves that hold a neuron, their axes, and the values of new entries: `zero` or `mean`.
 
-        return pad
-
-    def rows(leaf: Any, fill: str) -> Any:
-        blocks = leaf.reshape(-1, count, leaf.shape[-1])  # a kernel's entries, or joined positions
-        blocks = np.pad(blocks, ((0, 0), (0, extra), (0, 0)))
-        copies = leaf.shape[-2] // count
-        return blocks.reshape(*leaf.shape[:-2], copies * (count + extra), leaf.shape[-1])
-
-    if not extra:
-        return []
-    return [
-        *((name, along(-1, "zero")) for name in units.producers),
-        *((name, along(axis, value)) for name, axis, value in units.vectors),
-        *((name, rows) for name in units.consumers),
-    ]
-
-
-def compact(params: PyTree, units: Iterable[Units]) -> PyTree:
-    """Returns params without empty rooms, as NumPy arrays: the network to keep.
-
-    It computes the same function, up to the order of sums. Units with an obstacle stay.
+    The axis of a layer that reads joined positions has every neuron several times.
     """
-    return _without(params, units, np.take)
+    yield from ((name, -1, "zero") for name in group.producers)
+    yield from group.vectors
+    yield from ((name, -2, "zero") for name in group.consumers)
 
 
-def compact_shapes(params: PyTree, units: Iterable[Units]) -> PyTree:
-    """Returns what `compact` does as `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), compact(params, units)
-    )
+def _pad(axis: int, count: int, extra: int, mean: bool) -> Pad:
+    def pad(leaf: np.ndarray, like: bool) -> np.ndarray:
+        place = axis % leaf.ndim
+        before, after = leaf.shape[:place], leaf.shape[place + 1 :]
+        blocks = leaf.reshape(*before, -1, count, *after)
+        zero = np.zeros((), leaf.dtype)
+        entry = blocks.mean(axis=place + 1, keepdims=True) if mean and like else zero
+        new = np.broadcast_to(entry, (*blocks.shape[: place + 1], extra, *after))
+        return np.concatenate([blocks, new], axis=place + 1).reshape(*before, -1, *after)
+
+    return pad
 
 
-def _without(params: PyTree, units: Iterable[Units], take: Callable[..., Any]) -> PyTree:
+def compact(params: PyTree, groups: Iterable[NeuronGroup]) -> PyTree:
+    """Returns params without empty slots, as NumPy arrays: the network to keep.
+
+    It computes the same function, up to the order of sums (theory §8). Groups with a blocker keep
+    their slots.
+
+    Args:
+      params: tree of arrays.
+      groups: of `find_neuron_groups`, for params of any capacity.
+    """
     leaves: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
-    kept: Sequence[tuple[Units, np.ndarray]] = [
-        (one, np.flatnonzero(taken(params, one))) for one in units if one.obstacle is None
-    ]
-    for one, places in kept:
-        count = len(taken(params, one))
-        for name in one.producers:
-            leaves[name] = take(leaves[name], places, axis=-1)
-        for name, axis, _ in one.vectors:
-            leaves[name] = take(leaves[name], places, axis=axis)
-        for name in one.consumers:
-            leaf = leaves[name]
-            copies = leaf.shape[-2] // count
-            every = (np.arange(copies)[:, None] * count + places).ravel()
-            leaves[name] = take(leaf, every, axis=-2)
+    for group in groups:
+        if group.blocker is None:
+            used = occupied(params, group)
+            for name, axis, _ in _axes(group):
+                kept = np.resize(used, leaves[name].shape[axis])
+                leaves[name] = np.compress(kept, leaves[name], axis=axis)
     return with_leaves(params, leaves)

@@ -348,12 +348,23 @@ def _without_sign(expression: Expression) -> Expression:
                     "scatter_min", "scatter_max", "scatter-mul",
                     "scatter-min", "scatter-max", "dynamic_update_slice")  # fmt: skip
 def update(state: State, call: Call) -> Value:
-    """Values that are written into others, or added to them, at indices."""
+    """Values that are written into others, or added to them, at indices.
+
+    Sums over segments, as over the neighbours in a graph, add up as many values as there are for an
+    entry on average, as if all were the same.
+    """
     place = 1 if call.name == "dynamic_update_slice" else 2
     operand, written = call.values[0], call.values[place]
     rank = len(call.shape)
     axes = operand.axes if any(operand.axes) or len(written.axes) != rank else written.axes
     both = [one for one in (operand, written) if not isinstance(one, Known)]
+    summed = math.prod(call.shapes[place]) / max(math.prod(call.shapes[0]), 1)
+    start = operand.expression
+    from_zeros = isinstance(start, Constant) and not np.any(start.value)
+    if call.name not in ("scatter-add", "scatter_add") or not from_zeros:
+        summed = 1.0
+    if not both and summed > 1:
+        return Known(times(written.expression, summed), axes)
     if not both:
         return Known(_alike(state, [(operand.expression, 1), (written.expression, 1)]), axes)
     if not features_of(both):
@@ -366,6 +377,8 @@ def update(state: State, call: Call) -> Value:
         result = like(call, one, one.axes if len(one.axes) == rank else axes)
         if isinstance(result, Feature) and one is written:
             result = changed(result, filled=math.prod(call.shapes[place]), bare=False)
+        if isinstance(result, Feature) and summed > 1:
+            result = changed(result, expression=times(result.expression, summed), array=None)
         return result
     if call.name in ("scatter-add", "scatter_add", "scatter-sub"):
         feature = features_of(both)[0]

@@ -1,0 +1,335 @@
+"""Which neurons a function has, and which entries of its parameters belong to one of them.
+
+A neuron is one feature of the output of a layer (its column in the weight), with what stands
+between that layer and the next: an entry of a bias or scale, and a row in the weights of every
+layer that reads it. Layers whose outputs are added have their neurons in common. What belongs
+together is found by trial: the function between the layers is evaluated with one feature changed,
+and what changes with it is noted; so it does not matter how a model is written.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from archscale_jax._trees import PyTree, named_leaves, with_leaves
+from archscale_jax.tracing.layers import (
+    BetweenLayers,
+    Loss,
+    between_layers,
+    layer_kinds,
+    layer_outputs,
+    parameter_kinds,
+)
+
+Joint = Literal["same", "mean", "flat"]
+_STEP = 1e-3  # of a feature, to measure the slope of what follows it at 0
+_TOLERANCE = 1e-2  # of the responses to it, relative; in low precision so many epsilons at least:
+_EPSILONS = 16  # means over positions cancel
+_SIZES = (1.0, 0.03)  # of features; activations that saturate are flat at the one or the other
+
+
+class Link(NamedTuple):
+    """From a layer that makes neurons to one that reads them.
+
+    Attributes:
+      producer: name of the weight that makes them.
+      consumer: name of the weight that reads them.
+      joint: what happens to their positions: the `same`, their `mean`, or joined into one vector,
+        `flat`, features last.
+      slope: of what stands between, activations and pools, at 0; of ReLU 1/2, the mean of its two.
+    """
+
+    producer: str
+    consumer: str
+    joint: Joint
+    slope: float
+
+
+class NeuronGroup(NamedTuple):
+    """The neurons that one or more layers make, and where params hold them; hashable.
+
+    Sizes of arrays are not part of it, so it holds for the same network of any width.
+
+    Attributes:
+      name: weight of the first layer that makes them.
+      producers: weights that hold a neuron in their last axis.
+      vectors: leaves with an entry for every neuron, their axis, and the value of a new entry:
+        `zero` of biases and offsets, `mean` of the others.
+      links: to every layer that reads them; each holds rows of a neuron in its weight's last axis
+        but one.
+      blocker: why the group cannot grow, or None.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    vectors: tuple[tuple[str, int, str], ...]
+    links: tuple[Link, ...]
+    blocker: str | None
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Names of the weights that read the neurons, each once, in the order of the layers."""
+        return tuple(dict.fromkeys(link.consumer for link in self.links))
+
+    @property
+    def slope(self) -> float:
+        """The largest size of a link's slope."""
+        return max(abs(link.slope) for link in self.links)
+
+    def capacity(self, leaves: Mapping[str, Any]) -> int:
+        """Returns the number of slots for neurons in the leaves of a network, by name."""
+        return leaves[self.producers[0]].shape[-1]
+
+    def slope_between(self, producer: str, consumer: str) -> float:
+        """Returns the slope between two layers, 0 if the one does not reach the other."""
+        slopes = {(link.producer, link.consumer): link.slope for link in self.links}
+        return slopes.get((producer, consumer), 0.0)
+
+    def joint(self, consumer: str) -> Joint:
+        """Returns what happens to positions before a layer reads them."""
+        return next(link.joint for link in self.links if link.consumer == consumer)
+
+
+def readers(groups: Iterable[NeuronGroup]) -> tuple[str, ...]:
+    """Returns the names of the weights that read any of the groups, each once."""
+    return tuple(dict.fromkeys(name for group in groups for name in group.consumers))
+
+
+def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[NeuronGroup, ...]:
+    """Finds the groups of neurons of a function (theory §8), in the order of the layers.
+
+    Args:
+      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
+      params: tree of arrays.
+      batch: tree of arrays [n, ...], n examples; two of them are read.
+
+    Returns:
+      All groups; those that cannot grow say why in `blocker`.
+
+    Raises:
+      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
+      ValueError: a batch that holds anything but arrays of examples.
+    """
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf) < 1 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"batch holds {leaf!r}; accepted are arrays with examples along their first axis: "
+                "bind keys and constants to loss_fn"
+            )
+    batch = jax.tree.map(lambda array: array[:2], batch)
+    probe = _Probe(loss_fn, params, batch)
+    return tuple(_group(probe, producers) for producers in _summed(probe))
+
+
+def _summed(probe: "_Probe") -> list[list[str]]:
+    """The layers that make neurons in common, as they reach a feature in common, in their order."""
+    found: list[list[str]] = []
+    for name in probe.outputs:
+        reached = set(probe.reached[name])
+        joined = [names for names in found if any(reached & set(probe.reached[o]) for o in names)]
+        found = [names for names in found if names not in joined]
+        found.append([*(one for names in joined for one in names), name])
+    place = list(probe.outputs).index
+    return sorted((sorted(names, key=place) for names in found), key=lambda names: place(names[0]))
+
+
+class _Probe:
+    """The function between the layers, and which features of which layers depend on which others.
+
+    What is added to features, biases and offsets, is taken as 0.
+
+    Attributes:
+      biases: of the layers that have one, its name.
+      outputs: shapes of the outputs of the layers, by the names of weights, in their order.
+      reached: by producer, the consumers whose inputs depend on it, and which of their features
+        depend on its first.
+      mixed: producers of whose features others than their own depend.
+      observed: producers on which the loss depends without a layer between.
+      vectors: by leaf and axis, the consumers that the first entry reaches, as in `reached`.
+    """
+
+    def __init__(self, loss_fn: Loss, params: PyTree, batch: Any):
+        kinds = layer_kinds(loss_fn, params, batch)
+        self.biases = {kind.weight: kind.bias for kind in kinds if kind.bias is not None}
+        shapes = layer_outputs(loss_fn, params, batch)
+        self.outputs = {kind.weight: shapes[kind.weight] for kind in kinds}
+        self.leaves = {name: jnp.asarray(leaf) for name, leaf in named_leaves(params).items()}
+        self.kinds = parameter_kinds(loss_fn, params, batch)
+        for name, leaf in self.leaves.items():
+            # What is added could hold an activation where it is flat.
+            if self.is_offset(name) and name not in self.outputs:
+                self.leaves[name] = jnp.zeros_like(leaf)
+
+        @jax.jit
+        def evaluate(outputs: dict[str, Array], leaves: dict[str, Array]) -> BetweenLayers:
+            return between_layers(loss_fn, with_leaves(params, leaves), batch, outputs)
+
+        self._evaluate = evaluate
+        self._generator = np.random.default_rng(0)
+        self.reached: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in self.outputs}
+        self.mixed: set[str] = set()
+        self.observed: set[str] = set()
+        self.vectors: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+        for size in _SIZES:
+            self.base = {name: self.random(name, size) for name in self.outputs}
+            self._before = self.between(self.base)
+            self._find(size)
+
+    def is_offset(self, name: str) -> bool:
+        """Whether a leaf is added to features."""
+        return bool(self.kinds.get(name, set()) & {"bias", "offset"})
+
+    def random(self, name: str, size: float) -> np.ndarray:
+        """Outputs of about so much, positive of one example and negative of the other."""
+        shape = self.outputs[name].shape
+        entries = size * self._generator.uniform(0.5, 1.5, shape)
+        return np.asarray(entries * np.resize([1, -1], (shape[0], *[1] * (len(shape) - 1))),
+                          self.outputs[name].dtype)  # fmt: skip
+
+    def between(
+        self, outputs: Mapping[str, Any], leaves: Mapping[str, Any] | None = None
+    ) -> BetweenLayers:
+        """Evaluates, with some outputs and leaves replaced."""
+        found = self._evaluate({**self.base, **outputs}, {**self.leaves, **(leaves or {})})
+        return jax.tree.map(np.asarray, found)
+
+    def _find(self, size: float) -> None:
+        """Adds what is seen with outputs of one size to what was with others."""
+        for name, shape in self.outputs.items():
+            count = shape.shape[-1]
+            for neuron in sorted({0, count - 1}):
+                changed = self.base[name].copy()
+                changed[..., neuron] = self.random(name, size)[..., neuron]
+                loss, found = self._changes(self.between({name: changed}))
+                if loss:
+                    self.observed.add(name)
+                for consumer, places in found.items():
+                    width = self._before.inputs[consumer].shape[-1]
+                    if width % count or places != tuple(range(neuron, width, count)):
+                        self.mixed.add(name)
+                if neuron == 0:
+                    self.reached[name] |= found
+        for name, leaf in self.leaves.items():
+            if name in self.outputs or not jnp.issubdtype(leaf.dtype, jnp.floating):
+                continue
+            for axis in range(leaf.ndim):
+                changed = np.array(leaf)
+                changed[_first(axis)] += np.asarray(0.25, changed.dtype)
+                found = self._changes(self.between({}, {name: changed}))[1]
+                self.vectors[name, axis] = self.vectors.get((name, axis), {}) | found
+
+    def _changes(self, found: BetweenLayers) -> tuple[bool, dict[str, tuple[int, ...]]]:
+        places = {}
+        for name, inputs in found.inputs.items():
+            differs = inputs != self._before.inputs[name]
+            where = np.flatnonzero(differs.reshape(-1, differs.shape[-1]).any(axis=0))
+            if len(where):
+                places[name] = tuple(where.tolist())
+        return bool(found.loss != self._before.loss), places
+
+
+def _first(axis: int) -> tuple[slice | int, ...]:
+    """The index of the first entries along an axis."""
+    return (*[slice(None)] * axis, 0)
+
+
+def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
+    first = producers[0]
+    count = probe.outputs[first].shape[-1]
+    patterns = {one: places for name in producers for one, places in probe.reached[name].items()}
+    biases = {probe.biases[name] for name in producers if name in probe.biases}
+    axes = {  # of every leaf the last axis that fits, as all may where there is one neuron
+        name: axis
+        for (name, axis), found in probe.vectors.items()
+        if probe.leaves[name].shape[axis] == count
+        and (name in biases or found)
+        and all(patterns.get(one) == places for one, places in found.items())
+    }
+    vectors = tuple(
+        (name, axis, "zero" if probe.is_offset(name) else "mean") for name, axis in axes.items()
+    )
+    group = NeuronGroup(first, tuple(producers), vectors, (), None)
+    if any(name in probe.observed for name in producers):
+        return group._replace(
+            blocker="no layer follows: the result depends on its outputs themselves"
+        )
+    if not patterns:
+        return group._replace(blocker="no layer reads its outputs")
+    if any(name in probe.mixed for name in producers):
+        return group._replace(
+            blocker="features of a layer that reads it depend on others of its features too: it "
+            "is normalized over features, joined to others or split"
+        )
+    shared = [name for name in biases if name not in axes]
+    if shared:
+        return group._replace(blocker=f"its neurons share the bias {shared[0]!r}")
+    return _linked(probe, group)
+
+
+def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
+    """Measures what stands between, on the neutral first neuron of a network that is 0 else."""
+    neutral = {}
+    for name, axis, value in group.vectors:
+        leaf = np.asarray(probe.leaves[name])
+        neutral[name] = np.array(neutral.get(name, leaf))
+        neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
+    zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
+    rest = probe.between(zeros, neutral).inputs
+    links = []
+    for producer in group.producers:
+        entries = np.random.default_rng(1).normal(size=zeros[producer].shape[:-1])
+        # Low precision rounds a step, and the slope is one over the step that was made.
+        made = np.asarray(_STEP * entries, zeros[producer].dtype).astype(np.float64) / _STEP
+        answers = [rest]
+        for size in (_STEP, -_STEP, 1.0, 2.0):
+            moved = zeros[producer].copy()
+            moved[..., 0] = size * entries
+            answers.append(probe.between({**zeros, producer: moved}, neutral).inputs)
+        count = zeros[producer].shape[-1]
+        for consumer in (one for one in probe.outputs if one in probe.reached[producer]):
+            reads = [np.asarray(answer[consumer])[..., ::count] for answer in answers]
+            link = _link(producer, consumer, made, reads)
+            if isinstance(link, str):
+                return group._replace(blocker=link)
+            links.append(link)
+    grids = {probe.outputs[name].shape[:-1] for name in group.producers}
+    if len(grids) > 1:
+        return group._replace(blocker="the layers that make it have different positions")
+    if not any(link.slope for link in links):
+        return group._replace(blocker="what follows is flat at 0: a small neuron has no effect")
+    return group._replace(links=tuple(links))
+
+
+def _link(
+    producer: str, consumer: str, made: Float[np.ndarray, "n *s"], reads: Sequence[np.ndarray]
+) -> Link | str:
+    """Returns how a layer reads a neuron with the entries `made`, or what blocks it.
+
+    `reads` is what it reads, [n, ..., copies], at 0, `_STEP`, -`_STEP`, 1 and 2 times the entries.
+    """
+    rest, up, down, once, twice = reads
+    if np.any(rest != 0):
+        return (
+            f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 at 0"
+        )
+    if np.allclose(once, twice, rtol=1e-3):
+        return (
+            f"a normalization stands before {consumer!r}: the size of a new neuron would not "
+            "matter, and it would not begin at 0"
+        )
+    response = (up.astype(np.float64) - down.astype(np.float64)) / (2 * _STEP)
+    joint, expected = "same", made[..., None]
+    if response.shape != expected.shape:
+        joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)
+    if response.shape != expected.shape:
+        joint, expected = "flat", made.reshape(len(made), -1)
+    if response.shape == expected.shape:
+        slope = np.vdot(response, expected) / np.vdot(expected, expected)
+        tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(up.dtype).eps))
+        if np.linalg.norm(response - slope * expected) <= tolerance * np.linalg.norm(response):
+            return Link(producer, consumer, joint, float(f"{slope:.4g}"))
+    return f"positions are pooled or moved between {producer!r} and {consumer!r}"

@@ -1,0 +1,544 @@
+"""One call for models of four frameworks and for functions: `parametrize`."""
+
+import dataclasses
+import importlib
+import itertools
+from typing import Any
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax._trees import named_leaves
+from archscale_jax.tracing.starts import constant_leaves
+
+pytestmark = pytest.mark.quick_compilation
+
+X = jnp.ones((4, 8))
+KEY = jax.random.key(0)
+
+
+class LinenMlp(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x)))
+
+
+class NnxMlp(nnx.Module):
+    def __init__(self, width, rngs):
+        sizes = (8, width, width, 3)
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class EquinoxMlp(eqx.Module):
+    layers: list
+
+    def __init__(self, width, key):
+        sizes, keys = (8, width, width, 3), jax.random.split(key, 3)
+        self.layers = [
+            eqx.nn.Linear(i, o, key=k)
+            for (i, o), k in zip(itertools.pairwise(sizes), keys, strict=True)
+        ]
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def function_params(width):
+    sizes = (8, width, width, 3)
+    return [
+        {
+            "w": jax.ShapeDtypeStruct((i, o), jnp.float32),
+            "b": jax.ShapeDtypeStruct((o,), jnp.float32),
+        }
+        for i, o in itertools.pairwise(sizes)
+    ]
+
+
+def function_mlp(params, x):
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+MODELS = {
+    "linen": (LinenMlp, X),
+    "nnx": (lambda width: NnxMlp(width, nnx.Rngs(0)), X),
+    "equinox": (lambda width: EquinoxMlp(width, KEY), X[0]),
+    "haiku": (
+        lambda width: hk.transform(lambda x: hk.nets.MLP([width, width, 3])(x)),
+        X,
+    ),
+    "haiku without key": (
+        lambda width: hk.without_apply_rng(
+            hk.transform(lambda x: hk.nets.MLP([width, width, 3])(x))
+        ),
+        X,
+    ),
+    "function": (lambda width: (function_mlp, function_params(width)), X),
+}
+
+
+def planned(name, optimizer="adam", **options):
+    make, x = MODELS[name]
+    return archscale.parametrize(make(64), x, base=make(16), optimizer=optimizer, **options), x
+
+
+def weights(tree):
+    """The leaves of two axes, in order of the layers."""
+    return [leaf for leaf in named_leaves(tree).values() if np.ndim(leaf) == 2]
+
+
+def by_role(plan, tree):
+    values = named_leaves(tree, is_leaf=lambda one: one is None)
+    return [
+        (str(one.role), str(one.layer), values[one.name])
+        for one in sorted(plan.architecture.parameters, key=lambda one: (one.edge or -1, one.role))
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_frameworks_agree(name, optimizer):
+    """SGD: s, s/r, 1/r; Adam: 1, 1/r, 1/r at r = s = 4 [μP]; readouts 1/√16 · 16/64."""
+    plan, _ = planned(name, optimizer)
+    rates = {
+        "sgd": {"input": 4.0, "hidden": 1.0, "readout": 0.25},
+        "adam": {"input": 1.0, "hidden": 0.25, "readout": 0.25},
+        "muon": {"input": 1.0, "hidden": 1.0, "readout": 0.25},
+    }[optimizer if optimizer != "adamw" else "adam"]
+    deviations = {"input": (2 / 8) ** 0.5, "hidden": (2 / 64) ** 0.5, "readout": 16**-0.5 * 16 / 64}
+    found = {one["path"]: one for one in plan.report().records}
+    tolerance = 0.02 if name == "equinox" else 1e-6  # its biases are drawn, and add to the moments
+    for one in plan.architecture.parameters:
+        record = found[one.name]
+        if str(one.role) in rates:
+            assert named_leaves(plan.learning_rate)[one.name] == pytest.approx(rates[one.role])
+            std = named_leaves(plan.init_std, is_leaf=lambda leaf: leaf is None)[one.name]
+            assert std == pytest.approx(deviations[one.role], rel=tolerance)
+            assert record["weight_decay_multiplier"] == pytest.approx(1 / rates[one.role])
+        else:
+            assert record["weight_decay_multiplier"] == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_init_draws_what_it_promises_and_apply_is_the_model(name):
+    plan, x = planned(name)
+    params = plan.init(KEY)
+    drawn = named_leaves(params)
+    for path, std in named_leaves(plan.init_std, is_leaf=lambda leaf: leaf is None).items():
+        if std is None and name != "equinox":
+            assert not np.any(drawn[path])
+        elif std is not None:
+            size = drawn[path].size
+            assert np.std(drawn[path]) == pytest.approx(std, rel=4 / np.sqrt(2 * size))
+    shapes = jax.eval_shape(plan.init, KEY)
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    jitted = jax.jit(plan.init)(KEY)
+    assert jax.tree.all(jax.tree.map(np.array_equal, jitted, params))
+    model = MODELS[name][0](64)
+    if name == "linen":
+        expected = model.apply(params, x)
+    elif name == "nnx":
+        nnx.update(model, params)
+        expected = model(x)
+    elif name == "equinox":
+        expected = eqx.combine(params, model)(x)
+    elif name == "haiku":
+        expected = model.apply(params, KEY, x)
+    elif name == "function":
+        expected = function_mlp(params, x)
+    else:
+        expected = model.apply(params, x)
+    np.testing.assert_allclose(plan.apply(params, x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bases_in_every_form_agree(name):
+    make, x = MODELS[name]
+    expected = named_leaves(planned(name)[0].learning_rate)
+    small = archscale.parametrize(make(16), x)
+    for base in (small, small.architecture, {64: 16}):
+        found = archscale.parametrize(make(64), x, base=base)
+        assert named_leaves(found.learning_rate) == expected
+    assert set(named_leaves(small.learning_rate).values()) == {1.0}
+    assert "tune the rate" in str(small)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_update_of_sgd_is_rate_times_gradient_and_decay(name):
+    """-η_p (g + λ_p W), leaf by leaf."""
+    plan, _ = planned(name, "sgd")
+    params = plan.init(KEY)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    tx = plan.optimizer(learning_rate=0.1, weight_decay=0.5)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    rates, decays = named_leaves(plan.learning_rate), named_leaves(plan.weight_decay)
+    for path, update in named_leaves(updates).items():
+        weight = named_leaves(params)[path]
+        expected = -0.1 * rates[path] * (1 + 0.5 * decays[path] * weight)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_a_base_trained_by_the_plan_is_trained_by_optax():
+    plan = archscale.parametrize(LinenMlp(16), X, optimizer="adamw")
+    params = plan.init(KEY)
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    theirs = optax.adamw(1e-2, weight_decay=0.1, mask=mask)
+    ours = plan.optimizer(1e-2, weight_decay=0.1)
+
+    def trained(tx):
+        p, state = params, tx.init(params)
+        for _ in range(5):
+            gradients = jax.grad(lambda p: jnp.square(plan.apply(p, X)).mean())(p)
+            updates, state = tx.update(gradients, state, p)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+        trained(ours),
+        trained(theirs),
+    )
+
+
+def test_the_optimizer_composes():
+    plan = archscale.parametrize(LinenMlp(64), X, base=LinenMlp(16), optimizer="adamw")
+    params = plan.init(KEY)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    schedule = optax.cosine_decay_schedule(1e-2, 100)
+    plain = plan.optimizer(1e-2, 0.1)
+    forms = {
+        "schedule": plan.optimizer(schedule, 0.1),
+        "injected": optax.inject_hyperparams(plan.optimizer)(learning_rate=1e-2, weight_decay=0.1),
+        "clipped": optax.chain(optax.clip_by_global_norm(1e9), plain),
+        "accumulated": optax.MultiSteps(plain, 1).gradient_transformation(),
+        "finite": optax.apply_if_finite(plain, 3),
+    }
+    expected, _ = plain.update(gradients, plain.init(params), params)
+    for tx in forms.values():
+        found, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), found, expected
+        )
+    scaled = optax.chain(optax.adam(1e-2), plan.scale())
+    found, _ = scaled.update(gradients, scaled.init(params), params)
+    without, _ = plan.optimizer(1e-2).update(gradients, plan.optimizer(1e-2).init(params), params)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), found, without
+    )
+
+
+# Models with state, random numbers, and starts of their own.
+
+
+class Regularized(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train: bool, scale=None):
+        x = nn.Dense(self.width)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Dropout(0.1, deterministic=not train, rng_collection="noise")(x)
+        x = nn.Dense(self.width, kernel_init=nn.initializers.zeros)(x)
+        gain = self.param("gain", nn.initializers.constant(0.25), (self.width,))
+        decay = self.param("decay", lambda key: -jnp.arange(1.0, self.width + 1))
+        return nn.Dense(3)(x * gain * jnp.exp(decay))
+
+
+def test_linen_with_batch_norm_dropout_and_starts_of_its_own():
+    plan = archscale.parametrize(Regularized(16), X, model_kwargs={"train": True})
+    positional = archscale.parametrize(Regularized(16), X, True, None)
+    assert named_leaves(plan.init_std, is_leaf=lambda one: one is None) == named_leaves(
+        positional.init_std, is_leaf=lambda one: one is None
+    )
+    params = plan.init(KEY)["params"]
+    assert not params["Dense_1"]["kernel"].any()
+    np.testing.assert_allclose(params["gain"], 0.25)
+    np.testing.assert_allclose(params["decay"], -np.arange(1.0, 17))
+    assert plan.init_std["params"]["Dense_1"]["kernel"] is None
+    assert "batch_stats" not in plan.init(KEY)
+    assert plan.apply(plan.init(KEY), X).shape == (4, 3)
+    assert "Dense_1/kernel" in str(plan)
+
+
+def test_nnx_with_batch_norm_and_dropout():
+    class Model(nnx.Module):
+        def __init__(self, width, rngs):
+            self.first = nnx.Linear(8, width, rngs=rngs)
+            self.norm = nnx.BatchNorm(width, rngs=rngs)
+            self.dropout = nnx.Dropout(0.1, rngs=rngs)
+            self.last = nnx.Linear(width, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    model = Model(64, nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    images = jax.random.normal(KEY, X.shape)
+    abstract = nnx.eval_shape(lambda: Model(64, nnx.Rngs(0)))
+    base = Model(16, nnx.Rngs(0))
+    plan = archscale.parametrize(model, X, base=base, optimizer="sgd")
+    shapes = archscale.parametrize(abstract, X, base=base, optimizer="sgd")
+    assert named_leaves(plan.learning_rate) == named_leaves(shapes.learning_rate)
+    optimizer = nnx.Optimizer(model, plan.optimizer(0.1, momentum=0.9), wrt=nnx.Param)
+    nnx.update(model, plan.init(KEY))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradients = nnx.value_and_grad(lambda model: ((model(images) - 1) ** 2).mean())(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert jax.tree.structure(before) == jax.tree.structure(nnx.state(model))
+
+
+def test_haiku_with_state_and_equinox_with_state():
+    def network(x):
+        x = hk.BatchNorm(True, True, 0.9)(hk.Linear(16)(x), is_training=True)
+        return hk.Linear(3)(hk.dropout(hk.next_rng_key(), 0.1, jax.nn.relu(x)))
+
+    plan = archscale.parametrize(hk.transform_with_state(network), X)
+    assert plan.apply(plan.init(KEY), X).shape == (4, 3)
+
+    class Model(eqx.Module):
+        first: eqx.nn.Linear
+        norm: eqx.nn.BatchNorm
+        last: eqx.nn.Linear
+
+        def __init__(self):
+            self.first = eqx.nn.Linear(8, 16, key=KEY)
+            self.norm = eqx.nn.BatchNorm(16, "batch", mode="batch")
+            self.last = eqx.nn.Linear(16, 3, key=KEY)
+
+        def __call__(self, x, state):
+            x, state = self.norm(self.first(x), state)
+            return self.last(jax.nn.relu(x)), state
+
+    model, state = eqx.nn.make_with_state(Model)()
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def apply(params, x):
+        batched = jax.vmap(eqx.combine(params, static), axis_name="batch", in_axes=(0, None))
+        return batched(x, state)[0]
+
+    with pytest.raises(NameError, match="batch") as raised:  # one example has no batch
+        archscale.parametrize(model, X[0], state)
+    assert any("one example" in note for note in raised.value.__notes__)
+    plan = archscale.parametrize(apply, X, params=params)
+    assert plan.apply(plan.init(KEY), X).shape == (4, 3)
+
+
+def test_constants_of_an_initializer_are_read_without_drawing():
+    def initialized(key):
+        def layer(carry, key):
+            return carry, {"w": jax.random.normal(key, (3,)), "b": jnp.zeros(3), "c": carry}
+
+        _, stacked = jax.lax.scan(layer, jnp.ones(()), jax.random.split(key, 4))
+        return {
+            "stacked": stacked,
+            "mapped": jax.vmap(lambda key: jnp.full((2,), 0.5))(jax.random.split(key, 4)),
+            "small": jax.jit(lambda: jnp.full((2, 2), 1e-6))(),
+            "log": jnp.log(jnp.full((2,), 2.0)) * 3,
+            "drawn": jax.random.normal(key, (2,)),
+            "counted": jnp.arange(3.0),
+        }
+
+    found = constant_leaves(initialized, KEY)
+    assert found == pytest.approx(
+        {"stacked/b": 0.0, "stacked/c": 1.0, "mapped": 0.5, "small": 1e-6, "log": 3 * np.log(2)},
+        rel=1e-6,
+    )
+
+
+# Choices and errors.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    depth: int
+
+    def __call__(self, params, x):
+        x = x @ params["stem"]
+        for layer in params["blocks"]:
+            x = x + jax.nn.relu(x @ layer["in"]) @ layer["out"]
+        return x @ params["readout"]
+
+    def params(self, width=16):
+        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+        block = {"in": shape(width, width), "out": shape(width, width)}
+        return {
+            "stem": shape(8, width),
+            "blocks": [block] * self.depth,
+            "readout": shape(width, 3),
+        }
+
+
+def stack(depth, base=None, **options):
+    made = Stack(depth)
+    base = None if base is None else (Stack(base), Stack(base).params())
+    return archscale.parametrize(made, X, params=made.params(), base=base, **options)
+
+
+def test_residual_stacks_get_multipliers_by_place():
+    rates = stack(8, base=2, optimizer="sgd").learning_rate
+    assert rates["stem"] == rates["readout"] == 1
+    assert rates["blocks"][0]["in"] == 1  # m^(2α - 1), α = 1/2
+    assert rates["blocks"][0]["out"] == pytest.approx(1 / 4)
+    rates = stack(8, base=2, depth_exponent=1.0).learning_rate
+    assert rates["blocks"][0] == {"in": 1.0, "out": pytest.approx(1 / 4)}
+    assert stack(8, base=2, depth_rule=None).learning_rate["blocks"][0]["out"] == 1
+    assert "8 residual additions, 2 in the base" in str(stack(8, base=2))
+
+
+ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
+    "another optimizer": (
+        lambda: archscale.parametrize(LinenMlp(8), X, optimizer="adamx"),
+        ValueError,
+        r"unknown optimizer 'adamx'.*did you mean 'adam'",
+    ),
+    "no model": (
+        lambda: archscale.parametrize(3, X),
+        TypeError,
+        "model must be a Flax linen or NNX module.*found int",
+    ),
+    "a class": (lambda: archscale.parametrize(LinenMlp, X), TypeError, "found type"),
+    "a function without params": (
+        lambda: archscale.parametrize(function_mlp, X),
+        TypeError,
+        "pass its params too",
+    ),
+    "params of a module": (
+        lambda: archscale.parametrize(LinenMlp(8), X, params={}),
+        TypeError,
+        "params= belongs to a function",
+    ),
+    "params twice": (
+        lambda: archscale.parametrize((function_mlp, function_params(8)), X, params={}),
+        TypeError,
+        "given twice",
+    ),
+    "a base function": (
+        lambda: archscale.parametrize(
+            function_mlp, X, params=function_params(8), base=function_mlp
+        ),
+        TypeError,
+        r"pass the pair \(apply, params\)",
+    ),
+    "a base of another optimizer": (
+        lambda: archscale.parametrize(
+            LinenMlp(8), X, base=archscale.parametrize(LinenMlp(8), X, optimizer="sgd")
+        ),
+        ValueError,
+        "parametrized for optimizer 'sgd'",
+    ),
+    "a base with a base": (
+        lambda: archscale.parametrize(LinenMlp(8), X, base=planned("linen")[0]),
+        ValueError,
+        "has a base itself",
+    ),
+    "another width rule": (
+        lambda: archscale.parametrize(LinenMlp(8), X, width_rule="adan"),
+        ValueError,
+        "unknown width rule 'adan'",
+    ),
+    "another depth rule": (
+        lambda: archscale.parametrize(LinenMlp(8), X, depth_rule="path"),
+        ValueError,
+        "unknown depth_rule 'path'",
+    ),
+    "a missing argument": (
+        lambda: archscale.parametrize(Regularized(8), X),
+        TypeError,
+        "train",
+    ),
+    "an option of the optimizer": (
+        lambda: archscale.parametrize(LinenMlp(8), X).optimizer(0.1, momentum=0.9),
+        TypeError,
+        "momentum",
+    ),
+    "decay without params": (
+        lambda: (
+            archscale.parametrize(LinenMlp(8), X)
+            .optimizer(0.1, 0.1)
+            .update({}, archscale.parametrize(LinenMlp(8), X).optimizer(0.1, 0.1).init({}))
+        ),
+        ValueError,
+        "params",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_input_raises(name):
+    call, error, match = ERRORS[name]
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_a_missing_keyword_is_explained():
+    with pytest.raises(TypeError) as raised:
+        archscale.parametrize(Regularized(8), X)
+    assert any("model_kwargs" in note for note in raised.value.__notes__)
+
+
+def test_old_names_warn_and_work():
+    with pytest.warns(DeprecationWarning, match=r"archscale_jax.sharpness moved to archscale_jax"):
+        assert archscale.sharpness is archscale.tuning.sharpness
+    search = importlib.import_module("archscale_jax.search")
+
+    with pytest.warns(DeprecationWarning, match="find_learning_rate moved"):
+        assert search.find_learning_rate is archscale.find_learning_rate
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        archscale.nothing  # noqa: B018  # pyright: ignore
+    assert len(archscale.__all__) <= 40
+    assert set(dir(archscale)) == {*archscale.__all__, "__version__"}
+
+
+class Stages(nn.Module):
+    """Two stages of blocks, as ResNets have them: layers of several widths, named by one count."""
+
+    depth: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for stage in range(2):
+            features = self.width * 2**stage
+            for _ in range(self.depth):
+                y = nn.Dense(features)(nn.relu(nn.Dense(features)(nn.relu(x))))
+                x = (x if x.shape[-1] == features else nn.Dense(features)(x)) + y
+        return nn.Dense(3)(x)
+
+
+def test_bases_of_several_widths_may_be_shallower_and_narrower():
+    """Widths 32, 64 after 8, 16, four blocks a stage after one: hidden 1/4 · 1/√4, 1/4 · 1/4."""
+    deep, base = archscale.parametrize(Stages(4, 8), X, base=Stages(1, 8)), Stages(1, 8)
+    assert set(named_leaves(deep.learning_rate).values()) == {1.0, 0.5, 0.25}
+    both = archscale.parametrize(Stages(4, 32), X, base=base).learning_rate["params"]
+    wide = archscale.parametrize(Stages(1, 32), X, base=base).learning_rate["params"]
+    assert wide["Dense_1"]["kernel"] == 1 / 4
+    assert both["Dense_1"]["kernel"] == pytest.approx(1 / 8)
+    assert both["Dense_2"]["kernel"] == pytest.approx(1 / 16)
+    with pytest.raises(ValueError, match="needs one base fan"):
+        archscale.parametrize(Stages(4, 32), X, base=LinenMlp(24))
