@@ -1,7 +1,7 @@
 """What does growing cost? `python -m benchmarks.grow_cost`, many minutes.
 
 * Runs of the study that grow: seconds, and how many of them go into compiling.
-* What rooms are worth: one run of growth with arrays as wide as the neurons need, with more, and
+* What capacity is worth: one run of growth with arrays as wide as the neurons need, with more, and
   with all from the start. More compile fewer programs, and every update computes what is empty; so
   there is a number of updates between growths from which exact shapes win.
 
@@ -25,9 +25,9 @@ from experiments.lab.networks import Network
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of Fashion-MNIST; see README, Data.")
-flags.DEFINE_integer("rounds", 3, "Runs of every choice of rooms, in turns.", lower_bound=1)
+flags.DEFINE_integer("rounds", 3, "Runs of every choice of capacity, in turns.", lower_bound=1)
 
-ROOMS: dict[str, Callable[[int], int]] = {
+CAPACITIES: dict[str, Callable[[int], int]] = {
     "exact": int,
     "geometric(1.5)": archscale.contrib.geometric(1.5),
     "geometric(2)": archscale.contrib.geometric(2.0),
@@ -68,9 +68,10 @@ def main() -> None:
     runs = {name: alone(study_run, name, size) for name in names}
     common.show("Runs of the study, seconds", run_lines(runs))
     common.write_results("grow_cost", {"settings": settings, "runs": runs})
-    rooms = compare_rooms(size)
-    common.show("Rooms", rooms_lines(rooms["rooms"]))
-    common.write_results("grow_cost", {"settings": settings, "runs": runs, "rooms": rooms})
+    capacities = compare_capacities(size)
+    common.show("Capacity", capacity_lines(capacities["capacities"]))
+    results = {"settings": settings, "runs": runs, "capacities": capacities}
+    common.write_results("grow_cost", results)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -96,13 +97,13 @@ def study_run(name: str, size: Size) -> dict[str, Any]:
     }
 
 
-def compare_rooms(size: Size) -> dict[str, Any]:
-    """Runs the same growth with all `ROOMS` in turns.
+def compare_capacities(size: Size) -> dict[str, Any]:
+    """Runs the same growth with all `CAPACITIES` in turns.
 
     Raises:
       RuntimeError: the runs have not grown alike.
     """
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ROOMS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CAPACITIES}
     for _ in range(size.rounds):
         for name, found in runs.items():
             found.append(alone(growing_run, name, size))
@@ -110,33 +111,33 @@ def compare_rooms(size: Size) -> dict[str, Any]:
     neurons = first["exact"]["neurons"]
     if different := [name for name, run in first.items() if run["neurons"] != neurons]:
         raise RuntimeError(f"{', '.join(different)} have not grown as exact shapes have")
-    updates, rooms = size.every * len(neurons), {}
+    updates, capacities = size.every * len(neurons), {}
     for name, found in runs.items():
         every = {
             key: common.spread([run[key] for run in found])
             for key in ("seconds", "compile_seconds", "growing_seconds", "training_seconds")
         }
-        rooms[name] = every | {
-            "shapes": len({tuple(one.items()) for one in first[name]["rooms"]}),
+        capacities[name] = every | {
+            "shapes": len({tuple(one.items()) for one in first[name]["capacity"]}),
             "step_milliseconds": 1e3 * every["training_seconds"].median / updates,
-            **{key: first[name][key] for key in ("programs", "flops", "rooms", "loss")},
+            **{key: first[name][key] for key in ("programs", "flops", "capacity", "loss")},
         }
-    for name, one in rooms.items():
-        wins = None if name == "exact" else break_even(one, rooms["exact"], size.every)
+    for name, one in capacities.items():
+        wins = None if name == "exact" else break_even(one, capacities["exact"], size.every)
         one["exact_wins_from"] = wins
-    return {"neurons": neurons, "updates": updates, "rooms": rooms}
+    return {"neurons": neurons, "updates": updates, "capacities": capacities}
 
 
-def break_even(rooms: Mapping[str, Any], exact: Mapping[str, Any], every: int) -> float | None:
+def break_even(run: Mapping[str, Any], exact: Mapping[str, Any], every: int) -> float | None:
     """From how many updates between growths exact shapes take less time; None for never.
 
     Args:
-      rooms: a run with rooms.
+      run: one with empty capacity.
       exact: the same with exact shapes.
       every: updates between growths in both.
     """
     compiling, growing, slower = (
-        rooms[key].median - exact[key].median
+        run[key].median - exact[key].median
         for key in ("compile_seconds", "growing_seconds", "training_seconds")
     )
     saved = -(compiling + growing)
@@ -146,9 +147,9 @@ def break_even(rooms: Mapping[str, Any], exact: Mapping[str, Any], every: int) -
 
 
 def growing_run(name: str, size: Size) -> dict[str, Any]:
-    """Grows the network on a graph with some rooms; building it does not count.
+    """Grows the network on a graph with some capacity; building it does not count.
 
-    Neurons are as many as asked for in every growth, so that all choices of rooms grow alike.
+    Neurons are as many as asked for in every growth, so that all choices grow alike.
     """
     (network, groups), (images, labels), params, state = start(size)
     if name == "all at the start":
@@ -170,7 +171,7 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         growing = [one for one in groups if one.name in numbers]
         growth = archscale.grow(
             network.loss, params, [batch], held_out, growing, number=numbers, threshold=0.0,
-            normalize=True, amplitudes=AMPLITUDES[1:], capacity=ROOMS[name], optimizer_state=state,
+            normalize=True, amplitudes=AMPLITUDES[1:], capacity=CAPACITIES[name], optimizer_state=state,
         )  # fmt: skip
         return growth.params, growth.optimizer_state
 
@@ -202,7 +203,7 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         "growing_seconds": seconds["growing"],
         "programs": compilations.count,
         "flops": count_operations(network, groups, stretches, size.every * size.batch_size),
-        "rooms": [rooms_of(one, groups) for one in stretches],
+        "capacity": [capacity_of(one, groups) for one in stretches],
         "neurons": [archscale.contrib.count_neurons(one, groups) for one in stretches],
         "loss": float(network.loss(params, held_out)),
     }
@@ -218,7 +219,7 @@ def start(size: Size) -> tuple[tuple[Network, Groups], Any, PyTree, Any]:
     return built, examples, params, grow_study.create_optimizer().init(params)
 
 
-def rooms_of(params: PyTree, groups: Groups) -> dict[str, int]:
+def capacity_of(params: PyTree, groups: Groups) -> dict[str, int]:
     """Returns the capacity of groups by name."""
     leaves = named_leaves(params)
     return {one.name: one.capacity(leaves) for one in groups}
@@ -227,7 +228,7 @@ def rooms_of(params: PyTree, groups: Groups) -> dict[str, int]:
 def count_operations(
     network: Network, groups: Groups, stretches: list[PyTree], updates: int
 ) -> dict[str, float]:
-    """Counts operations of the training in a run, and those that would be left without rooms.
+    """Counts operations of the training in a run, and those that would be left without empty capacity.
 
     Args:
       network: what is trained.
@@ -242,7 +243,7 @@ def count_operations(
             3 * updates * operations.forward_flops(network.loss, params, example)
             for params in every
         )
-        for name, every in (("with_rooms", stretches), ("without", compact))
+        for name, every in (("with_capacity", stretches), ("without", compact))
     }
 
 
@@ -256,11 +257,11 @@ def run_lines(runs: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
-def rooms_lines(rooms: Mapping[str, Any]) -> list[list[str]]:
-    """Lays out what rooms are worth, the heading first."""
-    lines = [["rooms", "shapes", "programs", "compiling, s", "growing, s", "update, ms",
+def capacity_lines(capacities: Mapping[str, Any]) -> list[list[str]]:
+    """Lays out what capacity is worth, the heading first."""
+    lines = [["capacity", "shapes", "programs", "compiling, s", "growing, s", "update, ms",
               "10⁹ operations", "total, s", "exact shapes win from, updates"]]  # fmt: skip
-    for name, one in rooms.items():
+    for name, one in capacities.items():
         wins, (every, least) = one["exact_wins_from"], one["flops"].values()
         lines.append([
             name,

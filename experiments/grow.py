@@ -65,7 +65,7 @@ NOT_SETTINGS = ("arm", "data_dir", "network", "num_seeds", "rate", "workdir")
 
 
 def run() -> None:
-    """pd.DataFrame what is missing, prints and draws."""
+    """Trains what is missing, prints and draws."""
     every = studies.flag_values()
     specs = grow_study.chosen_specs(FLAGS.network, FLAGS.arm, every)
     settings = {name: value for name, value in every.items() if name not in NOT_SETTINGS}
@@ -95,7 +95,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
             "Every way of growing at its best rate.": table(runs),
             "TINY minus what it is compared with, by seed.": against(runs),
             "What the rules for the rate change: with minus without.": rescaling(runs),
-            "pd.DataFrame that failed, which are in no other table.": failures(records),
+            "Runs that failed, which are in no other table.": failures(records),
         },
         figures=draw(runs, workdir),
     )

@@ -359,7 +359,7 @@ def _train(now: Run, trial: Trial, folder: pathlib.Path | None) -> dict:
 
 
 def _flops(now: Run, params: PyTree) -> float:
-    """Operations of a forward pass, of empty rooms too."""
+    """Operations of a forward pass, of empty capacity too."""
     return grow_cost.forward_flops(now.network.loss, params, _example(now))
 
 
