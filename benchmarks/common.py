@@ -210,9 +210,9 @@ def compiled(lower: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
 
 def show(title: str, lines: list[list[str]], caption: str = "") -> None:
     """Prints a table as Markdown; its heading is the first line."""
-    from experiments.lab.common import markdown_table  # much memory, which is measured here
+    from experiments.lab.tables import markdown  # pandas takes memory, which is measured here
 
-    print(f"\n{title}\n\n{markdown_table(lines)}" + f"\n{caption}\n" * bool(caption), flush=True)
+    print(f"\n{title}\n\n{markdown(lines)}" + f"\n{caption}\n" * bool(caption), flush=True)
 
 
 def write_results(name: str, results: Mapping[str, Any], *packages: str) -> bool:

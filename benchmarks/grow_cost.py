@@ -171,7 +171,8 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         growing = [one for one in groups if one.name in numbers]
         growth = archscale.grow(
             network.loss, params, [batch], held_out, growing, number=numbers, threshold=0.0,
-            normalize=True, amplitudes=AMPLITUDES[1:], capacity=CAPACITIES[name], optimizer_state=state,
+            normalize=True, amplitudes=AMPLITUDES[1:], capacity=CAPACITIES[name],
+            optimizer_state=state,
         )  # fmt: skip
         return growth.params, growth.optimizer_state
 
@@ -228,7 +229,7 @@ def capacity_of(params: PyTree, groups: Groups) -> dict[str, int]:
 def count_operations(
     network: Network, groups: Groups, stretches: list[PyTree], updates: int
 ) -> dict[str, float]:
-    """Counts operations of the training in a run, and those that would be left without empty capacity.
+    """Counts operations of the training in a run, and those without empty capacity.
 
     Args:
       network: what is trained.

@@ -16,25 +16,23 @@ import sys
 from types import NoneType
 
 from absl import flags
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax.tuning import _search as search
 from experiments.lab import (
     common,
     display,
-    files,
     interrupts,
+    networks,
     page,
     ranges,
     recipe,
     runners,
 )
-from experiments.lab.datasets import Dataset
+from experiments.lab.networks import Network
 from experiments.lab.panels import save
 from experiments.lab.sweeps import Journal
+from experiments.lab.tables import NONE, number
 
 FLAGS = flags.FLAGS
 
@@ -73,7 +71,7 @@ def run() -> None:
     recipe.check_training(settings, network, total_steps)
     start = FLAGS.start
     if start is None and FLAGS.base_rate is not None:
-        start = _predicted(settings, network, dataset)
+        start = _predicted(settings, network)
     elif start is None and FLAGS.adaptive:
         start = math.sqrt(FLAGS.min_rate * FLAGS.max_rate)
     trial = settings | {"architecture": FLAGS.architecture, "steps": total_steps}
@@ -83,33 +81,28 @@ def run() -> None:
         )
         found = _search(trial, rates, start, workdir / "results.jsonl", options)
     answer = (
-        f"learning rate {found.rate:.3g}, "
+        f"Learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
         + _standard_error(found)
-        + f", {len(found.runs)} runs"
+        + f", {len(found.runs)} runs."
     )
-    lines = _lines(found)
-    markdown = f"{answer}\n\n{common.markdown_table(lines)}"
-    files.write_text(workdir / "table.md", markdown)
     figure = workdir / "find_lr.png"
     _draw(found, figure, dataset.name)
-    remarks = [f"{answer[0].upper()}{answer[1:]}."]
+    remarks = [answer]
     if FLAGS.start is None and FLAGS.base_rate is not None:
         remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
-    Console().print(_table(lines))
     if not all(found.basin.bracketed):
         remarks.append(
             "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
         )
-    report = page.write(
+    page.publish(
         workdir,
         f"Learning rate of {FLAGS.architecture} on {dataset.name}",
         __doc__,
         remarks=remarks,
-        tables={"Training loss (nats) by rate; * marks the rates in the basin.": lines},
+        tables={"Training loss (nats) by rate; * marks the rates in the basin.": _lines(found)},
         figures={figure: "Training loss of every run against its learning rate, with the basin."},
     )
-    print(*remarks[1:], answer, f"figure:  {figure}", f"report:  {report}", sep="\n")
 
 
 def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, options):
@@ -145,18 +138,14 @@ def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, 
     return found
 
 
-def _predicted(settings, network: recipe.Network, dataset: Dataset) -> float:
+def _predicted(settings, network: Network) -> float:
     """Returns the rate that measuring predicts from --base_rate."""
-    base = recipe.build_network(settings, FLAGS.base_architecture, dataset)
+    base = recipe.build_network(settings, FLAGS.base_architecture, network.dataset)
     optimizer = recipe.build_optimizer(settings, 1.0, 1)
-    batches = [
-        common.first_batch(dataset, FLAGS.batch_size, seed) for seed in range(FLAGS.num_seeds)
-    ]
+    trial = settings | {"seeds": FLAGS.num_seeds}
     sizes = [
-        common.measure_seeds(
-            common.measurer(one.graphdef, one.model_state, optimizer),
-            lambda seed, one=one: recipe.initial_state(settings, one, optimizer, seed).params,
-            batches,
+        networks.measure_seeds(
+            common.measurer(one.graphdef, one.model_state, optimizer), one, trial
         )
         for one in (network, base)
     ]
@@ -186,17 +175,7 @@ def _lines(found: search.RateSearch) -> list[list[str]]:
 
 
 def _loss(loss: float | None) -> str:
-    return "–" if loss is None else f"{loss:.4f}" if math.isfinite(loss) else "lost"
-
-
-def _table(rows: list[list[str]]) -> Table:
-    heading, *lines = rows
-    result = Table(title="training loss (nats)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in heading:
-        result.add_column(column, justify="right")
-    for line in lines:
-        result.add_row(*line)
-    return result
+    return NONE if loss is None else number(loss, ".4f", "diverged")
 
 
 def _draw(found: search.RateSearch, path: pathlib.Path, name: str) -> None:
@@ -212,9 +191,10 @@ def _draw(found: search.RateSearch, path: pathlib.Path, name: str) -> None:
         runs = [run for run in found.runs if run.seed == seed and math.isfinite(run.loss)]
         axes.plot([run.rate for run in runs], [run.loss for run in runs], "o-", markersize=3,
                   linewidth=0.8, label=f"seed {seed}")  # fmt: skip
-    lost = sorted({run.rate for run in found.runs if not math.isfinite(run.loss)})
+    diverged = sorted({run.rate for run in found.runs if not math.isfinite(run.loss)})
     top = axes.get_ylim()[1]
-    axes.plot(lost, [top] * len(lost), "x", color="#D55E00", label="lost" if lost else None)
+    label = "diverged" if diverged else None
+    axes.plot(diverged, [top] * len(diverged), "x", color="#D55E00", label=label)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss (nats)")
     for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few enough not to touch
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

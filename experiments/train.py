@@ -2,9 +2,9 @@
 
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
-Writes config.json, results.jsonl (a line an epoch), checkpoints, train.png and report.html, and
-prints a table. Killed and started again it goes on from the last checkpoint and ends bit for bit
-where it would have ended.
+Writes config.json, results.jsonl (a line an epoch), checkpoints, table.md, train.png and
+report.html, and prints the table. Killed and started again it goes on from the last checkpoint and
+ends bit for bit where it would have ended.
 """
 
 import math
@@ -15,15 +15,13 @@ from typing import Any
 
 import optax
 from absl import flags
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import archscale_jax as archscale
 from archscale_jax.rules import LEARNING_RATE_RULES
 from experiments.lab import checkpoints, common, display, files, page, ranges, recipe, training
-from experiments.lab.datasets import Dataset
+from experiments.lab.networks import Network
 from experiments.lab.panels import create_panels, save
+from experiments.lab.tables import number
 
 FLAGS = flags.FLAGS
 
@@ -60,27 +58,22 @@ def run() -> None:
     workdir = common.claim_directory(FLAGS.workdir, settings)
     rate = f"rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
     display.note(f"{FLAGS.architecture} on {dataset.name}: {rate}")
-    records = train(settings, dataset, network, optimizer, steps, workdir)
-    title = f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}"
-    lines = _lines(records)
+    records = train(settings, network, optimizer, steps, workdir)
     figure = workdir / "train.png"
     _draw(records, figure)
-    report = page.write(
+    page.publish(
         workdir,
-        title,
+        f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}",
         __doc__,
         remarks=[f"R{rate[1:]}."],
-        tables={"Loss (nats) and accuracy after every epoch.": lines},
+        tables={"Loss (nats) and accuracy after every epoch.": _lines(records)},
         figures={figure: "Loss and accuracy after every epoch."},
     )
-    Console().print(_table(title, lines), markup=False)
-    print(f"results: {workdir / 'results.jsonl'}\nfigure:  {figure}\nreport:  {report}")
 
 
 def train(
     settings: Mapping[str, Any],
-    dataset: Dataset,
-    network: recipe.Network,
+    network: Network,
     optimizer: optax.GradientTransformation,
     total_steps: int,
     workdir: pathlib.Path,
@@ -90,13 +83,14 @@ def train(
     The checkpoint has those so far, so results.jsonl never says more or less than it.
     """
     results, saves = workdir / "results.jsonl", workdir / "checkpoints"
-    state = recipe.initial_state(settings, network, optimizer, settings["seed"])
+    state = recipe.initial_state(network, optimizer, settings["seed"])
     records = files.read_records(results)[:0]  # raises where the file is another's
     if found := checkpoints.restore_checkpoint(saves, state, settings):
         _, state, records = found
         display.note(f"resumed after epoch {int(state.epoch)}")
     files.write_records(results, records)
-    options = recipe.batching(settings) | {"graphdef": network.graphdef, "optimizer": optimizer}
+    dataset, options = network.dataset, recipe.batching(settings)
+    options |= {"graphdef": network.graphdef, "optimizer": optimizer}
     epochs = math.ceil(total_steps / max(len(dataset.train_images) // settings["batch_size"], 1))
     with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
         for after, metrics in training.fit(state, dataset, total_steps=total_steps, **options):
@@ -114,28 +108,20 @@ def _line(metrics: dict) -> str:
     )
 
 
+COLUMNS = {"epoch": "d", "step": "d"} | dict.fromkeys(
+    ("train_loss", "train_accuracy", "test_loss", "test_accuracy"), ".4f"
+)
+"""How what is recorded is shown."""
+
+
 def _lines(records: list[dict]) -> list[list[str]]:
     """A line an epoch, after a heading."""
-    columns = ["epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
-    return [
-        [column.replace("_", " ") for column in columns],
-        *([_cell(record[column]) for column in columns] for record in records),
+    heading = [name.replace("_", " ") for name in COLUMNS]
+    lines = [
+        [number(record[name], spec, "diverged") for name, spec in COLUMNS.items()]
+        for record in records
     ]
-
-
-def _cell(value: float | None) -> str:
-    if value is None:  # as JSON has what is not finite
-        return "diverged"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, lines: list[list[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in lines[0]:
-        table.add_column(column, justify="right")
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+    return [heading, *lines]
 
 
 def _draw(records: list[dict], path: pathlib.Path) -> None:

@@ -280,10 +280,3 @@ def rate_trainer(
         return training.train_losses(state, dataset, optimizer=optimizer, **options)
 
     return train
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    """Returns a table as Markdown: its heading is the first line, its first column text."""
-    alignment = ["---", *["---:"] * (len(lines[0]) - 1)]
-    rows = [lines[0], alignment, *lines[1:]]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -111,10 +111,10 @@ def publish(
     filled = {caption: one for caption, one in tables.items() if len(lines_of(one)) > 1}
     text = "\n".join(f"{caption}\n\n{markdown(one)}" for caption, one in filled.items())
     files.write_text(workdir / "table.md", text)
+    report = write(workdir, title, about, remarks=remarks, tables=filled, figures=figures)
     print(text, *remarks, sep="\n", end="\n\n")
     for path in figures:
         print(f"figure:  {path}")
-    report = write(workdir, title, about, remarks=remarks, tables=filled, figures=figures)
     print(f"report:  {report}\nresults: {workdir / 'results.jsonl'}")
 
 

@@ -9,7 +9,7 @@ import functools
 import math
 import threading
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from archscale_jax.tuning._search import Train
 from experiments.lab import common, datasets, training
 from experiments.lab.datasets import Dataset
 from experiments.lab.models import create_network
+from experiments.lab.networks import Network
 
 Settings = Mapping[str, Any]
 
@@ -40,17 +41,8 @@ def parse_graph(settings: Settings, text: str) -> jraph.GraphsTuple:
     return archscale.dag_graph(text, kernel_size=settings["kernel_size"])
 
 
-class Network(NamedTuple):
-    """A Flax network taken apart, with its architecture."""
-
-    graphdef: nnx.GraphDef
-    params: PyTree
-    model_state: PyTree
-    architecture: archscale.Architecture
-
-
 def build_network(settings: Settings, text: str, dataset: Dataset) -> Network:
-    """Builds the network of a DAG string for a data set.
+    """Builds the network of a DAG string for a data set; it draws as the settings say.
 
     Raises:
       ValueError: it has more than `MOST_PARAMETERS` parameters; no memory is taken before.
@@ -79,7 +71,14 @@ def build_network(settings: Settings, text: str, dataset: Dataset) -> Network:
         )
     network = create()
     graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
-    return Network(graphdef, params, model_state, network.architecture())
+    architecture = network.architecture()
+    rule = None if settings["initialization"] == "auto" else settings["initialization"]
+
+    def draw(seed: int) -> PyTree:
+        weights_key, _ = jax.random.split(jax.random.key(seed))
+        return archscale.initialize(weights_key, params, architecture, rule)
+
+    return Network(graphdef, params, model_state, architecture, dataset, draw)
 
 
 def build_optimizer(
@@ -97,12 +96,11 @@ def build_optimizer(
 
 
 def initial_state(
-    settings: Settings, network: Network, optimizer: optax.GradientTransformation, seed: int
+    network: Network, optimizer: optax.GradientTransformation, seed: int
 ) -> training.TrainState:
     """Draws the initial weights of a seed."""
-    weights_key, batches_key = jax.random.split(jax.random.key(seed))
-    rule = None if settings["initialization"] == "auto" else settings["initialization"]
-    params = archscale.initialize(weights_key, network.params, network.architecture, rule)
+    _, batches_key = jax.random.split(jax.random.key(seed))
+    params = network.draw(seed)
     return training.create_train_state(params, network.model_state, optimizer, batches_key)
 
 
@@ -113,8 +111,8 @@ def check_training(settings: Settings, network: Network, total_steps: int) -> No
       ValueError: Nesterov without momentum, a warm-up as long as the training, or an initialization
         that does not fit the network.
     """
-    optimizer = build_optimizer(settings, 1.0, total_steps)
-    jax.eval_shape(lambda seed: initial_state(settings, network, optimizer, seed).params, 0)
+    build_optimizer(settings, 1.0, total_steps)
+    jax.eval_shape(network.draw, 0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -158,13 +156,13 @@ def last_loss(trial: Settings, data_dir: str | None = None) -> dict[str, Any]:
 def last_metrics(trial: Settings, data_dir: str | None = None) -> dict[str, Any]:
     """Trains at `base_rate` scaled by `rule`; returns the `rate` and what `fit` has at the end."""
     with _BUILDING:
-        dataset, network, optimizer, scale = _scaled(_shared(trial, "base_rate"), data_dir)
+        network, optimizer, scale = _scaled(_shared(trial, "base_rate"), data_dir)
     rate = trial["base_rate"]
-    state = initial_state(trial, network, optimizer, trial["seed"])
+    state = initial_state(network, optimizer, trial["seed"])
     state = state._replace(optimizer_state=optax.tree.set(state.optimizer_state, rate=rate))
     epochs = training.fit(
         state,
-        dataset,
+        network.dataset,
         graphdef=network.graphdef,
         optimizer=optimizer,
         total_steps=trial["steps"],
@@ -189,7 +187,7 @@ def _trainer(shared: tuple[tuple[str, Any], ...], data_dir: str | None) -> Train
     dataset = load_dataset(settings["dataset"], data_dir)
     network = build_network(settings, settings["architecture"], dataset)
     return common.rate_trainer(
-        functools.partial(initial_state, settings, network),
+        functools.partial(initial_state, network),
         lambda rate: build_optimizer(settings, rate, settings["steps"]),
         dataset,
         graphdef=network.graphdef,
@@ -200,7 +198,7 @@ def _trainer(shared: tuple[tuple[str, Any], ...], data_dir: str | None) -> Train
 
 @functools.lru_cache(maxsize=2)
 def _scaled(shared: tuple[tuple[str, Any], ...], data_dir: str | None):
-    """Data set, network, optimizer, and by what the base rate is multiplied."""
+    """Network, optimizer, and by what the base rate is multiplied."""
     settings = dict(shared)
     dataset = load_dataset(settings["dataset"], data_dir)
     network = build_network(settings, settings["architecture"], dataset)
@@ -214,4 +212,4 @@ def _scaled(shared: tuple[tuple[str, Any], ...], data_dir: str | None):
         archscale.scale_by_architecture(network.architecture, base, settings["rule"]),
     )
     scale = archscale.learning_rate_scale(graph, base, settings["rule"])
-    return dataset, network, optimizer, scale
+    return network, optimizer, scale
