@@ -483,16 +483,16 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
             f"the width multiplier of {parameter.name!r} needs one base fan for {parameter.role} "
             f"parameters of the {parameter.layer} layer(s); the base network has "
             f"{found or 'none'} (fan-in, fan-out). Pass a base that differs in width or in depth "
-            "alone, or with_widths(architecture, {width: base width})"
+            "alone, or with_widths(architecture, {width: base width}); width_rule=None where only the depth differs"
         )
 
     return counterpart
 
 
 def _at_widths_of(architecture: Architecture, base: Architecture) -> tuple[Parameter, ...]:
-    """The parameters at the widths of a base that has all of them, or all in one ratio; or none."""
+    """The parameters at the widths of a base that has the same, or all in one ratio; else none."""
     ours, theirs = (sorted(_widths(one)) for one in (architecture, base))
-    if set(ours) <= set(theirs):
+    if ours == theirs:
         return architecture.parameters
     if len(ours) != len(theirs) or len({a / b for a, b in zip(ours, theirs, strict=True)}) > 1:
         return ()
