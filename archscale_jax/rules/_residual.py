@@ -178,10 +178,7 @@ def branch_ends(
     """Returns the last layers that every residual addition takes linearly, as edges by vertex.
 
     Every layer comes with the part of m^(-α) that it takes: 1, or in a product of n layers, as of a
-    gate and a branch, 1/n.
-
-    Raises:
-      ValueError: a branch that ends in no layer that it enters linearly; the message says where.
+    gate and a branch, 1/n. A branch that ends in no layer that enters linearly raises ValueError.
     """
     branches = residual_branches(architecture) if branches is None else branches
     propagation = Propagation(architecture)
@@ -273,13 +270,7 @@ def depth_multipliers(
 ) -> dict[str, Part]:
     """Returns the depth multiplier of every parameter by name, see above, and its place.
 
-    Use it with weights from the initialization rule `second_moment` and its `depth_exponent`.
-
-    Args:
-      architecture: the network to train.
-      base: the network on which the rate was tuned, or its graph.
-      optimizer: `sgd`, `adam` or `muon`.
-      exponent: α, 1/2 for depth-μP, 1 for CompleteP.
+    Use it with weights from the initialization rule `second_moment` of the same exponent α.
 
     Raises:
       ValueError: another optimizer, a network without residual additions, or a branch that no layer

@@ -222,8 +222,10 @@ def _views(
         contracted = set(use.contracted) - set(use.positions)
         written = {*use.output, *use.batch} - set(use.positions) - contracted
         sliced = {axis for axis, _ in use.slices}
-        r = _ratio(parameter.sizes, shape, contracted - sliced)
-        s = _ratio(parameter.sizes, shape, written - sliced)
+        r, s = (
+            math.prod(parameter.sizes[axis] / shape[axis] for axis in axes - sliced)
+            for axes in (contracted, written)
+        )
         if use.layer == Role.INPUT:
             r = 1.0  # inputs have no width
         if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):
@@ -243,16 +245,8 @@ def _views(
     return list(found.values())
 
 
-def _ratio(shape: tuple[int, ...], base: tuple[int, ...], axes: set[int]) -> float:
-    return math.prod(shape[axis] / base[axis] for axis in axes)
-
-
 def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tuple[float, float]]:
-    """Returns r and s of every parameter by name, see above; of several uses the largest.
-
-    Raises:
-      ValueError: see `width_multipliers`.
-    """
+    """Returns r and s of every parameter by name, see above; of several uses the largest."""
     compare = _counterparts(architecture, base)
     views = {one.name: _views(one, *compare(one)) for one in architecture.parameters}
     return {
