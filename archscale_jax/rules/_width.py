@@ -477,7 +477,8 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
             f"the width multiplier of {parameter.name!r} needs one base fan for {parameter.role} "
             f"parameters of the {parameter.layer} layer(s); the base network has "
             f"{found or 'none'} (fan-in, fan-out). Pass a base that differs in width or in depth "
-            "alone, or with_widths(architecture, {width: base width}); width_rule=None where only the depth differs"
+            "alone, or with_widths(architecture, {width: base width}); width_rule=None where "
+            "only the depth differs"
         )
 
     return counterpart
