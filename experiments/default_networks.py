@@ -403,5 +403,14 @@ FAMILIES: dict[str, Family] = {
         _neighbours,
         "adam",
     ),
+    "ppo": Family(
+        ActorCritic,
+        (2, 32),
+        lambda batch: batch,
+        lambda outputs, batch: jnp.square(outputs).mean(),  # see `experiments.default_ppo`
+        lambda data, seed, step: (np.ones((1, 4), np.float32),),
+        lambda: None,
+        "adam",
+    ),
 }
-"""Families by name. `ppo` is trained by its own loop, see `experiments.default_ppo`."""
+"""Families by name, and `ppo`, which has a training of its own."""

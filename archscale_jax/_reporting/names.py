@@ -30,14 +30,7 @@ def grouped(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[list
 
 
 def blocks_of(paths: Sequence[str]) -> list[list[int]]:
-    """Splits paths of one pattern into blocks in which every number goes with every other.
-
-    Args:
-      paths: different paths; what is between their numbers is the same.
-
-    Returns:
-      Indices of the paths of every block.
-    """
+    """Indices of paths of one pattern by block, in which every number goes with every other."""
     numbers = [re.findall(r"\d+", path) for path in paths]
 
     def split(indices: list[int]) -> list[list[int]]:

@@ -217,14 +217,10 @@ def _params_notes(params: PyTree) -> Iterator[str]:
 
 def _kernel_sizes(architecture: Architecture) -> list[int]:
     """Sizes of the convolutions, the stem's among them."""
-    graph = architecture.graph
-    inner = graph.edges["kernel_size"][graph.edges["operator"] == Operator.CONV].tolist()
-    stems = [
-        one.kernel_size
-        for one in architecture.parameters
-        if one.role == Role.INPUT and one.edge is None and one.kernel_size > 1
-    ]
-    return sorted({*inner, *stems})
+    edges = architecture.graph.edges
+    inner = edges["kernel_size"][edges["operator"] == Operator.CONV].tolist()
+    stems = [one for one in architecture.parameters if one.role == Role.INPUT and one.edge is None]
+    return sorted({*inner, *(one.kernel_size for one in stems if one.kernel_size > 1)})
 
 
 def _ratios(

@@ -13,11 +13,9 @@ def kind_of(parts: Parts) -> Hashable:
 
 
 def reason_text(same: Sequence[Parts], *, values: bool = False) -> str:
-    """Returns the parts of a number, `width sgd 4, input: r = 1, s = 4 [μP]` with their values.
+    """Returns the parts of a number, or of several of one kind: `stem: C = 2, n = 36 [AAS Eq. 4]`.
 
-    Args:
-      same: the parts of one number, or of several of one kind.
-      values: whether the value of every part is shown, as of multipliers.
+    With the values of the parts, as of multipliers, `width sgd 4, input: r = 1, s = 4 [μP]`.
     """
     return " × ".join(_part_text(column, values) for column in zip(*same, strict=True))
 

@@ -24,12 +24,7 @@ _REASONS = ("why std", "why lr")
 
 
 class Row(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-      cells: its texts by column.
-      indices: of the records that it stands for.
-    """
+    """One row of the table: its texts by column, and indices of the records that it stands for."""
 
     cells: dict[str, str]
     indices: list[int]

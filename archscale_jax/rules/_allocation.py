@@ -180,9 +180,7 @@ class Allocation(Propagation):
 
         So the gate is drawn as one that has a leaf of its own. Where it is not known which entries
         of the leaf they are, as behind a reshape, all shrink: the product as the factor's square.
-
-        Returns:
-          The factor that is left for the layer as a whole.
+        What is returned is left for the layer as a whole.
         """
         linear = self.linear_slices(edge)
         if not linear:

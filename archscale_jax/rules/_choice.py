@@ -12,7 +12,7 @@ from archscale_jax._graph import Operator, live_edges
 from archscale_jax._moments import Propagation
 from archscale_jax._paths import path_statistics
 from archscale_jax.rules._learning_rate import LEARNING_RATE_RULES
-from archscale_jax.rules._residual import Optimizer, residual_branches
+from archscale_jax.rules._residual import Optimizer, residual_branches, residual_depth
 from archscale_jax.rules._width import WIDTH_RULES, features
 
 _BRANCHING = (Operator.CONCATENATION, Operator.PRODUCT)
@@ -120,17 +120,18 @@ def _depth_rule(
         return depth_rule if base is not None else None
     if base is None or depth_rule is None:
         return None
-    counts = [len(residual_branches(one)) for one in (architecture, base)]
-    if depth_rule == "residual" or (all(counts) and counts[0] != counts[1]):
+    counts = [residual_depth(one) for one in (architecture, base)]
+    stacked = bool(residual_branches(architecture)) and counts[1] > 0
+    if depth_rule == "residual" or (stacked and counts[0] != counts[1]):
         reasons.append(
-            f"depth: {counts[0]} residual additions, {counts[1]} in the base: multipliers by place"
+            f"depth: {counts[0]} residual blocks, {counts[1]} in the base: multipliers by place"
         )
         return "residual"
     depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
-    if all(counts) or depths[0] == depths[1]:
+    if stacked or depths[0] == depths[1]:
         return None
     what = f"depth: {depths[0]} layers, {depths[1]} in the base"
-    if kind == "sgd" and not any(counts) and all(map(_sums_layers_alone, (architecture, base))):
+    if kind == "sgd" and not stacked and all(map(_sums_layers_alone, (architecture, base))):
         reasons.append(f"{what}: rule path_sum of networks without residual stream")
         return "path_sum"
     reasons.append(

@@ -116,11 +116,7 @@ def _gains(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, 
 def standard_deviation(
     parameter: Parameter, architecture: Architecture, variances: WeightVariances, rule: Rule
 ) -> Explained:
-    """Returns the standard deviation of a parameter that is drawn, and the equation that decides.
-
-    Raises:
-      ValueError: a variance that is not finite or negative.
-    """
+    """Returns the standard deviation of a parameter that is drawn, and what decides it."""
     if parameter.role == Role.EMBEDDING:
         part = embedding_deviation(parameter, architecture)
         return Explained(part.value, (part,))

@@ -64,10 +64,9 @@ def learning_rate_multipliers(
     Raises:
       TypeError: no architecture, a base that is neither architecture nor graph, or an option that
         the rule does not have.
-      ValueError: what the rules raise; no rule at all for a network with residual additions,
-        concatenations or products; rules or options that contradict each other; a width rule
-        without an architecture as base; a multiplier that is not positive, or outside the range of
-        float32.
+      ValueError: what the rules raise; no rule for a network with residual additions,
+        concatenations or products; rules that contradict each other; a width rule without an
+        architecture as base; a multiplier that is not positive, or beyond the range of float32.
     """
     rules = RateRules(
         rule, rule_options, kernel_per_layer, width_rule, depth_rule, depth_exponent,
@@ -78,11 +77,7 @@ def learning_rate_multipliers(
 
 @dataclasses.dataclass(frozen=True)
 class RateRules:
-    """The rules of `learning_rate_multipliers`, checked; see there.
-
-    Raises:
-      TypeError, ValueError: rules that there are not, or that contradict each other.
-    """
+    """The rules of `learning_rate_multipliers`, see there; those that contradict raise errors."""
 
     rule: str | LearningRateRule | None = None
     rule_options: Mapping[str, Any] | None = None
@@ -116,11 +111,7 @@ class RateRules:
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def of_network(self, architecture: Architecture) -> Rule[float]:
-        """Returns the rule of the whole network, or what None stands for.
-
-        Raises:
-          ValueError: None, where no rule is safe unless it is chosen.
-        """
+        """Returns the rule of the whole network; None raises ValueError where none is safe."""
         if self.rule is not None:
             return LEARNING_RATE_RULES.resolve(self.rule)
         if self.width_rule is not None or self.depth_rule is not None:
@@ -143,11 +134,7 @@ class RateRules:
     def multipliers(
         self, architecture: Architecture, base: Architecture | jraph.GraphsTuple | None
     ) -> dict[str, Explained]:
-        """Returns the multiplier of every parameter by name, with the parts of the rules.
-
-        Raises:
-          TypeError, ValueError: see `learning_rate_multipliers`.
-        """
+        """Returns the multiplier of every parameter by name, with the parts of the rules."""
         check_architecture(architecture)
         rule = self.of_network(architecture)
         base_graph = base.graph if isinstance(base, Architecture) else base

@@ -105,11 +105,7 @@ class Rule(Generic[Result]):
         object.__setattr__(self, "summary", self.summary or said)
 
     def __call__(self, *arguments: Any, **options: Any) -> Result:
-        """Evaluates the rule.
-
-        Raises:
-          TypeError: an option that the rule does not have.
-        """
+        """Evaluates the rule; an option that it does not have raises TypeError."""
         for option in options:
             accepted = [*self.parameters][len(arguments) :]
             takes_any = any(one.kind == one.VAR_KEYWORD for one in self.parameters.values())

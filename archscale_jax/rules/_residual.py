@@ -79,6 +79,25 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, se
     return {vertex: branches[vertex] for vertex in blocks}
 
 
+def residual_depth(network: Architecture | jraph.GraphsTuple) -> int:
+    """Returns the number of blocks of a stack, 0 without one.
+
+    They are the residual additions, and those whose skip has a layer of its own, as between the
+    stages of a ResNet: one layer from a vertex to the addition beside a longer way.
+    """
+    graph = network.graph if isinstance(network, Architecture) else network
+    branches, ways, weight = residual_branches(network), _Ways(graph), is_weight(graph)
+    inside = {ways.receivers[edge] for edges in branches.values() for edge in edges}
+    projected = 0
+    for vertex in ways.incoming.keys() - inside:
+        layers = [edge for edge in ways.incoming[vertex] if weight[edge]]
+        around = [ways.between(ways.senders[edge], vertex, {edge}) for edge in layers]
+        projected += any(
+            weight[one] and ways.receivers[one] != vertex for way in around for one in way
+        )
+    return len(branches) + projected
+
+
 def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
     """By edge, which slices of its source it reads; nothing where it reads all of it."""
     found = {}
@@ -159,10 +178,7 @@ def branch_ends(
     """Returns the last layers that every residual addition takes linearly, as edges by vertex.
 
     Every layer comes with the part of m^(-α) that it takes: 1, or in a product of n layers, as of a
-    gate and a branch, 1/n.
-
-    Raises:
-      ValueError: a branch that ends in no layer that it enters linearly; the message says where.
+    gate and a branch, 1/n. A branch that ends in no layer that enters linearly raises ValueError.
     """
     branches = residual_branches(architecture) if branches is None else branches
     propagation = Propagation(architecture)
@@ -254,13 +270,7 @@ def depth_multipliers(
 ) -> dict[str, Part]:
     """Returns the depth multiplier of every parameter by name, see above, and its place.
 
-    Use it with weights from the initialization rule `second_moment` and its `depth_exponent`.
-
-    Args:
-      architecture: the network to train.
-      base: the network on which the rate was tuned, or its graph.
-      optimizer: `sgd`, `adam` or `muon`.
-      exponent: α, 1/2 for depth-μP, 1 for CompleteP.
+    Use it with weights from the initialization rule `second_moment` of the same exponent α.
 
     Raises:
       ValueError: another optimizer, a network without residual additions, or a branch that no layer
@@ -268,11 +278,11 @@ def depth_multipliers(
     """
     check_optimizer(optimizer)
     branches = residual_branches(architecture)
-    counts = len(branches), len(residual_branches(base))
-    if not all(counts):
+    counts = residual_depth(architecture), residual_depth(base)
+    if not branches or not counts[1]:
         raise ValueError(
-            f"depth rule: the network has {counts[0]} residual additions and the base {counts[1]}; "
-            "both need some. Chains have the rules depth and path_sum"
+            f"depth rule: the network has {len(branches)} residual additions and the base "
+            f"{counts[1]}; both need some. Chains have the rules depth and path_sum"
         )
     places = Places(architecture, branches)
     ratio = counts[0] / counts[1]

@@ -198,11 +198,7 @@ def _balance(
     share: float,
     shrink: dict[int, float],
 ) -> bool:
-    """Notes by how much layers that end a branch must shrink for their share of the stream.
-
-    Returns:
-      Whether that is news.
-    """
+    """Notes by how much layers that end a branch must shrink; returns whether that is news."""
     skips = [edge for edge in allocation.incoming[vertex] if not allocation.layers[edge]]
     sources = {allocation.senders[edge]: edge for edge in skips}
     stream = min(sources)

@@ -222,8 +222,10 @@ def _views(
         contracted = set(use.contracted) - set(use.positions)
         written = {*use.output, *use.batch} - set(use.positions) - contracted
         sliced = {axis for axis, _ in use.slices}
-        r = _ratio(parameter.sizes, shape, contracted - sliced)
-        s = _ratio(parameter.sizes, shape, written - sliced)
+        r, s = (
+            math.prod(parameter.sizes[axis] / shape[axis] for axis in axes - sliced)
+            for axes in (contracted, written)
+        )
         if use.layer == Role.INPUT:
             r = 1.0  # inputs have no width
         if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):
@@ -243,16 +245,8 @@ def _views(
     return list(found.values())
 
 
-def _ratio(shape: tuple[int, ...], base: tuple[int, ...], axes: set[int]) -> float:
-    return math.prod(shape[axis] / base[axis] for axis in axes)
-
-
 def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tuple[float, float]]:
-    """Returns r and s of every parameter by name, see above; of several uses the largest.
-
-    Raises:
-      ValueError: see `width_multipliers`.
-    """
+    """Returns r and s of every parameter by name, see above; of several uses the largest."""
     compare = _counterparts(architecture, base)
     views = {one.name: _views(one, *compare(one)) for one in architecture.parameters}
     return {
@@ -483,16 +477,17 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
             f"the width multiplier of {parameter.name!r} needs one base fan for {parameter.role} "
             f"parameters of the {parameter.layer} layer(s); the base network has "
             f"{found or 'none'} (fan-in, fan-out). Pass a base that differs in width or in depth "
-            "alone, or with_widths(architecture, {width: base width})"
+            "alone, or with_widths(architecture, {width: base width}); width_rule=None where "
+            "only the depth differs"
         )
 
     return counterpart
 
 
 def _at_widths_of(architecture: Architecture, base: Architecture) -> tuple[Parameter, ...]:
-    """The parameters at the widths of a base that has all of them, or all in one ratio; or none."""
+    """The parameters at the widths of a base that has the same, or all in one ratio; else none."""
     ours, theirs = (sorted(_widths(one)) for one in (architecture, base))
-    if set(ours) <= set(theirs):
+    if ours == theirs:
         return architecture.parameters
     if len(ours) != len(theirs) or len({a / b for a, b in zip(ours, theirs, strict=True)}) > 1:
         return ()

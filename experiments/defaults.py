@@ -1,0 +1,199 @@
+"""Is the default parametrization ever worse than the framework's own start with one rate for all?
+
+Fifteen networks of twelve families (`experiments.default_networks`), real data, a few hundred
+updates, three seeds. At base size both are trained at their own best rate. At four times the depth
+and four times the width the plan is trained at the rate that was best for it at base size; the
+framework's start at the rate that was best for it there, and at the best of its own.
+
+    .venv/bin/python -m experiments.defaults --workdir=runs/defaults
+
+Writes results.jsonl (a line a training) and table.md; a run that was cut off goes on.
+"""
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+from absl import flags
+
+import archscale_jax as archscale
+from experiments import default_ppo
+from experiments.default_networks import FAMILIES
+from experiments.lab import common
+from experiments.lab.sweeps import run_study
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("family", list(FAMILIES), "Families, see experiments/default_networks.py.")
+flags.DEFINE_integer("steps", 200, "Updates of every training.", lower_bound=20)
+flags.DEFINE_integer("num_seeds", 3, "Seeds of every network and rate.", lower_bound=1)
+flags.DEFINE_integer("growth", 4, "Times the depth, and times the width.", lower_bound=2)
+flags.DEFINE_string("workdir", "runs/defaults", "Folder for results and the table.")
+
+METHODS = ("framework", "plan")
+SIZES = ("base", "deep", "wide")
+STARTS = {"sgd": 0.1, "adam": 0.01}
+"""Rates at which searches begin, of networks of this size."""
+
+
+def main() -> None:
+    workdir = pathlib.Path(FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = [row for family in FLAGS.family for row in compare(family, workdir / "results.jsonl")]
+    table = pd.DataFrame(rows)
+    text = table.to_markdown(index=False, floatfmt=".4g")
+    (workdir / "table.md").write_text(text + "\n")
+    print(text)
+
+
+def compare(family: str, journal: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns a row for every size of a family: losses of both methods, and their rates."""
+    loss_at = functools.partial(mean_loss, journal, family)
+    start = STARTS[FAMILIES[family].optimizer]
+    best = {method: search(functools.partial(loss_at, "base", method), start) for method in METHODS}
+    base = {"family": family, "size": "base"}
+    rows = []
+    for size in SIZES:
+        own, at_base_rate = best["framework"], best["framework"][1]
+        if size != "base":
+            at = functools.partial(loss_at, size, "framework")
+            own, at_base_rate = search(at, best["framework"][0]), at(best["framework"][0])
+        rate = best["plan"][0]
+        loss = loss_at(size, "plan", rate)
+        rows.append(
+            base
+            | {
+                "size": size,
+                "framework's best": own[1],
+                "its rate": own[0],
+                "at its base rate": at_base_rate,
+                "plan": loss,
+                "plan's rate": rate,
+                "against best, %": 100 * (loss / own[1] - 1),
+                "against base rate, %": 100 * (loss / at_base_rate - 1),
+            }
+        )
+    return rows
+
+
+def search(loss_at: Callable[[float], float], start: float) -> tuple[float, float]:
+    """Returns the best rate and its loss: steps of 2 until worse on both sides, then of sqrt 2."""
+    losses: dict[float, float] = {}
+
+    def best(rates: list[float]) -> float:
+        for rate in rates:
+            rate = float(f"{rate:.4g}")
+            if rate not in losses:
+                losses[rate] = loss_at(rate)
+        return min(losses, key=losses.__getitem__)
+
+    found = best([start / 2, start, start * 2])
+    for _ in range(12):
+        further = best([found / 2, found, found * 2])
+        if further == found:
+            break
+        found = further
+    found = best([found / math.sqrt(2), found * math.sqrt(2)])
+    return found, losses[found]
+
+
+def mean_loss(journal: pathlib.Path, family: str, size: str, method: str, rate: float) -> float:
+    """Returns the mean loss over seeds, infinite where one diverged."""
+    trial = {"family": family, "size": size, "method": method, "rate": rate, "steps": FLAGS.steps}
+    trials = [trial | {"growth": FLAGS.growth, "seed": seed} for seed in range(FLAGS.num_seeds)]
+    records = run_study(trials, run, journal, description=f"{family} {size} {method}")
+    failed = [one for one in records if "error" in one]
+    if failed:
+        raise ValueError(f"trial {failed[0]['trial']} failed: {failed[0]['error']}")
+    losses = [one["result"]["loss"] for one in records]
+    print(family, size, method, f"{rate:.4g}", losses, flush=True)
+    return math.inf if None in losses else float(np.mean(losses))
+
+
+def run(trial: dict[str, Any]) -> dict[str, Any]:
+    """Trains one network; its loss is the mean over the last quarter, None where it diverged."""
+    family = FAMILIES[trial["family"]]
+    module, example, plan = parametrized(trial["family"], trial["size"], trial["growth"])
+    key = jax.random.key(trial["seed"])
+    if trial["method"] == "plan":
+        params, make = plan.init(key), plan.optimizer
+    else:
+        params = {"params": module.init(key, *example, **family.arguments)["params"]}
+        make = {"sgd": optax.sgd, "adam": optax.adam}[family.optimizer]
+    if family.optimizer == "sgd":
+        make = functools.partial(make, momentum=0.9)
+    if trial["family"] == "ppo":
+        rounds = max(trial["steps"] // 5, 1)
+        loss = default_ppo.train(plan.apply, params, make(trial["rate"]), trial["seed"], rounds)
+    else:
+        loss = _train(trial, plan.apply, params, make)
+    return {"loss": loss if math.isfinite(loss) else None}
+
+
+@functools.lru_cache(maxsize=4)
+def parametrized(name: str, size: str, growth: int) -> tuple[Any, tuple, Any]:
+    """Returns a module, what it is called with, and its plan with the family's base."""
+    family = FAMILIES[name]
+    (depth, width), base = family.base, family.build(*family.base)
+    depths = {"deep": (depth * growth, width), "wide": (depth, width * growth)}
+    module = family.build(*depths.get(size, family.base))
+    example = family.inputs(family.batches(family.data(), 0, 0))
+    # Features of a dense block grow with its depth: no width of the base is theirs.
+    width_rule = None if (name, size) == ("densenet", "deep") else "auto"
+    plan = archscale.parametrize(
+        module,
+        *example,
+        base=None if size == "base" else base,
+        optimizer=family.optimizer,
+        model_kwargs=family.arguments,
+        width_rule=width_rule,
+    )
+    return module, example, plan
+
+
+def _train(trial: dict[str, Any], apply: Callable, params: Any, make: Callable) -> float:
+    """Trains with 20 updates of warm-up and a linear decay over the second half."""
+    family, steps = FAMILIES[trial["family"]], trial["steps"]
+    update = _update(trial["family"], trial["size"], trial["method"], trial["growth"], apply, make)
+    state, losses = make(1.0).init(params), []
+    for step in range(steps):
+        share = min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
+        batch = family.batches(family.data(), trial["seed"], step)
+        params, state, loss = update(params, state, batch, trial["rate"] * share)
+        losses.append(loss)
+        if step % 50 == 49 and not math.isfinite(loss):
+            return math.nan
+    return float(jnp.mean(jnp.stack(losses[-steps // 4 :])))
+
+
+_UPDATES: dict[tuple, Callable] = {}
+"""Compiled updates, since trials that differ in rate and seed share one."""
+
+
+def _update(*key_and_functions: Any) -> Callable:
+    *key, apply, make = key_and_functions
+    if tuple(key) not in _UPDATES:
+        family = FAMILIES[key[0]]
+
+        @jax.jit
+        def update(params: Any, state: Any, batch: Any, rate: Any):
+            def loss_of(params: Any) -> jax.Array:
+                return family.loss(apply(params, *family.inputs(batch)), batch)
+
+            loss, gradients = jax.value_and_grad(loss_of)(params)
+            updates, state = make(rate).update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        _UPDATES.clear()
+        _UPDATES[tuple(key)] = update
+    return _UPDATES[tuple(key)]
+
+
+if __name__ == "__main__":
+    common.run_binary(main)
