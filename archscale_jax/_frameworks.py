@@ -32,7 +32,6 @@ class PureModel:
       starts: what the leaves hold before training, by name, where that is known.
       initial: `(key, names)` to the values of some leaves as the framework draws them; None where
         `params` hold what there is.
-      notes: what was supposed.
     """
 
     framework: str
@@ -40,7 +39,6 @@ class PureModel:
     params: PyTree
     starts: Mapping[str, Start]
     initial: Callable[[jax.Array, Collection[str]], dict[str, jax.Array]] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def pure_model(

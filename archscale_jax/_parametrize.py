@@ -1,6 +1,7 @@
 """From a model to its parametrization, in one call: `parametrize`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -12,12 +13,12 @@ from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
 from archscale_jax._optax import scale_by_architecture
-from archscale_jax._report import Report, report
+from archscale_jax._report import Report, report_of
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
-from archscale_jax.rules._rates import learning_rate_multipliers
+from archscale_jax.rules._rates import RateRules, learning_rate_multipliers
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
@@ -308,7 +309,7 @@ class Parametrization:
                 f"{', '.join(accepted)}"
             )
         if kind == "muon":
-            options["numbers"] = muon_dimension_numbers(self.architecture, self._model.params)
+            options["numbers"] = functools.partial(muon_dimension_numbers, self.architecture)
         return optax.chain(
             make(**options),
             _decay(self.weight_decay, weight_decay),
@@ -324,13 +325,14 @@ class Parametrization:
 
     def report(self) -> Report:
         """Returns one record a parameter, and the table of them that `print` shows."""
-        found = report(
+        found = report_of(
             self.architecture,
             self.base,
-            self.choice.rule,
-            initialization=self.choice.initialization,
-            initialization_options=self.choice.initialization_options,
-            **self._rate_options(),
+            RateRules(self.choice.rule, **self._rate_options()),
+            self.choice.initialization,
+            self.choice.initialization_options,
+            self._model.params if self._model.initial is None else None,
+            plan=True,
         )
         decay = decay_multipliers(self.architecture, self._factors())
         records = [
@@ -338,8 +340,7 @@ class Parametrization:
             for one in found.records
         ]
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
-        notes = [*self._model.notes, *found.notes]
-        return dataclasses.replace(found, records=records, header=header, notes=notes)
+        return dataclasses.replace(found, records=records, header=header)
 
     def __str__(self) -> str:
         return str(self.report())
@@ -377,12 +378,13 @@ def _sgd(momentum: float | None = None, nesterov: bool = False) -> optax.Gradien
     return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
 
 
-def _muon(numbers: PyTree, **options: Any) -> optax.GradientTransformation:
+def _muon(numbers: Callable[[PyTree], PyTree], **options: Any) -> optax.GradientTransformation:
     from optax.contrib import muon
 
-    # A function, since a tree may be a module that optax would call. Sign and rate follow behind.
-    orthogonalized = muon(1.0, muon_weight_dimension_numbers=lambda params: numbers, **options)
-    return optax.chain(orthogonalized, optax.scale(-1.0))
+    # The sign and the rate follow behind the multipliers.
+    return optax.chain(
+        muon(1.0, muon_weight_dimension_numbers=numbers, **options), optax.scale(-1.0)
+    )
 
 
 _BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformation]]] = {

@@ -17,7 +17,7 @@ from archscale_jax._architecture import (
 from archscale_jax._graph import in_degrees
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
-from archscale_jax._reporting.notes import NO_BASE, Subject, notes_of
+from archscale_jax._reporting.notes import NO_BASE, Subject, first_notes, further_notes
 from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._trees import PyTree
 from archscale_jax.rules._initialization import initialization_rule, standard_deviation
@@ -48,28 +48,30 @@ class Report:
         initialization_parts, learning_rate_parts: what each is the product of, tuples of rule,
           place, symbols, citation and value, see `archscale_jax.rules._registry.Part`;
         initialization_reason, learning_rate_reason: the same as text.
-      notes: what to know beyond the table.
+      notes: what to know beyond the table, first what makes its numbers wrong unless it is seen to.
       header: graph and rules, line by line.
       paths: statistics of the network's paths, exact.
+      first: how many of the notes are printed before the table.
     """
 
     records: list[dict[str, Any]]
     notes: list[str]
     header: list[str]
     paths: PathStatistics
+    first: int = 0
 
     def __str__(self) -> str:
         """Returns text that fits the terminal, or 120 columns."""
         from archscale_jax._reporting.table import text_of  # slow to import: rich
 
-        return text_of(self.header, self.records, self.notes)
+        return text_of(self.header, self.records, self.notes, self.first)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from archscale_jax._reporting.table import html_of
 
-        return html_of(self.header, self.records, self.notes)
+        return html_of(self.header, self.records, self.notes, self.first)
 
 
 def report(
@@ -122,18 +124,34 @@ def report(
         rule, rule_options, kernel_per_layer, width_rule, depth_rule, depth_exponent,
         consistent_rms, dimension_numbers,
     )  # fmt: skip
+    return report_of(architecture, base, rates, initialization, initialization_options, params)
+
+
+def report_of(
+    architecture: Architecture,
+    base: Architecture | jraph.GraphsTuple | None,
+    rates: RateRules,
+    initialization: str | InitializationRule | None,
+    initialization_options: Mapping[str, Any] | None,
+    params: PyTree | None,
+    *,
+    plan: bool = False,
+) -> Report:
+    """Does what `report` does; of a plan it leaves out what concerns calls of its parts alone."""
     drawing = initialization_rule(architecture, initialization)
     drawn_options = initialization_options or {}
     deviations, undrawn = _deviations(architecture, drawing, drawn_options)
     rating, multipliers, missing = _multipliers(architecture, base, rates)
-    subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params)
+    subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params, plan)
+    first = first_notes(subject)
     paths, degrees = path_statistics(architecture.graph), in_degrees(architecture.graph)
     return Report(
         [
             _record(one, subject, degrees, deviations.get(one.name), multipliers.get(one.name))
             for one in architecture.parameters
         ],
-        notes=notes_of(subject, *missing, *undrawn),
+        notes=[*first, *missing, *undrawn, *further_notes(subject)],
+        first=len(first),
         header=[
             *graph_lines(architecture, base, paths),
             rule_line("initialization", drawing, " (default)" if initialization is None else ""),

@@ -219,6 +219,29 @@ def test_a_base_trained_by_the_plan_is_trained_by_optax():
     )
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_optimizers_of_nnx_update_the_model(optimizer):
+    model = NnxMlp(64, nnx.Rngs(0))
+    plan = archscale.parametrize(model, X, base=NnxMlp(16, nnx.Rngs(0)), optimizer=optimizer)
+    chain = nnx.Optimizer(model, plan.optimizer(1e-3, 0.1), wrt=nnx.Param)
+    before = named_leaves(jax.tree.map(jnp.copy, nnx.state(model, nnx.Param)))
+    gradients = nnx.grad(lambda model: jnp.square(model(X) - 1).mean())(model)
+    chain.update(model, gradients)
+    for path, leaf in named_leaves(nnx.state(model, nnx.Param)).items():
+        assert np.any(leaf != before[path])
+
+
+def test_the_report_says_first_what_must_be_seen_to():
+    plan = archscale.parametrize(Regularized(16), X, model_kwargs={"train": True})
+    text = str(plan)
+    assert text.index("start at 0 and stay 0") < text.index("path ")
+    assert "initialize(" not in text
+    assert "decay ×" in text
+    assert "params/Dense_1/kernel" in plan._repr_html_()
+    keys = {"path", "standard_deviation", "learning_rate_multiplier", "weight_decay_multiplier"}
+    assert keys <= set(plan.report().records[0])
+
+
 def test_the_optimizer_composes():
     plan = archscale.parametrize(LinenMlp(64), X, base=LinenMlp(16), optimizer="adamw")
     params = plan.init(KEY)
@@ -540,5 +563,3 @@ def test_bases_of_several_widths_may_be_shallower_and_narrower():
     assert wide["Dense_1"]["kernel"] == 1 / 4
     assert both["Dense_2"]["kernel"] == pytest.approx(1 / 8)
     assert both["Dense_1"]["kernel"] == pytest.approx(1 / 16)
-    with pytest.raises(ValueError, match="needs one base fan"):
-        archscale.parametrize(Stages(4, 32), X, base=LinenMlp(24))

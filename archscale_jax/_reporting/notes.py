@@ -34,14 +34,17 @@ class Subject(NamedTuple):
     drawing: Rule
     drawing_options: Mapping[str, Any]
     params: PyTree | None
+    plan: bool = False
 
 
-def notes_of(subject: Subject, *raised: str) -> list[str]:
-    """Returns the notes of a report, with what the rules raise."""
+def first_notes(subject: Subject) -> list[str]:
+    """Returns what makes the numbers of a report wrong unless it is seen to."""
+    return [*_first_notes(subject), *subject.architecture.notes]
+
+
+def further_notes(subject: Subject) -> list[str]:
+    """Returns what else there is to know."""
     return [
-        *_first_notes(subject),
-        *subject.architecture.notes,
-        *raised,
         *_rate_notes(subject),
         *_graph_notes(subject),
         *(_params_notes(subject.params) if subject.params is not None else ()),
@@ -49,7 +52,6 @@ def notes_of(subject: Subject, *raised: str) -> list[str]:
 
 
 def _first_notes(subject: Subject) -> Iterator[str]:
-    """What makes the numbers of a report wrong unless it is seen to."""
     architecture, params = subject.architecture, subject.params
     leaves = {} if params is None else named_leaves(params)
     unknown = [
@@ -57,7 +59,11 @@ def _first_notes(subject: Subject) -> Iterator[str]:
         for one in architecture.parameters
         if not one.start_known
         and not isinstance(one.given, float)
-        and (one.name not in leaves or isinstance(leaves[one.name], jax.ShapeDtypeStruct))
+        and (
+            isinstance(leaves[one.name], jax.ShapeDtypeStruct)
+            if one.name in leaves
+            else not subject.plan  # whose model draws them itself
+        )
     ]
     if unknown:
         yield (
@@ -67,13 +73,11 @@ def _first_notes(subject: Subject) -> Iterator[str]:
         )
     zero = [one.name for one in architecture.parameters if one.starts_at_zero]
     if zero:
-        yield (
-            "these weights are 0 in the arrays that were traced, and initialize leaves them 0; "
-            f"trace shapes, as of jax.eval_shape, to draw them: {_listed(zero, limit=40)}"
-        )
+        way = "" if subject.plan else "; trace shapes, as of jax.eval_shape, to draw them"
+        yield f"these weights start at 0 and stay 0{way}: {_listed(zero, limit=40)}"
     if isinstance(subject.base, Architecture):
         yield from _comparison_notes(subject, subject.base)
-    if subject.rates.width_rule is not None:
+    if subject.rates.width_rule is not None and not subject.plan:
         yield (
             "width_rule supposes weights drawn by initialize(...), readouts of size 1/n; on "
             "weights as frameworks draw them, 1/√n, these multipliers are not μP [μP]"
@@ -95,7 +99,7 @@ def _comparison_notes(subject: Subject, base: Architecture) -> Iterator[str]:
             "tuned, and may have been swapped with the network"
         )
     unscaled = rule is not None and not rule.scales and subject.rates.depth_rule is None
-    if unscaled and depths[0] != depths[1]:
+    if unscaled and depths[0] != depths[1] and not subject.plan:
         way = (
             "depth_rule='sgd', 'adam' or 'muon' does"
             if all(counts)

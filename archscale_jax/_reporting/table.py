@@ -59,19 +59,28 @@ def _rows(records: Sequence[Record], *, ranging: bool) -> list[Row]:
     return rows
 
 
-def text_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[str]) -> str:
+def text_of(
+    header: Sequence[str], records: Sequence[Record], notes: Sequence[str], first: int = 0
+) -> str:
     """Returns a report as text that fits the terminal, or 120 columns."""
     width = shutil.get_terminal_size((_WIDTH, 24)).columns
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None, force_jupyter=False)
     for line in header:
         console.print(Text(line, overflow="fold"))
-    for part in [*_text_tables(rows_of(records), records), _listing(("•", note) for note in notes)]:
+    before, behind = (_listing(("•", note) for note in part) for part in _parted(notes, first))
+    for part in [before, *_text_tables(rows_of(records), records), behind]:
         console.print(part)
     return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
 
 
-def html_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[str]) -> str:
+def _parted(notes: Sequence[str], first: int) -> tuple[Sequence[str], Sequence[str]]:
+    return notes[:first], notes[first:]
+
+
+def html_of(
+    header: Sequence[str], records: Sequence[Record], notes: Sequence[str], first: int = 0
+) -> str:
     """Returns a report as HTML for notebooks: text escaped, in the colours of the page."""
     rows = rows_of(records)
     columns = _columns(rows)
@@ -86,21 +95,26 @@ def html_of(header: Sequence[str], records: Sequence[Record], notes: Sequence[st
             )
         )
 
+    def items(notes: Sequence[str]) -> str:
+        listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        return f"<ul>{listed}</ul>" if notes else ""
+
+    before, behind = _parted(notes, first)
     body = "".join(row_of("td", (row.cells[name] for name in columns)) for row in rows)
     style = "border-collapse: collapse; margin: 0.7em 0; background: transparent"
     head = f'<table style="{style}"><thead>{row_of("th", columns)}</thead><tbody>'
     return (
         '<div style="color: inherit; background: transparent; overflow-x: auto">'
         + "".join(f"<div>{html.escape(line)}</div>" for line in header)
+        + items(before)
         + (f"{head}{body}</tbody></table>" if rows else "")
-        + "<ul>"
-        + "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-        + "</ul></div>"
+        + items(behind)
+        + "</div>"
     )
 
 
 def _side(name: str) -> str:
-    return "right" if name in ("kernel", "d_in", "init std", "lr ×") else "left"
+    return "right" if name in ("kernel", "d_in", "init std", "lr ×", "decay ×") else "left"
 
 
 def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
@@ -117,6 +131,7 @@ def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
         "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
         "init std": range_text(deviations, ".3g"),
         "lr ×": range_text(_numbers(record["learning_rate_multiplier"]), ".3g"),
+        "decay ×": range_text(_numbers(record.get("weight_decay_multiplier")), ".3g"),
         "why std": _reason("why std", same),
         "why lr": _reason("why lr", same) if several else "",
     }

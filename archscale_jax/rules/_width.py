@@ -147,9 +147,10 @@ def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
     Raises:
       TypeError, ValueError: params that are not those of the architecture.
     """
+    import optax
     from optax.contrib import MuonDimensionNumbers
 
-    check_parameters(architecture, params)
+    check_parameters(architecture, params, masked=optax.MaskedNode)
     by_name = {one.name: one for one in architecture.parameters}
 
     def numbers(name: str, leaf: Any) -> Any:
