@@ -563,3 +563,58 @@ def test_bases_of_several_widths_may_be_shallower_and_narrower():
     assert wide["Dense_1"]["kernel"] == 1 / 4
     assert both["Dense_2"]["kernel"] == pytest.approx(1 / 8)
     assert both["Dense_1"]["kernel"] == pytest.approx(1 / 16)
+
+
+class Additions(nn.Module):
+    depth: int
+    normalized: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16)(x)
+        for _ in range(self.depth):
+            y = nn.LayerNorm()(x) if self.normalized else x
+            x = x + nn.Dense(16)(nn.relu(nn.Dense(16)(nn.relu(y))))
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize(("normalized", "share"), [(True, 2.0), (False, 0.25)])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_what_branches_add_to_the_stream_of_a_base(normalized, share, alpha):
+    """(1 + share/n)^n of the first, whatever α; n^(1 - 2α) as much in a deeper network."""
+
+    def growth(depth, base=None):
+        model = Additions(depth, normalized)
+        base = None if base is None else Additions(base, normalized)
+        plan = archscale.parametrize(model, X, base=base, depth_exponent=alpha)
+        promised = archscale.second_moments(
+            plan.architecture,
+            plan.choice.initialization,
+            rule_options=plan.choice.initialization_options,
+        )
+        return max(promised.values()) / promised[0]
+
+    assert growth(4) == pytest.approx((1 + share / 4) ** 4, rel=1e-6)
+    added = share / 4 * 4 ** (2 * alpha) / 16 ** (2 * alpha)
+    assert growth(16, base=4) == pytest.approx((1 + added) ** 16, rel=1e-6)
+
+
+def test_sums_over_segments_are_those_of_neighbours_that_are_alike():
+    """Eight neighbours, all the same: their mean is one of them, their sum eight times as much."""
+    nodes, senders = jax.random.normal(KEY, (64, 256)), jnp.repeat(jnp.arange(64), 8)
+    params = {name: jax.ShapeDtypeStruct((256, 256), jnp.float32) for name in ("a", "m", "b")}
+
+    def apply(params, nodes, senders, *, mean):
+        x = nodes @ params["a"]
+        y = jax.ops.segment_sum((jax.nn.relu(x) @ params["m"])[senders], senders, 64)
+        if mean:
+            y = y / jax.ops.segment_sum(jnp.ones(512), senders, 64)[:, None]
+        return x + jax.nn.relu(y) @ params["b"]
+
+    for mean in (True, False):
+        function = lambda params, *inputs, mean=mean: apply(params, *inputs, mean=mean)  # noqa: E731
+        architecture = archscale.trace(function, params, nodes, senders)
+        promised = archscale.second_moments(architecture, "second_moment")
+        drawn = archscale.initialize(KEY, params, architecture, "second_moment")
+        for vertex, z in archscale.vertex_features(function, drawn, nodes, senders).items():
+            assert promised[vertex] == pytest.approx(float(jnp.mean(z**2)), rel=0.15)
