@@ -26,7 +26,7 @@ from absl import flags
 import archscale_jax as archscale
 from experiments import default_ppo
 from experiments.default_networks import FAMILIES
-from experiments.lab import common
+from experiments.lab import common, files, tables
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
@@ -46,9 +46,8 @@ def main() -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = [row for family in FLAGS.family for row in compare(family, workdir / "results.jsonl")]
-    table = pd.DataFrame(rows)
-    text = table.to_markdown(index=False, floatfmt=".4g")
-    (workdir / "table.md").write_text(text + "\n")
+    text = tables.markdown(pd.DataFrame(rows))
+    files.write_text(workdir / "table.md", text)
     print(text)
 
 
@@ -57,7 +56,6 @@ def compare(family: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     loss_at = functools.partial(mean_loss, journal, family)
     start = STARTS[FAMILIES[family].optimizer]
     best = {method: search(functools.partial(loss_at, "base", method), start) for method in METHODS}
-    base = {"family": family, "size": "base"}
     rows = []
     for size in SIZES:
         own, at_base_rate = best["framework"], best["framework"][1]
@@ -66,19 +64,18 @@ def compare(family: str, journal: pathlib.Path) -> list[dict[str, Any]]:
             own, at_base_rate = search(at, best["framework"][0]), at(best["framework"][0])
         rate = best["plan"][0]
         loss = loss_at(size, "plan", rate)
-        rows.append(
-            base
-            | {
-                "size": size,
-                "framework's best": own[1],
-                "its rate": own[0],
-                "at its base rate": at_base_rate,
-                "plan": loss,
-                "plan's rate": rate,
-                "against best, %": 100 * (loss / own[1] - 1),
-                "against base rate, %": 100 * (loss / at_base_rate - 1),
-            }
-        )
+        found = {
+            "framework's best": own[1],
+            "its rate": own[0],
+            "at its base rate": at_base_rate,
+            "plan": loss,
+            "plan's rate": rate,
+        }
+        row = {"family": family, "size": size}
+        row |= {name: tables.number(value, ".4g", "diverged") for name, value in found.items()}
+        for name, other in (("against best, %", own[1]), ("against base rate, %", at_base_rate)):
+            row[name] = tables.number(100 * (loss / other - 1), "+.1f")
+        rows.append(row)
     return rows
 
 
