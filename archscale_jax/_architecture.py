@@ -359,7 +359,10 @@ def _instead(name: str, accepted: Collection[str]) -> str:
     if first == "batch_stats" or (first == "params" and rest in accepted):
         return "Of the variables of a linen model, pass variables['params']"
     if f"params/{name}" in accepted:
-        return "It was read from the variables of a linen model: trace their 'params' alone"
+        return (
+            "It was read from the variables of a linen model, {'params': …}: pass these, as "
+            "plan.init and module.init give them, not what 'params' holds"
+        )
     return "Pass the params of the network that the architecture was read from"
 
 

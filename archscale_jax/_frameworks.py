@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
-from archscale_jax.tracing.starts import Start, constant_leaves, starting_values
+from archscale_jax.tracing.starts import (
+    Start,
+    constant_leaves,
+    starting_values,
+    used_leaves,
+)
 
 _ACCEPTED = (
     "a Flax linen or NNX module, an Equinox module, what haiku.transform returns, or a function "
@@ -27,11 +32,12 @@ class PureModel:
 
     Attributes:
       framework: `linen`, `nnx`, `equinox`, `haiku` or `function`.
-      apply: `(params, *inputs)` to the outputs.
+      apply: `(params, *inputs)` to the outputs; with `key=`, random numbers from that key.
       params: tree of what is trained, arrays or `jax.ShapeDtypeStruct`.
       starts: what the leaves hold before training, by name, where that is known.
       initial: `(key, names)` to the values of some leaves as the framework draws them; None where
         `params` hold what there is.
+      notes: what makes the numbers of this model wrong unless it is seen to.
     """
 
     framework: str
@@ -39,6 +45,7 @@ class PureModel:
     params: PyTree
     starts: Mapping[str, Start]
     initial: Callable[[jax.Array, Collection[str]], dict[str, jax.Array]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def pure_model(
@@ -118,7 +125,10 @@ def _is_function(value: Any) -> bool:
 
 
 def _function(apply: Callable[..., Any], params: PyTree, keywords: Mapping[str, Any]) -> PureModel:
-    call = (lambda p, *inputs: apply(p, *inputs, **keywords)) if keywords else apply
+    def call(params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
+        _check_no_key(key, "a function")
+        return apply(params, *inputs, **keywords)
+
     return PureModel("function", call, params, starting_values(named_leaves(params)))
 
 
@@ -130,13 +140,13 @@ def _linen(model: Any, inputs: tuple[PyTree, ...], keywords: Mapping[str, Any]) 
 
 
 def _linen_call(model: Any, keywords: Mapping[str, Any]) -> Callable[..., Any]:
-    def call(params: PyTree, state: PyTree, *inputs: PyTree) -> Any:
-        # A key under one name serves every stream of random numbers, of dropout say.
+    def call(key: jax.Array, params: PyTree, state: PyTree, *inputs: PyTree) -> Any:
+        # A key under this name serves every stream of random numbers, of dropout say.
         out = model.apply(
             {**state, **params},
             *inputs,
             **keywords,
-            rngs={"params": jax.random.key(0)},
+            rngs={"params": key},
             mutable=list(state) or False,
         )
         return out[0] if state else out
@@ -153,10 +163,10 @@ def _haiku(model: Any, inputs: tuple[PyTree, ...], keywords: Mapping[str, Any]) 
         params, state = found if stateful else (found, {})
         return {"params": params, "state": state}
 
-    def call(params: PyTree, state: PyTree, *inputs: PyTree) -> Any:
+    def call(key: jax.Array, params: PyTree, state: PyTree, *inputs: PyTree) -> Any:
         arguments = [params, state["state"]] if stateful else [params]
         if takes_key:
-            arguments.append(jax.random.key(0))
+            arguments.append(key)
         out = model.apply(*arguments, *inputs, **keywords)
         return out[0] if stateful else out
 
@@ -173,7 +183,7 @@ def _drawn_by_framework(
     draw, arrays = dynamic(initialized, inputs)
     try:
         shapes = jax.eval_shape(draw, jax.random.key(0), *arrays)
-    except TypeError as error:
+    except Exception as error:
         error.add_note(
             f"raised by the {framework} model, which was called with the inputs that parametrize "
             "got; keyword arguments of the call are passed as model_kwargs={'train': True}"
@@ -190,9 +200,12 @@ def _drawn_by_framework(
         if prefix + name in constants
     }
 
-    def apply(params: PyTree, *inputs: PyTree) -> Any:
-        averages = map_with_names(lambda name, leaf: _filled(leaf, constants.get(name, 0.0)), state)
-        return call(params, averages, *inputs)
+    def filled(state: PyTree) -> PyTree:
+        return map_with_names(lambda name, leaf: _filled(leaf, constants.get(name, 0.0)), state)
+
+    def apply(params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
+        key = jax.random.key(0) if key is None else key
+        return call(key, params, filled(state), *inputs)
 
     def initial(key: jax.Array, names: Collection[str]) -> dict[str, jax.Array]:
         def some(key: jax.Array) -> dict[str, jax.Array]:
@@ -202,18 +215,76 @@ def _drawn_by_framework(
 
         return jax.jit(some)(key)
 
-    return PureModel(framework, apply, params, starts, initial)
+    def of_state(state: PyTree, params: PyTree, *arrays: PyTree) -> Any:
+        function, _ = dynamic(lambda params, *inputs: call(key0, params, state, *inputs), inputs)
+        return function(params, *arrays)
+
+    key0 = jax.random.key(0)
+    known = {name for name in named_leaves(state) if name in constants}
+    notes = _averages_read(of_state, state, known, params, arrays)
+    return PureModel(framework, apply, params, starts, initial, notes)
+
+
+def _averages_read(
+    function: Callable[..., Any],
+    state: PyTree,
+    known: Collection[str],
+    params: PyTree,
+    arrays: tuple[PyTree, ...],
+) -> tuple[str, ...]:
+    """Says that outputs depend on a state, as in evaluation mode on running averages.
+
+    Raises:
+      ValueError: they depend on values that are not known.
+    """
+    if not jax.tree.leaves(state):
+        return ()
+    floats = {
+        name
+        for name, leaf in named_leaves(state).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    read = [name for name in used_leaves(function, state, params, *arrays) if name in floats]
+    way = "switch the model to training, as by model.train() or model_kwargs={'train': True}"
+    if missing := [name for name in read if name not in known]:
+        raise ValueError(
+            f"the model reads {missing[0]!r}, a running average whose value is not known; {way}"
+        )
+    if not read:
+        return ()
+    return (
+        f"the outputs depend on running averages ({read[0]} and {len(read) - 1} others), as in "
+        f"evaluation; what is drawn is then not what training sees: {way}",
+    )
 
 
 def _nnx(model: Any, inputs: tuple[PyTree, ...], keywords: Mapping[str, Any]) -> PureModel:
-    del inputs
     nnx = sys.modules["flax.nnx"]
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def apply(params: PyTree, *inputs: PyTree) -> Any:
-        return nnx.merge(graph, params, jax.tree.map(_filled, rest))(*inputs, **keywords)
+    def of_state(state: PyTree, params: PyTree, *inputs: PyTree) -> Any:
+        return nnx.merge(graph, params, state)(*inputs, **keywords)
 
-    return PureModel("nnx", apply, params, starting_values(named_leaves(params)))
+    def apply(params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
+        _check_no_key(key, "an NNX model, whose streams of random numbers are its own")
+        return of_state(jax.tree.map(_filled, rest), params, *inputs)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rest)
+    known = {
+        name
+        for name, leaf in named_leaves(rest).items()
+        if not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    function, arrays = dynamic(lambda pair, *inputs: of_state(*pair, *inputs), inputs)
+    notes = _averages_read(
+        lambda state, params, *arrays: function((state, params), *arrays),
+        shapes,
+        known,
+        params,
+        arrays,
+    )
+    starts = starting_values(named_leaves(params))
+    return PureModel("nnx", apply, params, starts, notes=notes)
 
 
 def _equinox(model: Any, inputs: tuple[PyTree, ...], keywords: Mapping[str, Any]) -> PureModel:
@@ -221,9 +292,10 @@ def _equinox(model: Any, inputs: tuple[PyTree, ...], keywords: Mapping[str, Any]
     eqx = sys.modules["equinox"]
     params, static = eqx.partition(model, _is_trained)
 
-    def apply(params: PyTree, *inputs: PyTree) -> Any:
+    def apply(params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
         rest = jax.tree.map(lambda leaf: _filled(leaf) if hasattr(leaf, "shape") else leaf, static)
-        out = eqx.combine(params, rest)(*inputs, **keywords)
+        given = keywords if key is None else {**keywords, "key": key}
+        out = eqx.combine(params, rest)(*inputs, **given)
         stateful = isinstance(out, tuple) and isinstance(out[-1], eqx.nn.State)
         return out[0] if stateful else out
 
@@ -236,6 +308,11 @@ _MAKERS: dict[str, Callable[..., PureModel]] = {
     "equinox": _equinox,
     "haiku": _haiku,
 }
+
+
+def _check_no_key(key: jax.Array | None, what: str) -> None:
+    if key is not None:
+        raise TypeError(f"key= is for linen, Haiku and Equinox models; this one is {what}")
 
 
 def _is_trained(leaf: Any) -> bool:

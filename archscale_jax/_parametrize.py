@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from archscale_jax._architecture import Architecture, Role
@@ -34,7 +35,7 @@ def parametrize(
     initialization: str | None = None,
     width_rule: str | None = "auto",
     depth_rule: str | None = "auto",
-    base_inputs: tuple[PyTree, ...] | None = None,
+    base_inputs: tuple[PyTree, ...] | PyTree | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     roles: Mapping[str, Role | str] | None = None,
     unknown: Literal["error", "warn"] = "error",
@@ -66,7 +67,7 @@ def parametrize(
       width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
       depth_rule: `auto`, None, `residual` (depth multipliers of residual stacks), or a rule of
         `archscale_jax.rules.LEARNING_RATE_RULES`.
-      base_inputs: inputs of the base, where they differ.
+      base_inputs: inputs of the base, a tuple, where they differ.
       model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
       roles: roles of leaves that the function does not tell, by name.
       unknown: see `archscale_jax.trace`.
@@ -87,8 +88,15 @@ def parametrize(
     keywords = model_kwargs or {}
     pure = pure_model(model, inputs, params, keywords)
     architecture = _traced(pure, inputs, options)
+    if base_inputs is not None and type(base_inputs) is not tuple:
+        base_inputs = (base_inputs,)
     compared = _base_architecture(
-        base, architecture, optimizer, base_inputs or inputs, keywords, options
+        base,
+        architecture,
+        optimizer,
+        inputs if base_inputs is None else base_inputs,
+        keywords,
+        options,
     )
     choice = chosen(
         architecture,
@@ -107,7 +115,7 @@ def _traced(
 ) -> Architecture:
     function, arrays = dynamic(pure.apply, inputs)
     try:
-        return trace_with_starts(function, pure.params, arrays, pure.starts, **options)
+        found = trace_with_starts(function, pure.params, arrays, pure.starts, **options)
     except Exception as error:
         if pure.framework != "function" and not isinstance(error, TraceError):
             error.add_note(
@@ -115,6 +123,7 @@ def _traced(
                 "inputs that parametrize got; a module of one example wants one, without a batch"
             )
         raise
+    return dataclasses.replace(found, notes=(*pure.notes, *found.notes))
 
 
 def _base_architecture(
@@ -263,7 +272,7 @@ class Parametrization:
     def optimizer(
         self,
         learning_rate: optax.ScalarOrSchedule,
-        weight_decay: float | jax.Array = 0.0,
+        weight_decay: optax.ScalarOrSchedule = 0.0,
         *,
         momentum: float | None = None,
         nesterov: bool | None = None,
@@ -276,8 +285,8 @@ class Parametrization:
 
         Args:
           learning_rate: that of the base, a number or an optax schedule.
-          weight_decay: that of the base, decoupled: added to what the optimizer makes of the
-            gradient, as `optax.adamw` does. Gains and biases do not decay.
+          weight_decay: that of the base, a number or a schedule, decoupled: added to what the
+            optimizer makes of the gradient, as `optax.adamw` does. Gains and biases do not decay.
           momentum: of sgd, as in `optax.sgd`.
           nesterov: of all optimizers, as in optax.
           b1: of adam and adamw.
@@ -319,9 +328,16 @@ class Parametrization:
 
     # The model, and what is said of it.
 
-    def apply(self, params: PyTree, *inputs: PyTree) -> Any:
-        """Evaluates the model: outputs alone, of a model with state those with its initial one."""
-        return self._model.apply(params, *inputs)
+    def apply(self, params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
+        """Evaluates the model: outputs alone, of a model with state those with its initial one.
+
+        Args:
+          params: as `init` gives them.
+          *inputs: of the model.
+          key: of random numbers, such as those of dropout, in a linen, Haiku or Equinox model.
+            Without it they are the same in every call: pass one in training.
+        """
+        return self._model.apply(params, *inputs, key=key)
 
     def report(self) -> Report:
         """Returns one record a parameter, and the table of them that `print` shows."""
@@ -395,22 +411,34 @@ _BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformati
 """Optimizers without rate and decay by kind, and their options."""
 
 
-def _decay(multipliers: PyTree, weight_decay: float | jax.Array) -> optax.GradientTransformation:
+def _decay(
+    multipliers: PyTree, weight_decay: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
     """Adds λ_p · weight_decay · W to every update."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     by_name = named_leaves(multipliers)
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    def init(params: PyTree) -> optax.ScaleByScheduleState | optax.EmptyState:
+        del params
+        if callable(weight_decay):
+            return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None):
         if params is None:
             raise ValueError("weight decay needs params: call update(gradients, state, params)")
+        now: Any = weight_decay
+        if callable(weight_decay):
+            now = weight_decay(state.count)
+            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         weights = named_leaves(params)
 
         def decayed(name: str, update: jax.Array) -> jax.Array:
             if not by_name[name]:
                 return update
-            return update + (by_name[name] * weight_decay * weights[name]).astype(update.dtype)
+            return update + (by_name[name] * now * weights[name]).astype(update.dtype)
 
         return map_with_names(decayed, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)

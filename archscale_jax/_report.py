@@ -20,7 +20,11 @@ from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
 from archscale_jax._reporting.notes import NO_BASE, Subject, first_notes, further_notes
 from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._trees import PyTree
-from archscale_jax.rules._initialization import initialization_rule, standard_deviation
+from archscale_jax.rules._initialization import (
+    gain_values,
+    initialization_rule,
+    standard_deviation,
+)
 from archscale_jax.rules._learning_rate import LearningRateRule, MissingBaseError
 from archscale_jax.rules._rates import RateRules
 from archscale_jax.rules._registry import Explained, Part, Rule
@@ -165,13 +169,19 @@ def _deviations(
     architecture: Architecture, rule: Rule, options: Mapping[str, Any]
 ) -> tuple[dict[str, Explained], list[str]]:
     """Standard deviations by name, and notes on those for which the rule raises."""
-    found, notes, variances = {}, [], None
+    found, notes, variances, starts = {}, [], None, {}
     try:
         variances = rule(architecture, **options)
+        starts = gain_values(architecture, variances.gains)
     except ValueError as error:
         notes.append(f"standard deviations left out: {error}")
     for one in architecture.parameters:
-        if not one.is_drawn:
+        if one.name in starts:
+            start = {"start": float(np.mean(starts[one.name]))}
+            found[one.name] = Explained(
+                0.0, (Part(0.0, rule.name, f"{one.role} that ends a branch", start),)
+            )
+        elif not one.is_drawn:
             found[one.name] = Explained(0.0, (_start(one),))
         elif variances is not None:
             try:

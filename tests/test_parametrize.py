@@ -234,7 +234,7 @@ def test_optimizers_of_nnx_update_the_model(optimizer):
 def test_the_report_says_first_what_must_be_seen_to():
     plan = archscale.parametrize(Regularized(16), X, model_kwargs={"train": True})
     text = str(plan)
-    assert text.index("start at 0 and stay 0") < text.index("path ")
+    assert text.index("left at 0 before training") < text.index("path ")
     assert "initialize(" not in text
     assert "decay ×" in text
     assert "params/Dense_1/kernel" in plan._repr_html_()
@@ -618,3 +618,87 @@ def test_sums_over_segments_are_those_of_neighbours_that_are_alike():
         drawn = archscale.initialize(KEY, params, architecture, "second_moment")
         for vertex, z in archscale.vertex_features(function, drawn, nodes, senders).items():
             assert promised[vertex] == pytest.approx(float(jnp.mean(z**2)), rel=0.15)
+
+
+def chain(depth):
+    sizes = (8, *[16] * depth, 3)
+    params = [jax.ShapeDtypeStruct(size, jnp.float32) for size in itertools.pairwise(sizes)]
+
+    def apply(params, x):
+        for weight in params[:-1]:
+            x = jax.nn.relu(x @ weight)
+        return x @ params[-1]
+
+    return apply, params
+
+
+def test_chains_of_another_depth():
+    """SGD: (Σ L³)^(-1/2), L = 6 after 2 [AAS Eq. 8]; Adam: 1/L with stem and readout, 8 after 4."""
+    rates = {"sgd": (6 / 2) ** -1.5, "adam": 4 / 8, "muon": 1.0}
+    for optimizer, rate in rates.items():
+        plan = archscale.parametrize(chain(7), X, base=chain(3), optimizer=optimizer)
+        (found,) = set(named_leaves(plan.learning_rate).values())
+        assert found == pytest.approx(rate)
+        assert ("no rule answers for it" in str(plan)) == (optimizer == "muon")
+
+
+def test_evaluation_mode_is_noticed():
+    plan = archscale.parametrize(Regularized(16), X, model_kwargs={"train": False})
+    (note,) = (one for one in plan.report().notes if "running averages" in one)
+    assert "batch_stats/BatchNorm_0/mean and 1 others" in note
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(8, 16, rngs=rngs)
+            self.norm = nnx.BatchNorm(16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.first(x))
+
+    model = Model(nnx.Rngs(0))
+    assert not archscale.parametrize(model, X).architecture.notes
+    model.eval()
+    assert "running averages" in archscale.parametrize(model, X).architecture.notes[0]
+    abstract = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
+    abstract.eval()
+    with pytest.raises(ValueError, match=r"'norm/mean'.*whose value is not known.*train"):
+        archscale.parametrize(abstract, X)
+
+
+def test_keys_and_schedules():
+    plan = archscale.parametrize(Regularized(16), X, model_kwargs={"train": True})
+    params = plan.init(KEY)
+    params["params"]["Dense_1"]["kernel"] = jax.random.normal(KEY, (16, 16))
+    x = jax.random.normal(KEY, (4, 8))
+    outputs = [plan.apply(params, x, key=jax.random.key(seed)) for seed in (0, 1)]
+    assert np.any(outputs[0] != outputs[1])
+    np.testing.assert_array_equal(plan.apply(params, x), plan.apply(params, x))
+    with pytest.raises(TypeError, match="key= is for linen"):
+        stack(2).apply(stack(2).init(KEY), X, key=KEY)
+    plan = archscale.parametrize(LinenMlp(16), X, optimizer="sgd", base_inputs=X)
+    params, gradients = plan.init(KEY), jax.tree.map(jnp.zeros_like, plan.init(KEY))
+    tx = plan.optimizer(1.0, weight_decay=lambda step: 0.1 * step)
+    state = tx.init(params)
+    for step in range(3):
+        updates, state = tx.update(gradients, state, params)
+        kernel = updates["params"]["Dense_1"]["kernel"]
+        np.testing.assert_allclose(
+            kernel, -0.1 * step * params["params"]["Dense_1"]["kernel"], rtol=1e-6
+        )
+
+
+def test_the_report_shows_gains_as_they_are_set():
+    class Ending(nn.Module):
+        depth: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(16)(x)
+            for _ in range(self.depth):
+                x = x + nn.LayerNorm()(nn.Dense(16)(nn.relu(nn.Dense(16)(x))))
+            return nn.Dense(3)(x)
+
+    plan = archscale.parametrize(Ending(4), X)
+    gain = float(plan.init(KEY)["params"]["LayerNorm_0"]["scale"][0])
+    record = next(one for one in plan.report().records if one["path"] == "params/LayerNorm_0/scale")
+    assert f"start = {gain:.4g}" in record["initialization_reason"]

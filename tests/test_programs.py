@@ -99,7 +99,8 @@ def test_a_spelling_with_other_numbers_is_found(monkeypatch):
     monkeypatch.setattr(archscale, "weight_standard_deviations", dishonest)
     found = differences(program, 64, [Spelling(), Spelling(dense="einsum")])
     assert {(one.spelling.dense, one.leaf, one.quantity) for one in found} == {
-        ("einsum", "w1", "deviation, target"), ("einsum", "w1", "deviation, moment")
+        ("einsum", "w1", "deviation, target_in_degree"),
+        ("einsum", "w1", "deviation, second_moment"),
     }  # fmt: skip
 
 

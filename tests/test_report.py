@@ -314,7 +314,7 @@ def test_dead_layers_are_named():
 def test_tied_tables_follow_the_readout():
     note = the_note(report(transformer(2), BASE), "embedding table and readout in one")
     assert note.startswith("table is ")
-    assert note.endswith("multiply the logits by base width / width [μP]")
+    assert note.endswith("Untie the two to transfer a rate [μP]")
 
 
 def test_widths_that_differ():

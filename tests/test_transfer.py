@@ -64,7 +64,7 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     assert len(lines) == 3 * 2
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
-    assert "learning rate" in table
+    assert "| rate |" in table
     report = (tmp_path / "report.html").read_text()
     assert "One command made this run" in report
 

@@ -74,7 +74,10 @@ def _first_notes(subject: Subject) -> Iterator[str]:
     zero = [one.name for one in architecture.parameters if one.starts_at_zero]
     if zero:
         way = "" if subject.plan else "; trace shapes, as of jax.eval_shape, to draw them"
-        yield f"these weights start at 0 and stay 0{way}: {_listed(zero, limit=40)}"
+        yield (
+            f"these weights are 0 in the model, and are left at 0 before training{way}: "
+            f"{_listed(zero, limit=40)}"
+        )
     if isinstance(subject.base, Architecture):
         yield from _comparison_notes(subject, subject.base)
     if subject.rates.width_rule is not None and not subject.plan:
@@ -145,7 +148,8 @@ def _graph_notes(subject: Subject) -> Iterator[str]:
     for name in [one.name for one in parameters if one.is_tied]:
         yield (
             f"{name} is embedding table and readout in one: its standard deviation and multiplier "
-            "follow the readout; for full μP multiply the logits by base width / width [μP]"
+            "follow the readout. Over width that is not μP, which multiplies the logits and keeps "
+            "the table: best rates fall as the width grows. Untie the two to transfer a rate [μP]"
         )
 
 

@@ -131,9 +131,10 @@ def _depth_rule(
     if stacked or depths[0] == depths[1]:
         return None
     what = f"depth: {depths[0]} layers, {depths[1]} in the base"
-    if kind == "sgd" and not stacked and all(map(_sums_layers_alone, (architecture, base))):
-        reasons.append(f"{what}: rule path_sum of networks without residual stream")
-        return "path_sum"
+    if kind in _WITHOUT_STREAM and all(map(_sums_layers_alone, (architecture, base))):
+        rule = _WITHOUT_STREAM[kind]
+        reasons.append(f"{what}: rule {rule} of networks without residual stream")
+        return rule
     reasons.append(
         f"{what}: no rule answers for it in this network under {kind}; measure the rate, or pass "
         f"depth_rule= ({', '.join(LEARNING_RATE_RULES)})"
@@ -178,3 +179,5 @@ def _branch_share(base: Architecture, exponent: float) -> float:
 
 
 _SHARE, _SHARE_OF_NORMALIZED = 0.25, 2.0
+_WITHOUT_STREAM = {"sgd": "path_sum", "adam": "inverse_depth"}
+"""Learning-rate rules of networks that only sum layers, by kind of optimizer."""

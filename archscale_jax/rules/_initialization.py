@@ -79,7 +79,7 @@ def drawn_and_set(
         for parameter in architecture.parameters
         if parameter.is_drawn
     }
-    return deviations, _gains(architecture, variances.gains)
+    return deviations, gain_values(architecture, variances.gains)
 
 
 def initialization_rule(
@@ -93,7 +93,7 @@ def initialization_rule(
     return next(one for one in rules if one.arrangement == architecture.arrangement)
 
 
-def _gains(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, Deviation]:
+def gain_values(architecture: Architecture, gains: Mapping[int, float]) -> dict[str, Deviation]:
     """The values of gains by name, from those behind the layers of edges."""
     found: dict[str, Deviation] = {}
     for parameter in architecture.parameters:

@@ -160,6 +160,18 @@ def _ratio(before: int, now: int) -> float:
     return before / now
 
 
+@_rule_of_depth("inverse_depth", equation="η ∝ 1/L", needs_base=True)
+def inverse_depth(graph: jraph.GraphsTuple, base: jraph.GraphsTuple) -> float:
+    """L layers on the deepest path, stem and readout too; Adam on plain chains, as measured (§4).
+
+    Updates of Adam have one size, whatever the gradient, and those of all layers add up.
+    """
+    depths = [path_statistics(one).max_depth + _layers_outside(one) for one in (graph, base)]
+    if not all(depths):
+        raise ValueError("rule inverse_depth: no layers are known, so the depth is 0")
+    return depths[1] / depths[0]
+
+
 @register_learning_rate_rule("none", scales=False)
 def none(graph: jraph.GraphsTuple, base: jraph.GraphsTuple | None = None) -> float:
     """No scaling: the base rate for every network."""

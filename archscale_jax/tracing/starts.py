@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from archscale_jax._expressions import Moments
 from archscale_jax._trees import PyTree, named_leaves
@@ -82,6 +83,13 @@ def constant_leaves(function: Callable[..., PyTree], *arguments: PyTree) -> dict
         for (name, leaf), result in zip(named_leaves(shapes).items(), results, strict=True)
         if jnp.issubdtype(leaf.dtype, jnp.floating) and (value := result()) is not None
     }
+
+
+def used_leaves(function: Callable[..., PyTree], tree: PyTree, *arguments: PyTree) -> list[str]:
+    """Returns the names of the leaves of a function's first argument that its results depend on."""
+    closed = jax.make_jaxpr(function)(tree, *arguments)
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return [name for name, is_used in zip(named_leaves(tree), used, strict=False) if is_used]
 
 
 _Lazy = Callable[[], float | None]
