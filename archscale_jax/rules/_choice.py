@@ -143,9 +143,13 @@ def _depth_rule(
 
 
 def _sums_layers_alone(architecture: Architecture) -> bool:
-    """Whether paths tell how rates scale: no concatenations, products or normalizations."""
+    """Whether paths tell how rates scale: no concatenations, products or normalizations.
+
+    Outputs may be joined, as those of an actor and a critic.
+    """
     graph = architecture.graph
-    operators = graph.edges["operator"][live_edges(graph)]
+    inner = live_edges(graph) & (graph.receivers != int(graph.n_node[0]) - 1)
+    operators = graph.edges["operator"][inner]
     joined = np.isin(operators, [int(one) for one in _BRANCHING]).any()
     propagation = Propagation(architecture)
     return not joined and not any(
