@@ -20,6 +20,7 @@ from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
 from archscale_jax.rules._rates import RateRules, learning_rate_multipliers
+from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
@@ -187,8 +188,8 @@ class Parametrization:
     _model: PureModel
 
     def __post_init__(self) -> None:
-        # Bases that do not fit raise here, where they are given.
-        self._of_leaves(self._factors())
+        # What a rule cannot do raises here, where the model and its base are given.
+        _ = self._multipliers, self._deviations
 
     # Initial weights.
 
@@ -232,19 +233,14 @@ class Parametrization:
 
         An array that broadcasts over the leaf where the slices of a stack differ.
         """
-        found = weight_standard_deviations(
-            self.architecture,
-            self.choice.initialization,
-            rule_options=self.choice.initialization_options,
-        )
-        return self._of_leaves({one.name: found.get(one.name) for one in self._leaves})
+        return self._of_leaves({**dict.fromkeys(self.architecture.shapes), **self._deviations})
 
     # Multipliers.
 
     @property
     def learning_rate(self) -> PyTree:
         """Multipliers of the learning rate, a tree like params of floats."""
-        return self._of_leaves(self._factors())
+        return self._of_leaves(self._multipliers)
 
     @property
     def weight_decay(self) -> PyTree:
@@ -252,12 +248,12 @@ class Parametrization:
 
         They leave the product η·λ of weights, tables and readouts as it is in the base.
         """
-        return self._of_leaves(decay_multipliers(self.architecture, self._factors()))
+        return self._of_leaves(decay_multipliers(self.architecture, self._multipliers))
 
     @property
     def epsilon(self) -> PyTree:
         """Multipliers of Adam's epsilon, a tree like params: 1, no rule changes it yet."""
-        return self._of_leaves(dict.fromkeys((one.name for one in self._leaves), 1.0))
+        return self._of_leaves(dict.fromkeys(self.architecture.shapes, 1.0))
 
     def scale(self) -> optax.GradientTransformation:
         """Returns the multipliers of the learning rate as an optax transformation.
@@ -350,7 +346,7 @@ class Parametrization:
             self._model.params if self._model.initial is None else None,
             plan=True,
         )
-        decay = decay_multipliers(self.architecture, self._factors())
+        decay = decay_multipliers(self.architecture, self._multipliers)
         records = [
             {**one, "weight_decay_multiplier": decay[one["path"]], "epsilon_multiplier": 1.0}
             for one in found.records
@@ -368,10 +364,6 @@ class Parametrization:
 
     # Parts.
 
-    @property
-    def _leaves(self) -> tuple:
-        return self.architecture.parameters
-
     def _rate_options(self) -> dict[str, Any]:
         muon = OPTIMIZERS[self.optimizer_name] == "muon"
         return {
@@ -381,9 +373,18 @@ class Parametrization:
             **({"dimension_numbers": True} if muon and self.choice.width_rule == "muon" else {}),
         }
 
-    def _factors(self) -> dict[str, float]:
+    @functools.cached_property
+    def _multipliers(self) -> dict[str, float]:
         return learning_rate_multipliers(
             self.architecture, self.base, self.choice.rule, **self._rate_options()
+        )
+
+    @functools.cached_property
+    def _deviations(self) -> dict[str, Deviation]:
+        return weight_standard_deviations(
+            self.architecture,
+            self.choice.initialization,
+            rule_options=self.choice.initialization_options,
         )
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
