@@ -49,6 +49,8 @@ MODULES = {
     "drawing": "archscale_jax._draw",
     "expressions": "archscale_jax._expressions",
     "files": "experiments.lab.files",
+    "gains": "experiments.nasbench.gains",
+    "gradinit": "archscale_jax.contrib",
     "graph": "archscale_jax._graph",
     "growth": "archscale_jax.contrib",
     "initializer": "archscale_jax._initialize",
@@ -57,10 +59,12 @@ MODULES = {
     "paths": "archscale_jax._paths",
     "predict": "archscale_jax.tuning._predict",
     "ranking": "experiments.nasbench.ranking",
+    "report": "archscale_jax",
     "search": "archscale_jax.tuning",
     "spaces": "archscale_jax._spaces",
     "sweeps": "experiments.lab.sweeps",
     "training": "experiments.lab.training",
+    "transfer_check": "archscale_jax.tuning",
     "transform": "archscale_jax",
     "trees": "archscale_jax._trees",
 }
@@ -104,6 +108,20 @@ def renamed(module: str, name: str) -> Any:
     if name not in RENAMED or not hasattr(sys.modules[module], RENAMED[name]):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return _found(module, name, module)
+
+
+def renamed_field(old: str, new: str) -> Any:
+    """Returns a property that gives a field by its old name, and warns."""
+
+    def field(self: Any) -> Any:
+        warnings.warn(
+            f"{old} is {new} now; the old name is removed in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(self, new)
+
+    return property(field)
 
 
 def _found(module: str, name: str, place: str) -> Any:

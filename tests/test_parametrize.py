@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 import archscale_jax as archscale
+from archscale_jax import _deprecated
 from archscale_jax._trees import named_leaves
 from archscale_jax.tracing.starts import constant_leaves
 
@@ -702,3 +703,15 @@ def test_the_report_shows_gains_as_they_are_set():
     gain = float(plan.init(KEY)["params"]["LayerNorm_0"]["scale"][0])
     record = next(one for one in plan.report().records if one["path"] == "params/LayerNorm_0/scale")
     assert f"start = {gain:.4g}" in record["initialization_reason"]
+
+
+@pytest.mark.parametrize("name", sorted(_deprecated._PLACES))
+def test_every_old_name_is_somewhere(name):
+    with pytest.warns(DeprecationWarning, match=f"archscale_jax.{name} moved to"):
+        assert getattr(archscale, name) is not None
+
+
+@pytest.mark.parametrize("name", _deprecated.MODULES)
+def test_every_old_module_is_somewhere(name):
+    assert importlib.import_module(_deprecated.MODULES[name])
+    assert importlib.import_module(f"archscale_jax.{name}").__name__ == f"archscale_jax.{name}"

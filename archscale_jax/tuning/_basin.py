@@ -33,6 +33,8 @@ class Basin(NamedTuple):
     loss: float
     bracketed: tuple[bool, bool]
 
+    closed = renamed_field("closed", "bracketed")
+
 
 def find_basin(losses: Mapping[float, float], tolerance: float = 0.02) -> Basin:
     """Returns the basin of losses by rate, inf where a run diverged; one at least is finite."""

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from archscale_jax._deprecated import renamed_field
 from archscale_jax.tuning._basin import excess_loss
 from archscale_jax.tuning._search import RateSearch, Train, find_learning_rate, mean_losses
 
@@ -36,6 +37,9 @@ class TransferCheck(NamedTuple):
     excess: dict[Any, float]
     bracketed: bool
     limit: float
+
+    stays = renamed_field("stays", "transfers")
+    closed = renamed_field("closed", "bracketed")
 
     @property
     def transfers(self) -> bool:
