@@ -534,6 +534,9 @@ def test_old_names_warn_and_work():
         assert search.find_learning_rate is archscale.find_learning_rate
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         archscale.nothing  # noqa: B018  # pyright: ignore
+    basin = archscale.tuning.Basin(1.0, 0.5, 2.0, 0.1, (True, False))
+    with pytest.warns(DeprecationWarning, match="closed is bracketed now"):
+        assert basin.closed == basin.bracketed
     assert len(archscale.__all__) <= 40
     assert set(dir(archscale)) == {*archscale.__all__, "__version__"}
 

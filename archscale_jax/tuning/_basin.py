@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from archscale_jax._deprecated import renamed_field
+
 
 class Basin(NamedTuple):
     """The rates that do about as well as the best one.
