@@ -1,4 +1,4 @@
-"""The words of a refusal: what was found, what is accepted, and the nearest to what was meant."""
+"""The words of an error: what was found, what is accepted, and the nearest to what was meant."""
 
 import difflib
 from collections.abc import Iterable

@@ -191,7 +191,7 @@ def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True
     _check_operators(graph)
     _check_joins(graph)
     if np.any(senders > receivers):
-        _refuse_order(senders, receivers)
+        _check_order(senders, receivers)
     live = live_vertices(graph)
     if not live[0]:
         raise ValueError(
@@ -259,7 +259,7 @@ def _check_joins(graph: jraph.GraphsTuple) -> None:
         )
 
 
-def _refuse_order(senders: np.ndarray, receivers: np.ndarray) -> None:
+def _check_order(senders: np.ndarray, receivers: np.ndarray) -> None:
     sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter()
     for sender, receiver in zip(senders.tolist(), receivers.tolist(), strict=True):
         sorter.add(receiver, sender)

@@ -38,8 +38,8 @@ class Difference(NamedTuple):
 
     Attributes:
       spelling: the spelling.
-      leaf: name of the leaf in the plain spelling; empty if the network was refused.
-      quantity: which number, or `refused`.
+      leaf: name of the leaf in the plain spelling; empty if the network raised.
+      quantity: which number, or `error`.
       plain: what the plain spelling says.
       other: what this one says, or the message.
     """
@@ -63,7 +63,7 @@ def architecture(spelling: Spelled, width: int) -> archscale.Architecture:
 def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
     """Returns what the library says of every leaf of the plain spelling: quantity -> leaf -> value.
 
-    A quantity that is refused has the message instead of leaves.
+    A quantity that raises has the message instead of leaves.
     """
     traced, base = architecture(spelling, width), architecture(spelling, width // 2)
     names = spelling.names()
@@ -118,16 +118,16 @@ def differences(
 
     plain = told(Spelling())
     if isinstance(plain, str):
-        return [Difference(Spelling(), "", "refused", "", plain)]
+        return [Difference(Spelling(), "", "error", "", plain)]
     found = [
-        Difference(Spelling(), "", f"refused, {quantity}", "", value)
+        Difference(Spelling(), "", f"error, {quantity}", "", value)
         for quantity, value in plain.items()
         if isinstance(value, str)
     ]
     for spelling in chosen or spellings(program.seed)[1:]:
         other = told(spelling)
         if isinstance(other, str):
-            found.append(Difference(spelling, "", "refused", "", other))
+            found.append(Difference(spelling, "", "error", "", other))
             continue
         for quantity, expected in plain.items():
             found += _compared(spelling, quantity, expected, other[quantity])
@@ -138,7 +138,7 @@ def _compared(spelling: Spelling, quantity: str, expected: Any, told: Any) -> li
     if isinstance(expected, str):
         return []
     if isinstance(told, str):
-        return [Difference(spelling, "", f"refused, {quantity}", "", told)]
+        return [Difference(spelling, "", f"error, {quantity}", "", told)]
     leaves = dict.fromkeys([*expected, *told])
     return [
         Difference(spelling, leaf, quantity, expected.get(leaf), told.get(leaf))

@@ -363,7 +363,7 @@ def test_the_paths_of_the_network_are_products_of_those_of_its_cells():
 # Bad input.
 
 
-def test_bad_input_is_refused_by_name(example):
+def test_bad_input_raises_by_name(example):
     with pytest.raises(ValueError, match="channels must be at least 1, found 0"):
         network("3_24_130", channels=0)
     with pytest.raises(ValueError, match="cell code '3_24'"):

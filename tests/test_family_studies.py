@@ -54,7 +54,7 @@ def test_what_diverged_is_lost_and_not_flat():
     assert table.iloc[0].tolist() == ["mlp", "width", "standard", "lost", "1"]
 
 
-def test_studies_that_are_not_there_are_refused():
+def test_studies_that_are_not_there_raise():
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": []}
     with pytest.raises(ValueError, match="unknown study 'dags'; accepted are resnet_depth"):
         study.all_trials(["dags"], settings)

@@ -57,7 +57,7 @@ def test_a_loss_with_aux_has_the_architecture_of_its_logits():
     assert path_depths(loss) == path_depths(logits) == (1, 3, 3)
 
 
-def test_what_is_returned_beside_the_logits_counts_as_an_output_but_averages_are_refused():
+def test_what_is_returned_beside_the_logits_counts_as_an_output_but_averages_raise():
     model = Perceptron(normalized=True)
     variables = jax.eval_shape(model.init, jax.random.key(0), EXAMPLE)
 

@@ -1,4 +1,4 @@
-"""What is said to the user: refusals of wrong input, progress, interrupts, and silence."""
+"""What is said to the user: errors of wrong input, progress, interrupts, and silence."""
 
 import ast
 import os
@@ -32,7 +32,7 @@ def network(text: str = "2_02", **options) -> DagMLP:
     return DagMLP(archscale.dag_graph(text), 6, 8, 3, rngs=nnx.Rngs(0), **options)
 
 
-MODEL = nnx.eval_shape(network)  # shapes are enough to refuse
+MODEL = nnx.eval_shape(network)  # shapes are enough to raise
 ARCHITECTURE, PARAMS = MODEL.architecture(), nnx.state(MODEL, nnx.Param)
 OTHER = nnx.eval_shape(lambda: network("1_22")).architecture()
 GRAPH, KEY = archscale.dag_graph("2_02"), jax.random.key(0)
@@ -150,7 +150,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_with_what_to_do(case):
+def test_wrong_input_raises_with_what_to_do(case):
     call, message = WRONG[case]
     with pytest.raises((ValueError, TypeError), match=message.replace("?", r"\?")) as caught:
         call()
@@ -167,11 +167,13 @@ def test_the_nearest_name_is_told_where_there_is_one():
 
 def _sources() -> list[pathlib.Path]:
     return [
-        path for room in ("archscale_jax", "experiments") for path in (ROOT / room).rglob("*.py")
+        path
+        for folder in ("archscale_jax", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
     ]
 
 
-def _refusals() -> list[tuple[str, ast.Call]]:
+def _raised() -> list[tuple[str, ast.Call]]:
     return [
         (f"{path.relative_to(ROOT)}:{node.lineno}", node.exc)
         for path in _sources()
@@ -194,12 +196,12 @@ def _literal(node: ast.expr) -> str:
 PROPER_NAMES = ("Ray", "JAX", "Flax", "DAG", "JSON")
 
 
-def test_refusals_have_one_style():
+def test_errors_have_one_style():
     """Small at the start, no full stop at the end; a fixed text says more than that it is wrong.
 
     Where nothing is interpolated, few words without a second clause cannot say what to do.
     """
-    messages = [(where, _literal(call.args[0])) for where, call in _refusals() if call.args]
+    messages = [(where, _literal(call.args[0])) for where, call in _raised() if call.args]
     assert len(messages) > 250
     bad = []
     for where, text in messages:

@@ -437,7 +437,7 @@ def scanned(params, inputs):
     return lax.scan(layer, inputs @ params["w1"], params["stack"])[0] @ params["w2"]
 
 
-REFUSALS: dict[str, Any] = {
+ERRORS: dict[str, Any] = {
     "scan": (scanned, {"w1": (5, 4), "stack": (3, 4, 4), "w2": (4, 2)}, "'stack'"),
     "depthwise": (depthwise, {"k1": (3, 3, 2, 3), "depthwise": (3, 3, 1, 3), "w": (3, 2)},
                   "'depthwise' .* in one group"),
@@ -454,9 +454,9 @@ REFUSALS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", ERRORS)
 def test_layers_of_other_forms_raise(name):
-    outputs, shapes, match = REFUSALS[name]
+    outputs, shapes, match = ERRORS[name]
     with pytest.raises(archscale.TraceError, match=match):
         find(outputs, draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS)
 

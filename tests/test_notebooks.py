@@ -116,7 +116,7 @@ def test_grow_a_network(shell):
     assert (np.diff(curve[:, 0]) > 0).all()
 
 
-def test_an_unknown_setting_is_refused(shell):
+def test_an_unknown_setting_raises(shell):
     for name in NAMES:
         first = code(read(name))[0].replace(CHOICE.format("small"), 'SETTING = "large"')
         with pytest.raises(ValueError, match="'large'; accepted are tiny, small, accelerator"):

@@ -405,7 +405,7 @@ def test_a_grown_network_keeps_its_precision():
     assert grown.params["Dense_3"]["kernel"].shape == (8, 8)
 
 
-def test_layers_whose_weights_are_more_than_cast_are_refused():
+def test_layers_whose_weights_are_more_than_cast_raise():
     order = jnp.array([1, 0])
 
     def loss(params, batch):

@@ -1,4 +1,4 @@
-"""Flags out of range, and data that are not there, are refused before a binary has begun."""
+"""Flags out of range, and data that are not there, raise before a binary has begun."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ CHECKED = (
     flags.BooleanParser,
 )
 TEXTS = {"data_dir", "json", "ray_address", "table", "table_column", "truth", "workdir"}
-REFUSED = {  # by the binary: flags, and what is said of them
+ERRORS = {  # by the binary: flags, and what is said of them
     "train": {
         "--width=46341": "accepted is an integer from 1 to 16384",
         "--seed=18446744073709551616": "accepted is an integer from 0 to 4294967295",
@@ -93,12 +93,12 @@ def parse_badly(name, cases):
     return unbounded, said
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ERRORS)
 def test_every_flag_has_a_range_and_names_itself(name):
     with FORKS.Pool(1) as pool:
-        unbounded, said = pool.apply(parse_badly, (name, REFUSED[name]))
+        unbounded, said = pool.apply(parse_badly, (name, ERRORS[name]))
     assert not unbounded
-    assert len(said) > len(REFUSED[name])
+    assert len(said) > len(ERRORS[name])
     for argument, message, error in said:
         flag, _, rest = error.partition(": ")
         assert flag == f"flag {argument}"

@@ -134,7 +134,7 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
         ({"epochs": 0.0}, "epochs must be positive and finite, found 0"),
     ],
 )
-def test_bad_settings_are_refused_by_name(changed, message):
+def test_bad_settings_raise_by_name(changed, message):
     with pytest.raises(ValueError, match=message):
         rank_study.plan_of(SMALL | changed)
 

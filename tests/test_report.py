@@ -281,7 +281,7 @@ def test_rules_that_need_no_base_go_without(rule):
     assert by_name(found, "learning_rate_multiplier") == factors
 
 
-def test_what_a_rule_refuses_is_a_note():
+def test_what_a_rule_raises_is_a_note():
     found = report(BY_HAND, archscale.dag_graph("1"), "path_sum")
     assert the_note(found, "^learning-rate multipliers left out: .*no path of the base crosses")
     assert set(by_name(found, "learning_rate_multiplier").values()) == {None}
@@ -442,7 +442,7 @@ def test_dtypes_of_params():
         ({"widthrule": "sgd"}, TypeError, "widthrule"),
     ],
 )
-def test_what_nobody_knows_is_refused(options, error, match):
+def test_what_nobody_knows_raises(options, error, match):
     with pytest.raises(error, match=match):
         report(BY_HAND, BASE, **options)
 

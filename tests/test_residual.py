@@ -168,7 +168,7 @@ def test_of_a_product_the_layer_that_enters_linearly_ends_the_branch():
     assert places["b"].startswith("in a branch")
 
 
-def test_a_branch_that_ends_in_no_layer_is_refused():
+def test_a_branch_that_ends_in_no_layer_raises():
     def apply(params, x):
         z = x @ params["stem"]
         z = z + jax.nn.relu(z @ params["a"]) * jax.nn.sigmoid(z @ params["b"])
@@ -183,7 +183,7 @@ def test_a_branch_that_ends_in_no_layer_is_refused():
         depth_multipliers(arch, arch, "adam")
 
 
-def test_refusals():
+def test_errors():
     arch = stack(2)[2]
     chain = archscale.dag_graph("2_02")
     with pytest.raises(ValueError, match="2 residual additions and the base 0; both need some"):

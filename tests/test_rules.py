@@ -262,7 +262,7 @@ def test_kernel_size_multiplier_divides_by_the_size():
             kernel_size_multiplier(*sizes)
 
 
-def test_an_unknown_rule_is_refused_by_the_names_of_the_others():
+def test_an_unknown_rule_raises_by_the_names_of_the_others():
     with pytest.raises(
         ValueError, match=r"'cubes'; accepted are .*path_sum, .*chen2024_code, depth"
     ):
@@ -276,7 +276,7 @@ def test_a_rule_that_compares_needs_a_base(rule):
 
 
 @pytest.mark.parametrize("rule", ["path_sum", "depth"])
-def test_graphs_without_weights_are_refused(rule):
+def test_graphs_without_weights_raise(rule):
     for pair in (("1", "2"), ("2", "1"), ("1_01", "1")):
         with pytest.raises(ValueError, match=rule):
             learning_rate_scale(dag_graph(pair[0]), dag_graph(pair[1]), rule)
@@ -295,7 +295,7 @@ def test_no_rule_may_give_a_factor_that_is_no_rate(factor):
 
 
 @pytest.mark.parametrize("rule", ["path_sum", "chen2024_code"])
-def test_a_factor_below_every_float_is_refused(rule):
+def test_a_factor_below_every_float_raises(rule):
     with pytest.raises(ValueError, match="many paths"):
         learning_rate_scale(residual_blocks(2200), dag_graph("2"), rule)
 
@@ -627,7 +627,7 @@ def test_the_default_rule_goes_with_what_vertices_sum():
         assert default != weight_standard_deviations(architecture, other)
 
 
-def test_variances_that_are_none_are_refused():
+def test_variances_that_are_none_raise():
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(
         ValueError,
@@ -913,7 +913,7 @@ def test_moment_is_not_misled_by_the_order_of_edges():
     assert numerators(graphs[0], "second_moment") == numerators(graphs[1], "second_moment")
 
 
-def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
+def test_a_base_with_more_paths_than_floats_reach_raises_by_value_error():
     blocks = 1100
     chain = np.arange(2 * blocks)
     starts = chain[::2]
@@ -939,7 +939,7 @@ def test_options_reach_an_initialization_rule():
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -1.0])
-def test_moment_refuses_a_share_that_is_none(share):
+def test_moment_raises_on_a_share_that_is_none(share):
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(ValueError, match="branch_share"):
         weight_standard_deviations(

@@ -65,10 +65,10 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
     ],
 )
 def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message, run_again):
-    refused = run_again("scaling", tmp_path / "run", *SMALL, *flag.split())
-    assert refused.returncode == 1
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    failed = run_again("scaling", tmp_path / "run", *SMALL, *flag.split())
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
     assert not (tmp_path / "run").exists()
 
 

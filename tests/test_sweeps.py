@@ -310,7 +310,7 @@ class TestRunStudy:
         study(tmp_path / "undisturbed.jsonl")
         assert journal.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
 
-    def test_refuses_duplicates_and_runs_nothing(self, tmp_path):
+    def test_raises_on_duplicates_and_runs_nothing(self, tmp_path):
         trials = [{"a": 1, "b": 2}, {"c": 3}, {"b": 2, "a": 1}, *[{"d": (4,)}] * 2]
         with pytest.raises(ValueError, match="more than once") as caught:
             study(tmp_path / "results.jsonl", trials=trials)
@@ -320,7 +320,7 @@ class TestRunStudy:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("workers", [0, -1])
-    def test_refuses_to_run_without_workers(self, tmp_path, workers):
+    def test_does_not_run_without_workers(self, tmp_path, workers):
         with pytest.raises(ValueError, match=f"workers must be at least 1, found {workers}"):
             study(tmp_path / "results.jsonl", workers=workers)
 

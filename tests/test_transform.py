@@ -296,7 +296,7 @@ class TestComposition:
                 ratio = float(jnp.mean(behind["readout"]) / jnp.mean(plain["readout"]))
                 assert abs(ratio / FACTOR - 1) > 0.1
 
-    def test_behind_lookahead_is_refused_by_name(self):
+    def test_behind_lookahead_raises_by_name(self):
         params = optax.LookaheadParams.init_synced(tree(jnp.zeros))
         with pytest.raises(ValueError, match="fast/"):
             optax.chain(optax.lookahead(optax.sgd(RATE), 2, 0.5), scale()).init(params)
@@ -509,7 +509,7 @@ class TestFactors:
 
 class TestErrors:
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-    def test_refuse_a_factor_that_is_no_rate(self, value):
+    def test_raise_on_a_factor_that_is_no_rate(self, value):
         with pytest.raises(ValueError, match="must be finite and positive"):
             scale_by_architecture(ARCHITECTURE, BASE, rule=lambda graph, base: value)
 
@@ -582,13 +582,13 @@ class TestErrors:
 
 
 class TestFactorsOutOfRange:
-    def test_of_very_many_paths_is_refused(self):
+    def test_of_very_many_paths_raises(self):
         complete = dag_graph("_".join("2" * vertex for vertex in range(1, 400)))
         stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
         with pytest.raises(ValueError, match=r"'w' is .*e-6\d; .*range of float32"):
             scale_by_architecture(Architecture(complete, (stem,)), dag_graph("2"))
 
-    def test_of_a_width_rule_that_turns_the_sign_is_refused(self):
+    def test_of_a_width_rule_that_turns_the_sign_raises(self):
         stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
         architecture = Architecture(dag_graph("2"), (stem,))
         with pytest.raises(ValueError, match=r"'w' is -1"):

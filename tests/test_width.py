@@ -86,7 +86,7 @@ def test_widths_leave_the_ends_of_the_network_alone():
     assert fans["params/layers_4/bias"] == (16, 16)
 
 
-def test_widths_that_no_layer_has_are_refused():
+def test_widths_that_no_layer_has_raise():
     arch = traced(Stages(32, 1))
     with pytest.raises(ValueError, match=r"widths name \[48\], which no layer"):
         archscale.with_widths(arch, {32: 8, 48: 12})

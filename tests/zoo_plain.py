@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tests.zoo import ONE, Built, X, example, refusal
+from tests.zoo import ONE, Built, X, example, unsupported
 
 RELU = jax.nn.relu
 VECTORS = jax.ShapeDtypeStruct((2, 8), jnp.float32)
@@ -347,7 +347,7 @@ def low_rank_update() -> Built:
     return apply, shapes(**sizes, readout=(16, 3)), (VECTORS,)
 
 
-@refusal(r"while .* write it as lax.scan")
+@unsupported(r"while .* write it as lax.scan")
 def equilibrium() -> Built:
     def apply(params, x):
         x = x @ params["stem"]

@@ -403,7 +403,7 @@ def _has_averages(tree: PyTree) -> bool:
 
 
 def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> None:
-    """Refuses what is easily taken for a function, its params, or its inputs."""
+    """Raises on what is easily taken for a function, its params, or its inputs."""
     # By name, as Flax is not imported here. What its transformations return, nnx.jit say, is fine.
     modules = [base.__module__ for base in type(function).__mro__ if base.__name__ == "Module"]
     hint = ""

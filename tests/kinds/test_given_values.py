@@ -268,7 +268,7 @@ def modulated_convolution(params, x, style):
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
-def test_a_kernel_that_features_scale_is_refused_with_a_way_on(kind):
+def test_a_kernel_that_features_scale_raises_with_a_way_on(kind):
     if kind == "dense":
         apply, inputs, shapes = modulated_kernel, (spec(4, 32), spec(4, 32)), MODULATED
     else:

@@ -60,7 +60,7 @@ def network(cell, layers, width=8, length=4, tokens=False):
 @pytest.mark.parametrize(("layers", "tokens"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_networks_are_initialized(cell, layers, tokens, rule):
-    """One and two layers, and a table in front: no rule refuses, all deviations are finite."""
+    """One and two layers, and a table in front: no rule raises, all deviations are finite."""
     model = network(cell, layers, tokens=tokens, length=3)
     arch = model.trace()
     deviations = archscale.weight_standard_deviations(arch, rule)
@@ -174,7 +174,7 @@ def test_recurrent_networks_of_haiku(rule):
 
 
 def test_two_stacked_layers_in_plain_jax():
-    """A second layer that reads the first one's states: not refused, C = 1 at d_in = 2 for both."""
+    """A second layer that reads the first one's states: no error, C = 1 at d_in = 2 for both."""
 
     def apply(p, x):
         def layer(w, u, x):
