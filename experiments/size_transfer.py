@@ -268,7 +268,7 @@ def table(groups: Mapping[tuple[str, str], Group]) -> pd.DataFrame:
                     "noise": f"{noise:.2f}",
                     "rule": rule,
                     "RMS error": f"{math.sqrt(np.mean(np.square(errors))):.2f}",
-                    "worst loss": tables.number(worst, "+.1%", missing="lost"),
+                    "worst loss": tables.number(worst, "+.1%", missing="diverged"),
                 }
             )
     return pd.DataFrame(rows)

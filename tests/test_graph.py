@@ -55,7 +55,7 @@ def graph_of(num_vertices, edges, **options):
 
 
 def paths_from(vertex, edges):
-    """Every path out of `vertex`, as a list of vertices: the slow truth."""
+    """Every path out of `vertex`, as a list of vertices: the slow ground truth."""
     yield [vertex]
     for sender, receiver, *_ in edges:
         if sender == vertex:

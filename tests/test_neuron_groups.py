@@ -677,7 +677,7 @@ def test_transformers_grow_their_feed_forward_blocks():
     check_growth(transformer, params, SEQUENCES, able)
 
 
-# Rooms.
+# Slots.
 
 
 @pytest.fixture(scope="module", params=growing.NETWORKS)
@@ -694,7 +694,7 @@ def equal(tree, other):
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_laws_of_rooms(slots_case, data):
+def test_laws_of_slots(slots_case, data):
     params, groups = slots_case
     counts = archscale.contrib.count_neurons(params, groups)
     chosen = data.draw(st.lists(st.sampled_from(sorted(counts)), unique=True))

@@ -336,20 +336,20 @@ def test_sharpness_in_low_precision():
 def growth(mode):
     one = case(Perceptron, mode)
     found = archscale.contrib.find_neuron_groups(one.loss, one.params, one.batch)
-    units = [unit for unit in found if not unit.blocker]
-    measured = measure(one.loss, one.params, [one.batch], units)
-    neurons = solve(one.params, measured, units)
+    groups = [one for one in found if not one.blocker]
+    measured = measure(one.loss, one.params, [one.batch], groups)
+    neurons = solve(one.params, measured, groups)
     every = archscale.bottleneck(one.loss, one.params, [one.batch])
-    return units, neurons, predicted_decrease(neurons, measured, units), every
+    return groups, neurons, predicted_decrease(neurons, measured, groups), every
 
 
 def test_bottlenecks_and_new_neurons():
     mode = "mixed"
-    units, neurons, predicted, bottlenecks = growth(mode)
-    exact_units, exact_neurons, exact_predicted, exact_bottlenecks = growth("float32")
-    assert [one.name for one in units] == [one.name for one in exact_units]
-    for one, exact in zip(units, exact_units, strict=True):
-        slopes = [[link.slope for link in unit.links] for unit in (one, exact)]
+    groups, neurons, predicted, bottlenecks = growth(mode)
+    exact_groups, exact_neurons, exact_predicted, exact_bottlenecks = growth("float32")
+    assert [one.name for one in groups] == [one.name for one in exact_groups]
+    for one, exact in zip(groups, exact_groups, strict=True):
+        slopes = [[link.slope for link in group.links] for group in (one, exact)]
         np.testing.assert_allclose(*slopes, rtol=UNIT[mode])  # of tanh: 1
     for name, exact in exact_bottlenecks.items():
         # Ψ, a square, of what went forward and backward.
@@ -395,9 +395,9 @@ def test_a_grown_network_keeps_its_precision():
         return jnp.mean(losses)  # in bfloat16, too
 
     found = [
-        unit
-        for unit in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
-        if not unit.blocker
+        group
+        for group in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
+        if not group.blocker
     ]
     grown = archscale.grow(loss, one.params, [one.batch], one.batch, found[1:], number=2)
     assert grown.losses[1] <= grown.losses[0]

@@ -123,7 +123,7 @@ UNFIT = {
     "growths after the end": ("grow", "--steps=10", "need --steps above 960, found 10"),
     "a start above the end": (
         "grow", "--start_width=99 --large_width=8", "--start_width=99 exceeds --large_width=8"),
-    "arms that train nothing": ("grow", "--arm=scratch", "--arm=scratch trains none"),
+    "methods that train nothing": ("grow", "--arm=scratch", "--arm=scratch trains none"),
     "factors of convolutions alone": (
         "gradinit", "--images_downscale=3", "--images_downscale, found 3: factor 3 does not"),
     "heads that do not divide a width": (

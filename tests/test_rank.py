@@ -118,8 +118,10 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     assert rates["mup"] == by_base["0_00_300", "he_normal"]
     few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
-    bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}
-    with pytest.raises(RuntimeError, match="the search on 0_00_100 failed with ValueError: lost"):
+    bases[0] = {"trial": plan.searches[0], "error": "ValueError: diverged"}
+    with pytest.raises(
+        RuntimeError, match="the search on 0_00_100 failed with ValueError: diverged"
+    ):
         rank_study.trials_of(plan, bases)
 
 
@@ -146,7 +148,7 @@ def test_accuracies_by_recipe_cell_and_seed():
     accuracies, cells = rank_study.accuracies_of(
         [
             record("fixed", "a", 0, result={"accuracy": 0.1}),
-            record("mup", "a", 0, error="lost"),
+            record("mup", "a", 0, error="diverged"),
             record("fixed", "b", 0, result={"accuracy": 0.2}),
             record("mup", "b", 0, result={"accuracy": 0.3}),
             record("fixed", "b", 1, result={"accuracy": 0.4}),

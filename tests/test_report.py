@@ -266,7 +266,7 @@ def test_an_ordinary_chain_has_no_notes():
 
 
 @pytest.mark.parametrize("options", [{"rule": "path_sum"}, {"rule": "none", "width_rule": "sgd"}])
-def test_without_a_base_the_factors_are_left_out(options):
+def test_without_a_base_the_multipliers_are_left_out(options):
     found = report(BY_HAND, **options)
     assert the_note(found, "^no base: ").endswith("measure_update, which needs no graph")
     assert set(by_name(found, "learning_rate_multiplier").values()) == {None}

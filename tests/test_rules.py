@@ -729,7 +729,7 @@ def test_moments_are_those_of_wide_networks(rule, arrangement):
     strategies.sampled_from(Arrangement),
     strategies.floats(0.01, 2),
 )
-def test_moment_makes_second_moments_equal_where_skips_leave_room(text, arrangement, share):
+def test_moment_makes_second_moments_equal_where_skips_leave_a_share(text, arrangement, share):
     graph = dag_graph(text)
     hypothesis.assume(branches_end_in_layers(graph))
     reached = reached_from_input(graph)

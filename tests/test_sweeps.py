@@ -495,20 +495,20 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFIN
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("room", [1, 700, 2000])
-def test_a_disk_that_is_full_costs_no_record(tmp_path, undisturbed, workers, room):
+@pytest.mark.parametrize("capacity", [1, 700, 2000])
+def test_a_disk_that_is_full_costs_no_record(tmp_path, undisturbed, workers, capacity):
     journal = tmp_path / "results.jsonl"
-    command = [sys.executable, "-c", FULL_DISK, str(journal), "30", str(workers), str(room)]
+    command = [sys.executable, "-c", FULL_DISK, str(journal), "30", str(workers), str(capacity)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 1
     # The limit's word; a full disk says "No space left on device" at the same place.
     assert "OSError: [Errno 27] File too large; the records before are kept" in finished.stderr
     assert str(journal) in finished.stderr
-    # Whole lines, as many as there was room for; the next may be half there.
+    # Whole lines, as many as fit; the next may be half there.
     kept = journal.read_bytes()
     lines = undisturbed.splitlines(keepends=True)
-    assert len(kept) == room
-    assert len(read_records(journal)) >= room // max(map(len, lines))
+    assert len(kept) == capacity
+    assert len(read_records(journal)) >= capacity // max(map(len, lines))
     begun, errors = finish(start(journal))
     assert errors == ""
     assert journal.read_bytes() == undisturbed

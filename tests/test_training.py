@@ -260,7 +260,7 @@ class TestTrainBatches:
         assert batches.shape == (EXAMPLES // BATCH, BATCH)
         assert len(set(np.asarray(batches).ravel().tolist())) == batches.size
 
-    def test_a_lost_lane_leaves_the_others_bit_for_bit_alike(self):
+    def test_a_diverged_lane_leaves_the_others_bit_for_bit_alike(self):
         optimizer, graphdef, data = rate_optimizer(), network()[0], dataset()
         batches = epoch_batches(fresh_state(optimizer), EXAMPLES, BATCH)
 
@@ -276,7 +276,7 @@ class TestTrainBatches:
                 optimizer=optimizer,
             )
 
-        (sane, sane_losses), (lost, losses) = (
+        (sane, sane_losses), (diverged, losses) = (
             train(jnp.array([0.05, rate, 0.2])) for rate in (0.1, 1e38)
         )
         assert not np.isfinite(losses[1, -1])
@@ -284,7 +284,7 @@ class TestTrainBatches:
         assert to_bytes(losses[others]) == to_bytes(sane_losses[others])
         assert np.isfinite(losses[others]).all()
         pick = lambda state: [leaf[others] for leaf in jax.tree.leaves(state.params)]  # noqa: E731
-        assert to_bytes(pick(lost)) == to_bytes(pick(sane))
+        assert to_bytes(pick(diverged)) == to_bytes(pick(sane))
 
 
 @functools.cache

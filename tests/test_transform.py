@@ -217,7 +217,7 @@ class TestPlain:
 
 
 class TestComposition:
-    """Every wrapper of optax and JAX; the truth is plain SGD at the scaled rate."""
+    """Every wrapper of optax and JAX; the ground truth is plain SGD at the scaled rate."""
 
     sgd = optax.sgd(RATE * FACTOR, momentum=0.9)
 

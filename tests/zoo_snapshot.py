@@ -3,8 +3,8 @@
     python -m tests.zoo_snapshot            # lists the differences, ten seconds
     python -m tests.zoo_snapshot --write    # writes tests/golden/zoo_v0_1.json, for another base
 
-The file is no truth, unlike the examples of `tests/test_zoo.py`: it makes every change of a number
-visible, so that each can be judged. Differences are therefore listed, and fail no test.
+The file is not ground truth, unlike the examples of `tests/test_zoo.py`: it makes every change of a
+number visible, so that each can be judged. Differences are therefore listed, and fail no test.
 """
 
 import argparse

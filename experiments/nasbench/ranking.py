@@ -44,7 +44,7 @@ class TauCurve(NamedTuple):
         more than half of the resamples are.
       high: [F], its upper end.
       architectures: how many have a run under both recipes.
-      left_out: how many have not.
+      excluded: how many have not.
     """
 
     fractions: tuple[float, ...]
@@ -52,7 +52,7 @@ class TauCurve(NamedTuple):
     low: Float[np.ndarray, "F"]
     high: Float[np.ndarray, "F"]
     architectures: int
-    left_out: int
+    excluded: int
 
 
 def kendall_tau_at_top(

@@ -751,7 +751,7 @@ def test_dense_skip_of_an_activation():
     shapes = specs(stem=(64, WIDTH), out=(WIDTH, 3)) | {"w": [spec(WIDTH, WIDTH)] * 4}
     model = Model(lambda p, x: run(p, x)[0], shapes, (normal(64, 64),))
     found = moments(model, "second_moment", lambda p, x: run(p, x)[1])
-    # Means of ReLUs add up, Σ of k has k(k-1)/π of cross terms [theory §3]: room for them.
+    # Means of ReLUs add up, Σ of k has k(k-1)/π of cross terms [theory §3]: a tolerance for them.
     assert 1 < found[-1] / found[0] < 1.28 * 1.3
 
 
