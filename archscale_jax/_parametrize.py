@@ -188,7 +188,7 @@ class Parametrization:
 
     def __post_init__(self) -> None:
         # Bases that do not fit raise here, where they are given.
-        self._of_leaves(self._factors())
+        self._of_leaves(self._multipliers())
 
     # Initial weights.
 
@@ -244,7 +244,7 @@ class Parametrization:
     @property
     def learning_rate(self) -> PyTree:
         """Multipliers of the learning rate, a tree like params of floats."""
-        return self._of_leaves(self._factors())
+        return self._of_leaves(self._multipliers())
 
     @property
     def weight_decay(self) -> PyTree:
@@ -252,7 +252,7 @@ class Parametrization:
 
         They leave the product η·λ of weights, tables and readouts as it is in the base.
         """
-        return self._of_leaves(decay_multipliers(self.architecture, self._factors()))
+        return self._of_leaves(decay_multipliers(self.architecture, self._multipliers()))
 
     @property
     def epsilon(self) -> PyTree:
@@ -350,7 +350,7 @@ class Parametrization:
             self._model.params if self._model.initial is None else None,
             plan=True,
         )
-        decay = decay_multipliers(self.architecture, self._factors())
+        decay = decay_multipliers(self.architecture, self._multipliers())
         records = [
             {**one, "weight_decay_multiplier": decay[one["path"]], "epsilon_multiplier": 1.0}
             for one in found.records
@@ -381,7 +381,7 @@ class Parametrization:
             **({"dimension_numbers": True} if muon and self.choice.width_rule == "muon" else {}),
         }
 
-    def _factors(self) -> dict[str, float]:
+    def _multipliers(self) -> dict[str, float]:
         return learning_rate_multipliers(
             self.architecture, self.base, self.choice.rule, **self._rate_options()
         )

@@ -342,20 +342,20 @@ def _train(now: Run, trial: Trial, folder: pathlib.Path | None) -> dict:
     )
     if folder is not None:
         now = _restored(folder, trial, now) or now
-    factors, cost = _factors(now, start, trial), _flops(now, now.params)
+    multipliers, cost = _multipliers(now, start, trial), _flops(now, now.params)
     last: list[jax.Array] = []
     for batch in _batches(network.dataset, trial, now.step):
         if schedule is not None and _is_due(schedule, now):
             if not _point(now, last):
                 return _result(now, trial)
             _grow(now, trial, schedule)
-            factors, cost = _factors(now, start, trial), _flops(now, now.params)
+            multipliers, cost = _multipliers(now, start, trial), _flops(now, now.params)
             _point(now, last)
             last = []  # a run that goes on from here knows no earlier ones
             if folder is not None:
                 _save(folder, trial, now)
         rate = trial["rate"] * min(1.0, (1 - now.step / trial["steps"]) / DECAY)
-        rates = {name: np.float32(rate * factor) for name, factor in factors.items()}
+        rates = {name: np.float32(rate * multiplier) for name, multiplier in multipliers.items()}
         now.params, now.optimizer_state, loss = update(
             network.loss, now.params, now.optimizer_state, batch, rates
         )
@@ -495,7 +495,7 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
     )
 
 
-def _factors(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
+def _multipliers(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
     """By what the rate of every leaf is multiplied."""
     network = now.network
     _, rule, _ = GROWING.get(trial["arm"], (None, "none", False))

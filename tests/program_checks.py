@@ -1,6 +1,6 @@
 """What must hold of every program of `tests/programs.py`: two properties, and what breaks them.
 
-1. All spellings of a program get the same standard deviations, roles and width factors.
+1. All spellings of a program get the same standard deviations, roles and width multipliers.
 2. At a finite width, every vertex has the second moment that its rule of initialization promises.
 
 **Noise of the second.** Of a chain of d layers of width n the mean square of a vertex fluctuates
@@ -84,7 +84,7 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
         quantity = functools.partial(
             archscale.learning_rate_multipliers, traced, base, "none", width_rule=rule
         )
-        told[f"factor, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
+        told[f"multiplier, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
     return told
 
 

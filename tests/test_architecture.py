@@ -200,10 +200,10 @@ class TestFieldsCalledValue:
         base = archscale.with_widths(arch, {8: 4})
         scale = archscale.scale_by_architecture(arch, base, "none", width_rule="adam")
         updates, _ = scale.update(model, scale.init(model))
-        factors = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
-        assert factors["value"] == 0.5
+        multipliers = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
+        assert multipliers["value"] == 0.5
         for name in FOUR:
-            assert float(getattr(updates, name)[0, 0]) == factors[name]
+            assert float(getattr(updates, name)[0, 0]) == multipliers[name]
         larger = archscale.contrib.scale_parameters(model, {"value": 3.0})
         assert float(larger.value[0, 0]) == 3.0 and float(larger.key[0, 0]) == 1.0
 

@@ -83,8 +83,10 @@ def test_wrap_your_optimizer(shell):
     namespace, images = run(shell, tiny("wrap_your_optimizer"))
     assert len(images) == 3
     assert set(namespace["deep"]) == set(namespace["ways"])
-    factors = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
-    assert set(np.round(list(factors.values()), 12)) == {round(4**-1.5, 12)}  # chains of 4 and 1
+    multipliers = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
+    assert set(np.round(list(multipliers.values()), 12)) == {
+        round(4**-1.5, 12)
+    }  # chains of 4 and 1
 
 
 def test_find_a_learning_rate(shell):

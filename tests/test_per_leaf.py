@@ -42,7 +42,7 @@ def test_rounding_is_no_effect():
     assert (first.verdict, second.verdict) == (Verdict.FLAT, Verdict.NOTHING)
 
 
-def test_a_wrong_factor_is_found(monkeypatch):
+def test_a_wrong_multiplier_is_found(monkeypatch):
     honest = archscale.learning_rate_multipliers
 
     def dishonest(architecture, *arguments, **options):

@@ -147,7 +147,7 @@ def test_an_architecture_is_read_through_casts(make):
         jax.tree.map(np.testing.assert_array_equal, found.graph, expected.graph)
 
 
-def test_factors_are_those_of_exact_arithmetic_in_any_precision():
+def test_multipliers_are_those_of_exact_arithmetic_in_any_precision():
     # Paths from the stem to the last vertex cross 1 + the layer, or skip it: depths 1 and 2.
     exact = Fraction(1, 1**3 + 2**3)  # over the base `2`, one path of depth 1
     wanted = float(exact) ** 0.5
@@ -167,9 +167,11 @@ def test_factors_are_those_of_exact_arithmetic_in_any_precision():
                     json.dumps(archscale.learning_rate_multipliers(architecture, base, "path_sum"))
                 )
     assert len(found) == 1
-    factors = json.loads(found.pop())
-    assert set(factors) == {f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")}
-    assert all(abs(factor - wanted) <= 2**-52 * wanted for factor in factors.values())
+    multipliers = json.loads(found.pop())
+    assert set(multipliers) == {
+        f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")
+    }
+    assert all(abs(multiplier - wanted) <= 2**-52 * wanted for multiplier in multipliers.values())
 
 
 def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
@@ -184,16 +186,16 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_factor_is_applied_with_one_rounding(dtype):
+def test_a_multiplier_is_applied_with_one_rounding(dtype):
     architecture = reference(Perceptron).architecture
     base = archscale.dag_graph("2")
-    factors = archscale.learning_rate_multipliers(architecture, base, "path_sum")
+    multipliers = archscale.learning_rate_multipliers(architecture, base, "path_sum")
     updates = jax.tree.map(lambda one: one.astype(dtype), reference(Perceptron).params)
     scaled, _ = archscale.scale_by_architecture(architecture, base, "path_sum").update(
         updates, optax.EmptyState()
     )
     kernel = updates["Dense_1"]["kernel"]
-    exact = np.asarray(kernel, np.float64) * factors["Dense_1/kernel"]
+    exact = np.asarray(kernel, np.float64) * multipliers["Dense_1/kernel"]
     # The product is rounded to float32 first, which may move it over the middle of two neighbours.
     unit = float(jnp.finfo(dtype).eps) / 2
     error = np.abs(np.asarray(scaled["Dense_1"]["kernel"], np.float64) - exact)

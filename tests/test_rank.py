@@ -40,7 +40,7 @@ def trial(recipe, cell, rate=0.5):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "cell", "factor"),
+    ("recipe", "cell", "multiplier"),
     [
         ("fixed", "3_33_333", 1),
         ("mup", "3_33_333", 1),
@@ -52,8 +52,8 @@ def trial(recipe, cell, rate=0.5):
         ("path_sum", "3_33_333", (1 + 2 * 2**3 + 3**3) ** -0.5),
     ],
 )
-def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, factor):
-    assert rank_study.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * factor)
+def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, multiplier):
+    assert rank_study.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * multiplier)
 
 
 def test_measured_rates_are_of_the_vertices_on_paths():

@@ -289,13 +289,13 @@ def test_the_stem_gives_a_graph_without_weights_a_depth():
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, -math.inf, math.nan])
-def test_no_rule_may_give_a_factor_that_is_no_rate(factor):
+def test_no_rule_may_give_a_multiplier_that_is_no_rate(multiplier):
     with pytest.raises(ValueError, match="finite and positive"):
-        learning_rate_scale(dag_graph("2"), rule=lambda graph, base: factor)
+        learning_rate_scale(dag_graph("2"), rule=lambda graph, base: multiplier)
 
 
 @pytest.mark.parametrize("rule", ["path_sum", "chen2024_code"])
-def test_a_factor_below_every_float_raises(rule):
+def test_a_multiplier_below_every_float_raises(rule):
     with pytest.raises(ValueError, match="many paths"):
         learning_rate_scale(residual_blocks(2200), dag_graph("2"), rule)
 
@@ -830,18 +830,20 @@ def test_moment_leaves_a_saturated_vertex_alone_when_told_so(arrangement):
 # Width.
 
 
-def roles_of(factors, architecture):
-    """Factors by (role, layer), which must be one per pair."""
+def roles_of(multipliers, architecture):
+    """Multipliers by (role, layer), which must be one per pair."""
     by_role = {}
     for parameter in architecture.parameters:
-        by_role.setdefault((parameter.role, parameter.layer), set()).add(factors[parameter.name])
+        by_role.setdefault((parameter.role, parameter.layer), set()).add(
+            multipliers[parameter.name]
+        )
     assert all(len(values) == 1 for values in by_role.values())
     return {pair: values.pop() for pair, values in by_role.items()}
 
 
 @pytest.mark.parametrize("kernel_sizes", [(None, None), (3, 3), (5, 3)])
 @pytest.mark.parametrize("normalization", [None, "layer"])
-def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
+def test_width_multipliers_are_those_of_the_table(kernel_sizes, normalization):
     # Deeper than the base, and with other kernels, which must not count.
     wide = network(
         dag_graph("2_12_002", kernel_size=kernel_sizes[0]), width=128, normalization=normalization
@@ -849,7 +851,7 @@ def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
     base = network(
         dag_graph("2", kernel_size=kernel_sizes[1]), width=32, normalization=normalization
     ).architecture()
-    # (role, role of the layer): factor for SGD, for Adam
+    # (role, role of the layer): multiplier for SGD, for Adam
     table = {
         (Role.INPUT, Role.INPUT): (4, 1),
         (Role.HIDDEN, Role.HIDDEN): (1, 1 / 4),
@@ -862,7 +864,7 @@ def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
         table[Role.SCALE, Role.HIDDEN] = (4, 1)
     for column, rule in enumerate(("sgd", "adam")):
         found = roles_of(width_multipliers(wide, base, rule), wide)
-        assert found == {pair: factors[column] for pair, factors in table.items()}
+        assert found == {pair: multipliers[column] for pair, multipliers in table.items()}
 
 
 def test_networks_of_one_width_keep_their_rates():
@@ -873,7 +875,7 @@ def test_networks_of_one_width_keep_their_rates():
     assert width_multipliers(wide, base, lambda role, r, s: r * s + 1)["stem/kernel"] == 2
 
 
-def test_width_factors_need_one_counterpart():
+def test_width_multipliers_need_one_counterpart():
     architecture = network(dag_graph("2")).architecture()
     with pytest.raises(ValueError, match="'lion'; accepted are sgd, adam"):
         width_multipliers(architecture, architecture, "lion")

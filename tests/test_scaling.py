@@ -96,7 +96,7 @@ def test_the_report_counts_seeds_that_diverged_apart():
     unscaled, scaled = (row._asdict() for row in results.itertuples())
     assert (unscaled["loss"], unscaled["diverged"], unscaled["losses"]) == (1.0, 1, [1.0])
     assert unscaled["counted"] == pytest.approx((1 + math.log(10)) / 2)
-    assert (scaled["factor"], scaled["seeds"]) == (0.5, 2)
+    assert (scaled["multiplier"], scaled["seeds"]) == (0.5, 2)
     unscaled, scaled = (dict(row) for _, row in scaling.overview(results).iterrows())
     assert unscaled["diverged"] == "1 of 2"
     assert scaled["better than unscaled on"] == "1 of 1"

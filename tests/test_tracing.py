@@ -315,8 +315,10 @@ class TestPlainFunctions:
         traced = trace(apply, params, jnp.ones((2, 8)))
         drawn = archscale.initialize(jax.random.key(0), params, traced)
         assert np.std(drawn["stem"]) == pytest.approx((2 / 8) ** 0.5, rel=0.3)
-        factors = archscale.learning_rate_multipliers(traced, archscale.dag_graph("2"), "path_sum")
-        assert set(factors) == set(params)
+        multipliers = archscale.learning_rate_multipliers(
+            traced, archscale.dag_graph("2"), "path_sum"
+        )
+        assert set(multipliers) == set(params)
 
 
 class TestErrors:

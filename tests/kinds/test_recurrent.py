@@ -19,10 +19,10 @@ from tests.kinds.helpers import (
     KEY,
     Model,
     deviation,
-    factors,
     haiku_model,
     linen_model,
     moments,
+    multipliers,
     normal,
     roles,
     spec,
@@ -137,7 +137,9 @@ def test_numbers_do_not_depend_on_the_length(cell):
             np.testing.assert_allclose(one, found[1][name], rtol=1e-6, err_msg=name)
     for optimizer in ("sgd", "adam"):
         found = [
-            factors(network(cell, 1, 16, length), network(cell, 1, 8, length), width_rule=optimizer)
+            multipliers(
+                network(cell, 1, 16, length), network(cell, 1, 8, length), width_rule=optimizer
+            )
             for length in (4, 12)
         ]
         assert found[0] == pytest.approx(found[1])
@@ -146,7 +148,7 @@ def test_numbers_do_not_depend_on_the_length(cell):
 @pytest.mark.parametrize("cell", ["LSTMCell", "OptimizedLSTMCell", "GRUCell"])
 def test_width_multipliers_of_gates(cell):
     """Adam: kernels of the input 1, of the state 1/r; the second layer reads a width: 1/r."""
-    found = factors(network(cell, 2, 16), network(cell, 2, 8), width_rule="adam")
+    found = multipliers(network(cell, 2, 16), network(cell, 2, 8), width_rule="adam")
     letters = {"GRUCell": "rzn"}.get(cell, "ifgo")
     for letter in letters:
         assert value(found, f"{cell}_0/i{letter}/kernel") == pytest.approx(1)
