@@ -135,7 +135,7 @@ class Parameter:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Its shape, unused capacity left out."""
+        """Its shape without unused capacity."""
         return self.shape if self.filled is None else self.filled
 
     @property

@@ -279,7 +279,7 @@ def number_of_vertices(graph: jraph.GraphsTuple) -> int:
     """Returns V of a single graph.
 
     Raises:
-      TypeError: `graph` is no graph, or traced.
+      TypeError: `graph` is not a graph, or is traced.
       ValueError: `graph` is a batch of several graphs.
     """
     check_graph(graph)

@@ -2,9 +2,9 @@
 
 For every network of `tests/step_networks.py`, every optimizer and every leaf: the change of the
 logits and the largest relative change of a vertex, by one step of this leaf alone with its width
-multiplier, at widths 64, 256 and 1,024. Both must be flat (`tests/leaf_steps.py`). What is done is kept
-in `build/per_leaf`, for as long as the code of the library stays the same, and a second call goes
-on from there. The results keep what earlier calls measured of networks that this one leaves out,
+multiplier, at widths 64, 256 and 1,024. Both must be flat (`tests/leaf_steps.py`). What is done is
+kept in `build/per_leaf`, for as long as the code of the library stays the same, and a second call
+goes on from there. The results keep what earlier calls measured of networks that this one omits,
 each with its date.
 
     python -m benchmarks.per_leaf --network="MLP with biases" --network=LSTM --optimizer=sgd

@@ -128,7 +128,7 @@ Methods = Mapping[tuple[str, str, str], Method]
 
 
 def methods(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Method]:
-    """Groups the finished trials; of a failed one its method misses the seed."""
+    """Groups the finished trials; the method of a failed trial misses its seed."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for record in records:
         if "result" in record:
@@ -317,7 +317,7 @@ def _learned(methods: Methods) -> dict[str, list[Method]]:
 
 
 def _weights(names: Iterable[str]) -> list[str]:
-    """The names of weights, those of biases left out: stem first, readout last, as data flow."""
+    """The names of weights, without those of biases: stem first, readout last, as data flow."""
     places = {"stem": 0, "positions": 0, "readout": 2}
     found = (name for name in names if not name.endswith("bias"))
     return sorted(found, key=lambda name: places.get(name.split("/")[0], 1))
@@ -385,7 +385,7 @@ FIGURES = {
         _draw_multipliers,
         _PLACE,
         "multiplier",
-        "Multipliers of the weights, biases left out, from stem to readout.",
+        "Multipliers of the weights without biases, from stem to readout.",
     ),
     "gradients": Figure(
         _learned,

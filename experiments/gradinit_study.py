@@ -210,7 +210,7 @@ def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: 
 
 
 def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTree:
-    """Draws the params of a seed by an initialization, of which `topology` asks for the family."""
+    """Draws the params of a seed by an initialization; `topology` needs the family."""
     params = network.draw(seed)
     if start == "flax":
         return params

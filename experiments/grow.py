@@ -271,7 +271,7 @@ def against(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """Of the seeds that both have: percentage points, and ratios of parameters and operations."""
+    """Percentage points over the seeds that both have, and ratios of parameters and operations."""
     ours, theirs = ours.set_index("seed"), theirs.set_index("seed")
     both = ours.index.intersection(theirs.index, sort=False)
     ours, theirs = ours.loc[both], theirs.loc[both]
@@ -301,7 +301,7 @@ LINES = ("-", "--", ":")
 SHOWN = 200
 """By how much the most operations of a panel exceed the fewest, at most."""
 LINE_HEIGHT = 0.047
-"""Of a label, in parts of a panel's height."""
+"""Height of a label, in parts of a panel's height."""
 TICKS = {8: (1, 1.5, 2, 3, 5, 7), 30: (1, 2, 5), 3000: (1, 3), math.inf: (1,)}
 """Multiples of powers of ten, by the ratio of the ends of an axis."""
 

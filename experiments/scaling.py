@@ -119,7 +119,7 @@ def run() -> None:
             "What every rule gains over all networks; a seed that diverged counts with the loss of "
             "guessing.": overview(results),
             f"Training loss (nats) and test accuracy: means over {results['seeds'].max()} seeds; "
-            "n†: n of them diverged and are left out; group k of a DAG string lists the edges into "
+            "n†: n of them diverged and are excluded; group k of a DAG string lists the edges into "
             "vertex k: 0 none, 1 skip, 2 weights.": by_network(results),
         },
         figures={figure: "Training loss of every network under every rule, a mark a seed."},
@@ -213,7 +213,7 @@ def summarise(
 
     Args:
       networks: DAG strings by name.
-      records: of trainings; other networks are left out.
+      records: of trainings; other networks are ignored.
       guessing: loss of guessing, with which a seed that diverged enters `counted`.
     """
     runs = pd.DataFrame.from_records(list(records))

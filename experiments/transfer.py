@@ -140,7 +140,7 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
     Args:
       trials: of one study, that of the base network first.
       records: `results`, `measurements` and `sharpness` by the trial's hash. A network whose search
-        or measurement failed is left out; so is every one if the base failed.
+        or measurement failed is excluded; so is every one if the base failed.
     """
     found = []
     for trial in trials:
@@ -194,7 +194,7 @@ def _predict(rule: str, target, base, base_rate: float) -> float:
 
 
 def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> pd.DataFrame:
-    """Returns how well every rule predicts the rates of one study, the base left out.
+    """Returns how well every rule predicts the rates of one study, without the base.
 
     Returns:
       A row for every rule that says something about three networks at least: `study`, `rule`,

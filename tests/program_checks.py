@@ -89,7 +89,7 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
 
 
 def _half(value: Any, leaf: str) -> Any:
-    """Of what is said of a leaf that holds both layers of a gate, what is said of one of them."""
+    """What is said of one layer of a gate, in a leaf that holds both."""
     if np.ndim(value) == 0:
         return value
     return np.split(value, 2, axis=int(np.argmax(np.shape(value))))["ab".index(leaf[-1])]
@@ -148,7 +148,7 @@ def _compared(spelling: Spelling, quantity: str, expected: Any, told: Any) -> li
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Of numbers that may differ by slice, whether all are equal to rounding."""
+    """Whether numbers that may differ by slice are all equal to rounding."""
     if one is None or other is None or isinstance(one, str):
         return one == other
     one, other = np.ravel(one), np.ravel(other)

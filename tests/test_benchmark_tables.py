@@ -72,8 +72,8 @@ def test_tables_are_read(tmp_path, name, cells, newline, start):
         ("arch,a\n3_34_131,inf\n", "line 2: a is 'inf'"),
         ("arch,a\n3_34_131,100.01\n", "line 2: a is '100.01'"),
         ("arch,a\n3_34_131,-0.1\n", "line 2: a is '-0.1'"),
-        ('arch,a\n3_34_131,"90\n', "line 2 is no CSV"),
-        ('arch,a\n"3_34_131"x,90\n', "line 2 is no CSV"),
+        ('arch,a\n3_34_131,"90\n', "line 2 is not CSV"),
+        ('arch,a\n"3_34_131"x,90\n', "line 2 is not CSV"),
         (f"arch,a\n3_34_131,90\n1_02_314,90\n{CELLS[0]},90\n", "line 4 has the cell .* of line 2"),
     ],
 )
@@ -88,7 +88,7 @@ CUT = gzip.compress(b"arch,a\n" * 99, mtime=0)[:-9]  # the same name of the test
 
 
 @pytest.mark.parametrize("compressed", [b"", b"arch,a\n", CUT])
-def test_files_that_are_no_gzip_raise(tmp_path, compressed):
+def test_files_that_are_not_gzip_raise(tmp_path, compressed):
     path = tmp_path / "bad.csv.gz"
     path.write_bytes(compressed)
     with pytest.raises(ValueError, match="bad.csv.gz is (no complete gzip file|empty)"):
@@ -98,7 +98,7 @@ def test_files_that_are_no_gzip_raise(tmp_path, compressed):
 def test_other_files_raise(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes(b"arch,a\n\xff\n")
-    with pytest.raises(ValueError, match="bad.csv is no text in UTF-8"):
+    with pytest.raises(ValueError, match="bad.csv is not text in UTF-8"):
         read_table(path)
     with pytest.raises(FileNotFoundError):
         read_table(tmp_path / "missing.csv")

@@ -370,11 +370,11 @@ def test_bad_input_raises_by_name(example):
         network("3_24")
     with pytest.raises(ValueError, match="cell code 'none'"):
         select_cell(nnx.state(network(None), nnx.Not(nnx.Param)), "none")
-    with pytest.raises(ValueError, match="a network of the whole space has no one graph"):
+    with pytest.raises(ValueError, match="a network of the whole space has no single graph"):
         abstract(None).architecture()
     with pytest.raises(ValueError, match="no path joins"):
         abstract("0_00_010").architecture()
-    with pytest.raises(ValueError, match="a network of the whole space has no one cost"):
+    with pytest.raises(ValueError, match="a network of the whole space has no single cost"):
         multiply_adds(abstract(None), 32, 32)
     params = nnx.state(network("3_24_130", channels=4), nnx.Param)
     with pytest.raises(ValueError, match="'normalization/bias' has shape .16,.; accepted is .8,."):

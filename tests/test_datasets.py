@@ -689,9 +689,9 @@ def test_a_file_that_changes_under_its_name_is_noticed(tmp_path):
     np.save(tmp_path / "one.npy", arrays["train_images"])
     for content in ((tmp_path / "one.npy").read_bytes(), b"text", b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no .npz file, as numpy.savez writes them"):
+        with pytest.raises(ValueError, match="is not an .npz file, as numpy.savez writes them"):
             datasets.load(str(path))
-    with pytest.raises(ValueError, match="is no file; make it by numpy.savez"):
+    with pytest.raises(ValueError, match="is not a file; make it by numpy.savez"):
         DatasetParser().parse("absent.npz")
 
 

@@ -14,7 +14,7 @@ from archscale_jax.contrib._growth.neurons import (
 
 
 def statistics(inputs, targets):
-    """Of samples as columns."""
+    """Samples are columns."""
     return LayerStatistics(
         inputs.shape[1], inputs @ inputs.T, inputs @ targets.T, np.sum(targets**2)
     )

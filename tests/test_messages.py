@@ -130,7 +130,7 @@ WRONG = {
     "a shape for an input": (
         lambda: archscale.trace(apply, WEIGHTS, (4, 6)), r"ShapeDtypeStruct\(\(4, 6\)"),
     "a graph under jit": (lambda: jax.jit(archscale.path_statistics)(GRAPH), "outside of jit"),
-    "widths that are none of the network's": (
+    "widths that the network does not have": (
         lambda: archscale.with_widths(ARCHITECTURE, {512: 256}), "read and write 3, 6, 8 features"),
     "no rates": (lambda: search([]), r"rates must be positive, finite and different, found \[\]"),
     "a rate that is NaN": (lambda: search([float("nan"), 1.0]), "found .nan, 1.0."),
@@ -143,7 +143,7 @@ WRONG = {
         lambda: archscale.measure_update(
             apply, lambda p, x: jnp.sum(apply(p, x)), WEIGHTS, INPUTS, 0.1),  # pyright: ignore
         "an optax transformation, .* found 0.1"),
-    "a width that is no integer": (
+    "a width that is not an integer": (
         lambda: DagMLP(GRAPH, 6, 8.0, 3, rngs=nnx.Rngs(0)),  # pyright: ignore
         "width must be an integer from 1, found 8.0"),
 }  # fmt: skip
@@ -278,7 +278,7 @@ BINARIES = sorted(
 
 class TestBinaries:
     @pytest.mark.parametrize("name", BINARIES)
-    def test_help_goes_to_standard_output_and_is_no_error(self, name, tmp_path):
+    def test_help_goes_to_standard_output_and_is_not_an_error(self, name, tmp_path):
         for flag in ["--help", "--helpshort", "--helpfull"][: 3 if name == "train" else 1]:
             done = run_forked(name, [flag], tmp_path, ROOT)
             assert (done.returncode, done.stderr) == (0, "")
@@ -373,6 +373,6 @@ def test_a_bar_shows_markup_as_it_is(text, capsys, monkeypatch):
     assert capsys.readouterr().err.count(text) >= 2
 
 
-def test_a_transformed_function_is_no_module():
+def test_a_transformed_function_is_not_a_module():
     traced = archscale.trace(nnx.jit(apply), WEIGHTS, INPUTS)
     assert traced.parameters == archscale.trace(apply, WEIGHTS, INPUTS).parameters

@@ -367,7 +367,7 @@ def test_bottlenecks_and_new_neurons():
 def test_neurons_are_found_behind_a_mean_over_positions():
     dtype = jnp.bfloat16
 
-    # Of a mean over 196 positions halves cancel, each rounded.
+    # Halves of a mean over 196 positions cancel, each rounded.
     def outputs(params, inputs):
         hidden = jax.nn.relu(inputs.astype(dtype) @ params["a"].astype(dtype))
         return jnp.mean(hidden, axis=1) @ params["b"].astype(dtype)
@@ -459,7 +459,7 @@ def test_gradinit():
 def trained(dtype, param_dtype):
     """Parameters before and after four updates at a small rate, and the losses.
 
-    Without ReLU, of which rounding flips whole derivatives.
+    Without ReLU, whose derivatives rounding flips.
     """
     network = DagMLP(
         archscale.dag_graph("2_02"), 16, 8, 3, activation="gelu", normalization="batch",

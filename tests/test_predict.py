@@ -152,7 +152,7 @@ def test_a_function_gets_two_of_a_kind():
         predict_learning_rate(GRAPH, BASE, 1.0, lambda *both: 1.0)
 
 
-def test_raises_on_what_is_no_rule():
+def test_raises_on_what_is_not_a_rule():
     with pytest.raises(TypeError, match="a measured rule is a name or a function, found 3"):
         predict_learning_rate(TARGET, BASE, 1.0, 3)  # pyright: ignore[reportArgumentType]
 

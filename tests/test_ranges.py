@@ -138,7 +138,7 @@ UNFIT = {
     "a warm-up without an end": ("scaling", "--warmup_steps=100", "found 100 of 44"),
     "more networks than there are": (
         "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),
-    "a size that is no depth": (
+    "a size that is not a depth": (
         "size_transfer", "--study=transformer_depth --size=1,999", "--size, found the depth 999"),
     "an address without its runner": (
         "coordinate", "--family=mlp --axis=depth --ray_address=a:1 --width=8", "--ray_address is"),

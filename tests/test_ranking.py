@@ -98,7 +98,7 @@ def test_tau_depends_on_orders_alone(x, y, order):
     np.testing.assert_allclose(tau(np.exp(x / 20), y**3 - 7), value)
     np.testing.assert_allclose(tau(x[order], y[order]), value)
     np.testing.assert_allclose(tau(x, -y), -value)
-    np.testing.assert_allclose(tau(y, x)[1], value[1])  # of all: which one selects is no matter
+    np.testing.assert_allclose(tau(y, x)[1], value[1])  # of all: which one selects does not matter
     np.testing.assert_allclose(tau(x, x), 1.0)
 
 
@@ -163,7 +163,7 @@ def test_a_resample_has_the_tau_of_its_repeated_architectures(seed):
 
 
 def test_intervals_of_tau_cover_it_and_are_as_wide_as_they_should_be():
-    """Of normal variables with correlation ρ, tau is 2/π asin ρ."""
+    """Tau of normal variables with correlation ρ is 2/π asin ρ."""
     rng, rho, found = np.random.default_rng(3), 0.7, []
     true = 2 / math.pi * math.asin(rho)
     for _ in range(100):

@@ -359,7 +359,7 @@ def test_leaves_of_several_layers():
 
 
 def test_a_leaf_whose_layers_want_different_variances():
-    """Of the gates of a cell, which read a state of zeros first, that of later steps counts."""
+    """Gates of a cell read a state of zeros first; those of later steps count."""
     found = report(traced("linen-lstm_language_model"), BASE)
     note = the_note(found, "^weights of several layers .* the smallest that one of them wants")
     assert "cell/if/kernel" in note
@@ -449,7 +449,7 @@ def test_what_nobody_knows_raises(options, error, match):
         report(BY_HAND, BASE, **options)
 
 
-def test_a_graph_is_no_architecture():
+def test_a_graph_is_not_an_architecture():
     with pytest.raises(TypeError, match="expected an Architecture, found GraphsTuple"):
         report(BASE)  # pyright: ignore[reportArgumentType]
 

@@ -203,7 +203,7 @@ def test_rules_of_depth_agree_on_chains(num_layers):
     chain, base = dag_graph(chain_string(num_layers)), dag_graph("2")
     for rule in ("path_sum", "depth"):
         assert learning_rate_scale(chain, base, rule) == pytest.approx(num_layers**-1.5, rel=1e-12)
-    # Of a chain all layers count, stem and readout among them.
+    # All layers of a chain count, stem and readout among them.
     found = learning_rate_scale(chain, base, "effective_depth")
     assert found == pytest.approx(((num_layers + 2) / 3) ** -1.5, rel=1e-12)
 
@@ -289,7 +289,7 @@ def test_the_stem_gives_a_graph_without_weights_a_depth():
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, -math.inf, math.nan])
-def test_no_rule_may_give_a_multiplier_that_is_no_rate(multiplier):
+def test_no_rule_may_give_a_multiplier_that_is_not_a_rate(multiplier):
     with pytest.raises(ValueError, match="finite and positive"):
         learning_rate_scale(dag_graph("2"), rule=lambda graph, base: multiplier)
 
@@ -537,7 +537,7 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
             Architecture(graph, tuple(parameters), ACTIVATION), "chen2024_code"
         )
         assert found == pytest.approx(expected, rel=1e-6)
-        # Degrees of the block between two cells, which are no in-degrees of any graph.
+        # Degrees of the block between two cells, which are not in-degrees of any graph.
         assert len(reductions) == 2
         for block in reductions.values():
             architecture = Architecture(
@@ -556,7 +556,7 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
 
 
 def behind_a_stem(graph, arrangement):
-    """An architecture of which no more is known than its graph and that it has a stem."""
+    """An architecture that knows its graph and that it has a stem, nothing else."""
     stem = Parameter("stem", Role.INPUT, Role.INPUT, (8, 8), 8, 8)
     return Architecture(graph, (stem,), arrangement)
 
@@ -627,7 +627,7 @@ def test_the_default_rule_goes_with_what_vertices_sum():
         assert default != weight_standard_deviations(architecture, other)
 
 
-def test_variances_that_are_none_raise():
+def test_variances_that_are_not_variances_raise():
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(
         ValueError,
@@ -941,7 +941,7 @@ def test_options_reach_an_initialization_rule():
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -1.0])
-def test_moment_raises_on_a_share_that_is_none(share):
+def test_moment_raises_on_a_share_out_of_range(share):
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(ValueError, match="branch_share"):
         weight_standard_deviations(
@@ -955,7 +955,7 @@ def test_a_rule_is_a_name_or_a_function(rule):
         learning_rate_scale(dag_graph("2"), dag_graph("2"), rule)
 
 
-def test_a_string_or_an_architecture_is_no_graph():
+def test_a_string_or_an_architecture_is_not_a_graph():
     for wrong in ("2_02", network(dag_graph("2")).architecture()):
         with pytest.raises(TypeError, match=r"expected a jraph\.GraphsTuple"):
             learning_rate_scale(wrong, dag_graph("2"))

@@ -228,7 +228,7 @@ class TestAddresses:
     def test_where_something_else_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
-            assert "is no Ray head" in self.error_of(address, ConnectionError)
+            assert "is not a healthy Ray head" in self.error_of(address, ConnectionError)
 
     def test_without_ray(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)

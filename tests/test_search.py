@@ -260,7 +260,7 @@ class TestSigns:
     @pytest.mark.parametrize("start", [None, 0.002, 2.0])
     @pytest.mark.parametrize("bottom", [1.0, 10.0])
     def test_negative_losses_are_searched_like_positive_ones(self, start, bottom):
-        """Of one curve above a smallest loss of one size: tolerance and margin are the same."""
+        """Tolerance and margin are the same for one curve above smallest losses of one size."""
 
         def raised(by):
             def train(rate, seed):
@@ -439,7 +439,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         "loss", [1.0, 1, np.float32(1.0), np.ones(()), jnp.float32(1.0), None], ids=type
     )
-    def test_a_number_of_any_kind_is_no_row_of_losses(self, loss):
+    def test_a_number_of_any_kind_is_not_a_row_of_losses(self, loss):
         with pytest.raises(TypeError, match=r"train\(0\.1, 0\) returned .*, or return \[loss\]"):
             find_learning_rate(lambda rate, seed: loss, [0.1, 4])
 
@@ -448,7 +448,7 @@ class TestRuns:
         found = find_learning_rate(lambda rate, seed: row, [0.1], seeds=[0])
         assert found.runs == (Run(0.1, 0, 1.0),)
 
-    def test_what_is_no_number_is_named(self):
+    def test_what_is_not_a_number_is_named(self):
         with pytest.raises(TypeError, match=r"yielded \('state', 1\.0\); accepted are numbers"):
             find_learning_rate(lambda rate, seed: [("state", 1.0)], [0.1, 4])  # pyright: ignore[reportArgumentType]
 

@@ -317,7 +317,7 @@ def test_malformed_cells_raise_by_name(text, message):
 
 
 @pytest.mark.parametrize("write", [cell_code, cell_string])
-def test_graphs_that_are_no_cells_are_not_printed_as_cells(write):
+def test_graphs_that_are_not_cells_are_not_printed_as_cells(write):
     with pytest.raises(ValueError, match="a cell has 4 vertices, found 3"):
         write(dag_graph("2_02", kernel_size=3))
     with pytest.raises(ValueError, match="edge 0->1 is LINEAR with kernel size 1"):

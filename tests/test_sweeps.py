@@ -132,7 +132,7 @@ def test_ctrl_c_stops_a_single_worker_inside_its_trial(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_no_failure_of_the_trial_that_raises_it(tmp_path, workers, interrupt):
+def test_an_interrupt_is_not_a_failure_of_the_trial_that_raises_it(tmp_path, workers, interrupt):
     journal = tmp_path / "results.jsonl"
     begun = []
 
@@ -411,7 +411,7 @@ class TestRunTrial:
         [
             (3.0, "TypeError: a result must be a mapping, found float"),
             (None, "TypeError: a result must be a mapping, found NoneType"),
-            ({"a": {"b": [1, {2}]}}, "TypeError: result.a.b[1] is no JSON value, but of type set"),
+            ({"a": [1, {2}]}, "TypeError: result.a[1] is not a JSON value, but of type set"),
             ({1: 2}, "TypeError: result has the key 1; JSON takes strings only"),
         ],
     )
@@ -473,13 +473,13 @@ class TestTrialHash:
         [
             ({"rate": float("nan")}, ValueError, "trial.rate is nan; JSON has finite numbers only"),
             ({"a": [0, {"b": -float("inf")}]}, ValueError, r"trial.a\[1\].b is -inf"),
-            ({"model": {"widths": {1, 2}}}, TypeError, "trial.model.widths is no JSON .* type set"),
-            ({"path": pathlib.Path()}, TypeError, "trial.path is no JSON value, but of type Posix"),
+            ({"model": {"widths": {1, 2}}}, TypeError, "model.widths is not a JSON .* type set"),
+            ({"path": pathlib.Path()}, TypeError, "path is not a JSON value, but of type Posix"),
             ({"model": {3: 1}}, TypeError, "trial.model has the key 3; JSON takes strings only"),
             ([1], TypeError, "a trial must be a mapping, found list"),
         ],
     )
-    def test_names_what_is_no_json(self, trial, error, message, tmp_path):
+    def test_names_what_is_not_json(self, trial, error, message, tmp_path):
         with pytest.raises(error, match=message):
             trial_hash(trial)
         with pytest.raises(error, match=message):

@@ -318,7 +318,7 @@ class TestComposition:
         whole = optax.contrib.schedule_free_adamw(RATE, weight_decay=0.1)
         for one, other in zip(trajectory(spelled()), trajectory(whole), strict=True):
             close(one, other)
-        # From 0, where the decay is none, one step is the rate times the sign of the gradient.
+        # From 0, where the decay is 0, one step is the rate times the sign of the gradient.
         first = way(spelled(scale()), steps=1)
         close(first, tree(lambda shape: jnp.full(shape, -RATE * MULTIPLIER)), rtol=1e-4)
 
@@ -377,7 +377,7 @@ class TestComposition:
         )
 
     def test_under_grad_through_the_update(self):
-        """Of a loss that is linear after the step, the derivative by the rate is -f·⟨g, l⟩."""
+        """The derivative by the rate of a loss that is linear after the step is -f·⟨g, l⟩."""
         gradients, slopes = tree(jnp.ones), tree(lambda shape: jnp.full(shape, 2.0))
 
         def loss(rate):
@@ -515,7 +515,7 @@ class TestMultipliers:
 
 class TestErrors:
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-    def test_raise_on_a_multiplier_that_is_no_rate(self, value):
+    def test_raise_on_a_multiplier_that_is_not_a_rate(self, value):
         with pytest.raises(ValueError, match="must be finite and positive"):
             scale_by_architecture(ARCHITECTURE, BASE, rule=lambda graph, base: value)
 

@@ -71,7 +71,7 @@ def test_paths(model):
 
 
 def test_the_polynomial_of_residual_blocks_has_its_closed_form():
-    """Of n blocks of k layers, depths are k times Binomial(n, 1/2)."""
+    """Depths of n blocks of k layers are k times Binomial(n, 1/2)."""
     blocks, layers = 7, 3
     wanted = (2**blocks, layers * blocks * 2 ** (blocks - 1), 0, layers * blocks)
     assert statistics_of((1 + X**layers) ** blocks) == wanted

@@ -122,7 +122,7 @@ def halves(architecture: Architecture) -> dict[int, int]:
 
 
 def rounded(value: Any) -> Any:
-    """Six digits: the last ones of a float differ between processors; of a stack every slice's."""
+    """Six digits: the last ones of a float differ between processors. A stack has every slice's."""
     if value is None:
         return None
     if np.ndim(value):

@@ -59,7 +59,7 @@ _SAME_FEATURES = (
 _BITS = ("random_bits", "threefry2x32", "rng_bit_generator", "shift_right_logical")
 _UNSUPPORTED = {
     "while": "a while loop runs a number of times that no shape tells; write it as lax.scan",
-    "custom_root": "a root search is no layer; trace the function that it solves",
+    "custom_root": "a root search is not a layer; trace the function that it solves",
     "pure_callback": "a callback cannot be read; trace the function without it",
     "io_callback": "a callback cannot be read; trace the function without it",
 }

@@ -71,7 +71,7 @@ def trace(
       The architecture; its `notes` say what was supposed.
 
     Raises:
-      TypeError: no function, or params that are no arrays.
+      TypeError: not a function, or params that are not arrays.
       ValueError: another value of `unknown`.
       TraceError: something that cannot be read; the message names all parameters, operations and
         lines, and what to do.
@@ -223,7 +223,7 @@ def vertex_features(
 ) -> dict[int, jax.Array]:
     """Evaluates a function and returns the features of the vertices that `trace` finds in it.
 
-    Of every vertex what it sums, before normalization and activation; of a layer that no sum
+    What every vertex sums, before normalization and activation; of a layer that no sum
     reads, its output with its bias. The function runs as it is, loops over layers unrolled, all
     branches of a `cond` evaluated. Works under `jit`, `grad`, `jvp` and `vmap`; jit it, as eagerly
     every operation is compiled by itself. Axes are those that the function has inside: where it is
@@ -274,7 +274,7 @@ class Reading(NamedTuple):
       evaluation: what was computed, or None.
       outputs: the vertices of the results.
       results: the values of the results.
-      moved: where the contents of vertices that are no vertices any more have gone.
+      moved: where the contents of vertices that no longer exist have gone.
     """
 
     state: State
@@ -349,7 +349,7 @@ def read(
         constants = [interpreter.known(constant) for constant in closed.consts]
         return interpreter, interpreter.read(closed.jaxpr, constants, arguments)
 
-    # An input that no layer reads, as targets and running averages are, is no source of features.
+    # Inputs that no layer reads, such as targets and running averages, are not sources of features.
     interpreter, results = interpret(sources, evaluate=False)
     read_by_layers = interpreter.state.inputs_read
     if evaluate or read_by_layers < sources:

@@ -51,7 +51,7 @@ def write(
       title: of the page.
       about: docstring of the binary, whose first paragraph says what was asked; or None.
       remarks: sentences above the tables, such as the answer.
-      tables: by the caption; one without rows is left out.
+      tables: by the caption; one without rows is omitted.
       figures: what each shows, by the path of its PNG; the page takes the SVG beside it.
 
     Returns:

@@ -23,7 +23,7 @@ class PairwiseGaps(NamedTuple):
     Attributes:
       reference: [pairs], absolute difference of the mean accuracies.
       other: [pairs], of the same pairs.
-      flips: share of pairs that the recipes order oppositely; one tied under either is no flip.
+      flips: share of pairs that the recipes order oppositely; one tied under either is not a flip.
       clear_flips: share that they do with gaps above 2 standard errors under both; NaN where the
         noise of one is not known.
       noise: standard error of the gap between two architectures without a missing run, under each

@@ -198,7 +198,7 @@ class Denoiser(nn.Module):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("result", ["x - net(x)", "x + net(x)"])
-def test_a_skip_around_the_network_is_no_block(result, optimizer):
+def test_a_skip_around_the_network_is_not_a_block(result, optimizer):
     """The numbers of net(x): m = n/n_b, and the readout ends no branch."""
 
     def numbers(result):
@@ -214,7 +214,7 @@ def test_a_skip_around_the_network_is_no_block(result, optimizer):
 def test_a_global_skip_of_convolutions():
     """EDSR: a skip from behind the first convolution around all blocks, and x + net(x) in Haiku.
 
-    The inner one is an addition as others are, the outer one is none: head 1.
+    The inner one is an addition as others are, the outer one is not: head 1.
     """
 
     def make(depth):
@@ -415,7 +415,7 @@ class DiffusionTransformer(nn.Module):
 
 @pytest.mark.parametrize("given", ["arrays", "shapes"])
 def test_modulated_blocks_of_a_diffusion_transformer(given):
-    """Two additions a block; a shift is no skip. What modulates a block is inside of it."""
+    """Two additions a block; a shift is not a skip. What modulates a block is inside of it."""
     x, c = normal(2, 4, 8), normal(2, 8, seed=2)
 
     def traced(depth):

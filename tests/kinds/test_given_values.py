@@ -185,7 +185,7 @@ def test_weights_are_drawn_where_shapes_or_placeholders_were_traced():
         assert archscale.initialize(KEY, given, architecture)["B"]["kernel"].any()
 
 
-def test_a_layer_that_starts_at_zero_is_no_contribution():
+def test_a_layer_that_starts_at_zero_is_not_a_contribution():
     """The layer beside it gets the whole variance, 2/n, not half of it."""
     _, _, architecture = traced(LowRank())
     deviations = archscale.weight_standard_deviations(architecture, "target_in_degree")

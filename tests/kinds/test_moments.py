@@ -100,7 +100,7 @@ NORMS = {
 
 @BOTH_RULES
 @pytest.mark.parametrize("spelling", NORMS)
-def test_a_norm_is_no_activation_however_it_is_written(spelling, rule):
+def test_a_norm_is_not_an_activation_however_it_is_written(spelling, rule):
     """ρ = scale² = 1 behind a norm, as at the inputs: C of the stem by moments, 1 by `target`.
 
     The default rule halves C = 2 where no activation is read; by moments the layer behind a norm
@@ -152,7 +152,7 @@ def test_norms_of_frameworks_are_one_norm():
         np.testing.assert_allclose(found, found[0], rtol=1e-6)
 
 
-def test_a_linear_transform_of_features_is_no_activation():
+def test_a_linear_transform_of_features_is_not_an_activation():
     """fft is linear: the layer behind it reads no activation, so that its C is not doubled."""
 
     def there_and_back(h):

@@ -3,7 +3,7 @@
 A matrix that a layer applies to k inputs and N outputs shall change by √(N/k) in spectral norm.
 optax orthogonalizes every leaf of two axes and multiplies by √max(1, shape₁/shape₀), or by
 √max(shape)·rms: c is the size of its update over the wanted one, and the multiplier is c_b/c.
-Biases [heads, d] are no matrices of a layer: their entries shall change alike at every width.
+Biases [heads, d] are not matrices of a layer: their entries shall change alike at every width.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 A readout is what the features enter linearly for the last time on every way to the result,
 whatever is done to it then (theory §10). Its standard deviation is √2/n [AAS Eq. 2]. What reads a
-width anywhere is no input weight, and leaves that are joined before one product are what they are
-apart.
+width anywhere is not an input weight, and leaves that are joined before one product are what they
+are apart.
 """
 
 import math

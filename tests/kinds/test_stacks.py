@@ -310,7 +310,7 @@ def test_outputs_of_a_scan_that_nobody_takes_change_nothing(how):
 
 
 def test_sown_intermediates_of_a_linen_scan_change_nothing():
-    """The same of nn.scan whose body returns what it computed, of which nothing is used."""
+    """The same of nn.scan whose body returns what it computed, unused."""
 
     class Returning(nn.Module):
         @nn.compact

@@ -180,5 +180,5 @@ def _check_reachable(address: str) -> None:
     try:
         subprocess.run(command, check=True, timeout=CHECK_SECONDS, stdout=nowhere, stderr=nowhere)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        text = f"what answers at {address} is no Ray head that is well; {advice}"
+        text = f"what answers at {address} is not a healthy Ray head; {advice}"
         raise ConnectionError(text) from None
