@@ -411,7 +411,10 @@ class TestRunTrial:
         [
             (3.0, "TypeError: a result must be a mapping, found float"),
             (None, "TypeError: a result must be a mapping, found NoneType"),
-            ({"a": [1, {2}]}, "TypeError: result.a[1] is not a JSON value, but of type set"),
+            (
+                {"a": {"b": [1, {2}]}},
+                "TypeError: result.a.b[1] is not a JSON value, but of type set",
+            ),
             ({1: 2}, "TypeError: result has the key 1; JSON takes strings only"),
         ],
     )
@@ -473,8 +476,8 @@ class TestTrialHash:
         [
             ({"rate": float("nan")}, ValueError, "trial.rate is nan; JSON has finite numbers only"),
             ({"a": [0, {"b": -float("inf")}]}, ValueError, r"trial.a\[1\].b is -inf"),
-            ({"model": {"widths": {1, 2}}}, TypeError, "model.widths is not a JSON .* type set"),
-            ({"path": pathlib.Path()}, TypeError, "path is not a JSON value, but of type Posix"),
+            ({"model": {"widths": {1, 2}}}, TypeError, "trial.model.widths is not a JSON .* set"),
+            ({"path": pathlib.Path()}, TypeError, "trial.path is not a JSON value, .* type Posix"),
             ({"model": {3: 1}}, TypeError, "trial.model has the key 3; JSON takes strings only"),
             ([1], TypeError, "a trial must be a mapping, found list"),
         ],
