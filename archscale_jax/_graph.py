@@ -301,8 +301,8 @@ def check_graph(graph: object, what: str = "graph") -> None:
     """
     if not isinstance(graph, jraph.GraphsTuple):
         raise TypeError(
-            f"expected a jraph.GraphsTuple as {what}, found {type(graph).__name__}; of an "
-            "Architecture, pass its graph; of a string, dag_graph(string)"
+            f"expected a jraph.GraphsTuple as {what}, found {type(graph).__name__}; for an "
+            "Architecture, pass its graph; for a string, dag_graph(string)"
         )
 
 

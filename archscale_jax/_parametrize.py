@@ -82,7 +82,7 @@ def parametrize(
       TraceError: a model that cannot be read.
     """
     if optimizer not in OPTIMIZERS:
-        hint = "; of any other optimizer take plan.scale() behind it, if it is like one of these"
+        hint = "; for any other optimizer take plan.scale() behind it, if it is like one of these"
         raise ValueError(unknown_name("optimizer", optimizer, OPTIMIZERS) + hint)
     options: dict[str, Any] = {"roles": roles, "unknown": unknown}
     keywords = model_kwargs or {}

@@ -74,7 +74,7 @@ WRONG = {
         lambda: archscale.build_graph(2, [0], [1], [2], space="DAG"),  # pyright: ignore
         "unknown space 'DAG'; accepted are Space.DAG"),
     "a base given as a string": (
-        lambda: scaling(base="2"), "as base, found str; .* of a string, dag_graph"),
+        lambda: scaling(base="2"), "as base, found str; .* for a string, dag_graph"),
     "a base given as a model": (lambda: scaling(base=MODEL), "as base, found DagMLP"),
     "no base": (lambda: scaling(base=None), "pass base, e.g. dag_graph"),
     "architecture and base swapped": (
@@ -83,7 +83,7 @@ WRONG = {
     ),
     "an architecture for a graph": (
         lambda: archscale.learning_rate_scale(ARCHITECTURE, GRAPH),  # pyright: ignore
-        "found Architecture; of an Architecture, pass its graph"),
+        "found Architecture; for an Architecture, pass its graph"),
     "params and architecture swapped": (
         lambda: archscale.initialize(KEY, ARCHITECTURE, PARAMS),  # pyright: ignore
         "expected an Architecture, found State"),
@@ -121,9 +121,9 @@ WRONG = {
     "variables with running averages": (
         lambda: archscale.trace(apply, LINEN, INPUTS), r"pass variables\['params'\]"),
     "a module for its function": (
-        lambda: archscale.trace(linen.Dense(3), WEIGHTS, INPUTS), "found Dense; of a linen module"),
+        lambda: archscale.trace(linen.Dense(3), WEIGHTS, INPUTS), "Dense; for a linen module"),
     "an NNX model for its function": (
-        lambda: archscale.trace(MODEL, WEIGHTS, INPUTS), "found DagMLP; of an NNX model"),
+        lambda: archscale.trace(MODEL, WEIGHTS, INPUTS), "found DagMLP; for an NNX model"),
     "running averages among the outputs": (
         lambda: archscale.trace(lambda params, x: (apply(params, x), {"batch_stats": {"m": x}}),
                                 WEIGHTS, INPUTS), r"trace its first part alone"),

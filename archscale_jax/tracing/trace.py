@@ -223,8 +223,8 @@ def vertex_features(
 ) -> dict[int, jax.Array]:
     """Evaluates a function and returns the features of the vertices that `trace` finds in it.
 
-    What every vertex sums, before normalization and activation; of a layer that no sum
-    reads, its output with its bias. The function runs as it is, loops over layers unrolled, all
+    A vertex has what it sums, before normalization and activation; a layer that no sum reads
+    has its output with its bias. The function runs as it is, loops over layers unrolled, all
     branches of a `cond` evaluated. Works under `jit`, `grad`, `jvp` and `vmap`; jit it, as eagerly
     every operation is compiled by itself. Axes are those that the function has inside: where it is
     a function of one example mapped by `jax.vmap` over `W @ x`, examples may come last, and the
@@ -408,9 +408,9 @@ def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> No
     modules = [base.__module__ for base in type(function).__mro__ if base.__name__ == "Module"]
     hint = ""
     if any(name.startswith("flax.linen") for name in modules):
-        hint = "; of a linen module pass apply"
+        hint = "; for a linen module pass apply"
     elif any(name.startswith("flax.nnx") for name in modules):
-        hint = "; of an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
+        hint = "; for an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
     if not callable(function) or hint:
         raise TypeError(
             "trace takes (function, params, *inputs); expected a function first, found "
@@ -430,6 +430,6 @@ def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> No
     for one in inputs:
         if isinstance(one, tuple) and one and all(type(size) is int for size in one):
             raise TypeError(
-                f"found the input {one!r}; of an array of this shape pass "
+                f"found the input {one!r}; for an array of this shape pass "
                 f"jax.ShapeDtypeStruct({one!r}, jax.numpy.float32)"
             )

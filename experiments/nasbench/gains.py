@@ -2,8 +2,8 @@
 
 Accuracies are arrays [A, S] of A architectures and S seeds, NaN where a run is missing. An
 architecture counts with the mean over the seeds that are there; without any it is excluded, and
-results say how many were. (A run that ended at chance is a result, not a loss: count it with its
-accuracy, or a recipe is judged by the runs that it did not ruin.)
+results say how many were. (A run that ended at chance is not a missing run: count it with
+its accuracy, or a recipe is judged by the runs that it did not ruin.)
 """
 
 import math
