@@ -91,7 +91,7 @@ CUT = gzip.compress(b"arch,a\n" * 99, mtime=0)[:-9]  # the same name of the test
 def test_files_that_are_not_gzip_raise(tmp_path, compressed):
     path = tmp_path / "bad.csv.gz"
     path.write_bytes(compressed)
-    with pytest.raises(ValueError, match="bad.csv.gz is (no complete gzip file|empty)"):
+    with pytest.raises(ValueError, match="bad.csv.gz is (not a complete gzip file|empty)"):
         read_table(path)
 
 

@@ -127,7 +127,7 @@ UNFIT = {
     "factors of convolutions alone": (
         "gradinit", "--images_downscale=3", "--images_downscale, found 3: factor 3 does not"),
     "heads that do not divide a width": (
-        "gradinit", "--network=transformer_2 --patches_width=56", "no multiple of the 3 heads"),
+        "gradinit", "--network=transformer_2 --patches_width=56", "not a multiple of the 3 heads"),
     "too few cells": ("rank", "--cell=3_33_333", "--cell must name 3 cells at least"),
     "a ranking without its reference": ("rank", "--recipe=mup,measured", "must name fixed"),
     "a shift out of the image": (

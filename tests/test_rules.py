@@ -288,7 +288,7 @@ def test_the_stem_gives_a_graph_without_weights_a_depth():
     assert learning_rate_scale(dag_graph("1_11"), rule="chen2024_code") == 1
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, math.inf, -math.inf, math.nan])
 def test_no_rule_may_give_a_multiplier_that_is_not_a_rate(multiplier):
     with pytest.raises(ValueError, match="finite and positive"):
         learning_rate_scale(dag_graph("2"), rule=lambda graph, base: multiplier)
