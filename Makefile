@@ -15,8 +15,8 @@ FASHION_FILES := $(addsuffix .gz,train-images-idx3-ubyte train-labels-idx1-ubyte
 
 # The core and contrib alone: no Ray, no data sets of TFDS, no documentation, browser, second process, notebook or binary.
 FAST := architecture bottleneck coordinate drawing gradinit graph growth growth_neurons growth_schedule initializer \
-	isomorphism measure messages paths predict report residual rules search sharpness spaces tracing transform \
-	neuron_groups parametrize vertex_features width zoo
+	isomorphism measure messages neuron_groups parametrize paths predict report residual rules search sharpness spaces \
+	tracing transform vertex_features width zoo
 FAST_TESTS := $(wildcard $(patsubst %,tests/test_%.py,$(FAST)))
 
 .PHONY: help run test test-fast lint docs chromium bench test-oldest test-pinned test-newest dist data clean

@@ -135,7 +135,7 @@ class Parameter:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Its shape, unused capacity left out."""
+        """Its shape without unused capacity."""
         return self.shape if self.filled is None else self.filled
 
     @property
@@ -357,7 +357,7 @@ def _instead(name: str, accepted: Collection[str]) -> str:
     """What to do about a name that one of two trees lacks."""
     first, _, rest = name.partition("/")
     if first == "batch_stats" or (first == "params" and rest in accepted):
-        return "Of the variables of a linen model, pass variables['params']"
+        return "For the variables of a linen model, pass variables['params']"
     if f"params/{name}" in accepted:
         return (
             "It was read from the variables of a linen model, {'params': …}: pass these, as "

@@ -1,4 +1,4 @@
-"""The words of a refusal: what was found, what is accepted, and the nearest to what was meant."""
+"""The words of an error: what was found, what is accepted, and the nearest to what was meant."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ _SHOWN = 20
 
 
 def unknown(what: str, found: object, accepted: Iterable[object]) -> str:
-    """Returns the message for a name that is none of those accepted.
+    """Returns the message for a name that is not accepted.
 
     Args:
       what: what the name is of, such as `learning-rate rule`.

@@ -79,7 +79,7 @@ class Statistic(Expression):
 
 
 class Unknown(Expression):
-    """A value of which nothing is known; it is left out of what it is combined with."""
+    """A value of which nothing is known; what it is combined with ignores it."""
 
 
 UNKNOWN = Unknown()
@@ -307,7 +307,7 @@ def _program(expression: Expression) -> tuple[tuple[Hashable, ...], tuple[Variab
             step = ("unknown",)
         places[one] = len(steps)
         steps.append(step)
-    # Of the axes only matters which run along others, as many labels as they may have.
+    # Only which axes run along others matters, as many labels as they may have.
     within = ((place, axes[other]) for one, place in axes.items() for other in axes if one < other)
     return (*steps, *within), tuple(found)
 

@@ -103,7 +103,7 @@ def framework_of(model: Any) -> str | None:
 def dynamic(
     function: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Binds the inputs that are no arrays; returns a function of the others, and the others."""
+    """Binds the inputs that are not arrays; returns a function of the others, and the others."""
     static = [one is None or isinstance(one, bool | str) or _is_function(one) for one in inputs]
     arrays = tuple(one for one, bound in zip(inputs, static, strict=True) if not bound)
 

@@ -191,7 +191,7 @@ def validate_graph(graph: jraph.GraphsTuple, *, allow_dead_vertices: bool = True
     _check_operators(graph)
     _check_joins(graph)
     if np.any(senders > receivers):
-        _refuse_order(senders, receivers)
+        _check_order(senders, receivers)
     live = live_vertices(graph)
     if not live[0]:
         raise ValueError(
@@ -259,7 +259,7 @@ def _check_joins(graph: jraph.GraphsTuple) -> None:
         )
 
 
-def _refuse_order(senders: np.ndarray, receivers: np.ndarray) -> None:
+def _check_order(senders: np.ndarray, receivers: np.ndarray) -> None:
     sorter: graphlib.TopologicalSorter[int] = graphlib.TopologicalSorter()
     for sender, receiver in zip(senders.tolist(), receivers.tolist(), strict=True):
         sorter.add(receiver, sender)
@@ -279,7 +279,7 @@ def number_of_vertices(graph: jraph.GraphsTuple) -> int:
     """Returns V of a single graph.
 
     Raises:
-      TypeError: `graph` is no graph, or traced.
+      TypeError: `graph` is not a graph, or is traced.
       ValueError: `graph` is a batch of several graphs.
     """
     check_graph(graph)
@@ -301,8 +301,8 @@ def check_graph(graph: object, what: str = "graph") -> None:
     """
     if not isinstance(graph, jraph.GraphsTuple):
         raise TypeError(
-            f"expected a jraph.GraphsTuple as {what}, found {type(graph).__name__}; of an "
-            "Architecture, pass its graph; of a string, dag_graph(string)"
+            f"expected a jraph.GraphsTuple as {what}, found {type(graph).__name__}; for an "
+            "Architecture, pass its graph; for a string, dag_graph(string)"
         )
 
 

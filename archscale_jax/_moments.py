@@ -524,7 +524,7 @@ def _slices(
 
 
 def _entry(values: np.ndarray, use: ParameterUse) -> np.ndarray:
-    """Of values that broadcast over a leaf, those of the slices that a use reads."""
+    """The values of the slices that a use reads, out of values that broadcast over a leaf."""
     for axis, place in use.slices:
         if values.ndim and values.shape[axis] > 1:
             values = np.take(values, [place], axis=axis)

@@ -56,7 +56,7 @@ def scale_by_architecture(
     Returns:
       A transformation without state. Multipliers are Python floats fixed here; the product is taken
       in float32 at least and rounded once to the dtype of the update. `init` checks params,
-      `update` checks updates. Parameters that `optax.masked` hides are left out.
+      `update` checks updates. Parameters that `optax.masked` hides are excluded.
 
     Raises:
       TypeError, ValueError: here, what `learning_rate_multipliers` raises; in `init` and `update`,

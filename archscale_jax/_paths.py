@@ -194,7 +194,7 @@ def _dense_path_statistics(graphs: jraph.GraphsTuple, max_vertices: int) -> Batc
         return jnp.where(unknown, jnp.nan, value) if value.dtype.kind == "f" else value
 
     return BatchedPathStatistics(
-        # Of a number in [1, 2), so that powers of two come out exact.
+        # For a number in [1, 2), so that powers of two come out exact.
         log2_count=pick(jnp.log2(2 * count) + (paths.exponent - 1), -jnp.inf),
         mean_depth=pick(depth / count, 0.0),
         mean_depth_cubed=pick(cubed / count, 0.0),
@@ -250,7 +250,7 @@ class _Paths(NamedTuple):
     max_depth: Array
 
 
-# Of a vertex without paths; far from any real value and from overflow.
+# For a vertex without paths; far from any real value and from overflow.
 _NO_EXPONENT = -(2**30)
 _NO_DEPTH = 2**30
 

@@ -166,7 +166,7 @@ def _weighted_mean(statistic: Statistic) -> Expression | None:
 def _expectation(statistic: Statistic, distribution: Distribution) -> float:
     """What a statistic is beside what varies with it.
 
-    Of extremes the median, which a mask of -1e9 does not move; softmax divides it out again.
+    Extremes have the median, which a mask of -1e9 does not move; softmax divides it out again.
     """
     if statistic.name == "mean":
         return moments(statistic.operand, distribution).mean
@@ -298,7 +298,7 @@ def _drawn(variable: Variable, moment: Moments, nodes: np.ndarray) -> np.ndarray
 
 
 def is_affine(expression: Expression, distribution: Distribution) -> bool:
-    """Whether an expression is no activation: affine in its variables, statistics held fixed."""
+    """Whether an expression is affine in its variables, with statistics held fixed."""
     raw = [
         one
         for one in variables(expression, raw=True)

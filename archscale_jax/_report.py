@@ -114,7 +114,7 @@ def report(
       dimension_numbers: see there.
 
     Returns:
-      The report. Numbers for which a rule raises are left out, and a note says why.
+      The report. Numbers for which a rule raises are missing, and a note says why.
 
     Raises:
       TypeError: no architecture, or an option that the rule does not have.
@@ -141,7 +141,7 @@ def report_of(
     *,
     plan: bool = False,
 ) -> Report:
-    """Does what `report` does; of a plan it leaves out what concerns calls of its parts alone."""
+    """Does what `report` does; a plan's report excludes what concerns calls of its parts alone."""
     drawing = initialization_rule(architecture, initialization)
     drawn_options = initialization_options or {}
     deviations, undrawn = _deviations(architecture, drawing, drawn_options)

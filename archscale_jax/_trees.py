@@ -21,7 +21,7 @@ _BOXES = ("Variable", "AxisMetadata")
 def parameter_name(key_path: KeyPath) -> str:
     """Returns the name of a leaf, such as `edges/0_1/kernel`, from its JAX key path alone.
 
-    A last attribute `value` is left out, so that a Flax state and its pure dictionary give the same
+    A last attribute `value` is dropped, so that a Flax state and its pure dictionary give the same
     names. That is wrong for fields called `value` of other classes: where the tree is at hand, take
     `named_leaves` or `map_with_names`.
     """

@@ -170,7 +170,7 @@ def ratio(moments: np.ndarray) -> np.ndarray:
 def summary(moments: list[np.ndarray]) -> dict[str, Any]:
     """Sums up max/min over graphs, each the median over its networks.
 
-    `averaged` takes the ratio of moments averaged over the networks of a graph, which leaves out
+    `averaged` takes the ratio of moments averaged over the networks of a graph, which excludes
     part of the noise of a finite width.
     """
     by_graph = [float(np.median(ratio(of_graph))) for of_graph in moments]

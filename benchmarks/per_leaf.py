@@ -2,9 +2,9 @@
 
 For every network of `tests/step_networks.py`, every optimizer and every leaf: the change of the
 logits and the largest relative change of a vertex, by one step of this leaf alone with its width
-factor, at widths 64, 256 and 1,024. Both must be flat (`tests/leaf_steps.py`). What is done is kept
-in `build/per_leaf`, for as long as the code of the library stays the same, and a second call goes
-on from there. The results keep what earlier calls measured of networks that this one leaves out,
+multiplier, at widths 64, 256 and 1,024. Both must be flat (`tests/leaf_steps.py`). What is done is
+kept in `build/per_leaf`, for as long as the code of the library stays the same, and a second call
+goes on from there. The results keep what earlier calls measured of networks that this one omits,
 each with its date.
 
     python -m benchmarks.per_leaf --network="MLP with biases" --network=LSTM --optimizer=sgd
@@ -42,7 +42,7 @@ def trend_record(trend: Trend) -> dict[str, Any]:
 def leaf_record(one: LeafSteps) -> dict[str, Any]:
     """What the results keep of a leaf."""
     record = {
-        "leaf": one.leaf, "role": one.role, "shape": list(one.shape), "factor": one.factor,
+        "leaf": one.leaf, "role": one.role, "shape": list(one.shape), "factor": one.multiplier,
         "logits": trend_record(one.logits), "vertices": trend_record(one.vertices),
     }  # fmt: skip
     if one.later:
@@ -70,7 +70,9 @@ def show_leaves(record: dict[str, Any]) -> None:
     if "error" in record:
         print(f"\n{title}: {record['error'][:300]}\n", flush=True)
         return
-    lines = [["leaf", "role", "shape", "factor", "logits ×", "vertex ×", "readout moved:", "holds"]]
+    lines = [
+        ["leaf", "role", "shape", "multiplier", "logits ×", "vertex ×", "readout moved:", "holds"]
+    ]
     for one in record["leaves"]:
         later = one.get("readout_moved")
         cells = [_effect(one["logits"]), _effect(one["vertices"])]

@@ -95,18 +95,18 @@ def _measured(sizes, dtypes) -> dict[str, list[np.ndarray]]:
         )
     )
     largest = jax.jit(lambda params, batch: archscale.tuning.sharpness(loss, params, batch))
-    units, parts = None, 3 * common.sized(20, 1)  # half-batches of GradInit's iterations
+    groups, parts = None, 3 * common.sized(20, 1)  # half-batches of GradInit's iterations
     found: dict[str, list[np.ndarray]] = {}
     for seed in range(common.sized(FLAGS.num_seeds, 1)):
         keys = jax.random.split(jax.random.key(seed))
         params = archscale.initialize(keys[0], shapes, architecture)
         chosen = jax.random.permutation(keys[1], len(data.train_images))
         batch = data.train_images[chosen[:count]], data.train_labels[chosen[:count]]
-        if units is None:
+        if groups is None:
             every = archscale.contrib.find_neuron_groups(loss, params, batch)
-            units = [one for one in every if not one.blocker]
-        pairs = measure(loss, params, [batch], units)
-        neurons = solve(params, pairs, units)
+            groups = [one for one in every if not one.blocker]
+        pairs = measure(loss, params, [batch], groups)
+        neurons = solve(params, pairs, groups)
         bottlenecks = archscale.bottleneck(loss, params, [batch])
         halves = [
             (data.train_images[part], data.train_labels[part])

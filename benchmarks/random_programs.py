@@ -1,12 +1,12 @@
 """Do spellings agree, and moments hold? Random networks: `python -m benchmarks.random_programs`.
 
-Of every network of `tests/programs.py`: the standard deviations, roles and width factors of five
-spellings, which must agree; and at width 1,024 the second moment of every vertex, by two rules of
-initialization, in one of the spellings, against what the rule promises (`tests/program_checks.py`
-says with which noise). Ten minutes on two quiet cores with `--workers=2`, half an hour on one. What
-is done is kept in `build/random_programs`, for as long as the code of the library stays the same,
-and a second call goes on from there. `--workers=2` checks in two processes, each on its share of
-the cores; `taskset -c 0` before the command leaves all cores but one to others.
+For every network of `tests/programs.py`: the standard deviations, roles and width multipliers of
+five spellings, which must agree; and at width 1,024 the second moment of every vertex, by two rules
+of initialization, in one of the spellings, against what the rule promises (with the noise that
+`tests/program_checks.py` gives). Ten minutes on two quiet cores with `--workers=2`, half an hour on
+one. What is done is kept in `build/random_programs`, for as long as the code of the library stays
+the same, and a second call goes on from there. `--workers=2` checks in two processes, each on its
+share of the cores; `taskset -c 0` before the command leaves all cores but one to others.
 
     python -m benchmarks.random_programs --seed=17
 

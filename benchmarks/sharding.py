@@ -243,7 +243,7 @@ def leaf_by_leaf(params: Any) -> dict[str, Any]:
     """The programs of `initialize` outside of `jax.jit`: one for every shape and sharding.
 
     Returns:
-      Seconds of all; of the rest the largest, since one runs after the other.
+      The sum of seconds, and the largest of the rest, since one runs after the other.
     """
     key, kinds = jax.random.key(0), {}
     for leaf in jax.tree.leaves(params):

@@ -4,8 +4,8 @@
 
 Compiles every step without the transformation and with it, and calls them in turns, the first one
 twice: its ratio to itself is the noise of the comparison. Noise-free evidence stands beside the
-times: with a constant rate XLA folds the factor into it, and the optimised programs are the same
-but for constants; with a schedule the product is fused into a kernel that is there anyway.
+times: with a constant rate XLA folds the multiplier into it, and the optimised programs are the
+same but for constants; with a schedule the product is fused into a kernel that is there anyway.
 """
 
 import collections

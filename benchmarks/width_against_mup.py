@@ -50,7 +50,7 @@ def create_optimizer(name: str, scale: optax.GradientTransformation):
         return optax.chain(optax.sgd(0.1, momentum=0.9), scale)
     if name == "adam":
         return optax.chain(optax.adam(1e-2, eps=1e-30), scale)
-    # The package keeps rate × decay, so the decay stands behind the factors.
+    # The package keeps rate × decay, so the decay stands behind the multipliers.
     return optax.chain(
         optax.scale_by_adam(eps=1e-30), scale,
         optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-2),

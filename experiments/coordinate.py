@@ -233,7 +233,7 @@ def table(curves: Curves) -> pd.DataFrame:
 
 
 def _shown(ratio: float) -> str:
-    return tables.number(ratio, ".3g", missing="lost")
+    return tables.number(ratio, ".3g", missing="diverged")
 
 
 def draw(curves: Curves, path: pathlib.Path) -> None:
@@ -255,7 +255,7 @@ def draw(curves: Curves, path: pathlib.Path) -> None:
             _draw_curve(panel, found[name], (0.0, 0.45 * shade, 0.7 * shade))
         _draw_curve(panel, found["output"], panels.COLOURS[1])
         worst = _shown(max(ratios[name] for name in inner))
-        ratio = worst if worst == "lost" else f"×{worst}"
+        ratio = worst if worst == "diverged" else f"×{worst}"
         panel.set_title(f"{family}, {how.replace('_', ' ')}: {ratio}", fontsize=8.5)
         panel.set(yscale="log")
         panels.plain_sizes(panel, list(found["output"]))

@@ -87,7 +87,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         if "record" in record.get("result", {})
     }
     files.write_json(workdir / "multipliers.json", learned)
-    every = arms(records)
+    every = methods(records)
     page.publish(
         workdir,
         f"GradInit on {FLAGS.dataset.partition('#')[0]}",
@@ -109,7 +109,7 @@ LAST = 2
 """Tenths of the training over which the final loss is the mean."""
 
 
-class Arm(NamedTuple):
+class Method(NamedTuple):
     """One network, start and way of learning, over rates and seeds.
 
     Attributes:
@@ -124,28 +124,28 @@ class Arm(NamedTuple):
     search: archscale.tuning.RateSearch
 
 
-Arms = Mapping[tuple[str, str, str], Arm]
+Methods = Mapping[tuple[str, str, str], Method]
 
 
-def arms(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Arm]:
-    """Groups the finished trials; of a failed one its arm misses the seed."""
+def methods(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Method]:
+    """Groups the finished trials; the method of a failed trial misses its seed."""
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for record in records:
         if "result" in record:
             trial = record["trial"]
             key = (trial["network"], trial["start"], trial["learned"])
             found.setdefault(key, []).append(record)
-    return {key: _arm(key, of_arm) for key, of_arm in found.items()}
+    return {key: _method(key, of_method) for key, of_method in found.items()}
 
 
-def _arm(key: tuple[str, str, str], records: Sequence[Mapping[str, Any]]) -> Arm:
+def _method(key: tuple[str, str, str], records: Sequence[Mapping[str, Any]]) -> Method:
     runs = [
         archscale.tuning.Run(run["rate"], record["trial"]["seed"], final_loss(run))
         for record in records
         for run in record["result"]["runs"]
     ]
     results = [record["result"] for record in records]
-    return Arm(*key, results, archscale.tuning.summarise_runs(runs))
+    return Method(*key, results, archscale.tuning.summarise_runs(runs))
 
 
 def final_loss(run: Mapping[str, Any]) -> float:
@@ -155,86 +155,86 @@ def final_loss(run: Mapping[str, Any]) -> float:
     return float(np.mean(run["losses"][-LAST:]))
 
 
-def best_rate(arm: Arm) -> float:
+def best_rate(method: Method) -> float:
     """The rate with the smallest mean loss among those that were trained at."""
-    losses = archscale.tuning.mean_losses(arm.search)
+    losses = archscale.tuning.mean_losses(method.search)
     return min(losses, key=lambda rate: losses[rate])
 
 
-def best_runs(arm: Arm) -> list[Mapping[str, Any]]:
+def best_runs(method: Method) -> list[Mapping[str, Any]]:
     """The run of every seed at the best rate."""
-    best = best_rate(arm)
-    return [next(run for run in result["runs"] if run["rate"] == best) for result in arm.results]
+    best = best_rate(method)
+    return [next(run for run in result["runs"] if run["rate"] == best) for result in method.results]
 
 
-def trained_rates(arm: Arm) -> list[float]:
+def trained_rates(method: Method) -> list[float]:
     """The rates at which all seeds train."""
-    worst = pd.DataFrame(arm.search.runs).groupby("rate", sort=False)["loss"].max()
+    worst = pd.DataFrame(method.search.runs).groupby("rate", sort=False)["loss"].max()
     return [rate for rate, loss in worst.items() if loss < TRAINED]
 
 
-def predicted_rate(arm: Arm, every: Arms) -> float | None:
+def predicted_rate(method: Method, every: Methods) -> float | None:
     """The rate by the rule `measured` from the best rate of the family's base, if that was run."""
-    base_name = BASES[parse_name(arm.network).family]
+    base_name = BASES[parse_name(method.network).family]
     base = next((one for one in every.values() if one.network == base_name), None)
-    if base is None or base is arm:
+    if base is None or base is method:
         return None
     try:
-        return archscale.predict_learning_rate(_measured(arm), _measured(base), base.search.rate)
+        return archscale.predict_learning_rate(_measured(method), _measured(base), base.search.rate)
     except ValueError:  # a vertex that tells no examples apart
         return None
 
 
-def _measured(arm: Arm) -> archscale.tuning.UpdateSize:
-    measured = [result["measured"] for result in arm.results]
+def _measured(method: Method) -> archscale.tuning.UpdateSize:
+    measured = [result["measured"] for result in method.results]
     return networks.sizes_of({name: [one[name] for one in measured] for name in measured[0]})
 
 
-def table(every: Arms) -> pd.DataFrame:
-    """Returns a row for every arm."""
+def table(every: Methods) -> pd.DataFrame:
+    """Returns a row for every method."""
     rows = []
-    for arm in every.values():
-        runs = best_runs(arm)
+    for method in every.values():
+        runs = best_runs(method)
         losses = [final_loss(run) for run in runs]
         accuracies = [100 * run["accuracy"] for run in runs if run["accuracy"] is not None]
-        rates = trained_rates(arm)
-        predicted = predicted_rate(arm, every)
+        rates = trained_rates(method)
+        predicted = predicted_rate(method, every)
         rows.append(
             {
-                "network": arm.network,
-                "start": arm.start,
-                "GradInit": {"none": NONE, "gradinit": "yes"}.get(arm.learned, arm.learned),
-                "best rate": f"{best_rate(arm):.3g}",
+                "network": method.network,
+                "start": method.start,
+                "GradInit": {"none": NONE, "gradinit": "yes"}.get(method.learned, method.learned),
+                "best rate": f"{best_rate(method):.3g}",
                 "final loss": spread(losses, ".3f") if max(losses) < math.inf else "diverged",
                 "test accuracy": (spread(accuracies) if accuracies else "diverged") + " %",
                 "trains at": f"{min(rates):.3g} to {max(rates):.3g}" if rates else "none",
                 "measured rate": number(predicted, ".2g"),
-                "costs": _cost(arm, predicted),
+                "costs": _cost(method, predicted),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _cost(arm: Arm, rate: float | None) -> str:
+def _cost(method: Method, rate: float | None) -> str:
     """By how much the loss at a rate exceeds that at the best."""
     if rate is None:
         return NONE
-    losses = archscale.tuning.mean_losses(arm.search)
+    losses = archscale.tuning.mean_losses(method.search)
     excess = archscale.tuning.loss_at(rate, losses) - min(losses.values())
-    return number(excess, "+.3f", missing="lost")
+    return number(excess, "+.3f", missing="diverged")
 
 
-def gains(every: Arms) -> pd.DataFrame:
+def gains(every: Methods) -> pd.DataFrame:
     """Returns what each way of learning changes, at the best rate of either, seed by seed."""
     rows = []
-    for (network, start, learned), arm in every.items():
+    for (network, start, learned), method in every.items():
         plain = every.get((network, start, "none"))
-        if learned == "none" or plain is None or len(plain.results) != len(arm.results):
+        if learned == "none" or plain is None or len(plain.results) != len(method.results):
             continue
-        pairs = list(zip(best_runs(arm), best_runs(plain), strict=True))
+        pairs = list(zip(best_runs(method), best_runs(plain), strict=True))
         losses = [final_loss(new) - final_loss(old) for new, old in pairs]
         points = [100 * ((new["accuracy"] or 0) - (old["accuracy"] or 0)) for new, old in pairs]
-        costs = [_cost(one, predicted_rate(one, every)) for one in (plain, arm)]
+        costs = [_cost(one, predicted_rate(one, every)) for one in (plain, method)]
         rows.append(
             {
                 "network": network,
@@ -242,7 +242,7 @@ def gains(every: Arms) -> pd.DataFrame:
                 "learned": learned,
                 "loss": _signed(losses, "+.3f"),
                 "accuracy, points": _signed(points, "+.1f"),
-                "rates that train": f"{len(trained_rates(plain))} → {len(trained_rates(arm))}",
+                "rates that train": f"{len(trained_rates(plain))} → {len(trained_rates(method))}",
                 "measured rate costs": " → ".join(costs),
             }
         )
@@ -260,73 +260,75 @@ COLOURS = {"flax": "#777777", "he": "#0072B2", "topology": "#D55E00"}
 GUESS = math.log(10)
 
 
-def by_network(arms: Arms) -> dict[str, list[Arm]]:
-    """The arms of networks on which GradInit was run, without its variants."""
-    networks: dict[str, list[Arm]] = {}
-    for arm in arms.values():
-        if arm.learned in ("none", "gradinit"):
-            networks.setdefault(arm.network, []).append(arm)
+def by_network(methods: Methods) -> dict[str, list[Method]]:
+    """The methods of networks on which GradInit was run, without its variants."""
+    networks: dict[str, list[Method]] = {}
+    for method in methods.values():
+        if method.learned in ("none", "gradinit"):
+            networks.setdefault(method.network, []).append(method)
     both = {"none", "gradinit"}
-    return {name: one for name, one in networks.items() if {arm.learned for arm in one} == both}
-
-
-def _style(arm: Arm) -> dict[str, object]:
-    learned = arm.learned == "gradinit"
     return {
-        "color": COLOURS[arm.start],
+        name: one for name, one in networks.items() if {method.learned for method in one} == both
+    }
+
+
+def _style(method: Method) -> dict[str, object]:
+    learned = method.learned == "gradinit"
+    return {
+        "color": COLOURS[method.start],
         "linestyle": "-" if learned else ":",
         "marker": "o" if learned else "x",
         "markersize": 3.5,
         "linewidth": 1.4,
-        "label": f"{arm.start}{', GradInit' if learned else ''}",
+        "label": f"{method.start}{', GradInit' if learned else ''}",
     }
 
 
-def _draw_success(panel, arms: Sequence[Arm]) -> None:
+def _draw_success(panel, methods: Sequence[Method]) -> None:
     """The final training loss against the learning rate, mean and range over seeds."""
-    rates = [run["rate"] for run in arms[0].results[0]["runs"]]
-    for arm in arms:
-        losses = [[final_loss(run) for run in each["runs"]] for each in arm.results]
+    rates = [run["rate"] for run in methods[0].results[0]["runs"]]
+    for method in methods:
+        losses = [[final_loss(run) for run in each["runs"]] for each in method.results]
         shown = np.minimum(losses, 1.05 * GUESS)
-        panel.plot(rates, shown.mean(0), **_style(arm))
+        panel.plot(rates, shown.mean(0), **_style(method))
         panel.fill_between(
-            rates, shown.min(0), shown.max(0), color=COLOURS[arm.start], alpha=0.13, lw=0
+            rates, shown.min(0), shown.max(0), color=COLOURS[method.start], alpha=0.13, lw=0
         )
     panel.axhline(GUESS, color="black", linewidth=0.6)
     panels.plain_sizes(panel, rates, fontsize=6.5, rotation=30)
 
 
-def _draw_curves(panel, arms: Sequence[Arm]) -> None:
-    """The training loss over the training at the best rate of every arm."""
-    for arm in arms:
-        curves = [run["losses"] for run in best_runs(arm)]
+def _draw_curves(panel, methods: Sequence[Method]) -> None:
+    """The training loss over the training at the best rate of every method."""
+    for method in methods:
+        curves = [run["losses"] for run in best_runs(method)]
         if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
             continue
         parts = (np.arange(len(curves[0])) + 0.5) / len(curves[0]) * 100
-        panel.plot(parts, np.mean(curves, axis=0), **_style(arm) | {"marker": None})
+        panel.plot(parts, np.mean(curves, axis=0), **_style(method) | {"marker": None})
 
 
-def _learned(arms: Arms) -> dict[str, list[Arm]]:
-    """The arms with GradInit alone."""
+def _learned(methods: Methods) -> dict[str, list[Method]]:
+    """The methods with GradInit alone."""
     return {
-        name: [arm for arm in found if arm.learned == "gradinit"]
-        for name, found in by_network(arms).items()
+        name: [method for method in found if method.learned == "gradinit"]
+        for name, found in by_network(methods).items()
     }
 
 
 def _weights(names: Iterable[str]) -> list[str]:
-    """The names of weights, those of biases left out: stem first, readout last, as data flow."""
+    """The names of weights, without those of biases: stem first, readout last, as data flow."""
     places = {"stem": 0, "positions": 0, "readout": 2}
     found = (name for name in names if not name.endswith("bias"))
     return sorted(found, key=lambda name: places.get(name.split("/")[0], 1))
 
 
-def _draw_multipliers(panel, arms: Sequence[Arm]) -> None:
+def _draw_multipliers(panel, methods: Sequence[Method]) -> None:
     """The multipliers of weights, from stem to readout."""
     from matplotlib import ticker
 
-    for arm in arms:
-        records = [each["record"]["multipliers"] for each in arm.results]
+    for method in methods:
+        records = [each["record"]["multipliers"] for each in method.results]
         names = _weights(records[0])
         for scale, marker in ((False, "o"), (True, "^")):
             places = [i for i, one in enumerate(names) if one.endswith("scale") == scale]
@@ -336,10 +338,10 @@ def _draw_multipliers(panel, arms: Sequence[Arm]) -> None:
                     np.array(places) / (len(names) - 1),
                     np.mean(values, axis=0),
                     marker,
-                    color=COLOURS[arm.start],
+                    color=COLOURS[method.start],
                     markersize=3.2,
                     alpha=0.8,
-                    label=f"{arm.start}{', scales of normalization' if scale else ''}",
+                    label=f"{method.start}{', scales of normalization' if scale else ''}",
                 )
     panel.axhline(1, color="black", linewidth=0.6)
     panel.set(yscale="log")
@@ -348,15 +350,15 @@ def _draw_multipliers(panel, arms: Sequence[Arm]) -> None:
     panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _draw_gradients(panel, arms: Sequence[Arm]) -> None:
+def _draw_gradients(panel, methods: Sequence[Method]) -> None:
     """The gradient's deviation over batches by the weight's size, before and after."""
-    for arm in arms:
+    for method in methods:
         for key, learned in (("tensors", "none"), ("tensors_after", "gradinit")):
-            names = _weights(arm.results[0][key])
-            sizes = np.array([[each[key][one] for one in names] for each in arm.results])
+            names = _weights(method.results[0][key])
+            sizes = np.array([[each[key][one] for one in names] for each in method.results])
             ratio = np.exp(np.mean(np.log(sizes[..., 1] / sizes[..., 0]), axis=0))
             places = np.arange(len(names)) / (len(names) - 1)
-            panel.plot(places, ratio, **_style(arm._replace(learned=learned)))
+            panel.plot(places, ratio, **_style(method._replace(learned=learned)))
     panel.set(yscale="log")
 
 
@@ -383,7 +385,7 @@ FIGURES = {
         _draw_multipliers,
         _PLACE,
         "multiplier",
-        "Multipliers of the weights, biases left out, from stem to readout.",
+        "Multipliers of the weights without biases, from stem to readout.",
     ),
     "gradients": Figure(
         _learned,

@@ -154,21 +154,21 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     for text in dict.fromkeys(names):
         name = parse_name(text)
         starts = DEFAULT_STARTS[name.family]
-        arms = [(start, learned) for start in starts for learned in ("none", "gradinit")]
+        methods = [(start, learned) for start in starts for learned in ("none", "gradinit")]
         if text == BASES[name.family]:
-            arms = [(starts[-1], "none")]
+            methods = [(starts[-1], "none")]
         if text in VARIANT_NETWORKS:
             variants = [one for one in LEARNED if one not in ("none", "gradinit")]
             if name.optimizer == "adam":
                 variants.remove("second_order")  # changes nothing there
-            arms += [(starts[0], one) for one in variants]
+            methods += [(starts[0], one) for one in variants]
         sizes = "patches" if name.family == "transformer" else "images"
         shared = {key: settings[key] for key in SHARED}
         shared |= {key: settings[f"{sizes}_{key}"] for key in ("width", "downscale")}
-        for start, learned in arms:
+        for start, learned in methods:
             for seed in range(settings["num_seeds"]):
-                arm = {"network": text, "start": start, "learned": learned, "seed": seed}
-                trials.append(shared | arm | {"rates": list(RATES[name.optimizer])})
+                method = {"network": text, "start": start, "learned": learned, "seed": seed}
+                trials.append(shared | method | {"rates": list(RATES[name.optimizer])})
     return trials
 
 
@@ -210,7 +210,7 @@ def build(text: str, dataset: str, data_dir: str | None, downscale: int, width: 
 
 
 def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTree:
-    """Draws the params of a seed by an initialization, of which `topology` asks for the family."""
+    """Draws the params of a seed by an initialization; `topology` needs the family."""
     params = network.draw(seed)
     if start == "flax":
         return params

@@ -6,8 +6,8 @@ Grows perceptrons, convolutional networks on graphs and ResNet-18 from tiny ones
 ways for the learning rate to follow, by GradMax and at random; trains the architecture that TINY
 ended with from scratch for the same computation, and the large network. Writes config.json,
 results.jsonl, table.md, figures and report.html, and prints the table. Killed and started again it
-goes on, a network that grows from its last growth; the same --workdir takes more networks, arms and
-seeds later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
+goes on, a network that grows from its last growth; the same --workdir takes more networks, methods
+and seeds later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
 --images_downscale=1 --start_width=1 --large_width=64 --growths=6 --interval=2000 --steps=60000
 --batch_size=128.
 """
@@ -24,7 +24,7 @@ import pandas as pd
 from absl import flags
 
 from experiments import grow_study
-from experiments.grow_study import ARMS, METHODS, NETWORKS, SPECS
+from experiments.grow_study import GROWING, METHODS, NETWORKS, SPECS
 from experiments.lab import common, page, panels, ranges, runners, studies, tables
 from experiments.lab.data_flags import define_data_flags
 from experiments.lab.panels import Figure
@@ -41,9 +41,9 @@ ranges.define_list(
 )
 ranges.define_list(
     "arm",
-    list(grow_study.ARMS),
+    list(grow_study.METHODS),
     "Ways to grow, and what they are compared with.",
-    ranges.name_of("arm", grow_study.ARMS),
+    ranges.name_of("arm", grow_study.METHODS),
 )
 define_data_flags("fashion_mnist")
 ranges.define("batch_size", 64, "Examples an update.")
@@ -119,16 +119,16 @@ SHARED = {
     "mlp_largest": ("mlp", ("gradmax", "random", "large")),
     "resnet18_quarter": ("resnet18_sixteenth", ("large",)),
 }
-"""Networks that are compared with arms of another one."""
+"""Networks that are compared with methods of another network."""
 
-COLUMNS = ("spec", "arm", "rate", "seed", "accuracy", "lost", "parameters", "flops",
+COLUMNS = ("spec", "arm", "rate", "seed", "accuracy", "diverged", "parameters", "flops",
            "growth_flops", "edits", "curve")  # fmt: skip
 
 
 def runs_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Returns what the finished trials ended with, in the order of networks, arms, rates and seeds.
+    """Returns the ends of the finished trials, in the order of networks, methods, rates and seeds.
 
-    Of a run that diverged the accuracy is that of a guess, and `lost` is true.
+    The accuracy of a run that diverged is that of a guess, and `diverged` is true.
     """
     networks = list(NETWORKS)
     specs = sorted(SPECS, key=lambda spec: networks.index(SPECS[spec]["network"]))
@@ -136,58 +136,60 @@ def runs_of(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     for record in records:
         if "result" in record:
             row = {**record["trial"], **record["result"]}
-            row["lost"] = row["accuracy"] is None
-            if row["lost"]:
+            row["diverged"] = row["accuracy"] is None
+            if row["diverged"]:
                 row["accuracy"] = GUESSES.get(row["dataset"], 0.1)
             rows.append({name: row[name] for name in COLUMNS})
-    places = {name: place for names in (specs, ARMS) for place, name in enumerate(names)}
+    places = {name: place for names in (specs, METHODS) for place, name in enumerate(names)}
     rows.sort(key=lambda row: (places[row["spec"]], places[row["arm"]], row["rate"], row["seed"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def by_arm(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Returns the runs of every network and arm."""
-    return {(spec, arm): one for (spec, arm), one in runs.groupby(["spec", "arm"], sort=False)}
+def by_method(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Returns the runs of every network and method."""
+    return {
+        (spec, method): one for (spec, method), one in runs.groupby(["spec", "arm"], sort=False)
+    }
 
 
 def best_rate(runs: pd.DataFrame) -> float:
-    """The rate of the best mean accuracy over seeds, of the rates of an arm with the most seeds."""
+    """The rate of best mean accuracy over seeds, among a method's rates with the most seeds."""
     by_rate = runs.groupby("rate")["accuracy"].agg(["size", "mean"])
     return by_rate["mean"][by_rate["size"] == by_rate["size"].max()].idxmax()
 
 
 def at_rate(runs: pd.DataFrame, rate: float) -> pd.DataFrame:
-    """The runs of an arm at a rate."""
+    """The runs of a method at a rate."""
     return runs[runs["rate"] == rate]
 
 
-def reference(runs: pd.DataFrame, spec: str, arm: str) -> pd.DataFrame:
-    """The arm that a network is compared with: its own, or that of the network it shares with."""
-    own = runs[(runs["spec"] == spec) & (runs["arm"] == arm)]
+def reference(runs: pd.DataFrame, spec: str, method: str) -> pd.DataFrame:
+    """The runs that a network is compared with: its own, or those of the network it shares with."""
+    own = runs[(runs["spec"] == spec) & (runs["arm"] == method)]
     other, shared = SHARED.get(spec, (spec, ()))
-    if own.empty and arm in shared:
-        return runs[(runs["spec"] == other) & (runs["arm"] == arm)]
+    if own.empty and method in shared:
+        return runs[(runs["spec"] == other) & (runs["arm"] == method)]
     return own
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every arm at its best rate."""
+    """Returns a row for every method at its best rate."""
     rows = []
-    for (spec, arm), every in by_arm(runs).items():
+    for (spec, method), every in by_method(runs).items():
         rate = best_rate(every)
         best = at_rate(every, rate)
         share = 100 * (best["growth_flops"] / best["flops"]).mean()
-        lost = best["lost"].sum()
+        diverged = best["diverged"].sum()
         rows.append(
             {
                 "network": spec,
-                "arm": LABELS[arm],
+                "method": LABELS[method],
                 "rate": f"{rate:g}",
                 "test accuracy, %": spread(100 * best["accuracy"], "z.1f", ddof=1),
                 "parameters": f"{best['parameters'].mean():,.0f}",
                 "training, GFLOP": _figures(best["flops"].mean() / 1e9),
-                "of it growing, %": f"{share:.0f}" if arm in METHODS else NONE,
-                "seeds": f"{len(best)}{f', {lost} lost' if lost else ''}",
+                "of it growing, %": f"{share:.0f}" if method in GROWING else NONE,
+                "seeds": f"{len(best)}{f', {diverged} diverged' if diverged else ''}",
             }
         )
     return pd.DataFrame(rows)
@@ -196,32 +198,32 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 def failures(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Returns which runs ended with an error, and are in no other table: how many, and the first.
 
-    A unit whose gradients are all 0 cannot grow, for example.
+    A neuron group whose gradients are all 0 cannot grow, for example.
     """
     errors: dict[tuple[str, str], list[str | None]] = {}
     for record in records:
         key = (record["trial"]["spec"], record["trial"]["arm"])
         errors.setdefault(key, []).append(record.get("error"))
     rows = []
-    for (spec, arm), found in errors.items():
+    for (spec, method), found in errors.items():
         failed = [error for error in found if error is not None]
         if failed:
             count = f"{len(failed)} of {len(found)}"
-            rows.append((spec, LABELS[arm], count, failed[0]))
-    return pd.DataFrame(rows, columns=["network", "arm", "failed", "first error"])
+            rows.append((spec, LABELS[method], count, failed[0]))
+    return pd.DataFrame(rows, columns=["network", "method", "failed", "first error"])
 
 
 def rescaling(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns what the rules for the rate change: accuracy with a rule minus without, by seed."""
-    rows, arms = [], by_arm(runs)
-    for (spec, name), arm in arms.items():
-        plain = arms.get((spec, "tiny"))
-        if plain is None or METHODS.get(name, ("", "none"))[1] == "none":
+    rows, methods = [], by_method(runs)
+    for (spec, name), method in methods.items():
+        plain = methods.get((spec, "tiny"))
+        if plain is None or GROWING.get(name, ("", "none"))[1] == "none":
             continue
-        best = (best_rate(arm), best_rate(plain))
-        shared = [(rate, rate) for rate in arm["rate"].unique() if rate in set(plain["rate"])]
+        best = (best_rate(method), best_rate(plain))
+        shared = [(rate, rate) for rate in method["rate"].unique() if rate in set(plain["rate"])]
         for own, other in dict.fromkeys([best, *shared]):
-            pairs = _pairs(at_rate(arm, own), at_rate(plain, other))
+            pairs = _pairs(at_rate(method, own), at_rate(plain, other))
             rows.append(
                 {
                     "network": spec,
@@ -242,18 +244,18 @@ def against(runs: pd.DataFrame) -> pd.DataFrame:
     the same architectures.
     """
     rows = []
-    for (spec, name), arm in by_arm(runs).items():
+    for (spec, name), method in by_method(runs).items():
         for other in ("scratch", "gradmax", "random", "large") if name == "tiny" else ():
             found = reference(runs, spec, other)
             if found.empty:
                 continue
-            rate, best = best_rate(arm), best_rate(found)
+            rate, best = best_rate(method), best_rate(found)
             rates = [best]
             if other == "scratch" and rate != best and rate in set(found["rate"]):
                 rates.append(rate)
             shared = found["spec"].iloc[0]
             for theirs in rates:
-                pairs = _pairs(at_rate(arm, rate), at_rate(found, theirs))
+                pairs = _pairs(at_rate(method, rate), at_rate(found, theirs))
                 rows.append(
                     {
                         "network": spec,
@@ -269,7 +271,7 @@ def against(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """Of the seeds that both have: percentage points, and ratios of parameters and operations."""
+    """Percentage points over the seeds that both have, and ratios of parameters and operations."""
     ours, theirs = ours.set_index("seed"), theirs.set_index("seed")
     both = ours.index.intersection(theirs.index, sort=False)
     ours, theirs = ours.loc[both], theirs.loc[both]
@@ -299,7 +301,7 @@ LINES = ("-", "--", ":")
 SHOWN = 200
 """By how much the most operations of a panel exceed the fewest, at most."""
 LINE_HEIGHT = 0.047
-"""Of a label, in parts of a panel's height."""
+"""Height of a label, in parts of a panel's height."""
 TICKS = {8: (1, 1.5, 2, 3, 5, 7), 30: (1, 2, 5), 3000: (1, 3), math.inf: (1,)}
 """Multiples of powers of ten, by the ratio of the ends of an axis."""
 
@@ -308,36 +310,36 @@ Result = Mapping[str, Any]
 
 
 def _by_spec(runs: pd.DataFrame) -> dict[str, dict[str, list[Result]]]:
-    """The results at the best rate of the arms of every network, and of those it is compared with.
+    """The results at the best rate, by network and method.
 
-    By network and arm.
+    With those of the networks that each is compared with.
     """
     found: dict[str, dict[str, list[Result]]] = {}
     for spec in runs["spec"].unique():
-        for arm in ARMS:
-            every = reference(runs, spec, arm)
+        for method in METHODS:
+            every = reference(runs, spec, method)
             if not every.empty:
                 best = at_rate(every, best_rate(every)).to_dict("records")
-                found.setdefault(spec, {})[arm] = best
+                found.setdefault(spec, {})[method] = best
     return found
 
 
 def _of_tiny(runs: pd.DataFrame) -> dict[str, list[Result]]:
     """The results of `tiny` that grew, by network."""
-    tiny = {spec: arms.get("tiny", []) for spec, arms in _by_spec(runs).items()}
+    tiny = {spec: methods.get("tiny", []) for spec, methods in _by_spec(runs).items()}
     grown = {spec: [one for one in results if one["edits"]] for spec, results in tiny.items()}
     return {spec: results for spec, results in grown.items() if results}
 
 
 def _draw_parameters(panel, found: Mapping[str, Sequence[Result]]) -> None:
     """Test accuracy against parameters: at the end, and of TINY just before growths."""
-    for arm, results in found.items():
-        colour, marker = STYLES[arm]
-        for result in results if arm == "tiny" else ():
+    for method, results in found.items():
+        colour, marker = STYLES[method]
+        for result in results if method == "tiny" else ():
             panel.plot(*_growth_path(result), color=colour, linewidth=0.8, alpha=0.6, zorder=1)
         ends = [(one["parameters"], 100 * one["accuracy"]) for one in results]
         panel.plot(*zip(*ends, strict=True), marker, color=colour, markersize=6, alpha=0.85,
-                   markeredgecolor="white", markeredgewidth=0.6, label=LABELS[arm])  # fmt: skip
+                   markeredgecolor="white", markeredgewidth=0.6, label=LABELS[method])  # fmt: skip
     every = [100 * one["accuracy"] for results in found.values() for one in results]
     panel.set_ylim(bottom=max(min(every) - max(10, np.ptp(every)), panel.get_ylim()[0]))
     _log_axis(panel)
@@ -351,16 +353,16 @@ def _growth_path(result: Result) -> tuple[list[int], list[float]]:
 
 
 def _draw_compute(panel, found: Mapping[str, Sequence[Result]]) -> None:
-    """Test accuracy over training against operations so far; a cross ends a lost run."""
-    for arm, results in found.items():
-        colour, _ = STYLES[arm]
+    """Test accuracy over training against operations so far; a cross ends a run that diverged."""
+    for method, results in found.items():
+        colour, _ = STYLES[method]
         for result in results:
             flops, accuracies = _curve(result)
             panel.plot(flops, accuracies, color=colour, linewidth=0.6, alpha=0.35)
-            if result["lost"]:
+            if result["diverged"]:
                 panel.plot(flops[-1:], accuracies[-1:], "x", color=colour, markersize=5)
-        curves = [_curve(result) for result in results if not result["lost"]]
-        panel.plot(*_mean_curve(curves), color=colour, linewidth=1.7, label=LABELS[arm])
+        curves = [_curve(result) for result in results if not result["diverged"]]
+        panel.plot(*_mean_curve(curves), color=colour, linewidth=1.7, label=LABELS[method])
     _log_axis(panel, SHOWN)
 
 
@@ -410,7 +412,7 @@ def _bottlenecks(results: Sequence[Result]) -> dict[str, list[tuple[int, float]]
 
 
 def _draw_widths(panel, results: Sequence[Result]) -> None:
-    """The neurons over updates, of the first seed; units that grow alike share a line."""
+    """The neurons over updates, of the first seed; groups that grow alike share a line."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     edits = results[0]["edits"]

@@ -43,10 +43,10 @@ def bottleneck_flops(
     total = 3 * forward_flops(loss_fn, params, example) * count
     for kind in layer_kinds(loss_fn, params, example):
         if layers is None or kind.weight in layers:
-            *kernel, units = leaves[kind.weight].shape
+            *kernel, outs = leaves[kind.weight].shape
             rows = math.prod(kernel) + (kind.bias is not None)
             positions = math.prod(outputs[kind.weight].shape[:-1])
-            total += 2 * count * positions * (rows * rows + rows * units) + 9 * rows**3
+            total += 2 * count * positions * (rows * rows + rows * outs) + 9 * rows**3
     return total
 
 
@@ -54,7 +54,7 @@ def growth_flops(
     loss_fn: Loss,
     params: PyTree,
     batch: Any,
-    units: Sequence[NeuronGroup],
+    groups: Sequence[NeuronGroup],
     amplitudes: int,
     held_out: int,
 ) -> float:
@@ -64,7 +64,7 @@ def growth_flops(
       loss_fn: of params and a batch.
       params: tree of arrays.
       batch: on which the statistics are taken.
-      units: that grow.
+      groups: that grow.
       amplitudes: how many are tried.
       held_out: on how many examples.
     """
@@ -72,11 +72,11 @@ def growth_flops(
     example = jax.tree.map(lambda array: array[:1], batch)
     outputs = layer_outputs(loss_fn, params, example)
     kinds = layer_kinds(loss_fn, params, example)
-    readers = [name for one in units for name in one.consumers]
+    readers = [name for one in groups for name in one.consumers]
     forward = forward_flops(loss_fn, params, example)
     total = bottleneck_flops(loss_fn, params, batch, readers)
     total += forward * (3 * count + amplitudes * held_out)
-    for one in units:
+    for one in groups:
         made, read = blocks(one, kinds, params)
         rows, columns = (sum(block.size for block in part) for part in (made, read))
         total += 2 * count * math.prod(outputs[one.producers[0]].shape[:-1]) * rows * rows

@@ -32,7 +32,7 @@ from experiments.lab.networks import Network
 
 Trial = Mapping[str, Any]
 
-METHODS = {
+GROWING = {
     "tiny": ("tiny", "none", False),
     "tiny_update": ("tiny", "none", True),
     "tiny_width": ("tiny", "width", False),
@@ -40,9 +40,9 @@ METHODS = {
     "gradmax": ("gradmax", "none", False),
     "random": ("random", "none", False),
 }
-"""Arms that grow: their method, how the learning rate follows the architecture, and whether the
-layers that read new neurons move by their best update."""
-ARMS = (*METHODS, "large", "scratch")
+"""Methods that grow: how neurons are chosen, how the learning rate follows the architecture, and
+whether the layers that read new neurons move by their best update."""
+METHODS = (*GROWING, "large", "scratch")
 INITIALIZATION = {
     "mlp": "target_in_degree",
     "dag_cnn": "target_in_degree",
@@ -67,7 +67,7 @@ _RESNET = {
     "rates": (0.02, 0.04),
     "statistics": 512,
     "held_out": 500,
-    "arms": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
+    "methods": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
 }
 SPECS: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -88,7 +88,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "large_width": 16,
         "steps": 800,
         "rates": (0.03, 0.06),
-        "arms": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
+        "methods": ("tiny", "tiny_update", "tiny_width", "gradmax", "random", "large", "scratch"),
         "statistics": 512,
         "held_out": 500,
         "schedule": {"order": "round_robin", "growths": 8, "interval": 60, "factor": 2.0},
@@ -101,16 +101,16 @@ SPECS: dict[str, dict[str, Any]] = {
     "resnet18_quarter": {
         **_RESNET,
         "start_width": 4,
-        "arms": ("tiny", "tiny_width", "random", "scratch"),
+        "methods": ("tiny", "tiny_width", "random", "scratch"),
         "schedule": {"order": "all", "growths": 1, "interval": 60, "factor": 2.0},
     },
 }
-"""What grows: from which width, by which schedule, by which arms (all where none are named), and
+"""What grows: from which width, by which schedule, by which methods (all where none are named), and
 the width of the large network."""
 SPECS["mlp_largest"] = {
     **SPECS["mlp"],
     "schedule": {**SPECS["mlp"]["schedule"], "order": "largest"},
-    "arms": ("tiny", "scratch"),
+    "methods": ("tiny", "scratch"),
 }
 
 
@@ -135,20 +135,22 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
 
 # What a trial trains.
 
-Units = tuple[archscale.contrib.NeuronGroup, ...]
+NeuronGroups = tuple[archscale.contrib.NeuronGroup, ...]
 
 
 @functools.lru_cache(maxsize=2)
-def build(name: str, dataset: str, data_dir: str | None, downscale: int) -> tuple[Network, Units]:
-    """Builds a network of width 2, whose functions take params of any width, and its units.
+def build(
+    name: str, dataset: str, data_dir: str | None, downscale: int
+) -> tuple[Network, NeuronGroups]:
+    """Builds a network of width 2, whose functions take params of any width, and its neuron groups.
 
     Once: trials that share it compile nothing anew.
     """
     data = studies.load(dataset, data_dir, downscale)
     network = networks.take_apart(_module(name, data, 2), data)
     batch = data.train_images[:2], data.train_labels[:2]
-    units = archscale.contrib.find_neuron_groups(network.loss, network.params, batch)
-    return network, tuple(one for one in units if not one.blocker)
+    groups = archscale.contrib.find_neuron_groups(network.loss, network.params, batch)
+    return network, tuple(one for one in groups if not one.blocker)
 
 
 def _module(name: str, data: Dataset, width: int) -> nnx.Module:
@@ -186,14 +188,14 @@ def update(loss, params: PyTree, state: Any, batch: Any, rates: dict[str, jax.Ar
     return optax.apply_updates(params, updates), state, value
 
 
-def chosen_specs(networks, arms, settings: Trial) -> dict[str, dict[str, Any]]:
+def chosen_specs(networks, methods, settings: Trial) -> dict[str, dict[str, Any]]:
     """Returns the specs of networks, with what the settings change in them.
 
     Raises:
-      ValueError: an unknown network or arm, growths after the last update, or a start that is
+      ValueError: an unknown network or method, growths after the last update, or a start that is
         wider than the large network.
     """
-    for what, names, known in (("network", networks, SPECS), ("arm", arms, ARMS)):
+    for what, names, known in (("network", networks, SPECS), ("arm", methods, METHODS)):
         for name in names:
             if name not in known:
                 raise ValueError(unknown(what, name, known))
@@ -227,26 +229,34 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         )
 
 
-def all_trials(specs: Mapping[str, Mapping[str, Any]], arms, settings: Trial) -> list[dict]:
+def all_trials(specs: Mapping[str, Mapping[str, Any]], methods, settings: Trial) -> list[dict]:
     """Returns the trials whose settings are known in advance: all but those of `scratch`.
 
     Args:
       specs: of networks, as in `SPECS`, by name.
-      arms: names of arms.
+      methods: names of methods.
       settings: num_seeds, and what all trials have in common.
     """
     common = {name: settings[name] for name in ("dataset", "batch_size", "normalize")}
     trials = []
     for name, spec in specs.items():
         plain = {
-            key: value for key, value in spec.items() if key not in ("rates", "schedule", "arms")
+            key: value for key, value in spec.items() if key not in ("rates", "schedule", "methods")
         }
-        for arm in arms:
-            if arm == "scratch" or arm not in spec.get("arms", ARMS):
+        for method in methods:
+            if method == "scratch" or method not in spec.get("methods", METHODS):
                 continue
-            grows = {"schedule": dict(spec["schedule"])} if arm in METHODS else {}
+            grows = {"schedule": dict(spec["schedule"])} if method in GROWING else {}
             trials += [
-                {"spec": name, "arm": arm, "rate": rate, "seed": seed, **plain, **grows, **common}
+                {
+                    "spec": name,
+                    "arm": method,
+                    "rate": rate,
+                    "seed": seed,
+                    **plain,
+                    **grows,
+                    **common,
+                }
                 for rate in spec["rates"]
                 for seed in range(settings["num_seeds"])
             ]
@@ -282,11 +292,11 @@ def create_optimizer() -> optax.GradientTransformation:
 
 @dataclasses.dataclass
 class Run:
-    """Where a run is; all but its network and units is saved at growths.
+    """Where a run is; all but its network and neuron groups is saved at growths.
 
     Attributes:
       network: what grows.
-      units: its neurons, by what makes and reads them.
+      groups: its neurons, by what makes and reads them.
       step: updates so far.
       params: of the network.
       optimizer_state: its optimizer's.
@@ -296,7 +306,7 @@ class Run:
     """
 
     network: Network
-    units: Units
+    groups: NeuronGroups
     step: int
     params: PyTree
     optimizer_state: Any
@@ -315,14 +325,14 @@ def run(trial: Trial, saves: pathlib.Path | None = None, data_dir: str | None = 
       data_dir: folder of the data set.
     """
     name, seed = trial["network"], trial["seed"]
-    network, units = build(name, trial["dataset"], data_dir, trial["downscale"])
+    network, groups = build(name, trial["dataset"], data_dir, trial["downscale"])
     width = trial["large_width" if trial["arm"] == "large" else "start_width"]
     params = create(name, network, width, seed)
     if trial["arm"] == "scratch":
-        wide, _ = archscale.contrib.widen(params, trial["neurons"], units)
+        wide, _ = archscale.contrib.widen(params, trial["neurons"], groups)
         params = draw(name, network, wide, seed)
-    now = Run(network, units, 0, params, create_optimizer().init(params))
-    return _train(now, trial, saves if trial["arm"] in METHODS else None)
+    now = Run(network, groups, 0, params, create_optimizer().init(params))
+    return _train(now, trial, saves if trial["arm"] in GROWING else None)
 
 
 def _train(now: Run, trial: Trial, folder: pathlib.Path | None) -> dict:
@@ -332,20 +342,20 @@ def _train(now: Run, trial: Trial, folder: pathlib.Path | None) -> dict:
     )
     if folder is not None:
         now = _restored(folder, trial, now) or now
-    factors, cost = _factors(now, start, trial), _flops(now, now.params)
+    multipliers, cost = _multipliers(now, start, trial), _flops(now, now.params)
     last: list[jax.Array] = []
     for batch in _batches(network.dataset, trial, now.step):
         if schedule is not None and _is_due(schedule, now):
             if not _point(now, last):
                 return _result(now, trial)
             _grow(now, trial, schedule)
-            factors, cost = _factors(now, start, trial), _flops(now, now.params)
+            multipliers, cost = _multipliers(now, start, trial), _flops(now, now.params)
             _point(now, last)
             last = []  # a run that goes on from here knows no earlier ones
             if folder is not None:
                 _save(folder, trial, now)
         rate = trial["rate"] * min(1.0, (1 - now.step / trial["steps"]) / DECAY)
-        rates = {name: np.float32(rate * factor) for name, factor in factors.items()}
+        rates = {name: np.float32(rate * multiplier) for name, multiplier in multipliers.items()}
         now.params, now.optimizer_state, loss = update(
             network.loss, now.params, now.optimizer_state, batch, rates
         )
@@ -370,13 +380,13 @@ def _is_due(schedule: archscale.contrib.GrowthSchedule, now: Run) -> bool:
 
 def _result(now: Run, trial: Trial) -> dict[str, Any]:
     return {
-        "neurons": archscale.contrib.count_neurons(now.params, now.units),
-        "parameters": archscale.contrib.count_parameters(now.params, now.units),
+        "neurons": archscale.contrib.count_neurons(now.params, now.groups),
+        "parameters": archscale.contrib.count_parameters(now.params, now.groups),
         "flops": now.flops,
         "growth_flops": now.growth_flops,
         "last_step_flops": 3
         * trial["batch_size"]
-        * _flops(now, archscale.contrib.compact(now.params, now.units)),
+        * _flops(now, archscale.contrib.compact(now.params, now.groups)),
         "curve": now.curve,
         "edits": [dataclasses.asdict(edit) for edit in now.edits],
         "accuracy": now.curve[-1]["accuracy"],
@@ -417,7 +427,7 @@ def _point(now: Run, last: list[jax.Array], examples: int = CURVE_EXAMPLES) -> b
     now.curve.append(
         {
             "step": now.step,
-            "parameters": archscale.contrib.count_parameters(now.params, now.units),
+            "parameters": archscale.contrib.count_parameters(now.params, now.groups),
             "flops": now.flops,
             "train_loss": train_loss,
             "accuracy": float(accuracy) if np.isfinite(train_loss) else math.nan,
@@ -428,7 +438,7 @@ def _point(now: Run, last: list[jax.Array], examples: int = CURVE_EXAMPLES) -> b
 
 
 def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) -> None:
-    method, _, moves = METHODS[trial["arm"]]
+    method, _, moves = GROWING[trial["arm"]]
     network = now.network
     count = len(network.dataset.train_images) - HELD_OUT
     seed = (trial["seed"], len(now.edits), 1)
@@ -438,18 +448,18 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
         network.dataset.train_images[-HELD_OUT:][: trial["held_out"]],
         network.dataset.train_labels[-HELD_OUT:][: trial["held_out"]],
     )
-    neurons = archscale.contrib.count_neurons(now.params, now.units)
+    neurons = archscale.contrib.count_neurons(now.params, now.groups)
     bottlenecks, flops = None, 0.0
     if schedule.order == "largest":
-        readers = [name for one in now.units for name in one.consumers]
+        readers = [name for one in now.groups for name in one.consumers]
         bottlenecks = archscale.bottleneck(network.loss, now.params, batches, layers=readers)
         flops += grow_cost.bottleneck_flops(network.loss, now.params, batches[0], readers)
     numbers = archscale.contrib.choose_growth(
-        schedule, len(now.edits), now.units, neurons, bottlenecks
+        schedule, len(now.edits), now.groups, neurons, bottlenecks
     )
-    units = [one for one in now.units if one.name in numbers]
+    groups = [one for one in now.groups if one.name in numbers]
     flops += grow_cost.growth_flops(
-        network.loss, now.params, batches[0], units, len(AMPLITUDES),
+        network.loss, now.params, batches[0], groups, len(AMPLITUDES),
         trial["held_out"],
     )  # fmt: skip
     growth = archscale.grow(
@@ -457,7 +467,7 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
         now.params,
         batches,
         held_out,
-        units,
+        groups,
         number=numbers,
         budget=schedule.budget,
         method=method,
@@ -475,8 +485,8 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
         archscale.contrib.Edit(
             now.step,
             growth.numbers,
-            archscale.contrib.count_neurons(now.params, now.units),
-            {one.name: one.capacity(leaves) for one in now.units},
+            archscale.contrib.count_neurons(now.params, now.groups),
+            {one.name: one.capacity(leaves) for one in now.groups},
             growth.amplitude,
             [*growth.losses],
             growth.predicted,
@@ -485,16 +495,16 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
     )
 
 
-def _factors(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
+def _multipliers(now: Run, start: PyTree, trial: Trial) -> dict[str, float]:
     """By what the rate of every leaf is multiplied."""
     network = now.network
-    _, rule, _ = METHODS.get(trial["arm"], (None, "none", False))
+    _, rule, _ = GROWING.get(trial["arm"], (None, "none", False))
     names = list(named_leaves(now.params))
     if rule == "none" or jax.tree.all(jax.tree.map(lambda a, b: a is b, start, now.params)):
         return dict.fromkeys(names, 1.0)
     if rule == "width":
         grown, small = (
-            archscale.contrib.grown_architecture(network.loss, one, _example(now), now.units)
+            archscale.contrib.grown_architecture(network.loss, one, _example(now), now.groups)
             for one in (now.params, start)
         )
         return archscale.learning_rate_multipliers(grown, small, width_rule="sgd")
@@ -519,7 +529,7 @@ def _restored(folder: pathlib.Path, trial: Trial, fresh: Run) -> Run | None:
     def like(log: Any) -> PyTree:
         capacity = log["edits"][-1]["capacity"]
         params, state = archscale.contrib.widen(
-            fresh.params, capacity, fresh.units, optimizer_state=fresh.optimizer_state
+            fresh.params, capacity, fresh.groups, optimizer_state=fresh.optimizer_state
         )
         return {"params": params, "optimizer_state": state}
 

@@ -172,7 +172,7 @@ def run() -> None:
     report(records, workdir, published)
 
 
-# What they say, of the cells that no recipe lost altogether: all numbers are of the same ones.
+# What they say, of the cells that have a run under every recipe: all numbers are of the same ones.
 
 Accuracies = Mapping[str, np.ndarray]
 FRACTIONS = (1.0, 0.5, 0.2)
@@ -182,18 +182,18 @@ class Ranking(NamedTuple):
     """What the report is about.
 
     Attributes:
-      accuracies: [A, S] by recipe, from 0 to 1, NaN where a run was lost; each cell has one left.
+      accuracies: [A, S] by recipe, from 0 to 1, NaN where a run is missing; each cell has one left.
       cells: the A codes, such as `3_34_131`.
       fixed: the recipe that others are compared with.
       published: accuracy in percent by cell, of those that are known.
-      lost: by recipe, how many of how many runs were lost.
+      missing: by recipe, how many of how many runs are missing.
     """
 
     accuracies: Accuracies
     cells: Sequence[str]
     fixed: str
     published: Mapping[str, float]
-    lost: Mapping[str, str]
+    missing: Mapping[str, str]
 
     @property
     def others(self) -> list[str]:
@@ -207,7 +207,7 @@ def ranking_of(
     fixed: str = "fixed",
     published: Mapping[str, float] | None = None,
 ) -> Ranking:
-    """Returns the data of a report, checked, without the cells that some recipe lost altogether.
+    """Returns the data of a report, checked, of the cells with a run under every recipe.
 
     Raises:
       ValueError: no recipe `fixed`, no other, accuracies that are not fractions or not of the
@@ -256,7 +256,7 @@ def table(study: Ranking, *, resamples: int = 1000) -> pd.DataFrame:
             "spread over cells, %": f"{means.std(ddof=1):.2f}",
             "gain, points": gain,
             "cells that gain": gaining,
-            "runs lost": study.lost[recipe],
+            "runs missing": study.missing[recipe],
         }
         for name, curve in {
             f"tau to {study.fixed}": tau_to_fixed(study, recipe, FRACTIONS, resamples),

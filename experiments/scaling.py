@@ -80,7 +80,7 @@ def run() -> None:
             "nothing to train: give a network by --architecture, --chain_depths or --num_random"
         )
     parse = functools.partial(recipe.parse_graph, settings)
-    for rule in rules:  # every factor is known to exist before the first step is trained
+    for rule in rules:  # every multiplier is known to exist before the first step is trained
         for text in networks.values():
             archscale.learning_rate_scale(parse(text), parse(FLAGS.base_architecture), rule)
     rates = []
@@ -119,7 +119,7 @@ def run() -> None:
             "What every rule gains over all networks; a seed that diverged counts with the loss of "
             "guessing.": overview(results),
             f"Training loss (nats) and test accuracy: means over {results['seeds'].max()} seeds; "
-            "n†: n of them diverged and are left out; group k of a DAG string lists the edges into "
+            "n†: n of them diverged and are excluded; group k of a DAG string lists the edges into "
             "vertex k: 0 none, 1 skip, 2 weights.": by_network(results),
         },
         figures={figure: "Training loss of every network under every rule, a mark a seed."},
@@ -213,7 +213,7 @@ def summarise(
 
     Args:
       networks: DAG strings by name.
-      records: of trainings; other networks are left out.
+      records: of trainings; other networks are ignored.
       guessing: loss of guessing, with which a seed that diverged enters `counted`.
     """
     runs = pd.DataFrame.from_records(list(records))
@@ -230,7 +230,7 @@ def summarise(
                     "network": name,
                     "architecture": text,
                     "rule": rule,
-                    "factor": group["rate"].iloc[0] / group["base_rate"].iloc[0],
+                    "multiplier": group["rate"].iloc[0] / group["base_rate"].iloc[0],
                     "diverged": group["diverged"].sum(),
                     "seeds": len(group),
                     "loss": group["train_loss"].mean(),
@@ -253,7 +253,7 @@ def _by_rule(results: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def by_network(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every network: its paths, and of every rule factor, loss and accuracy."""
+    """Returns a row for every network: its paths; multiplier, loss and accuracy by rule."""
     rows: dict[str, dict[str, str]] = {}
     for one in results.itertuples(index=False):
         row = rows.setdefault(one.network, {})
@@ -262,7 +262,7 @@ def by_network(results: pd.DataFrame) -> pd.DataFrame:
             row |= {"network": one.network, "paths": f"{paths.count}"}
             row["Σ L³"] = f"{paths.depth_cubed_sum}"
         if one.rule != "none":
-            row[f"{one.rule} factor"] = f"{one.factor:.3f}"
+            row[f"{one.rule} multiplier"] = f"{one.multiplier:.3f}"
         diverged = f"{one.diverged}†" if one.diverged else ""
         row[f"{_label(one.rule)} loss"] = diverged + number(one.loss, ".3f")
         row[f"{_label(one.rule)} acc."] = number(one.accuracy, ".3f")

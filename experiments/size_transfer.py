@@ -4,8 +4,8 @@
 
 Searches the best rate of networks of several depths or widths, under three parametrizations: as
 Flax initializes them with one rate (`standard`), with this library's initialization and one rate
-(`initialized`), and with per-parameter factors on top (`factors`). A parametrization transfers if
-its best rate stays; for the first two, every rule predicts the rates from that of the smallest
+(`initialized`), and with multipliers of parameters on top (`factors`). A parametrization transfers
+if its best rate stays; for the first two, every rule predicts the rates from that of the smallest
 network. Writes config.json, results.jsonl, measurements.jsonl, a figure, table.md and report.html,
 and prints the table. Killed and started again it goes on. The defaults are the run of the docs.
 """
@@ -268,7 +268,7 @@ def table(groups: Mapping[tuple[str, str], Group]) -> pd.DataFrame:
                     "noise": f"{noise:.2f}",
                     "rule": rule,
                     "RMS error": f"{math.sqrt(np.mean(np.square(errors))):.2f}",
-                    "worst loss": tables.number(worst, "+.1%", missing="lost"),
+                    "worst loss": tables.number(worst, "+.1%", missing="diverged"),
                 }
             )
     return pd.DataFrame(rows)

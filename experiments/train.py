@@ -33,7 +33,7 @@ flags.DEFINE_bool("autoscale", True, "Scale the rate from the base network by --
 ranges.define_rule("rule", "path_sum", "Learning-rate rule.", LEARNING_RATE_RULES)
 ranges.define("steps", None, "Updates in all, instead of --epochs.")
 ranges.define("seed", 0, "Seed of weights, batches and augmentation.")
-flags.DEFINE_bool("resume", False, "Has no effect any more: every run goes on.")
+flags.DEFINE_bool("resume", False, "Has no effect: every run goes on.")
 
 
 def run() -> None:

@@ -2,7 +2,7 @@
 
     python -m experiments.transfer --study=chains --workdir=runs/transfer
 
-Searches the best rate of every network of the studies (the truth), measures every network at
+Searches the best rate of every network of the studies (the ground truth), measures every network at
 initialization, and predicts its rate from that of the base network by every rule. Writes
 config.json, results.jsonl (the searches), measurements.jsonl, sharpness.jsonl, table.md,
 summary.json, a figure a study and report.html, and prints the table. Killed and started again it
@@ -140,7 +140,7 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
     Args:
       trials: of one study, that of the base network first.
       records: `results`, `measurements` and `sharpness` by the trial's hash. A network whose search
-        or measurement failed is left out; so is every one if the base failed.
+        or measurement failed is excluded; so is every one if the base failed.
     """
     found = []
     for trial in trials:
@@ -150,15 +150,15 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
             found.append((trial, records["results"][name], measured))
     if not found or found[0][0] is not trials[0]:
         return []
-    base_trial, truth, base = found[0]
+    base_trial, searched, base = found[0]
     return [
         {
             "trial": trial,
             "rate": result["rate"],
-            "noise": math.hypot(_noise(result), _noise(truth)),
+            "noise": math.hypot(_noise(result), _noise(searched)),
             "losses": mean_losses(result),
             **{
-                rule: _predict(rule, (trial, measured), (base_trial, base), truth["rate"])
+                rule: _predict(rule, (trial, measured), (base_trial, base), searched["rate"])
                 for rule in RULES
             },
         }
@@ -167,7 +167,7 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def mean_losses(result: Mapping[str, Any]) -> dict[float, float]:
-    """Returns the loss by rate of a search, the mean over seeds; inf where a seed was lost."""
+    """Returns the loss by rate of a search, the mean over seeds; inf where a seed diverged."""
     runs = pd.DataFrame(networks.runs_of(result))
     return {rate: float(np.mean(losses)) for rate, losses in runs.groupby("rate")["loss"]}
 
@@ -194,7 +194,7 @@ def _predict(rule: str, target, base, base_rate: float) -> float:
 
 
 def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> pd.DataFrame:
-    """Returns how well every rule predicts the rates of one study, the base left out.
+    """Returns how well every rule predicts the rates of one study, without the base.
 
     Returns:
       A row for every rule that says something about three networks at least: `study`, `rule`,
@@ -305,7 +305,7 @@ def table(summaries: pd.DataFrame) -> pd.DataFrame:
                 "slope": number(one.slope),
                 "RMS error, nats": f"{number(one.error)} "
                 f"[{number(one.error_low)}, {number(one.error_high)}]",
-                "excess loss": number(one.excess_loss, ".1%", missing="lost"),
+                "excess loss": number(one.excess_loss, ".1%", missing="diverged"),
                 "noise": number(one.noise),
             }
         )
@@ -332,7 +332,7 @@ def overview(summaries: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_short(one: Any) -> str:
-    excess = number(one.excess_loss, ".0%", missing="lost")
+    excess = number(one.excess_loss, ".0%", missing="diverged")
     return f"{number(one.correlation)}, {number(one.error)}, {excess}"
 
 

@@ -1,7 +1,7 @@
 """What one step of one leaf does, and whether it is the same at every width.
 
 Weights are drawn by `initialize`; the update is the optimizer's first one for the gradient of one
-batch; of one leaf alone, times its width factor, all others stay. Two effects are measured, to
+batch; of one leaf alone, times its width multiplier, all others stay. Two effects are measured, to
 first order in the rate: the change of the logits, and the largest change of a vertex relative to
 the vertex. Both must neither grow nor shrink with the width [μP].
 
@@ -134,7 +134,7 @@ class LeafSteps(NamedTuple):
     leaf: str
     role: str
     shape: tuple[int, ...]
-    factor: float
+    multiplier: float
     logits: Trend
     vertices: Trend
     later: tuple[Trend, Trend] | None = None
@@ -166,7 +166,7 @@ def leaf_steps(
         width: archscale.trace(one.apply, one.shapes, one.inputs) for width, one in built.items()
     }
     base, last = traced[min(draws)], max(draws)
-    factors = {
+    multipliers = {
         width: archscale.learning_rate_multipliers(one, base, "none", **chosen.options)
         for width, one in traced.items()
     }
@@ -174,7 +174,7 @@ def leaf_steps(
     def measured(moved: bool) -> list[tuple[Trend, Trend]]:
         effects = {
             width: measure(
-                built[width], traced[width], chosen.create(), factors[width], count, moved
+                built[width], traced[width], chosen.create(), multipliers[width], count, moved
             )
             for width, count in draws.items()
         }
@@ -184,7 +184,7 @@ def leaf_steps(
 
     found = [
         LeafSteps(
-            one.name, str(one.role), one.shape, float(np.mean(factors[last][one.name])), *both
+            one.name, str(one.role), one.shape, float(np.mean(multipliers[last][one.name])), *both
         )
         for one, both in zip(traced[last].parameters, measured(False), strict=True)
     ]
@@ -201,7 +201,7 @@ def measure(
     built: Network,
     architecture: archscale.Architecture,
     optimizer: optax.GradientTransformation,
-    factors: Mapping[str, Any],
+    multipliers: Mapping[str, Any],
     draws: int,
     moved: bool,
 ) -> Effects:
@@ -211,7 +211,7 @@ def measure(
       built: the network.
       architecture: its architecture.
       optimizer: at rate 1.
-      factors: of the leaves.
+      multipliers: of the leaves.
       draws: number of draws of the weights.
       moved: whether the readout moves first.
     """
@@ -242,7 +242,9 @@ def measure(
     for number in range(draws):
         params, updates = draw(jax.random.key(number, impl="rbg"))  # quicker than the default
         steps, nothing = named_leaves(updates), jax.tree.map(jnp.zeros_like, updates)
-        alone = {name: (steps[name] * factors[name]).astype(steps[name].dtype) for name in names}
+        alone = {
+            name: (steps[name] * multipliers[name]).astype(steps[name].dtype) for name in names
+        }
         found.append([
             jax.device_get(effects(params, with_leaves(nothing, {name: step})))
             for name, step in alone.items()

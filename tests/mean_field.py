@@ -2,7 +2,7 @@
 
 One unit of a layer of infinite width stands for all: its output is normal, independent of all else,
 with the variance that the weights and the second moment of what it reads give. So a variable is a
-sample of units, and a layer a fresh sample. This is another truth than the library's, and knows
+sample of units, and a layer a fresh sample. This ground truth is not the library's, and has
 nothing of graphs, edges or gains.
 """
 

@@ -1,6 +1,6 @@
 """What must hold of every program of `tests/programs.py`: two properties, and what breaks them.
 
-1. All spellings of a program get the same standard deviations, roles and width factors.
+1. All spellings of a program get the same standard deviations, roles and width multipliers.
 2. At a finite width, every vertex has the second moment that its rule of initialization promises.
 
 **Noise of the second.** Of a chain of d layers of width n the mean square of a vertex fluctuates
@@ -38,8 +38,8 @@ class Difference(NamedTuple):
 
     Attributes:
       spelling: the spelling.
-      leaf: name of the leaf in the plain spelling; empty if the network was refused.
-      quantity: which number, or `refused`.
+      leaf: name of the leaf in the plain spelling; empty if the network raised.
+      quantity: which number, or `error`.
       plain: what the plain spelling says.
       other: what this one says, or the message.
     """
@@ -63,7 +63,7 @@ def architecture(spelling: Spelled, width: int) -> archscale.Architecture:
 def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
     """Returns what the library says of every leaf of the plain spelling: quantity -> leaf -> value.
 
-    A quantity that is refused has the message instead of leaves.
+    A quantity that raises has the message instead of leaves.
     """
     traced, base = architecture(spelling, width), architecture(spelling, width // 2)
     names = spelling.names()
@@ -84,12 +84,12 @@ def described(spelling: Spelled, width: int) -> dict[str, dict[str, Any]]:
         quantity = functools.partial(
             archscale.learning_rate_multipliers, traced, base, "none", width_rule=rule
         )
-        told[f"factor, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
+        told[f"multiplier, {rule}"] = _or_message(lambda quantity=quantity: by_leaf(quantity()))
     return told
 
 
 def _half(value: Any, leaf: str) -> Any:
-    """Of what is said of a leaf that holds both layers of a gate, what is said of one of them."""
+    """What is said of one layer of a gate, in a leaf that holds both."""
     if np.ndim(value) == 0:
         return value
     return np.split(value, 2, axis=int(np.argmax(np.shape(value))))["ab".index(leaf[-1])]
@@ -118,16 +118,16 @@ def differences(
 
     plain = told(Spelling())
     if isinstance(plain, str):
-        return [Difference(Spelling(), "", "refused", "", plain)]
+        return [Difference(Spelling(), "", "error", "", plain)]
     found = [
-        Difference(Spelling(), "", f"refused, {quantity}", "", value)
+        Difference(Spelling(), "", f"error, {quantity}", "", value)
         for quantity, value in plain.items()
         if isinstance(value, str)
     ]
     for spelling in chosen or spellings(program.seed)[1:]:
         other = told(spelling)
         if isinstance(other, str):
-            found.append(Difference(spelling, "", "refused", "", other))
+            found.append(Difference(spelling, "", "error", "", other))
             continue
         for quantity, expected in plain.items():
             found += _compared(spelling, quantity, expected, other[quantity])
@@ -138,7 +138,7 @@ def _compared(spelling: Spelling, quantity: str, expected: Any, told: Any) -> li
     if isinstance(expected, str):
         return []
     if isinstance(told, str):
-        return [Difference(spelling, "", f"refused, {quantity}", "", told)]
+        return [Difference(spelling, "", f"error, {quantity}", "", told)]
     leaves = dict.fromkeys([*expected, *told])
     return [
         Difference(spelling, leaf, quantity, expected.get(leaf), told.get(leaf))
@@ -148,7 +148,7 @@ def _compared(spelling: Spelling, quantity: str, expected: Any, told: Any) -> li
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Of numbers that may differ by slice, whether all are equal to rounding."""
+    """Whether numbers that may differ by slice are all equal to rounding."""
     if one is None or other is None or isinstance(one, str):
         return one == other
     one, other = np.ravel(one), np.ravel(other)

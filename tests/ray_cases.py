@@ -116,7 +116,7 @@ class TestRay:
         # The cores are free again: this does not wait for a minute.
         assert executor.submit(work, {"index": 9}).result(timeout=30)["loss"] == 3
 
-    def test_refuses_attempts_below_1(self):
+    def test_raises_on_attempts_below_1(self):
         with pytest.raises(ValueError, match="attempts must be at least 1, found 0"):
             self.executor(attempts=0)
 

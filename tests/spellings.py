@@ -141,7 +141,7 @@ FORMULAS = {
         "jnp.where({h} > 0, 1 / (1 + jnp.exp(-{h})), 1 - 1 / (1 + jnp.exp({h})))",
     ),
 }
-"""Of every activation the library's function, a formula, and one with `where`."""
+"""The library's function, a formula, and one with `where`, by activation."""
 
 NORMS = {
     "moments": "{c} * lax.rsqrt(jnp.mean({c} * {c}, -1, keepdims=True) + 1e-12)",
@@ -302,7 +302,7 @@ class _Writer:
         self.helpers: dict[str, str] = {}
         self.fresh = (f"t{number}" for number in itertools.count())
         self.slices: dict[str, str] = {}
-        """Of leaves of the stack that is written, the expression of their slice."""
+        """The expression of the slice, for leaves of the stack that is written."""
 
     def text(self, variables: bool = False) -> str:
         for name, node in self.program.statements:

@@ -1,6 +1,6 @@
 """Networks of any width for the check of single steps, `tests/leaf_steps.py`.
 
-Every network is small in all but its width: one or two blocks, short sequences. What is no width
+Every network is small in all but its width: one or two blocks, short sequences. What is not a width
 stays as it is: classes, tokens, heads of 16 features, groups of 8, experts, kernels. Predictions
 are few, 2 to 16: at width n they disturb one another by sqrt(predictions / n), which must be small
 at the smallest width, or effects shrink with the width by this alone.

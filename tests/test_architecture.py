@@ -1,4 +1,4 @@
-"""Names of parameter leaves, and what an architecture refuses."""
+"""Names of parameter leaves, and the errors of architectures."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -200,21 +200,21 @@ class TestFieldsCalledValue:
         base = archscale.with_widths(arch, {8: 4})
         scale = archscale.scale_by_architecture(arch, base, "none", width_rule="adam")
         updates, _ = scale.update(model, scale.init(model))
-        factors = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
-        assert factors["value"] == 0.5
+        multipliers = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
+        assert multipliers["value"] == 0.5
         for name in FOUR:
-            assert float(getattr(updates, name)[0, 0]) == factors[name]
+            assert float(getattr(updates, name)[0, 0]) == multipliers[name]
         larger = archscale.contrib.scale_parameters(model, {"value": 3.0})
         assert float(larger.value[0, 0]) == 3.0 and float(larger.key[0, 0]) == 1.0
 
 
 class TestArchitecture:
-    def test_refuses_two_parameters_of_one_name(self):
+    def test_raises_on_two_parameters_of_one_name(self):
         with pytest.raises(ValueError, match="2 parameters are named 'w'"):
             Architecture(dag_graph("2"), (parameter("w", (1,)), parameter("w", (2,))))
 
     @pytest.mark.parametrize("edge", [-1, 3])
-    def test_refuses_an_edge_that_the_graph_lacks(self, edge):
+    def test_raises_on_an_edge_that_the_graph_lacks(self, edge):
         with pytest.raises(ValueError, match=f"'w' belongs to edge {edge}; .* edges 0 to 2"):
             Architecture(dag_graph("2_12"), (parameter("w", (1,), edge=edge),))
 
@@ -290,7 +290,7 @@ class TestCheckParameters:
             )
 
 
-class TestRefusals:
+class TestErrors:
     GRAPH = dag_graph("2_12")  # edges 0->1 weight, 0->2 skip, 1->2 weight
 
     @staticmethod

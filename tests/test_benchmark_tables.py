@@ -1,4 +1,4 @@
-"""Tables of accuracies: what is read is what was written, anything else is refused by its line."""
+"""Tables of accuracies: what is read is what was written, anything else raises, naming its line."""
 
 import gzip
 import inspect
@@ -72,12 +72,12 @@ def test_tables_are_read(tmp_path, name, cells, newline, start):
         ("arch,a\n3_34_131,inf\n", "line 2: a is 'inf'"),
         ("arch,a\n3_34_131,100.01\n", "line 2: a is '100.01'"),
         ("arch,a\n3_34_131,-0.1\n", "line 2: a is '-0.1'"),
-        ('arch,a\n3_34_131,"90\n', "line 2 is no CSV"),
-        ('arch,a\n"3_34_131"x,90\n', "line 2 is no CSV"),
+        ('arch,a\n3_34_131,"90\n', "line 2 is not CSV"),
+        ('arch,a\n"3_34_131"x,90\n', "line 2 is not CSV"),
         (f"arch,a\n3_34_131,90\n1_02_314,90\n{CELLS[0]},90\n", "line 4 has the cell .* of line 2"),
     ],
 )
-def test_malformed_tables_are_refused_by_line(tmp_path, text, message):
+def test_malformed_tables_raise_by_line(tmp_path, text, message):
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"bad.csv:? {message}"):
@@ -88,17 +88,17 @@ CUT = gzip.compress(b"arch,a\n" * 99, mtime=0)[:-9]  # the same name of the test
 
 
 @pytest.mark.parametrize("compressed", [b"", b"arch,a\n", CUT])
-def test_files_that_are_no_gzip_are_refused(tmp_path, compressed):
+def test_files_that_are_not_gzip_raise(tmp_path, compressed):
     path = tmp_path / "bad.csv.gz"
     path.write_bytes(compressed)
-    with pytest.raises(ValueError, match="bad.csv.gz is (no complete gzip file|empty)"):
+    with pytest.raises(ValueError, match="bad.csv.gz is (not a complete gzip file|empty)"):
         read_table(path)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_raise(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes(b"arch,a\n\xff\n")
-    with pytest.raises(ValueError, match="bad.csv is no text in UTF-8"):
+    with pytest.raises(ValueError, match="bad.csv is not text in UTF-8"):
         read_table(path)
     with pytest.raises(FileNotFoundError):
         read_table(tmp_path / "missing.csv")
@@ -252,20 +252,20 @@ def test_cells_that_were_loaded_stay_loaded():
         ({"cells": [CODES[0], CODES[1], CELLS[0]]}, "cells has 3_34_131 twice"),
     ],
 )
-def test_other_requests_are_refused(changed, message):
+def test_other_requests_raise(changed, message):
     arguments = {"dataset": "cifar100", "split": "valid"} | changed
     with pytest.raises(ValueError, match=message):
         read_nats_bench(StandIn(RESULTS), **arguments)
 
 
 @pytest.mark.parametrize("accuracy", [101.0, -1.0, float("nan")])
-def test_impossible_accuracies_are_refused(accuracy):
+def test_impossible_accuracies_raise(accuracy):
     results = {(0, "cifar10", "200"): {777: {"test-accuracy": accuracy}}}
     with pytest.raises(ValueError, match=f"cell 3_34_131.* is '{accuracy}'; accepted are numbers"):
         read_nats_bench(StandIn(results), dataset="cifar10", split="test", cells=CODES[:1])
 
 
-def test_the_size_search_space_is_refused():
+def test_the_size_search_space_raises():
     api = StandIn(RESULTS)
     api.search_space_name = "size"
     for source in (api, object()):

@@ -363,18 +363,18 @@ def test_the_paths_of_the_network_are_products_of_those_of_its_cells():
 # Bad input.
 
 
-def test_bad_input_is_refused_by_name(example):
+def test_bad_input_raises_by_name(example):
     with pytest.raises(ValueError, match="channels must be at least 1, found 0"):
         network("3_24_130", channels=0)
     with pytest.raises(ValueError, match="cell code '3_24'"):
         network("3_24")
     with pytest.raises(ValueError, match="cell code 'none'"):
         select_cell(nnx.state(network(None), nnx.Not(nnx.Param)), "none")
-    with pytest.raises(ValueError, match="a network of the whole space has no one graph"):
+    with pytest.raises(ValueError, match="a network of the whole space has no single graph"):
         abstract(None).architecture()
     with pytest.raises(ValueError, match="no path joins"):
         abstract("0_00_010").architecture()
-    with pytest.raises(ValueError, match="a network of the whole space has no one cost"):
+    with pytest.raises(ValueError, match="a network of the whole space has no single cost"):
         multiply_adds(abstract(None), 32, 32)
     params = nnx.state(network("3_24_130", channels=4), nnx.Param)
     with pytest.raises(ValueError, match="'normalization/bias' has shape .16,.; accepted is .8,."):

@@ -134,7 +134,7 @@ class TestScalars:
             assert type(found[1][name]) is type(value), name
             assert np.asarray(found[1][name]).tobytes() == np.asarray(value).tobytes(), name
 
-    def test_of_another_type_are_refused_by_name(self, tmp_path):
+    def test_of_another_type_raise_by_name(self, tmp_path):
         save_checkpoint(tmp_path, 1, {"step": 7}, SETTINGS)
         with pytest.raises(ValueError, match=r"holds .*'step'.*int64.*float64"):
             restore_checkpoint(tmp_path, {"step": 7.0}, SETTINGS)
@@ -248,13 +248,13 @@ def saved(tmp_path_factory):
 
 
 class TestDamage:
-    """A cut-off save is not seen; a damaged file is refused, or does not matter."""
+    """A cut-off save is not seen; a damaged file raises an error, or does not matter."""
 
     def restore(self, directory):
         return restore_checkpoint(directory, jax.tree.map(jnp.zeros_like, TREE), SETTINGS)
 
-    def refuses_or_is_right(self, directory):
-        """Returns whether the checkpoint was refused; wrong values fail."""
+    def raises_or_is_right(self, directory):
+        """Returns whether restoring the checkpoint raised; wrong values fail."""
         try:
             found = self.restore(directory)
         except ValueError as error:
@@ -273,7 +273,7 @@ class TestDamage:
         (directory / cut / "tree" / "manifest.ocdbt").unlink()
         assert self.restore(directory) is None
         save_checkpoint(directory, 1, jax.tree.map(jnp.asarray, TREE), SETTINGS)
-        assert not self.refuses_or_is_right(directory)
+        assert not self.raises_or_is_right(directory)
 
     def test_a_kill_while_an_old_one_is_removed_costs_nothing(self, saved, tmp_path, monkeypatch):
         directory = shutil.copytree(saved, tmp_path / "copy")
@@ -302,8 +302,8 @@ class TestDamage:
 
     @COROUTINES
     @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "gone"])
-    def test_of_any_file_is_refused_or_does_not_matter(self, saved, tmp_path, damage):
-        refused = set()
+    def test_of_any_file_raises_or_does_not_matter(self, saved, tmp_path, damage):
+        raised = set()
         names = [p.relative_to(saved) for p in sorted(saved.rglob("*")) if p.is_file()]
         if damage == "gone":
             names.remove(pathlib.Path("1.json"))  # it is what makes a checkpoint
@@ -317,24 +317,24 @@ class TestDamage:
                 path.write_bytes(
                     {"empty": b"", "garbage": b"\xff" * len(content), "cut": content[:-9]}[damage]
                 )
-            if self.refuses_or_is_right(directory):
-                refused.add(name)
+            if self.raises_or_is_right(directory):
+                raised.add(name)
         gc.collect()
-        assert refused
+        assert raised
 
     @COROUTINES
     def test_of_a_single_byte_is_noticed(self, saved, tmp_path):
         data = [path for path in (saved / "1" / "tree").rglob("d/*") if path.is_file()]
         assert data
-        refused = []
+        raised = []
         for number, path in enumerate(data):
             directory = shutil.copytree(saved, tmp_path / str(number))
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 1
             (directory / path.relative_to(saved)).write_bytes(content)
-            refused.append(self.refuses_or_is_right(directory))
+            raised.append(self.raises_or_is_right(directory))
         gc.collect()
-        assert any(refused)
+        assert any(raised)
 
     @pytest.mark.parametrize(
         "record",
@@ -346,14 +346,14 @@ class TestDamage:
             None,
         ],
     )
-    def test_of_the_record_is_refused(self, saved, tmp_path, record):
+    def test_of_the_record_raises(self, saved, tmp_path, record):
         directory = shutil.copytree(saved, tmp_path / "copy")
         (directory / "1.json").unlink()
         if record is None:
             os.mkfifo(directory / "1.json")
         else:
             (directory / "1.json").write_text(record)
-        assert self.refuses_or_is_right(directory)
+        assert self.raises_or_is_right(directory)
 
     def test_a_file_in_place_of_the_folder_is_told(self, tmp_path):
         (tmp_path / "file").touch()

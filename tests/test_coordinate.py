@@ -108,7 +108,7 @@ def test_networks_of_different_depth_have_last_and_largest_in_common():
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
-def test_what_was_lost_is_not_flat(value):
+def test_what_diverged_is_not_flat(value):
     assert archscale.tuning.flatness({0: {1: 1.0, 2: value}}) == {0: math.inf}
 
 

@@ -581,7 +581,7 @@ def test_augmentation_is_a_function_of_its_key(images):
     assert not np.array_equal(first, both(jax.random.key(5), images))
 
 
-def test_negative_padding_is_refused(images):
+def test_negative_padding_raises(images):
     with pytest.raises(ValueError, match="padding must be 0 or more, found -1"):
         datasets.random_crop(jax.random.key(0), images, -1)
 
@@ -607,7 +607,7 @@ def test_epoch_indices_shuffle_anew_for_every_key():
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
-def test_epoch_indices_refuse_impossible_batches(batch_size):
+def test_epoch_indices_raise_on_impossible_batches(batch_size):
     with pytest.raises(ValueError, match=f"10 examples, found {batch_size}"):
         datasets.epoch_indices(jax.random.key(0), 10, batch_size)
 
@@ -664,7 +664,7 @@ def test_own_arrays_are_standardised_and_read_from_a_file(tmp_path):
         ({"num_classes": 3}, "train_labels: label 3 of example 3"),
     ],
 )
-def test_wrong_arrays_are_refused_by_name(changed, message):
+def test_wrong_arrays_raise_by_name(changed, message):
     with pytest.raises(ValueError, match=message):
         datasets.from_arrays(**{**own_arrays(), **changed})
 
@@ -689,9 +689,9 @@ def test_a_file_that_changes_under_its_name_is_noticed(tmp_path):
     np.save(tmp_path / "one.npy", arrays["train_images"])
     for content in ((tmp_path / "one.npy").read_bytes(), b"text", b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no .npz file, as numpy.savez writes them"):
+        with pytest.raises(ValueError, match="is not an .npz file, as numpy.savez writes them"):
             datasets.load(str(path))
-    with pytest.raises(ValueError, match="is no file; make it by numpy.savez"):
+    with pytest.raises(ValueError, match="is not a file; make it by numpy.savez"):
         DatasetParser().parse("absent.npz")
 
 

@@ -48,7 +48,7 @@ def study():
 
     batch = tuple(placed(rng.normal(size=(8, size))) for size in (16, 8))
     architecture = archscale.trace(network, params, batch[0])
-    factors = archscale.learning_rate_multipliers(architecture, archscale.dag_graph("2"))
+    multipliers = archscale.learning_rate_multipliers(architecture, archscale.dag_graph("2"))
     eager = archscale.initialize(jax.random.key(0), params, architecture)
     born = jax.jit(lambda key: archscale.initialize(key, params, architecture))(jax.random.key(0))
     for leaf, struct in zip(jax.tree.leaves((eager, born)), 2 * list(params.values()), strict=True):
@@ -80,7 +80,7 @@ def study():
     everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     start, other, end = jax.tree.map(np.asarray, everywhere((born, eager, trained)))
     jax.tree.map(np.testing.assert_array_equal, start, other)
-    return factors, start, end, losses, jax.tree.map(np.asarray, size), record
+    return multipliers, start, end, losses, jax.tree.map(np.asarray, size), record
 
 
 def network_of_batch(params, batch):
@@ -91,8 +91,8 @@ def test_two_processes_agree_with_each_other_and_with_one():
     first, second = on_hosts(study, hosts=2, count=4)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     alone = on_devices(study, count=8)
-    factors, start, *rest = alone
-    assert first[0] == factors
+    multipliers, start, *rest = alone
+    assert first[0] == multipliers
     jax.tree.map(np.testing.assert_array_equal, first[1], start)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), list(first[2:]), rest

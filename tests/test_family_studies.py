@@ -43,7 +43,7 @@ def test_wrong_flags_end_with_one_line(tmp_path, run_again):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_diverged_is_lost_and_not_flat():
+def test_what_diverged_is_not_flat():
     trials = [{"family": "mlp", "axis": "width", "parametrization": "standard"}] * 2
     rows = [
         [size, 0, step, vertex, None if size == 4 and vertex == 0 else 1.0, 1.0]
@@ -51,10 +51,10 @@ def test_what_diverged_is_lost_and_not_flat():
     ]  # fmt: skip
     records = [{"result": {"records": rows[:4]}}, {"result": {"records": rows[4:]}}]
     table = coordinate.table(coordinate.curves_of(trials, records))
-    assert table.iloc[0].tolist() == ["mlp", "width", "standard", "lost", "1"]
+    assert table.iloc[0].tolist() == ["mlp", "width", "standard", "diverged", "1"]
 
 
-def test_studies_that_are_not_there_are_refused():
+def test_studies_that_are_not_there_raise():
     settings = {"dataset": "digits", "batch_size": 8, "steps": 2, "num_seeds": 1, "size": []}
     with pytest.raises(ValueError, match="unknown study 'dags'; accepted are resnet_depth"):
         study.all_trials(["dags"], settings)

@@ -124,7 +124,7 @@ class TestJournal:
         path.write_bytes(b'{"a": 1}\n{"b": "\xc3')  # half of a UTF-8 character
         assert read_records(path) == [{"a": 1}]
 
-    def test_leaves_the_journal_alone_when_the_record_is_no_json(self, tmp_path):
+    def test_leaves_the_journal_alone_when_the_record_is_not_json(self, tmp_path):
         path = tmp_path / "results.jsonl"
         write_records(path, RECORDS)
         with pytest.raises(TypeError):

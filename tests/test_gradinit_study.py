@@ -30,8 +30,8 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.html").read_text().count("<svg") == 4
     records = files.read_records(tmp_path / "results.jsonl")
-    arms = {(one["trial"]["start"], one["trial"]["learned"]) for one in records}
-    assert arms == {(start, how) for start in ("flax", "he") for how in ("none", "gradinit")}
+    methods = {(one["trial"]["start"], one["trial"]["learned"]) for one in records}
+    assert methods == {(start, how) for start in ("flax", "he") for how in ("none", "gradinit")}
 
     # The multipliers, from the file, are those of the library's own function.
     trial = next(one["trial"] for one in records if one["trial"]["learned"] == "gradinit")
@@ -150,25 +150,25 @@ def test_tables_of_known_records():
         ),
         {"trial": {}, "error": "ValueError: something"},
     ]
-    arms = gradinit.arms(records)
-    plain, learned = (arms["plain_12", "he", how] for how in ("none", "gradinit"))
+    methods = gradinit.methods(records)
+    plain, learned = (methods["plain_12", "he", how] for how in ("none", "gradinit"))
     assert gradinit.best_rate(plain) == gradinit.best_rate(learned) == 0.2
     assert gradinit.trained_rates(plain) == []  # one seed ends at 2.0
     assert gradinit.trained_rates(learned) == [0.1, 0.2, 0.4]
     # Four times the change needs half the rate: sizes are squares.
-    base = arms["plain_6", "he", "none"].search.rate
-    predicted = gradinit.predicted_rate(plain, arms)
+    base = methods["plain_6", "he", "none"].search.rate
+    predicted = gradinit.predicted_rate(plain, methods)
     assert predicted is not None
     np.testing.assert_allclose(predicted, base / 2, rtol=1e-6)
-    rows = {tuple(row[:3]): row for row in gradinit.table(arms).values.tolist()}
+    rows = {tuple(row[:3]): row for row in gradinit.table(methods).values.tolist()}
     assert rows["plain_12", "he", "yes"][3:7] == ["0.2", "0.500 ± 0.000", "75.0 ± 0.0 %",
                                                  "0.1 to 0.4"]  # fmt: skip
     assert rows["plain_6", "he", "–"][7] == "–"
-    gains = gradinit.gains(arms).values.tolist()
+    gains = gradinit.gains(methods).values.tolist()
     assert gains[0] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
                         "+25.0 (+25.0 to +25.0)", "0 → 3", "+0.500 → +0.000"]  # fmt: skip
     assert len(gains) == 1
-    assert gradinit.by_network(arms)
+    assert gradinit.by_network(methods)
     assert not gradinit.by_network({("plain_6", "he", "none"): plain})
 
 

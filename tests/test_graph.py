@@ -1,4 +1,4 @@
-"""The architecture graph: what is refused and why, liveness, in-degrees, batches."""
+"""The architecture graph: its errors, liveness, in-degrees, batches."""
 
 import itertools
 import re
@@ -55,7 +55,7 @@ def graph_of(num_vertices, edges, **options):
 
 
 def paths_from(vertex, edges):
-    """Every path out of `vertex`, as a list of vertices: the slow truth."""
+    """Every path out of `vertex`, as a list of vertices: the slow ground truth."""
     yield [vertex]
     for sender, receiver, *_ in edges:
         if sender == vertex:
@@ -63,7 +63,7 @@ def paths_from(vertex, edges):
                 yield [vertex, *path]
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def paths_from(vertex, edges):
         pytest.param((2**31, [0], [1], [1]), "num_vertices is 2147483648", id="huge_vertices"),
     ],
 )
-def test_bad_edge_lists_are_refused(arguments, message):
+def test_bad_edge_lists_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_graph(*arguments)
 
@@ -140,12 +140,12 @@ def test_number_of_vertices_must_be_an_integer(num_vertices):
     ("network_kernel", "error"),
     [(-1, ValueError), (2**32, ValueError), (3.0, TypeError), (True, TypeError)],
 )
-def test_bad_network_kernels_are_refused(network_kernel, error):
+def test_bad_network_kernels_raise(network_kernel, error):
     with pytest.raises(error, match="network_kernel"):
         build_graph(2, [0], [1], [1], network_kernel=network_kernel)
 
 
-def test_unknown_space_is_refused():
+def test_unknown_space_raises():
     with pytest.raises(ValueError, match="7"):
         build_graph(2, [0], [1], [1], space=7)  # pyright: ignore[reportArgumentType]
 
@@ -182,7 +182,7 @@ def test_a_renumbered_graph_is_called_backwards_not_a_cycle(edge_list, random):
     assert str(caught.value).split()[1] in backwards
 
 
-def test_dead_vertices_are_refused_only_on_demand():
+def test_dead_vertices_raise_only_on_demand():
     graph = build_graph(5, [0, 0, 2], [1, 4, 3], [1, 2, 2])
     validate_graph(graph)
     with pytest.raises(ValueError, match="vertices 1, 2, 3 lie on no path"):
@@ -190,7 +190,7 @@ def test_dead_vertices_are_refused_only_on_demand():
     validate_graph(dag_graph("2_02_002"), allow_dead_vertices=False)
 
 
-def test_a_batch_is_refused_where_one_graph_is_expected():
+def test_a_batch_raises_where_one_graph_is_expected():
     batch = jraph.batch_np([dag_graph("2"), dag_graph("2_02")])
     for function in (validate_graph, number_of_vertices, live_vertices, in_degrees):
         with pytest.raises(ValueError, match="single graph, found a batch of 2"):

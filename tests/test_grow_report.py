@@ -13,14 +13,14 @@ grow = imported("grow")
 pytestmark = pytest.mark.quick_compilation
 
 
-def record(spec, arm, rate, seed, accuracy, *, parameters=100, flops=1e9, growth_flops=0.0,
+def record(spec, method, rate, seed, accuracy, *, parameters=100, flops=1e9, growth_flops=0.0,
            edits=(), curve=None, dataset="fashion_mnist"):  # fmt: skip
     """A finished trial; by default its curve has two points, the last at the end."""
     if curve is None:
         curve = [(1, parameters // 2, flops / 4, 0.3), (4, parameters, flops, accuracy)]
     names = ("step", "parameters", "flops", "accuracy")
     return {
-        "trial": {"spec": spec, "arm": arm, "rate": rate, "seed": seed, "dataset": dataset},
+        "trial": {"spec": spec, "arm": method, "rate": rate, "seed": seed, "dataset": dataset},
         "result": {
             "accuracy": accuracy,
             "parameters": parameters,
@@ -36,8 +36,8 @@ def edit(step, numbers, neurons, bottlenecks):
     return {"step": step, "numbers": numbers, "neurons": neurons, "bottlenecks": bottlenecks}
 
 
-def seeds(spec, arm, rate, accuracies, **options):
-    return [record(spec, arm, rate, seed, one, **options) for seed, one in enumerate(accuracies)]
+def seeds(spec, method, rate, accuracies, **options):
+    return [record(spec, method, rate, seed, one, **options) for seed, one in enumerate(accuracies)]
 
 
 def rows_of(write, records):
@@ -47,21 +47,21 @@ def rows_of(write, records):
 # Tables.
 
 
-def test_the_best_rate_counts_lost_runs_as_guesses():
+def test_the_best_rate_counts_diverged_runs_as_guesses():
     records = [
         *seeds("mlp", "tiny", 0.2, [0.9, None]),
         record("mlp", "tiny", 0.1, 1, 0.6, parameters=2301, flops=3e9, growth_flops=3e8),
         record("mlp", "tiny", 0.1, 0, 0.8, parameters=100, flops=1e9, growth_flops=5e8),
         record("mlp", "tiny", 0.3, 0, 0.99),  # its other seed is missing
     ]
-    runs = grow.by_arm(grow.runs_of(records))["mlp", "tiny"]
+    runs = grow.by_method(grow.runs_of(records))["mlp", "tiny"]
     assert grow.best_rate(runs) == 0.1 and [*runs["rate"].unique()] == [0.1, 0.2, 0.3]
     assert [*grow.at_rate(runs, 0.1)["accuracy"]] == [0.8, 0.6]
     assert [*grow.at_rate(runs, 0.2)["accuracy"]] == [0.9, 0.1]
     (row,) = rows_of(grow.table, records)
     assert row == {
         "network": "mlp",
-        "arm": "TINY",
+        "method": "TINY",
         "rate": "0.1",
         "test accuracy, %": "70.0 ± 14.1",
         "parameters": "1,200",
@@ -71,7 +71,7 @@ def test_the_best_rate_counts_lost_runs_as_guesses():
     }
 
 
-def test_rows_are_sorted_and_tell_what_was_lost():
+def test_rows_are_sorted_and_tell_what_diverged():
     records = [
         {"trial": {"spec": "mlp", "arm": "tiny"}, "error": "ValueError: dead"},
         *seeds("resnet18_quarter", "large", 0.1, [0.5], flops=123.4e9),
@@ -82,11 +82,11 @@ def test_rows_are_sorted_and_tell_what_was_lost():
     ]
     rows = rows_of(grow.table, records)
     labels = {name: label for label, name in grow.LABELS.items()}
-    assert [(row["network"], labels[row["arm"]]) for row in rows] == [
+    assert [(row["network"], labels[row["method"]]) for row in rows] == [
         ("mlp", "tiny"), ("mlp", "scratch"), ("mlp_largest", "tiny"), ("dag_cnn", "random"),
         ("resnet18_quarter", "large"),
     ]  # fmt: skip
-    assert [row["seeds"] for row in rows] == ["2, 1 lost", "1", "3, 2 lost", "1", "1"]
+    assert [row["seeds"] for row in rows] == ["2, 1 diverged", "1", "3, 2 diverged", "1", "1"]
     assert [row["of it growing, %"] for row in rows] == ["0", "–", "0", "0", "–"]
     assert rows[0]["test accuracy, %"] == "30.0 ± 28.3"  # 10 and 50
     assert rows[1]["test accuracy, %"] == "70.0"
@@ -94,13 +94,13 @@ def test_rows_are_sorted_and_tell_what_was_lost():
     assert rows[4]["training, GFLOP"] == "123"
 
 
-def test_failures_are_counted_by_arm():
-    failed = {"trial": {"spec": "mlp", "arm": "tiny_measured"}, "error": "ValueError: dead units"}
+def test_failures_are_counted_by_method():
+    failed = {"trial": {"spec": "mlp", "arm": "tiny_measured"}, "error": "ValueError: dead group"}
     other = {**failed, "error": "ValueError: something else"}
     records = [*seeds("mlp", "tiny_measured", 0.1, [0.5]), failed, other,
                *seeds("mlp", "tiny", 0.1, [0.5])]  # fmt: skip
     assert grow.failures(records).values.tolist() == [
-        ["mlp", "TINY, rate by measured change", "2 of 3", "ValueError: dead units"]
+        ["mlp", "TINY, rate by measured change", "2 of 3", "ValueError: dead group"]
     ]
     assert len(grow.failures(records[-1:])) == 0
     assert len(grow.failures([])) == 0
@@ -126,7 +126,7 @@ def test_rescaling_is_compared_seed_by_seed_at_the_best_and_at_common_rates():
     ]
 
 
-def test_tiny_is_compared_with_every_other_arm():
+def test_tiny_is_compared_with_every_other_method():
     records = [
         *seeds("mlp", "tiny", 0.1, [0.8, 0.6], parameters=100, flops=1e9),
         *seeds("mlp", "scratch", 0.1, [0.7, 0.6], parameters=100, flops=1e9),
@@ -181,7 +181,7 @@ STEM, FIRST, SECOND = "stem/kernel", "blocks/0/first/kernel", "layers/0_1/kernel
 
 
 def growing(seed, spec="mlp", psi=0.5):
-    """Two growths: of all units, then of one, whose reader alone is measured."""
+    """Two growths: of all neuron groups, then of one, whose reader alone is measured."""
     edits = [
         edit(10, {STEM: 1, FIRST: 1, SECOND: 2}, {STEM: 2, FIRST: 2, SECOND: 4},
              {FIRST: psi, SECOND: 0.9, "readout/kernel": None}),
@@ -229,9 +229,9 @@ def test_what_did_not_grow_has_no_bottlenecks(tmp_path):
     assert {path.stem for path in tmp_path.iterdir()} == {"accuracy_parameters", "accuracy_compute"}
 
 
-def test_a_run_that_was_lost_at_once_is_drawn(tmp_path):
-    lost = record("mlp", "random", 0.1, 0, None, curve=[(1, 100, 1e8, None)])
-    assert draw_all([lost], tmp_path)["accuracy_compute"]
+def test_a_run_that_diverged_at_once_is_drawn(tmp_path):
+    diverged = record("mlp", "random", 0.1, 0, None, curve=[(1, 100, 1e8, None)])
+    assert draw_all([diverged], tmp_path)["accuracy_compute"]
 
 
 def test_figures_show_the_numbers(tmp_path, drawn):
@@ -275,10 +275,10 @@ def test_figures_show_the_numbers(tmp_path, drawn):
 def test_means_of_curves_of_different_lengths(tmp_path, drawn):
     short = [(1, 9, 1e8, 0.2), (2, 9, 1e10, 0.4)]
     long = [(1, 9, 1e10, 0.4), (2, 9, 1e11, 0.5), (3, 9, 1e12, 0.6)]
-    lost = [(1, 9, 1e9, 0.9), (2, 9, 2e9, None)]
+    diverged = [(1, 9, 1e9, 0.9), (2, 9, 2e9, None)]
     records = [
         record("mlp", "large", 0.1, seed, curve[-1][-1], curve=curve)
-        for seed, curve in enumerate((short, long, lost))
+        for seed, curve in enumerate((short, long, diverged))
     ]
     draw_all(records, tmp_path)
     panel = drawn["accuracy_compute"].axes[0]

@@ -61,7 +61,7 @@ def test_trials_of_scratch_cost_what_growing_did():
     assert len(trials) == 2 * len(grow_study.SPECS["mlp"]["rates"])
     result = grow_study.run(TRIAL | {"arm": "tiny"})
     record = {"trial": TRIAL | {"arm": "tiny"}, "result": result}
-    failed = {"trial": TRIAL | {"arm": "tiny", "seed": 1}, "error": "lost"}
+    failed = {"trial": TRIAL | {"arm": "tiny", "seed": 1}, "error": "ValueError: dead"}
     (scratch,) = grow_study.scratch_trials([record, failed])
     assert scratch["neurons"] == result["neurons"]
     found = grow_study.run(scratch)
@@ -84,15 +84,15 @@ def test_operations_are_those_of_the_compiled_program():
 
 
 def test_networks_take_any_width():
-    _, units = grow_study.build("resnet18", "digits", None, 2)
-    assert len(units) == 12  # a stream and two or one inner layers of every stage
-    network, units = grow_study.build("dag_cnn", "digits", None, 2)
+    _, groups = grow_study.build("resnet18", "digits", None, 2)
+    assert len(groups) == 12  # a stream and two or one inner layers of every stage
+    network, groups = grow_study.build("dag_cnn", "digits", None, 2)
     params = grow_study.create("dag_cnn", network, 1, 0)
-    wide, _ = archscale.contrib.widen(params, {units[0].name: 3}, units)
+    wide, _ = archscale.contrib.widen(params, {groups[0].name: 3}, groups)
     images = network.dataset.test_images[:4], network.dataset.test_labels[:4]
     np.testing.assert_allclose(network.loss(params, images), network.loss(wide, images), rtol=1e-5)
     large = grow_study.create("dag_cnn", network, 2, 0)
-    assert set(archscale.contrib.count_neurons(large, units).values()) == {2}
+    assert set(archscale.contrib.count_neurons(large, groups).values()) == {2}
 
 
 def test_the_binary(run_again, tmp_path):

@@ -342,10 +342,10 @@ def test_the_architecture_counts_neurons_not_slots():
                        for each in (one, other))  # fmt: skip
         assert own == theirs
     growth = archscale.grow(network.loss, wide, [batch], batch, groups, number=1, normalize=True)
-    factors = archscale.learning_rate_multipliers(growth.architecture, plain, width_rule="sgd")
-    assert factors["readout/kernel"] == pytest.approx(3 / 4)
-    assert factors["stem/kernel"] == pytest.approx(4 / 3)
-    assert factors["layers/0_1/kernel"] == 1
+    multipliers = archscale.learning_rate_multipliers(growth.architecture, plain, width_rule="sgd")
+    assert multipliers["readout/kernel"] == pytest.approx(3 / 4)
+    assert multipliers["stem/kernel"] == pytest.approx(4 / 3)
+    assert multipliers["layers/0_1/kernel"] == 1
     archscale.scale_by_architecture(growth.architecture, plain, width_rule="sgd").init(
         growth.params
     )

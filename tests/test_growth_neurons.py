@@ -14,7 +14,7 @@ from archscale_jax.contrib._growth.neurons import (
 
 
 def statistics(inputs, targets):
-    """Of samples as columns."""
+    """Samples are columns."""
     return LayerStatistics(
         inputs.shape[1], inputs @ inputs.T, inputs @ targets.T, np.sum(targets**2)
     )
@@ -59,7 +59,7 @@ def test_neurons_are_the_reduced_rank_regression(size):
     samples += before  # the covariance is regular
     b, v = drawn(seed, (before, samples), (outputs, samples))
     found = new_neurons(b @ b.T, b @ v.T, samples, number=number, threshold=0.0, cutoff=1e-12)
-    # Truth: the best map of rank K cuts the fitted values of the full map off after K directions.
+    # Ground truth: the best map of rank K keeps K directions of the full map's fitted values.
     full = np.linalg.lstsq(b.T, v.T, rcond=None)[0].T
     directions, fitted, _ = np.linalg.svd(full @ b, full_matrices=False)
     rank = min(number, before, outputs)
@@ -95,7 +95,7 @@ def test_how_many():
     assert len(new_neurons(b @ b.T, 0 * b @ v.T, 40).singular_values) == 0
 
 
-def test_directions_that_no_sample_has_are_left_out():
+def test_directions_that_no_sample_has_are_excluded():
     b, v = drawn(3, (4, 40), (2, 40))
     b[3] = b[0] + 1e-9 * b[1]
     root = inverse_root(b @ b.T / 40, cutoff=1e-6)

@@ -119,7 +119,7 @@ def test_cells_are_spelled_out(code, spelled, function):
 
 
 @pytest.mark.parametrize("spell", [canonical_cell, cell_function])
-def test_anything_else_is_refused(spell):
+def test_anything_else_raises(spell):
     with pytest.raises(ValueError, match="operation '5'"):
         spell("3_34_135")
     with pytest.raises(TypeError, match="must be a str, found int"):

@@ -57,7 +57,7 @@ def test_a_loss_with_aux_has_the_architecture_of_its_logits():
     assert path_depths(loss) == path_depths(logits) == (1, 3, 3)
 
 
-def test_what_is_returned_beside_the_logits_counts_as_an_output_but_averages_are_refused():
+def test_what_is_returned_beside_the_logits_counts_as_an_output_but_averages_raise():
     model = Perceptron(normalized=True)
     variables = jax.eval_shape(model.init, jax.random.key(0), EXAMPLE)
 
@@ -113,7 +113,7 @@ def test_a_penalty_on_the_weights_is_passed_over():
 
 
 class TestFrozen:
-    """One layer is hidden from the factor, or from the optimizer as well."""
+    """One layer is hidden from the multiplier, or from the optimizer as well."""
 
     def updates(self, wrap):
         _, shapes, architecture = perceptron()
@@ -130,12 +130,12 @@ class TestFrozen:
             for name, layer in found["params"].items()
         }
 
-    FACTOR = -float(np.float32(3**-1.5))  # of three layers against one
+    MULTIPLIER = -float(np.float32(3**-1.5))  # of three layers against one
 
-    def test_masked_exempts_from_the_factor(self):
+    def test_masked_exempts_from_the_multiplier(self):
         found = self.updates(optax.masked)
         assert found.pop("Dense_1") == {-1.0}
-        assert all(values == {self.FACTOR} for values in found.values())
+        assert all(values == {self.MULTIPLIER} for values in found.values())
 
     def test_updates_set_to_zero_freeze(self):
         def wrap(scale, trained):
@@ -144,7 +144,7 @@ class TestFrozen:
 
         found = self.updates(wrap)
         assert found.pop("Dense_1") == {0.0}
-        assert all(values == {self.FACTOR} for values in found.values())
+        assert all(values == {self.MULTIPLIER} for values in found.values())
 
 
 def test_low_precision_keeps_its_dtype():
@@ -156,6 +156,6 @@ def test_low_precision_keeps_its_dtype():
     updates, _ = tx.update(ones, tx.init(params), params)
     for tree in (params, updates, optax.apply_updates(params, updates)):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
-    # The factor is rounded once, into the update.
+    # The multiplier is rounded once, into the update.
     wanted = -jnp.float32(3**-1.5).astype(jnp.bfloat16)
     assert all((leaf == wanted).all() for leaf in jax.tree.leaves(updates))

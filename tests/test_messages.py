@@ -1,4 +1,4 @@
-"""What is said to the user: refusals of wrong input, progress, interrupts, and silence."""
+"""What is said to the user: errors of wrong input, progress, interrupts, and silence."""
 
 import ast
 import os
@@ -32,7 +32,7 @@ def network(text: str = "2_02", **options) -> DagMLP:
     return DagMLP(archscale.dag_graph(text), 6, 8, 3, rngs=nnx.Rngs(0), **options)
 
 
-MODEL = nnx.eval_shape(network)  # shapes are enough to refuse
+MODEL = nnx.eval_shape(network)  # shapes are enough to raise
 ARCHITECTURE, PARAMS = MODEL.architecture(), nnx.state(MODEL, nnx.Param)
 OTHER = nnx.eval_shape(lambda: network("1_22")).architecture()
 GRAPH, KEY = archscale.dag_graph("2_02"), jax.random.key(0)
@@ -74,7 +74,7 @@ WRONG = {
         lambda: archscale.build_graph(2, [0], [1], [2], space="DAG"),  # pyright: ignore
         "unknown space 'DAG'; accepted are Space.DAG"),
     "a base given as a string": (
-        lambda: scaling(base="2"), "as base, found str; .* of a string, dag_graph"),
+        lambda: scaling(base="2"), "as base, found str; .* for a string, dag_graph"),
     "a base given as a model": (lambda: scaling(base=MODEL), "as base, found DagMLP"),
     "no base": (lambda: scaling(base=None), "pass base, e.g. dag_graph"),
     "architecture and base swapped": (
@@ -83,7 +83,7 @@ WRONG = {
     ),
     "an architecture for a graph": (
         lambda: archscale.learning_rate_scale(ARCHITECTURE, GRAPH),  # pyright: ignore
-        "found Architecture; of an Architecture, pass its graph"),
+        "found Architecture; for an Architecture, pass its graph"),
     "params and architecture swapped": (
         lambda: archscale.initialize(KEY, ARCHITECTURE, PARAMS),  # pyright: ignore
         "expected an Architecture, found State"),
@@ -121,16 +121,16 @@ WRONG = {
     "variables with running averages": (
         lambda: archscale.trace(apply, LINEN, INPUTS), r"pass variables\['params'\]"),
     "a module for its function": (
-        lambda: archscale.trace(linen.Dense(3), WEIGHTS, INPUTS), "found Dense; of a linen module"),
+        lambda: archscale.trace(linen.Dense(3), WEIGHTS, INPUTS), "Dense; for a linen module"),
     "an NNX model for its function": (
-        lambda: archscale.trace(MODEL, WEIGHTS, INPUTS), "found DagMLP; of an NNX model"),
+        lambda: archscale.trace(MODEL, WEIGHTS, INPUTS), "found DagMLP; for an NNX model"),
     "running averages among the outputs": (
         lambda: archscale.trace(lambda params, x: (apply(params, x), {"batch_stats": {"m": x}}),
                                 WEIGHTS, INPUTS), r"trace its first part alone"),
     "a shape for an input": (
         lambda: archscale.trace(apply, WEIGHTS, (4, 6)), r"ShapeDtypeStruct\(\(4, 6\)"),
     "a graph under jit": (lambda: jax.jit(archscale.path_statistics)(GRAPH), "outside of jit"),
-    "widths that are none of the network's": (
+    "widths that the network does not have": (
         lambda: archscale.with_widths(ARCHITECTURE, {512: 256}), "read and write 3, 6, 8 features"),
     "no rates": (lambda: search([]), r"rates must be positive, finite and different, found \[\]"),
     "a rate that is NaN": (lambda: search([float("nan"), 1.0]), "found .nan, 1.0."),
@@ -143,14 +143,14 @@ WRONG = {
         lambda: archscale.measure_update(
             apply, lambda p, x: jnp.sum(apply(p, x)), WEIGHTS, INPUTS, 0.1),  # pyright: ignore
         "an optax transformation, .* found 0.1"),
-    "a width that is no integer": (
+    "a width that is not an integer": (
         lambda: DagMLP(GRAPH, 6, 8.0, 3, rngs=nnx.Rngs(0)),  # pyright: ignore
         "width must be an integer from 1, found 8.0"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_with_what_to_do(case):
+def test_wrong_input_raises_with_what_to_do(case):
     call, message = WRONG[case]
     with pytest.raises((ValueError, TypeError), match=message.replace("?", r"\?")) as caught:
         call()
@@ -167,11 +167,13 @@ def test_the_nearest_name_is_told_where_there_is_one():
 
 def _sources() -> list[pathlib.Path]:
     return [
-        path for room in ("archscale_jax", "experiments") for path in (ROOT / room).rglob("*.py")
+        path
+        for folder in ("archscale_jax", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
     ]
 
 
-def _refusals() -> list[tuple[str, ast.Call]]:
+def _raised() -> list[tuple[str, ast.Call]]:
     return [
         (f"{path.relative_to(ROOT)}:{node.lineno}", node.exc)
         for path in _sources()
@@ -194,12 +196,12 @@ def _literal(node: ast.expr) -> str:
 PROPER_NAMES = ("Ray", "JAX", "Flax", "DAG", "JSON")
 
 
-def test_refusals_have_one_style():
+def test_errors_have_one_style():
     """Small at the start, no full stop at the end; a fixed text says more than that it is wrong.
 
     Where nothing is interpolated, few words without a second clause cannot say what to do.
     """
-    messages = [(where, _literal(call.args[0])) for where, call in _refusals() if call.args]
+    messages = [(where, _literal(call.args[0])) for where, call in _raised() if call.args]
     assert len(messages) > 250
     bad = []
     for where, text in messages:
@@ -276,7 +278,7 @@ BINARIES = sorted(
 
 class TestBinaries:
     @pytest.mark.parametrize("name", BINARIES)
-    def test_help_goes_to_standard_output_and_is_no_error(self, name, tmp_path):
+    def test_help_goes_to_standard_output_and_is_not_an_error(self, name, tmp_path):
         for flag in ["--help", "--helpshort", "--helpfull"][: 3 if name == "train" else 1]:
             done = run_forked(name, [flag], tmp_path, ROOT)
             assert (done.returncode, done.stderr) == (0, "")
@@ -371,6 +373,6 @@ def test_a_bar_shows_markup_as_it_is(text, capsys, monkeypatch):
     assert capsys.readouterr().err.count(text) >= 2
 
 
-def test_a_transformed_function_is_no_module():
+def test_a_transformed_function_is_not_a_module():
     traced = archscale.trace(nnx.jit(apply), WEIGHTS, INPUTS)
     assert traced.parameters == archscale.trace(apply, WEIGHTS, INPUTS).parameters

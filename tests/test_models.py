@@ -380,7 +380,7 @@ class TestArchitecture:
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-class TestRefusals:
+class TestErrors:
     def test_of_operators(self):
         with pytest.raises(ValueError, match="edge 0->1 is CONV; DagMLP has SKIP, LINEAR"):
             DagMLP(dag_graph("2", kernel_size=3), 1, 1, 1, rngs=nnx.Rngs(0))

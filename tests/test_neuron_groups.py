@@ -437,7 +437,7 @@ def scanned(params, inputs):
     return lax.scan(layer, inputs @ params["w1"], params["stack"])[0] @ params["w2"]
 
 
-REFUSALS: dict[str, Any] = {
+ERRORS: dict[str, Any] = {
     "scan": (scanned, {"w1": (5, 4), "stack": (3, 4, 4), "w2": (4, 2)}, "'stack'"),
     "depthwise": (depthwise, {"k1": (3, 3, 2, 3), "depthwise": (3, 3, 1, 3), "w": (3, 2)},
                   "'depthwise' .* in one group"),
@@ -454,9 +454,9 @@ REFUSALS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", ERRORS)
 def test_layers_of_other_forms_raise(name):
-    outputs, shapes, match = REFUSALS[name]
+    outputs, shapes, match = ERRORS[name]
     with pytest.raises(archscale.TraceError, match=match):
         find(outputs, draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS)
 
@@ -677,7 +677,7 @@ def test_transformers_grow_their_feed_forward_blocks():
     check_growth(transformer, params, SEQUENCES, able)
 
 
-# Rooms.
+# Slots.
 
 
 @pytest.fixture(scope="module", params=growing.NETWORKS)
@@ -694,7 +694,7 @@ def equal(tree, other):
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_laws_of_rooms(slots_case, data):
+def test_laws_of_slots(slots_case, data):
     params, groups = slots_case
     counts = archscale.contrib.count_neurons(params, groups)
     chosen = data.draw(st.lists(st.sampled_from(sorted(counts)), unique=True))

@@ -83,8 +83,10 @@ def test_wrap_your_optimizer(shell):
     namespace, images = run(shell, tiny("wrap_your_optimizer"))
     assert len(images) == 3
     assert set(namespace["deep"]) == set(namespace["ways"])
-    factors = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
-    assert set(np.round(list(factors.values()), 12)) == {round(4**-1.5, 12)}  # chains of 4 and 1
+    multipliers = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
+    assert set(np.round(list(multipliers.values()), 12)) == {
+        round(4**-1.5, 12)
+    }  # chains of 4 and 1
 
 
 def test_find_a_learning_rate(shell):
@@ -116,7 +118,7 @@ def test_grow_a_network(shell):
     assert (np.diff(curve[:, 0]) > 0).all()
 
 
-def test_an_unknown_setting_is_refused(shell):
+def test_an_unknown_setting_raises(shell):
     for name in NAMES:
         first = code(read(name))[0].replace(CHOICE.format("small"), 'SETTING = "large"')
         with pytest.raises(ValueError, match="'large'; accepted are tiny, small, accelerator"):

@@ -77,7 +77,7 @@ def workdir(tmp_path):
 
 def write_whole(workdir: Path) -> Path:
     """A page with everything that can go wrong: a wide and long table, figures with equal ids."""
-    values = ["0.5 ± 0.1", "lost", "1†0.25", "12 of 60", "1,000", "-3e-2", "–", *["7"] * 40]
+    values = ["0.5 ± 0.1", "diverged", "1†0.25", "12 of 60", "1,000", "-3e-2", "–", *["7"] * 40]
     names = [HOSTILE, *(f"2_02_{number}" for number in range(len(values) - 1))]
     heading = ["network", "loss", *(f"a further column {number}" for number in range(6))]
     rows = [
@@ -158,8 +158,8 @@ def check_page(found: dict) -> None:
     original = losses[0][1]
     assert [state for state, _ in losses] == [None, "ascending", "descending", None]
     numbers = ["-3e-2", "1†0.25", "0.5 ± 0.1", *["7"] * 40, "12 of 60", "1,000"]
-    assert losses[1][1] == [*numbers, "lost", "–"]
-    assert losses[2][1] == [*reversed(numbers), "lost", "–"]
+    assert losses[1][1] == [*numbers, "diverged", "–"]
+    assert losses[2][1] == [*reversed(numbers), "diverged", "–"]
     assert losses[3][1] == original
     assert names[1][1][1:12] == [f"2_02_{number}" for number in range(11)]  # 10 after 9
 

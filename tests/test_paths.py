@@ -68,7 +68,7 @@ def residual_stack(num_blocks):
 
 
 def multigraph(num_vertices, edges):
-    """A graph with parallel edges of any kind; `build_graph` refuses parallel skips."""
+    """A graph with parallel edges of any kind; `build_graph` raises on parallel skips."""
     senders, receivers, operators = np.array(edges, np.int32).T
     return jraph.GraphsTuple(
         nodes=np.arange(num_vertices, dtype=np.int32),
@@ -238,7 +238,7 @@ def test_offset_of_numpy_type_does_not_overflow(depth_offset):
     assert path_statistics(graph, depth_offset=depth_offset) == exact
 
 
-def test_exact_statistics_refuse_bad_input():
+def test_exact_statistics_raise_on_bad_input():
     graph = dag_graph("2_02")
     with pytest.raises(ValueError, match="batch of 2"):
         path_statistics(jraph.batch_np([graph, graph]))
@@ -389,7 +389,7 @@ def test_graph_beyond_max_vertices_is_unknown(max_vertices):
     assert_no_paths(found, slice(3, None))
 
 
-def test_batched_statistics_refuse_bad_input():
+def test_batched_statistics_raise_on_bad_input():
     graphs = jraph.batch_np([dag_graph("2_02"), dag_graph("2")])
     with pytest.raises(ValueError, match="pass max_vertices"):
         jax.jit(batched_path_statistics)(graphs)

@@ -36,13 +36,13 @@ def test_a_correction_of_a_finite_width_settles():
     assert trend.verdict == Verdict.FLAT
 
 
-def test_rounding_is_no_effect():
+def test_rounding_is_not_an_effect():
     measured = {width: np.ones((4, 2)) * [1.0, 1e-15] for width in WIDTHS}
     first, second = trends(measured)
     assert (first.verdict, second.verdict) == (Verdict.FLAT, Verdict.NOTHING)
 
 
-def test_a_wrong_factor_is_found(monkeypatch):
+def test_a_wrong_multiplier_is_found(monkeypatch):
     honest = archscale.learning_rate_multipliers
 
     def dishonest(architecture, *arguments, **options):

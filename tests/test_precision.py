@@ -147,7 +147,7 @@ def test_an_architecture_is_read_through_casts(make):
         jax.tree.map(np.testing.assert_array_equal, found.graph, expected.graph)
 
 
-def test_factors_are_those_of_exact_arithmetic_in_any_precision():
+def test_multipliers_are_those_of_exact_arithmetic_in_any_precision():
     # Paths from the stem to the last vertex cross 1 + the layer, or skip it: depths 1 and 2.
     exact = Fraction(1, 1**3 + 2**3)  # over the base `2`, one path of depth 1
     wanted = float(exact) ** 0.5
@@ -167,9 +167,11 @@ def test_factors_are_those_of_exact_arithmetic_in_any_precision():
                     json.dumps(archscale.learning_rate_multipliers(architecture, base, "path_sum"))
                 )
     assert len(found) == 1
-    factors = json.loads(found.pop())
-    assert set(factors) == {f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")}
-    assert all(abs(factor - wanted) <= 2**-52 * wanted for factor in factors.values())
+    multipliers = json.loads(found.pop())
+    assert set(multipliers) == {
+        f"Dense_{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")
+    }
+    assert all(abs(multiplier - wanted) <= 2**-52 * wanted for multiplier in multipliers.values())
 
 
 def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
@@ -184,16 +186,16 @@ def test_draws_are_those_of_float32_rounded_once_whatever_x64_says():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_factor_is_applied_with_one_rounding(dtype):
+def test_a_multiplier_is_applied_with_one_rounding(dtype):
     architecture = reference(Perceptron).architecture
     base = archscale.dag_graph("2")
-    factors = archscale.learning_rate_multipliers(architecture, base, "path_sum")
+    multipliers = archscale.learning_rate_multipliers(architecture, base, "path_sum")
     updates = jax.tree.map(lambda one: one.astype(dtype), reference(Perceptron).params)
     scaled, _ = archscale.scale_by_architecture(architecture, base, "path_sum").update(
         updates, optax.EmptyState()
     )
     kernel = updates["Dense_1"]["kernel"]
-    exact = np.asarray(kernel, np.float64) * factors["Dense_1/kernel"]
+    exact = np.asarray(kernel, np.float64) * multipliers["Dense_1/kernel"]
     # The product is rounded to float32 first, which may move it over the middle of two neighbours.
     unit = float(jnp.finfo(dtype).eps) / 2
     error = np.abs(np.asarray(scaled["Dense_1"]["kernel"], np.float64) - exact)
@@ -336,20 +338,20 @@ def test_sharpness_in_low_precision():
 def growth(mode):
     one = case(Perceptron, mode)
     found = archscale.contrib.find_neuron_groups(one.loss, one.params, one.batch)
-    units = [unit for unit in found if not unit.blocker]
-    measured = measure(one.loss, one.params, [one.batch], units)
-    neurons = solve(one.params, measured, units)
+    groups = [one for one in found if not one.blocker]
+    measured = measure(one.loss, one.params, [one.batch], groups)
+    neurons = solve(one.params, measured, groups)
     every = archscale.bottleneck(one.loss, one.params, [one.batch])
-    return units, neurons, predicted_decrease(neurons, measured, units), every
+    return groups, neurons, predicted_decrease(neurons, measured, groups), every
 
 
 def test_bottlenecks_and_new_neurons():
     mode = "mixed"
-    units, neurons, predicted, bottlenecks = growth(mode)
-    exact_units, exact_neurons, exact_predicted, exact_bottlenecks = growth("float32")
-    assert [one.name for one in units] == [one.name for one in exact_units]
-    for one, exact in zip(units, exact_units, strict=True):
-        slopes = [[link.slope for link in unit.links] for unit in (one, exact)]
+    groups, neurons, predicted, bottlenecks = growth(mode)
+    exact_groups, exact_neurons, exact_predicted, exact_bottlenecks = growth("float32")
+    assert [one.name for one in groups] == [one.name for one in exact_groups]
+    for one, exact in zip(groups, exact_groups, strict=True):
+        slopes = [[link.slope for link in group.links] for group in (one, exact)]
         np.testing.assert_allclose(*slopes, rtol=UNIT[mode])  # of tanh: 1
     for name, exact in exact_bottlenecks.items():
         # Ψ, a square, of what went forward and backward.
@@ -365,7 +367,7 @@ def test_bottlenecks_and_new_neurons():
 def test_neurons_are_found_behind_a_mean_over_positions():
     dtype = jnp.bfloat16
 
-    # Of a mean over 196 positions halves cancel, each rounded.
+    # Halves of a mean over 196 positions cancel, each rounded.
     def outputs(params, inputs):
         hidden = jax.nn.relu(inputs.astype(dtype) @ params["a"].astype(dtype))
         return jnp.mean(hidden, axis=1) @ params["b"].astype(dtype)
@@ -395,9 +397,9 @@ def test_a_grown_network_keeps_its_precision():
         return jnp.mean(losses)  # in bfloat16, too
 
     found = [
-        unit
-        for unit in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
-        if not unit.blocker
+        group
+        for group in archscale.contrib.find_neuron_groups(loss, one.params, one.batch)
+        if not group.blocker
     ]
     grown = archscale.grow(loss, one.params, [one.batch], one.batch, found[1:], number=2)
     assert grown.losses[1] <= grown.losses[0]
@@ -405,7 +407,7 @@ def test_a_grown_network_keeps_its_precision():
     assert grown.params["Dense_3"]["kernel"].shape == (8, 8)
 
 
-def test_layers_whose_weights_are_more_than_cast_are_refused():
+def test_layers_whose_weights_are_more_than_cast_raise():
     order = jnp.array([1, 0])
 
     def loss(params, batch):
@@ -457,7 +459,7 @@ def test_gradinit():
 def trained(dtype, param_dtype):
     """Parameters before and after four updates at a small rate, and the losses.
 
-    Without ReLU, of which rounding flips whole derivatives.
+    Without ReLU, whose derivatives rounding flips.
     """
     network = DagMLP(
         archscale.dag_graph("2_02"), 16, 8, 3, activation="gelu", normalization="batch",

@@ -152,14 +152,14 @@ def test_a_function_gets_two_of_a_kind():
         predict_learning_rate(GRAPH, BASE, 1.0, lambda *both: 1.0)
 
 
-def test_refuses_what_is_no_rule():
+def test_raises_on_what_is_not_a_rule():
     with pytest.raises(TypeError, match="a measured rule is a name or a function, found 3"):
         predict_learning_rate(TARGET, BASE, 1.0, 3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 0.0])
 @pytest.mark.parametrize("rule", ["absolute_update", "relative_update", "standardized_update"])
-def test_refuses_a_size_that_is_not_positive_and_finite(rule, bad):
+def test_raises_on_a_size_that_is_not_positive_and_finite(rule, bad):
     one = size(*[[bad, bad]] * 3)
     message = f"'{rule}' gives the size .*positive and finite" if bad else "on an update of 0: no v"
     for pair in ((one, BASE), (BASE, one)):
@@ -167,13 +167,13 @@ def test_refuses_a_size_that_is_not_positive_and_finite(rule, bad):
             predict_learning_rate(pair[0], pair[1], 1.0, rule)
 
 
-def test_refuses_a_negative_eigenvalue():
+def test_raises_on_a_negative_eigenvalue():
     with pytest.raises(ValueError, match=r"'sharpness' gives the size -1\.0"):
         predict_learning_rate(-1.0, 1.0, 1.0, "sharpness")
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, math.nan, math.inf])
-def test_refuses_a_base_rate(rate):
+def test_raises_on_a_base_rate(rate):
     with pytest.raises(ValueError, match=f"base_rate must be positive and finite, found {rate}"):
         predict_learning_rate(TARGET, BASE, rate)
 

@@ -105,7 +105,7 @@ def test_a_spelling_with_other_numbers_is_found(monkeypatch):
 
 
 def chain_moments(architecture, rule):
-    """Of a chain with ReLU: C of the stem, then C/2 of every layer."""
+    """A chain with ReLU: C of the stem, then C/2 of every layer."""
     deviations = archscale.weight_standard_deviations(architecture, rule)
     variances = [
         deviations[one.name] ** 2 * one.fan_in / (1 if one.name == "w0" else 2)

@@ -1,4 +1,4 @@
-"""Flags out of range, and data that are not there, are refused before a binary has begun."""
+"""Flags out of range, and data that are not there, raise before a binary has begun."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ CHECKED = (
     flags.BooleanParser,
 )
 TEXTS = {"data_dir", "json", "ray_address", "table", "table_column", "truth", "workdir"}
-REFUSED = {  # by the binary: flags, and what is said of them
+ERRORS = {  # by the binary: flags, and what is said of them
     "train": {
         "--width=46341": "accepted is an integer from 1 to 16384",
         "--seed=18446744073709551616": "accepted is an integer from 0 to 4294967295",
@@ -93,12 +93,12 @@ def parse_badly(name, cases):
     return unbounded, said
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ERRORS)
 def test_every_flag_has_a_range_and_names_itself(name):
     with FORKS.Pool(1) as pool:
-        unbounded, said = pool.apply(parse_badly, (name, REFUSED[name]))
+        unbounded, said = pool.apply(parse_badly, (name, ERRORS[name]))
     assert not unbounded
-    assert len(said) > len(REFUSED[name])
+    assert len(said) > len(ERRORS[name])
     for argument, message, error in said:
         flag, _, rest = error.partition(": ")
         assert flag == f"flag {argument}"
@@ -123,11 +123,11 @@ UNFIT = {
     "growths after the end": ("grow", "--steps=10", "need --steps above 960, found 10"),
     "a start above the end": (
         "grow", "--start_width=99 --large_width=8", "--start_width=99 exceeds --large_width=8"),
-    "arms that train nothing": ("grow", "--arm=scratch", "--arm=scratch trains none"),
+    "methods that train nothing": ("grow", "--arm=scratch", "--arm=scratch trains none"),
     "factors of convolutions alone": (
         "gradinit", "--images_downscale=3", "--images_downscale, found 3: factor 3 does not"),
     "heads that do not divide a width": (
-        "gradinit", "--network=transformer_2 --patches_width=56", "no multiple of the 3 heads"),
+        "gradinit", "--network=transformer_2 --patches_width=56", "not a multiple of the 3 heads"),
     "too few cells": ("rank", "--cell=3_33_333", "--cell must name 3 cells at least"),
     "a ranking without its reference": ("rank", "--recipe=mup,measured", "must name fixed"),
     "a shift out of the image": (
@@ -138,7 +138,7 @@ UNFIT = {
     "a warm-up without an end": ("scaling", "--warmup_steps=100", "found 100 of 44"),
     "more networks than there are": (
         "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),
-    "a size that is no depth": (
+    "a size that is not a depth": (
         "size_transfer", "--study=transformer_depth --size=1,999", "--size, found the depth 999"),
     "an address without its runner": (
         "coordinate", "--family=mlp --axis=depth --ray_address=a:1 --width=8", "--ray_address is"),

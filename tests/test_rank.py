@@ -40,7 +40,7 @@ def trial(recipe, cell, rate=0.5):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "cell", "factor"),
+    ("recipe", "cell", "multiplier"),
     [
         ("fixed", "3_33_333", 1),
         ("mup", "3_33_333", 1),
@@ -52,8 +52,8 @@ def trial(recipe, cell, rate=0.5):
         ("path_sum", "3_33_333", (1 + 2 * 2**3 + 3**3) ** -0.5),
     ],
 )
-def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, factor):
-    assert rank_study.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * factor)
+def test_rates_scale_the_base_rate_by_the_rule(recipe, cell, multiplier):
+    assert rank_study.learning_rate(trial(recipe, cell)) == pytest.approx(0.5 * multiplier)
 
 
 def test_measured_rates_are_of_the_vertices_on_paths():
@@ -118,8 +118,10 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
     assert rates["mup"] == by_base["0_00_300", "he_normal"]
     few = rank_study.plan_of(SMALL | {"recipe": ["fixed", "author_code"], "cell": ["3_33_333"]})
     assert (len(few.searches), few.measurements, few.cells) == (1, [], ["3_33_333"])
-    bases[0] = {"trial": plan.searches[0], "error": "ValueError: lost"}
-    with pytest.raises(RuntimeError, match="the search on 0_00_100 failed with ValueError: lost"):
+    bases[0] = {"trial": plan.searches[0], "error": "ValueError: diverged"}
+    with pytest.raises(
+        RuntimeError, match="the search on 0_00_100 failed with ValueError: diverged"
+    ):
         rank_study.trials_of(plan, bases)
 
 
@@ -134,7 +136,7 @@ def test_a_plan_searches_every_base_that_its_recipes_scale_from():
         ({"epochs": 0.0}, "epochs must be positive and finite, found 0"),
     ],
 )
-def test_bad_settings_are_refused_by_name(changed, message):
+def test_bad_settings_raise_by_name(changed, message):
     with pytest.raises(ValueError, match=message):
         rank_study.plan_of(SMALL | changed)
 
@@ -146,7 +148,7 @@ def test_accuracies_by_recipe_cell_and_seed():
     accuracies, cells = rank_study.accuracies_of(
         [
             record("fixed", "a", 0, result={"accuracy": 0.1}),
-            record("mup", "a", 0, error="lost"),
+            record("mup", "a", 0, error="diverged"),
             record("fixed", "b", 0, result={"accuracy": 0.2}),
             record("mup", "b", 0, result={"accuracy": 0.3}),
             record("fixed", "b", 1, result={"accuracy": 0.4}),

@@ -37,7 +37,7 @@ def test_the_table_tells_what_each_recipe_does():
         means = 100 * accuracies[recipe].mean(1)
         assert row["accuracy of 12 cells, %"] == f"{means.mean():.2f}"
         assert row["spread over cells, %"] == f"{means.std(ddof=1):.2f}"
-        assert row["runs lost"] == "0 of 36"
+        assert row["runs missing"] == "0 of 36"
         assert row["seed control, all"] == row["seed control, top 50%"] == "1.00 [1.00, 1.00]"
     assert rows["fixed"]["gain, points"] == rows["fixed"]["tau to fixed, all"] == "–"
     assert rows["better"]["gain, points"].startswith("+5.0")
@@ -52,14 +52,14 @@ def test_the_table_tells_what_each_recipe_does():
     assert rows["reversed"]["tau to published"] == "-1.00 [-1.00, -1.00]"
 
 
-def test_cells_that_a_recipe_lost_are_left_out_of_all():
+def test_cells_without_a_run_of_a_recipe_are_excluded_from_all():
     accuracies = accuracies_of()
     accuracies["better"][0] = math.nan
     accuracies["fixed"][1, 2] = math.nan
     study = rank.ranking_of(accuracies, CELLS)
     assert study.cells == CELLS[1:]
     rows = rows_of(study, resamples=5)
-    assert [row["runs lost"] for row in rows.values()] == ["1 of 36", "3 of 36", "0 of 36"]
+    assert [row["runs missing"] for row in rows.values()] == ["1 of 36", "3 of 36", "0 of 36"]
     assert rows["reversed"]["cells that gain"] == "5 of 11"
     expected = 100 * accuracies["reversed"][1:].mean()
     assert rows["reversed"]["accuracy of 11 cells, %"] == f"{expected:.2f}"

@@ -37,7 +37,7 @@ def test_tau_with_ties_counted_by_hand():
     curve = ranking.kendall_tau_at_top(x, y, [1.0, 0.6, 0.5], average="all")
     expected = [7 / math.sqrt(9 * 10), 2 / math.sqrt(2 * 3), 2 / math.sqrt(2 * 3)]
     np.testing.assert_allclose(curve.value, expected)
-    assert (curve.architectures, curve.left_out) == (5, 0)
+    assert (curve.architectures, curve.excluded) == (5, 0)
     assert np.isnan([curve.low, curve.high]).all()
 
 
@@ -56,7 +56,7 @@ def test_taus_of_single_seeds_are_counts_of_pairs(values, fraction):
     ]
     np.testing.assert_allclose(curve.value, np.mean(taus), atol=1e-12)
     there = ~np.isnan(first).all(1) & ~np.isnan(second).all(1)
-    assert (curve.architectures, curve.left_out) == (there.sum(), (~there).sum())
+    assert (curve.architectures, curve.excluded) == (there.sum(), (~there).sum())
 
 
 def test_halves_are_means_over_every_pair_of_disjoint_groups():
@@ -98,7 +98,7 @@ def test_tau_depends_on_orders_alone(x, y, order):
     np.testing.assert_allclose(tau(np.exp(x / 20), y**3 - 7), value)
     np.testing.assert_allclose(tau(x[order], y[order]), value)
     np.testing.assert_allclose(tau(x, -y), -value)
-    np.testing.assert_allclose(tau(y, x)[1], value[1])  # of all: which one selects is no matter
+    np.testing.assert_allclose(tau(y, x)[1], value[1])  # of all: which one selects does not matter
     np.testing.assert_allclose(tau(x, x), 1.0)
 
 
@@ -163,7 +163,7 @@ def test_a_resample_has_the_tau_of_its_repeated_architectures(seed):
 
 
 def test_intervals_of_tau_cover_it_and_are_as_wide_as_they_should_be():
-    """Of normal variables with correlation ρ, tau is 2/π asin ρ."""
+    """Tau of normal variables with correlation ρ is 2/π asin ρ."""
     rng, rho, found = np.random.default_rng(3), 0.7, []
     true = 2 / math.pi * math.asin(rho)
     for _ in range(100):
@@ -250,8 +250,8 @@ def test_what_is_wrong_is_named(call, message):
 
 
 def test_tables_are_joined_by_name():
-    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "only": 9.0, "lost": math.nan}
-    second = {"d": 40.0, "b": 30.0, "c": 20.0, "a": 10.0, "lost": 5.0, "x": 1.0}
+    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "only": 9.0, "missing": math.nan}
+    second = {"d": 40.0, "b": 30.0, "c": 20.0, "a": 10.0, "missing": 5.0, "x": 1.0}
     found = ranking.compare_rankings(first, second, [1.0, 0.75], rng=np.random.default_rng(0))
     assert (found.common, found.only_first, found.only_second) == (4, 1, 2)
     np.testing.assert_allclose(found.curve.value, [4 / 6, 1 / 3])
@@ -286,7 +286,7 @@ def test_gaps_are_those_of_all_pairs():
     assert found.flips == pytest.approx(4 / 6)
     assert found.clear_flips == pytest.approx(2 / 6)
     np.testing.assert_allclose(found.noise, math.sqrt(2) * 0.01)
-    assert found.left_out == 0
+    assert found.excluded == 0
 
 
 def test_flips_are_what_tau_counts():
@@ -307,14 +307,14 @@ def test_noise_alone_flips_hardly_a_pair_clearly():
     assert clear < 0.002
 
 
-def test_gaps_know_noise_from_seeds_and_lost_runs():
+def test_gaps_tell_noise_from_seeds_and_missing_runs():
     rng = np.random.default_rng(7)
     accuracies = rng.normal(size=(400, 1)) + 0.3 * rng.normal(size=(400, 4))
     accuracies[:100, 0] = math.nan
     accuracies[0] = math.nan
     assert gains.pooled_deviation(accuracies) == pytest.approx(0.3, rel=0.06)
     found = gains.pairwise_gaps(accuracies, accuracies)
-    assert found.left_out == 1
+    assert found.excluded == 1
     assert len(found.reference) == 399 * 398 // 2
     np.testing.assert_allclose(found.noise, 0.3 / math.sqrt(2), rtol=0.06)
     assert found.flips == found.clear_flips == 0
@@ -327,7 +327,7 @@ def test_gains_by_hand():
     found = gains.gain_summary(fixed, ours)
     np.testing.assert_allclose(found.gains, [0.1, 0.2, 0.3, 0.4, 0.5, nan])
     assert found.mean == pytest.approx(0.3)
-    assert (found.share, found.left_out) == (1.0, 1)
+    assert (found.share, found.excluded) == (1.0, 1)
     assert found.p_value == pytest.approx(2 / 2**5)  # one of 2⁵ signs, on either side
     assert found.spread_fixed == pytest.approx(np.std([0.6, 0.4, 0.2, 0.2, 0.6], ddof=1))
     assert found.spread_ours == pytest.approx(np.std([0.7, 0.6, 0.5, 0.6, 1.1], ddof=1))

@@ -170,8 +170,8 @@ def test_numbers_are_those_of_the_rules(name, base, options, initialization):
         base = archscale.with_widths(architecture, {16: 8, 32: 16})
     found = report(architecture, base, initialization=initialization, **options)
     assert [one["path"] for one in found.records] == [one.name for one in architecture.parameters]
-    factors = archscale.learning_rate_multipliers(architecture, base, **options)
-    assert by_name(found, "learning_rate_multiplier") == factors
+    multipliers = archscale.learning_rate_multipliers(architecture, base, **options)
+    assert by_name(found, "learning_rate_multiplier") == multipliers
     drawn = archscale.weight_standard_deviations(architecture, initialization)
     constant = {one.name: 0.0 for one in architecture.parameters if one.role in ("bias", "scale")}
     assert by_name(found, "standard_deviation") == drawn | constant
@@ -180,7 +180,7 @@ def test_numbers_are_those_of_the_rules(name, base, options, initialization):
     assert found.paths == archscale.path_statistics(architecture.graph)
 
 
-def test_reasons_name_the_parts_of_a_factor():
+def test_reasons_name_the_parts_of_a_multiplier():
     parameters = (
         leaf("stem", "input", "input", (7, 7, 3, 8), 147, 392, 7, 49),
         leaf("conv", "hidden", "hidden", (3, 3, 8, 8), 72, 72, 3, 9, edge=0),
@@ -212,14 +212,16 @@ def test_reasons_name_the_places_in_a_residual_stack():
     deep, shallow = (transformer(blocks) for blocks in (4, 2))
     options = {"initialization": "second_moment", "initialization_options": {"depth_exponent": 1}}
     found = report(deep, shallow, "none", depth_rule="adam", depth_exponent=1, **options)
-    reasons, factors = (by_name(found, f"learning_rate_{key}") for key in ("reason", "multiplier"))
-    for name, factor, place in (
+    reasons, multipliers = (
+        by_name(found, f"learning_rate_{key}") for key in ("reason", "multiplier")
+    )
+    for name, multiplier, place in (
         ("blocks/0/out", 0.5, "ends a branch, 1/m: m = 2, α = 1"),
         ("blocks/3/up/kernel", 1, "in a branch, m^(0): m = 2, α = 1"),
         ("table", 1, "in no branch"),
     ):
-        assert (factors[name], reasons[name]) == (
-            factor, f"depth adam {factor}, {place}"
+        assert (multipliers[name], reasons[name]) == (
+            multiplier, f"depth adam {multiplier}, {place}"
         )  # fmt: skip
     assert not [note for note in found.notes if "depth_rule" in note]
 
@@ -266,7 +268,7 @@ def test_an_ordinary_chain_has_no_notes():
 
 
 @pytest.mark.parametrize("options", [{"rule": "path_sum"}, {"rule": "none", "width_rule": "sgd"}])
-def test_without_a_base_the_factors_are_left_out(options):
+def test_without_a_base_the_multipliers_are_left_out(options):
     found = report(BY_HAND, **options)
     assert the_note(found, "^no base: ").endswith("measure_update, which needs no graph")
     assert set(by_name(found, "learning_rate_multiplier").values()) == {None}
@@ -277,11 +279,11 @@ def test_without_a_base_the_factors_are_left_out(options):
 def test_rules_that_need_no_base_go_without(rule):
     found = report(BY_HAND, rule=rule)
     assert not any("no base" in note for note in found.notes)
-    factors = archscale.learning_rate_multipliers(BY_HAND, rule=rule)
-    assert by_name(found, "learning_rate_multiplier") == factors
+    multipliers = archscale.learning_rate_multipliers(BY_HAND, rule=rule)
+    assert by_name(found, "learning_rate_multiplier") == multipliers
 
 
-def test_what_a_rule_refuses_is_a_note():
+def test_what_a_rule_raises_is_a_note():
     found = report(BY_HAND, archscale.dag_graph("1"), "path_sum")
     assert the_note(found, "^learning-rate multipliers left out: .*no path of the base crosses")
     assert set(by_name(found, "learning_rate_multiplier").values()) == {None}
@@ -357,7 +359,7 @@ def test_leaves_of_several_layers():
 
 
 def test_a_leaf_whose_layers_want_different_variances():
-    """Of the gates of a cell, which read a state of zeros first, that of later steps counts."""
+    """Gates of a cell read a state of zeros first; those of later steps count."""
     found = report(traced("linen-lstm_language_model"), BASE)
     note = the_note(found, "^weights of several layers .* the smallest that one of them wants")
     assert "cell/if/kernel" in note
@@ -442,12 +444,12 @@ def test_dtypes_of_params():
         ({"widthrule": "sgd"}, TypeError, "widthrule"),
     ],
 )
-def test_what_nobody_knows_is_refused(options, error, match):
+def test_what_nobody_knows_raises(options, error, match):
     with pytest.raises(error, match=match):
         report(BY_HAND, BASE, **options)
 
 
-def test_a_graph_is_no_architecture():
+def test_a_graph_is_not_an_architecture():
     with pytest.raises(TypeError, match="expected an Architecture, found GraphsTuple"):
         report(BASE)  # pyright: ignore[reportArgumentType]
 

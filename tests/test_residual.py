@@ -1,4 +1,4 @@
-"""Residual additions and the depth factors of residual stacks."""
+"""Residual additions and the depth multipliers of residual stacks."""
 
 from typing import Any
 
@@ -92,12 +92,12 @@ def test_a_transformer_block_counts_two_additions_and_length_two():
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_factors_are_those_of_forward_multipliers(optimizer, exponent, layers):
+def test_multipliers_are_those_of_forward_multipliers(optimizer, exponent, layers):
     """A step on folded weights is the step on z + m^(-α)·W₂σ(W₁σ(z)) at the published rates."""
     m = 4.0  # as if the base had a quarter of the additions
     apply, params, arch = stack(8, layers)
     base = stack(2, layers)[2]
-    factors = archscale.learning_rate_multipliers(
+    multipliers = archscale.learning_rate_multipliers(
         arch, base, "none", depth_rule=optimizer, depth_exponent=exponent
     )
 
@@ -127,7 +127,7 @@ def test_factors_are_those_of_forward_multipliers(optimizer, exponent, layers):
 
     def by_name(updates):
         return jax.tree_util.tree_map_with_path(
-            lambda path, u: u * factors[parameter_name(path)], updates
+            lambda path, u: u * multipliers[parameter_name(path)], updates
         )
 
     def by_publication(updates):
@@ -168,7 +168,7 @@ def test_of_a_product_the_layer_that_enters_linearly_ends_the_branch():
     assert places["b"].startswith("in a branch")
 
 
-def test_a_branch_that_ends_in_no_layer_is_refused():
+def test_a_branch_that_ends_in_no_layer_raises():
     def apply(params, x):
         z = x @ params["stem"]
         z = z + jax.nn.relu(z @ params["a"]) * jax.nn.sigmoid(z @ params["b"])
@@ -183,7 +183,7 @@ def test_a_branch_that_ends_in_no_layer_is_refused():
         depth_multipliers(arch, arch, "adam")
 
 
-def test_refusals():
+def test_errors():
     arch = stack(2)[2]
     chain = archscale.dag_graph("2_02")
     with pytest.raises(ValueError, match="2 residual additions and the base 0; both need some"):

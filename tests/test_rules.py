@@ -203,7 +203,7 @@ def test_rules_of_depth_agree_on_chains(num_layers):
     chain, base = dag_graph(chain_string(num_layers)), dag_graph("2")
     for rule in ("path_sum", "depth"):
         assert learning_rate_scale(chain, base, rule) == pytest.approx(num_layers**-1.5, rel=1e-12)
-    # Of a chain all layers count, stem and readout among them.
+    # All layers of a chain count, stem and readout among them.
     found = learning_rate_scale(chain, base, "effective_depth")
     assert found == pytest.approx(((num_layers + 2) / 3) ** -1.5, rel=1e-12)
 
@@ -262,7 +262,7 @@ def test_kernel_size_multiplier_divides_by_the_size():
             kernel_size_multiplier(*sizes)
 
 
-def test_an_unknown_rule_is_refused_by_the_names_of_the_others():
+def test_an_unknown_rule_raises_by_the_names_of_the_others():
     with pytest.raises(
         ValueError, match=r"'cubes'; accepted are .*path_sum, .*chen2024_code, depth"
     ):
@@ -276,7 +276,7 @@ def test_a_rule_that_compares_needs_a_base(rule):
 
 
 @pytest.mark.parametrize("rule", ["path_sum", "depth"])
-def test_graphs_without_weights_are_refused(rule):
+def test_graphs_without_weights_raise(rule):
     for pair in (("1", "2"), ("2", "1"), ("1_01", "1")):
         with pytest.raises(ValueError, match=rule):
             learning_rate_scale(dag_graph(pair[0]), dag_graph(pair[1]), rule)
@@ -288,14 +288,14 @@ def test_the_stem_gives_a_graph_without_weights_a_depth():
     assert learning_rate_scale(dag_graph("1_11"), rule="chen2024_code") == 1
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, -math.inf, math.nan])
-def test_no_rule_may_give_a_factor_that_is_no_rate(factor):
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, math.inf, -math.inf, math.nan])
+def test_no_rule_may_give_a_multiplier_that_is_not_a_rate(multiplier):
     with pytest.raises(ValueError, match="finite and positive"):
-        learning_rate_scale(dag_graph("2"), rule=lambda graph, base: factor)
+        learning_rate_scale(dag_graph("2"), rule=lambda graph, base: multiplier)
 
 
 @pytest.mark.parametrize("rule", ["path_sum", "chen2024_code"])
-def test_a_factor_below_every_float_is_refused(rule):
+def test_a_multiplier_below_every_float_raises(rule):
     with pytest.raises(ValueError, match="many paths"):
         learning_rate_scale(residual_blocks(2200), dag_graph("2"), rule)
 
@@ -537,7 +537,7 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
             Architecture(graph, tuple(parameters), ACTIVATION), "chen2024_code"
         )
         assert found == pytest.approx(expected, rel=1e-6)
-        # Degrees of the block between two cells, which are no in-degrees of any graph.
+        # Degrees of the block between two cells, which are not in-degrees of any graph.
         assert len(reductions) == 2
         for block in reductions.values():
             architecture = Architecture(
@@ -556,7 +556,7 @@ def test_author_code_gives_the_published_deviations_of_cells(golden_deviations):
 
 
 def behind_a_stem(graph, arrangement):
-    """An architecture of which no more is known than its graph and that it has a stem."""
+    """An architecture that knows its graph and that it has a stem, nothing else."""
     stem = Parameter("stem", Role.INPUT, Role.INPUT, (8, 8), 8, 8)
     return Architecture(graph, (stem,), arrangement)
 
@@ -627,7 +627,7 @@ def test_the_default_rule_goes_with_what_vertices_sum():
         assert default != weight_standard_deviations(architecture, other)
 
 
-def test_variances_that_are_none_are_refused():
+def test_variances_that_are_not_variances_raise():
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(
         ValueError,
@@ -729,7 +729,7 @@ def test_moments_are_those_of_wide_networks(rule, arrangement):
     strategies.sampled_from(Arrangement),
     strategies.floats(0.01, 2),
 )
-def test_moment_makes_second_moments_equal_where_skips_leave_room(text, arrangement, share):
+def test_moment_makes_second_moments_equal_where_skips_leave_a_share(text, arrangement, share):
     graph = dag_graph(text)
     hypothesis.assume(branches_end_in_layers(graph))
     reached = reached_from_input(graph)
@@ -830,18 +830,20 @@ def test_moment_leaves_a_saturated_vertex_alone_when_told_so(arrangement):
 # Width.
 
 
-def roles_of(factors, architecture):
-    """Factors by (role, layer), which must be one per pair."""
+def roles_of(multipliers, architecture):
+    """Multipliers by (role, layer), which must be one per pair."""
     by_role = {}
     for parameter in architecture.parameters:
-        by_role.setdefault((parameter.role, parameter.layer), set()).add(factors[parameter.name])
+        by_role.setdefault((parameter.role, parameter.layer), set()).add(
+            multipliers[parameter.name]
+        )
     assert all(len(values) == 1 for values in by_role.values())
     return {pair: values.pop() for pair, values in by_role.items()}
 
 
 @pytest.mark.parametrize("kernel_sizes", [(None, None), (3, 3), (5, 3)])
 @pytest.mark.parametrize("normalization", [None, "layer"])
-def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
+def test_width_multipliers_are_those_of_the_table(kernel_sizes, normalization):
     # Deeper than the base, and with other kernels, which must not count.
     wide = network(
         dag_graph("2_12_002", kernel_size=kernel_sizes[0]), width=128, normalization=normalization
@@ -849,7 +851,7 @@ def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
     base = network(
         dag_graph("2", kernel_size=kernel_sizes[1]), width=32, normalization=normalization
     ).architecture()
-    # (role, role of the layer): factor for SGD, for Adam
+    # (role, role of the layer): multiplier for SGD, for Adam
     table = {
         (Role.INPUT, Role.INPUT): (4, 1),
         (Role.HIDDEN, Role.HIDDEN): (1, 1 / 4),
@@ -862,7 +864,7 @@ def test_width_factors_are_those_of_the_table(kernel_sizes, normalization):
         table[Role.SCALE, Role.HIDDEN] = (4, 1)
     for column, rule in enumerate(("sgd", "adam")):
         found = roles_of(width_multipliers(wide, base, rule), wide)
-        assert found == {pair: factors[column] for pair, factors in table.items()}
+        assert found == {pair: multipliers[column] for pair, multipliers in table.items()}
 
 
 def test_networks_of_one_width_keep_their_rates():
@@ -873,7 +875,7 @@ def test_networks_of_one_width_keep_their_rates():
     assert width_multipliers(wide, base, lambda role, r, s: r * s + 1)["stem/kernel"] == 2
 
 
-def test_width_factors_need_one_counterpart():
+def test_width_multipliers_need_one_counterpart():
     architecture = network(dag_graph("2")).architecture()
     with pytest.raises(ValueError, match="'lion'; accepted are sgd, adam"):
         width_multipliers(architecture, architecture, "lion")
@@ -913,7 +915,7 @@ def test_moment_is_not_misled_by_the_order_of_edges():
     assert numerators(graphs[0], "second_moment") == numerators(graphs[1], "second_moment")
 
 
-def test_a_base_with_more_paths_than_floats_reach_is_refused_by_value_error():
+def test_a_base_with_more_paths_than_floats_reach_raises_by_value_error():
     blocks = 1100
     chain = np.arange(2 * blocks)
     starts = chain[::2]
@@ -939,7 +941,7 @@ def test_options_reach_an_initialization_rule():
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -1.0])
-def test_moment_refuses_a_share_that_is_none(share):
+def test_moment_raises_on_a_share_out_of_range(share):
     architecture = network(dag_graph("2_12")).architecture()
     with pytest.raises(ValueError, match="branch_share"):
         weight_standard_deviations(
@@ -953,7 +955,7 @@ def test_a_rule_is_a_name_or_a_function(rule):
         learning_rate_scale(dag_graph("2"), dag_graph("2"), rule)
 
 
-def test_a_string_or_an_architecture_is_no_graph():
+def test_a_string_or_an_architecture_is_not_a_graph():
     for wrong in ("2_02", network(dag_graph("2")).architecture()):
         with pytest.raises(TypeError, match=r"expected a jraph\.GraphsTuple"):
             learning_rate_scale(wrong, dag_graph("2"))

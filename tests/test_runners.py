@@ -75,7 +75,7 @@ class TestExecutors:
         assert done <= set(range(6))
         assert study(TRIALS, journal) == study(TRIALS, tmp_path / "one.jsonl")
 
-    def test_refuses_workers_beside_an_executor(self, tmp_path):
+    def test_raises_on_workers_beside_an_executor(self, tmp_path):
         with (
             concurrent.futures.ThreadPoolExecutor(2) as executor,
             pytest.raises(ValueError, match="workers=2"),
@@ -161,12 +161,12 @@ class TestProcesses:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
 
-    def test_refuse_what_cannot_be_sent(self, processes, tmp_path):
+    def test_raise_on_what_cannot_be_sent(self, processes, tmp_path):
         with pytest.raises(TypeError, match="top of a module"):
             study(TRIALS, tmp_path / "results.jsonl", lambda trial: {}, executor=processes)
 
     @pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 1, "attempts": 0}])
-    def test_refuse_numbers_below_1(self, options):
+    def test_raise_on_numbers_below_1(self, options):
         with pytest.raises(ValueError, match="at least 1, found 0"):
             ProcessExecutor(**options)
 
@@ -205,7 +205,7 @@ def test_ray():
 class TestAddresses:
     """No address may cost more than ten seconds, or the journal."""
 
-    def refused(self, address, error):
+    def error_of(self, address, error):
         from experiments.lab.sweeps.ray_executor import connected
 
         start = time.monotonic()
@@ -216,20 +216,20 @@ class TestAddresses:
 
     @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:ray", ":6379"])
     def test_that_are_none(self, address):
-        assert "host:port" in self.refused(address, ValueError)
+        assert "host:port" in self.error_of(address, ValueError)
 
     @pytest.mark.parametrize("scheme", ["", "ray://"])
     def test_where_nobody_listens(self, scheme):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        message = self.refused(f"{scheme}127.0.0.1:{port}", ConnectionError)
+        message = self.error_of(f"{scheme}127.0.0.1:{port}", ConnectionError)
         assert f"no Ray cluster answers at {scheme}127.0.0.1:{port}" in message
 
     def test_where_something_else_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
-            assert "is no Ray head" in self.refused(address, ConnectionError)
+            assert "is not a healthy Ray head" in self.error_of(address, ConnectionError)
 
     def test_without_ray(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
-        assert "pip install '.[ray]'" in self.refused(None, ImportError)
+        assert "pip install '.[ray]'" in self.error_of(None, ImportError)

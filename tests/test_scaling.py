@@ -65,10 +65,10 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
     ],
 )
 def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, flag, message, run_again):
-    refused = run_again("scaling", tmp_path / "run", *SMALL, *flag.split())
-    assert refused.returncode == 1
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    failed = run_again("scaling", tmp_path / "run", *SMALL, *flag.split())
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -96,7 +96,7 @@ def test_the_report_counts_seeds_that_diverged_apart():
     unscaled, scaled = (row._asdict() for row in results.itertuples())
     assert (unscaled["loss"], unscaled["diverged"], unscaled["losses"]) == (1.0, 1, [1.0])
     assert unscaled["counted"] == pytest.approx((1 + math.log(10)) / 2)
-    assert (scaled["factor"], scaled["seeds"]) == (0.5, 2)
+    assert (scaled["multiplier"], scaled["seeds"]) == (0.5, 2)
     unscaled, scaled = (dict(row) for _, row in scaling.overview(results).iterrows())
     assert unscaled["diverged"] == "1 of 2"
     assert scaled["better than unscaled on"] == "1 of 1"

@@ -64,7 +64,7 @@ class TestBasin:
         assert basin.upper == near(middle * math.exp(tolerance / above))
         assert basin.lower <= basin.rate <= basin.upper
 
-    def test_upper_edge_is_halfway_to_a_lost_rate(self):
+    def test_upper_edge_is_halfway_to_a_diverged_rate(self):
         basin = find_basin({1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: math.inf}, 0.02)
         assert basin.upper == near(math.sqrt(4 * 8))
         assert basin.lower == near(4 * 2**-0.02)
@@ -135,7 +135,7 @@ class TestFullGrid:
         assert found.basin.upper < GRID[9]
         assert all(run.rate > cliff for run in found.runs if math.isinf(run.loss))
 
-    def test_a_rate_lost_by_one_seed_cannot_win(self):
+    def test_a_rate_at_which_one_seed_diverges_cannot_win(self):
         cliffs = (math.inf, GRID[6] * 1.01)
         found = find_learning_rate(parabola(GRID[8], cliffs=cliffs), GRID, seeds=(0, 1))
         assert found.rate < GRID[7]
@@ -260,7 +260,7 @@ class TestSigns:
     @pytest.mark.parametrize("start", [None, 0.002, 2.0])
     @pytest.mark.parametrize("bottom", [1.0, 10.0])
     def test_negative_losses_are_searched_like_positive_ones(self, start, bottom):
-        """Of one curve above a smallest loss of one size: tolerance and margin are the same."""
+        """Tolerance and margin are the same for one curve above smallest losses of one size."""
 
         def raised(by):
             def train(rate, seed):
@@ -395,7 +395,7 @@ class TestRuns:
         find_learning_rate(train, [0.1, 0.2], seeds=[0], refine=0, workers=2)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_a_lost_run_is_read_no_further_and_leaves_the_others_alone(self, bad):
+    def test_a_diverged_run_is_read_no_further_and_leaves_the_others_alone(self, bad):
         read = {}
 
         def train(rate, seed):
@@ -423,7 +423,7 @@ class TestRuns:
         assert found.basin.upper == near(math.sqrt(2))
 
     @pytest.mark.parametrize("start", [None, 0.1])
-    def test_of_which_all_are_lost_say_so(self, start):
+    def test_of_which_all_diverge_say_so(self, start):
         with pytest.raises(ValueError, match=r"from 0\.001 to .*smaller rates"):
             find_learning_rate(parabola(1.0, cliffs=(0.0,)), [0.001, 0.1, 4], start=start)
 
@@ -439,7 +439,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         "loss", [1.0, 1, np.float32(1.0), np.ones(()), jnp.float32(1.0), None], ids=type
     )
-    def test_a_number_of_any_kind_is_no_row_of_losses(self, loss):
+    def test_a_number_of_any_kind_is_not_a_row_of_losses(self, loss):
         with pytest.raises(TypeError, match=r"train\(0\.1, 0\) returned .*, or return \[loss\]"):
             find_learning_rate(lambda rate, seed: loss, [0.1, 4])
 
@@ -448,7 +448,7 @@ class TestRuns:
         found = find_learning_rate(lambda rate, seed: row, [0.1], seeds=[0])
         assert found.runs == (Run(0.1, 0, 1.0),)
 
-    def test_what_is_no_number_is_named(self):
+    def test_what_is_not_a_number_is_named(self):
         with pytest.raises(TypeError, match=r"yielded \('state', 1\.0\); accepted are numbers"):
             find_learning_rate(lambda rate, seed: [("state", 1.0)], [0.1, 4])  # pyright: ignore[reportArgumentType]
 

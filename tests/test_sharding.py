@@ -433,7 +433,7 @@ def test_boxes_of_flax_name_the_axes():
     on_devices(check_boxes)
 
 
-def check_refusals():
+def check_errors():
     mesh = mesh_of()
     weights = {"stem": (16, 32), "stages": (4, 32, 32), "sliced": (32, 32), "head": (32, 4)}
     weights = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in weights.items()}
@@ -463,8 +463,8 @@ def check_refusals():
         jax.eval_shape(features, shapes(), tokens())
 
 
-def test_what_shard_map_hides_is_refused():
-    on_devices(check_refusals)
+def test_what_shard_map_hides_raises():
+    on_devices(check_errors)
 
 
 # Training and measuring, in double precision: the order of sums is all that differs.

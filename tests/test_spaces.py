@@ -1,4 +1,4 @@
-"""Search spaces: what is read is what was written, anything else is refused by name."""
+"""Search spaces: what is read is what was written, anything else raises, naming it."""
 
 import collections
 import functools
@@ -186,7 +186,7 @@ def test_dag_strings_make_graphs_of_their_space():
         ("2_00", "DAG string '2_00': no path joins"),
     ],
 )
-def test_malformed_dag_strings_are_refused_by_name(text, message):
+def test_malformed_dag_strings_raise_by_name(text, message):
     with pytest.raises(ValueError, match=message):
         dag_graph(text)
 
@@ -210,13 +210,13 @@ def test_only_strings_are_read(read, text):
 @pytest.mark.parametrize(
     "kernel_size", [True, False, np.True_, 3.0, np.float32(3), "3", [3], (3, 3)]
 )
-def test_kernel_sizes_of_other_types_are_refused(kernel_size):
+def test_kernel_sizes_of_other_types_raise(kernel_size):
     with pytest.raises(TypeError, match="kernel_size must be an int or None, found"):
         dag_graph("2", kernel_size=kernel_size)
 
 
 @pytest.mark.parametrize("kernel_size", [0, -1, np.int64(0), np.int8(-3), 2**31, 2**32 + 3, 2**70])
-def test_kernel_sizes_out_of_range_are_refused(kernel_size):
+def test_kernel_sizes_out_of_range_raise(kernel_size):
     with pytest.raises(ValueError, match=f"kernel_size is {kernel_size}; accepted"):
         dag_graph("2", kernel_size=kernel_size)
 
@@ -311,13 +311,13 @@ def test_every_cell_is_read_and_printed_in_both_notations_or_has_no_path(start):
         (THEORY_CELL.replace("~2", ""), "entry 'skip_connect'"),
     ],
 )
-def test_malformed_cells_are_refused_by_name(text, message):
+def test_malformed_cells_raise_by_name(text, message):
     with pytest.raises(ValueError, match=message):
         cell_graph(text)
 
 
 @pytest.mark.parametrize("write", [cell_code, cell_string])
-def test_graphs_that_are_no_cells_are_not_printed_as_cells(write):
+def test_graphs_that_are_not_cells_are_not_printed_as_cells(write):
     with pytest.raises(ValueError, match="a cell has 4 vertices, found 3"):
         write(dag_graph("2_02", kernel_size=3))
     with pytest.raises(ValueError, match="edge 0->1 is LINEAR with kernel size 1"):
@@ -330,7 +330,7 @@ def test_graphs_that_are_no_cells_are_not_printed_as_cells(write):
     ("file_name", "key", "read"),
     [("dag_n5_open.npz", "dag", dag_graph), ("nb201_open.npz", "code", cell_graph)],
 )
-def test_what_the_published_code_finds_without_a_path_is_refused(golden_dir, file_name, key, read):
+def test_what_the_published_code_finds_without_a_path_raises(golden_dir, file_name, key, read):
     with np.load(golden_dir / file_name) as golden:
         texts = golden[key][golden["n_paths"] == 0].astype(str).tolist()
     assert texts
@@ -501,7 +501,7 @@ def test_random_strings_have_their_distribution(probabilities):
         (),
     ],
 )
-def test_bad_probabilities_are_refused(probabilities):
+def test_bad_probabilities_raise(probabilities):
     with pytest.raises(ValueError, match="three non-negative numbers that sum to 1"):
         random_dag_string(0, 4, probabilities=probabilities)
 
@@ -576,7 +576,7 @@ def test_the_extra_edge_of_a_sparse_graph_is_uniform(num_vertices):
 @pytest.mark.parametrize(
     ("num_vertices", "num_edges"), [(1, 0), (0, 0), (-3, 2), (5, 3), (5, 11), (2, 0), (2, 2)]
 )
-def test_sparse_graphs_out_of_range_are_refused(num_vertices, num_edges):
+def test_sparse_graphs_out_of_range_raise(num_vertices, num_edges):
     with pytest.raises(
         ValueError, match=f"{num_vertices} vertices and {num_edges} edges; accepted"
     ):
@@ -584,6 +584,6 @@ def test_sparse_graphs_out_of_range_are_refused(num_vertices, num_edges):
 
 
 @pytest.mark.parametrize("skip_fraction", [-0.1, 1.1, float("nan")])
-def test_bad_skip_fractions_are_refused(skip_fraction):
+def test_bad_skip_fractions_raise(skip_fraction):
     with pytest.raises(ValueError, match=r"skip_fraction must lie in \[0, 1\], found"):
         random_sparse_dag(0, 5, 6, skip_fraction=skip_fraction)

@@ -132,7 +132,7 @@ def test_ctrl_c_stops_a_single_worker_inside_its_trial(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_no_failure_of_the_trial_that_raises_it(tmp_path, workers, interrupt):
+def test_an_interrupt_is_not_a_failure_of_the_trial_that_raises_it(tmp_path, workers, interrupt):
     journal = tmp_path / "results.jsonl"
     begun = []
 
@@ -310,7 +310,7 @@ class TestRunStudy:
         study(tmp_path / "undisturbed.jsonl")
         assert journal.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
 
-    def test_refuses_duplicates_and_runs_nothing(self, tmp_path):
+    def test_raises_on_duplicates_and_runs_nothing(self, tmp_path):
         trials = [{"a": 1, "b": 2}, {"c": 3}, {"b": 2, "a": 1}, *[{"d": (4,)}] * 2]
         with pytest.raises(ValueError, match="more than once") as caught:
             study(tmp_path / "results.jsonl", trials=trials)
@@ -320,7 +320,7 @@ class TestRunStudy:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("workers", [0, -1])
-    def test_refuses_to_run_without_workers(self, tmp_path, workers):
+    def test_does_not_run_without_workers(self, tmp_path, workers):
         with pytest.raises(ValueError, match=f"workers must be at least 1, found {workers}"):
             study(tmp_path / "results.jsonl", workers=workers)
 
@@ -411,7 +411,10 @@ class TestRunTrial:
         [
             (3.0, "TypeError: a result must be a mapping, found float"),
             (None, "TypeError: a result must be a mapping, found NoneType"),
-            ({"a": {"b": [1, {2}]}}, "TypeError: result.a.b[1] is no JSON value, but of type set"),
+            (
+                {"a": {"b": [1, {2}]}},
+                "TypeError: result.a.b[1] is not a JSON value, but of type set",
+            ),
             ({1: 2}, "TypeError: result has the key 1; JSON takes strings only"),
         ],
     )
@@ -473,13 +476,13 @@ class TestTrialHash:
         [
             ({"rate": float("nan")}, ValueError, "trial.rate is nan; JSON has finite numbers only"),
             ({"a": [0, {"b": -float("inf")}]}, ValueError, r"trial.a\[1\].b is -inf"),
-            ({"model": {"widths": {1, 2}}}, TypeError, "trial.model.widths is no JSON .* type set"),
-            ({"path": pathlib.Path()}, TypeError, "trial.path is no JSON value, but of type Posix"),
+            ({"model": {"widths": {1, 2}}}, TypeError, "trial.model.widths is not a JSON .* set"),
+            ({"path": pathlib.Path()}, TypeError, "trial.path is not a JSON value, .* type Posix"),
             ({"model": {3: 1}}, TypeError, "trial.model has the key 3; JSON takes strings only"),
             ([1], TypeError, "a trial must be a mapping, found list"),
         ],
     )
-    def test_names_what_is_no_json(self, trial, error, message, tmp_path):
+    def test_names_what_is_not_json(self, trial, error, message, tmp_path):
         with pytest.raises(error, match=message):
             trial_hash(trial)
         with pytest.raises(error, match=message):
@@ -495,20 +498,20 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFIN
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("room", [1, 700, 2000])
-def test_a_disk_that_is_full_costs_no_record(tmp_path, undisturbed, workers, room):
+@pytest.mark.parametrize("capacity", [1, 700, 2000])
+def test_a_disk_that_is_full_costs_no_record(tmp_path, undisturbed, workers, capacity):
     journal = tmp_path / "results.jsonl"
-    command = [sys.executable, "-c", FULL_DISK, str(journal), "30", str(workers), str(room)]
+    command = [sys.executable, "-c", FULL_DISK, str(journal), "30", str(workers), str(capacity)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 1
     # The limit's word; a full disk says "No space left on device" at the same place.
     assert "OSError: [Errno 27] File too large; the records before are kept" in finished.stderr
     assert str(journal) in finished.stderr
-    # Whole lines, as many as there was room for; the next may be half there.
+    # Whole lines, as many as fit; the next may be half there.
     kept = journal.read_bytes()
     lines = undisturbed.splitlines(keepends=True)
-    assert len(kept) == room
-    assert len(read_records(journal)) >= room // max(map(len, lines))
+    assert len(kept) == capacity
+    assert len(read_records(journal)) >= capacity // max(map(len, lines))
     begun, errors = finish(start(journal))
     assert errors == ""
     assert journal.read_bytes() == undisturbed

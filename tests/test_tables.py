@@ -27,7 +27,7 @@ def test_rows_of_another_length_are_named():
 
 def test_numbers_and_spreads():
     assert tables.number(1.234) == "1.23" and tables.number(math.nan) == tables.NONE
-    assert tables.number(None, missing="lost") == "lost"
+    assert tables.number(None, missing="diverged") == "diverged"
     assert tables.spread([1.0, 3.0]) == "2.0 ± 1.0"
     assert tables.spread([1.0, 3.0], "+.1f", ddof=1) == "+2.0 ± 1.4"
     assert tables.spread([1.0], ddof=1) == "1.0" and tables.spread([]) == tables.NONE

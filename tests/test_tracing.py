@@ -315,21 +315,23 @@ class TestPlainFunctions:
         traced = trace(apply, params, jnp.ones((2, 8)))
         drawn = archscale.initialize(jax.random.key(0), params, traced)
         assert np.std(drawn["stem"]) == pytest.approx((2 / 8) ** 0.5, rel=0.3)
-        factors = archscale.learning_rate_multipliers(traced, archscale.dag_graph("2"), "path_sum")
-        assert set(factors) == set(params)
+        multipliers = archscale.learning_rate_multipliers(
+            traced, archscale.dag_graph("2"), "path_sum"
+        )
+        assert set(multipliers) == set(params)
 
 
-class TestRefusals:
+class TestErrors:
     x = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 
-    def refused(self, apply, params, match, **options):
+    def raises(self, apply, params, match, **options):
         with pytest.raises(TraceError, match=match):
             trace(apply, params, self.x, **options)
 
     def test_a_parameter_that_does_nothing(self):
         params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3), spare=(4,))
         apply = lambda p, x: RELU(RELU(x @ p["stem"]) @ p["hidden"]) @ p["readout"]  # noqa: E731
-        self.refused(apply, params, "parameter 'spare' does nothing to the result")
+        self.raises(apply, params, "parameter 'spare' does nothing to the result")
         traced = trace(apply, params, self.x, roles={"spare": "bias"})
         assert roles(traced)["spare"] == Role.BIAS
 
@@ -360,7 +362,7 @@ class TestRefusals:
             _ = y @ p["dead"]
             return y @ p["readout"]
 
-        self.refused(behind, params, "parameter 'dead' does nothing to the result")
+        self.raises(behind, params, "parameter 'dead' does nothing to the result")
 
     def test_a_product_of_parameters_is_a_weight(self):
         params = shapes(stem=(8, 4), left=(4, 2), right=(2, 4), readout=(4, 3))
@@ -380,7 +382,7 @@ class TestRefusals:
             return z @ params["readout"]
 
         params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3))
-        self.refused(apply, params, "while .*'hidden'.*lax.scan")
+        self.raises(apply, params, "while .*'hidden'.*lax.scan")
 
     def test_a_bound_of_an_activation(self):
         params = shapes(stem=(8, 4), bound=(4,), readout=(4, 3))
@@ -412,7 +414,7 @@ class TestRefusals:
             )  # fmt: skip
             return RELU(z + added[:, 0]) @ params["readout"]
 
-        self.refused(filtered, params, "conv_general_dilated of .*'image' at .*features convolve")
+        self.raises(filtered, params, "conv_general_dilated of .*'image' at .*features convolve")
 
     @pytest.mark.parametrize("kind", ["pure_callback", "io_callback", "debug_callback"])
     def test_callbacks(self, kind):
@@ -431,12 +433,12 @@ class TestRefusals:
         if kind == "debug_callback":  # prints, and changes nothing
             assert len(trace(apply, params, self.x).parameters) == 2
         else:
-            self.refused(apply, params, f"{kind} .*trace the function without it")
+            self.raises(apply, params, f"{kind} .*trace the function without it")
 
     def test_a_function_that_reads_no_inputs(self):
         params = shapes(stem=(8, 4), readout=(4, 3))
         apply = lambda p, x: RELU(jnp.ones((2, 8)) @ p["stem"]) @ p["readout"] + x.sum()  # noqa: E731
-        self.refused(apply, params, "no parameter is applied to the inputs; pass what")
+        self.raises(apply, params, "no parameter is applied to the inputs; pass what")
 
     def test_a_layer_written_as_a_product_and_a_sum(self):
         params = shapes(stem=(8, 4), table=(4, 3))
@@ -445,14 +447,14 @@ class TestRefusals:
         assert (table.role, table.fan_in, table.fan_out) == (Role.READOUT, 4, 3)
 
     def test_a_result_without_inputs(self):
-        self.refused(
+        self.raises(
             lambda p, x: p["bias"], shapes(bias=(4,)), "does not depend on inputs and params"
         )
 
     def test_unknown_roles(self):
         params = shapes(stem=(8, 4), readout=(4, 3))
         apply = lambda p, x: RELU(x @ p["stem"]) @ p["readout"]  # noqa: E731
-        self.refused(apply, params, "unknown parameter in roles 'stm'; accepted are readout, stem;",
+        self.raises(apply, params, "unknown parameter in roles 'stm'; accepted are readout, stem;",
                      roles={"stm": "input"})  # fmt: skip
 
     def test_sums_of_both_kinds(self):

@@ -218,7 +218,7 @@ class TestTrainEpoch:
         assert int(after.epoch) == 4
 
     @pytest.mark.parametrize("size", [0, -1, EXAMPLES + 1])
-    def test_refuses_a_batch_size(self, size):
+    def test_raises_on_a_batch_size(self, size):
         optimizer = create_optimizer(0.1)
         arguments = {"graphdef": network()[0], "optimizer": optimizer, "batch_size": size}
         with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
@@ -260,7 +260,7 @@ class TestTrainBatches:
         assert batches.shape == (EXAMPLES // BATCH, BATCH)
         assert len(set(np.asarray(batches).ravel().tolist())) == batches.size
 
-    def test_a_lost_lane_leaves_the_others_bit_for_bit_alike(self):
+    def test_a_diverged_lane_leaves_the_others_bit_for_bit_alike(self):
         optimizer, graphdef, data = rate_optimizer(), network()[0], dataset()
         batches = epoch_batches(fresh_state(optimizer), EXAMPLES, BATCH)
 
@@ -276,7 +276,7 @@ class TestTrainBatches:
                 optimizer=optimizer,
             )
 
-        (sane, sane_losses), (lost, losses) = (
+        (sane, sane_losses), (diverged, losses) = (
             train(jnp.array([0.05, rate, 0.2])) for rate in (0.1, 1e38)
         )
         assert not np.isfinite(losses[1, -1])
@@ -284,7 +284,7 @@ class TestTrainBatches:
         assert to_bytes(losses[others]) == to_bytes(sane_losses[others])
         assert np.isfinite(losses[others]).all()
         pick = lambda state: [leaf[others] for leaf in jax.tree.leaves(state.params)]  # noqa: E731
-        assert to_bytes(pick(lost)) == to_bytes(pick(sane))
+        assert to_bytes(pick(diverged)) == to_bytes(pick(sane))
 
 
 @functools.cache
@@ -335,7 +335,7 @@ class TestTrainLosses:
         np.testing.assert_allclose(found, losses.reshape(10, 2).mean(axis=1), rtol=5e-4)
 
     @pytest.mark.parametrize("size", [-1, EXAMPLES + 1])
-    def test_refuse_a_batch_size(self, size):
+    def test_raise_on_a_batch_size(self, size):
         with pytest.raises(ValueError, match=f"batch_size must .*found {size}"):
             next(
                 train_losses(
@@ -471,7 +471,7 @@ class TestEvaluate:
         assert float(found["accuracy"]) == pytest.approx(accuracy, 1e-6)
 
     @pytest.mark.parametrize("size", [0, -3])
-    def test_refuses_a_batch_size(self, size):
+    def test_raises_on_a_batch_size(self, size):
         graphdef, params, rest, _ = network()
         with pytest.raises(ValueError, match=f"batch_size must be at least 1, found {size}"):
             evaluate(
@@ -593,11 +593,11 @@ class TestSchedule:
         np.testing.assert_allclose(middle, rates / 2, rtol=1e-5)
 
     @pytest.mark.parametrize("warmup", [-1, 10, 11])
-    def test_refuses_a_warm_up_that_leaves_no_step(self, warmup):
+    def test_raises_on_a_warm_up_that_leaves_no_step(self, warmup):
         with pytest.raises(ValueError, match=f"found {warmup} of 10"):
             create_schedule(0.1, 10, warmup_steps=warmup)
 
-    def test_refuses_no_steps(self):
+    def test_raises_on_no_steps(self):
         with pytest.raises(ValueError, match="found 0 of 0"):
             create_schedule(0.1, 0)
 
@@ -608,7 +608,7 @@ class TestSchedule:
 
 class TestOptimizer:
     @pytest.mark.parametrize("rate", [math.nan, 0.0, -0.1, math.inf, -math.inf])
-    def test_refuses_a_rate(self, rate):
+    def test_raises_on_a_rate(self, rate):
         with pytest.raises(ValueError, match=f"positive and finite, found {rate}"):
             create_optimizer(rate)
         with pytest.raises(ValueError, match=f"positive and finite, found {rate}"):
@@ -617,16 +617,16 @@ class TestOptimizer:
             create_schedule(jnp.float32(rate), 10)
 
     @pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, math.nan])
-    def test_refuses_a_momentum(self, momentum):
+    def test_raises_on_a_momentum(self, momentum):
         with pytest.raises(ValueError, match=f"in \\[0, 1\\), found {momentum}"):
             create_optimizer(0.1, momentum=momentum)
 
-    def test_refuses_nesterov_without_momentum(self):
+    def test_raises_on_nesterov_without_momentum(self):
         with pytest.raises(ValueError, match="nesterov=True needs a momentum above 0, found 0"):
             create_optimizer(0.1, nesterov=True)
 
     @pytest.mark.parametrize("decay", [-1e-4, math.nan, math.inf])
-    def test_refuses_a_weight_decay(self, decay):
+    def test_raises_on_a_weight_decay(self, decay):
         with pytest.raises(ValueError, match=f"not negative, found {decay}"):
             create_optimizer(0.1, weight_decay=decay)
 

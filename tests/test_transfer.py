@@ -49,10 +49,10 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
 def test_bad_flags_of_a_study_end_with_one_line_and_leave_nothing(
     tmp_path, flag, message, run_again
 ):
-    refused = run_again("transfer", tmp_path / "run", *flag.split())
-    assert refused.returncode == 1
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    failed = run_again("transfer", tmp_path / "run", *flag.split())
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -96,10 +96,10 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     ],
 )
 def test_bad_flags_of_a_search_end_with_one_line(tmp_path, flag, message, run_again):
-    refused = run_again("find_lr", tmp_path / "run", *SEARCH, flag)
-    assert refused.returncode == 1
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    failed = run_again("find_lr", tmp_path / "run", *SEARCH, flag)
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_studies_have_the_networks_that_they_claim():

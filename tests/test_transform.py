@@ -1,4 +1,4 @@
-"""The optax transformation: what a factor does behind and before every kind of optimizer."""
+"""The optax transformation: what a multiplier does behind and before every kind of optimizer."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from experiments.lab.models import DagCNN, DagMLP
 
 BASE = dag_graph("2")
 # The paths of 2_02_212 have depths 1, 1 and 3; that of the base has depth 1 [AAS Eq. 9].
-FACTOR = 1 / math.sqrt(1 + 1 + 27)
+MULTIPLIER = 1 / math.sqrt(1 + 1 + 27)
 RATE = 0.1
 
 PARAMETERS = (
@@ -81,8 +81,8 @@ def way(optimizer, steps=10, pairs=False):
     return given.slow if pairs else given
 
 
-def scaled(params, factor):
-    return jax.tree.map(lambda leaf: factor * leaf, params)
+def scaled(params, multiplier):
+    return jax.tree.map(lambda leaf: multiplier * leaf, params)
 
 
 def close(one, other, rtol=1e-6):
@@ -92,15 +92,15 @@ def close(one, other, rtol=1e-6):
     )
 
 
-def test_the_factor_is_that_of_the_equation():
-    factors = scaled_rates()
-    assert factors == {parameter.name: pytest.approx(FACTOR) for parameter in PARAMETERS}
+def test_the_multiplier_is_that_of_the_equation():
+    multipliers = scaled_rates()
+    assert multipliers == {parameter.name: pytest.approx(MULTIPLIER) for parameter in PARAMETERS}
     updates, _ = scale().update(tree(jnp.ones), optax.EmptyState())
-    close(updates, tree(lambda shape: np.full(shape, FACTOR, np.float32)))
+    close(updates, tree(lambda shape: np.full(shape, MULTIPLIER, np.float32)))
 
 
 class TestBehindAnOptimizer:
-    """A factor f behind turns the rate η into f·η, whatever the optimizer."""
+    """A multiplier f behind turns the rate η into f·η, whatever the optimizer."""
 
     @pytest.mark.parametrize(
         "make",
@@ -115,15 +115,15 @@ class TestBehindAnOptimizer:
         ],
     )
     def test_scales_the_rate(self, make):
-        close(trajectory(optax.chain(make(RATE), scale())), trajectory(make(RATE * FACTOR)))
+        close(trajectory(optax.chain(make(RATE), scale())), trajectory(make(RATE * MULTIPLIER)))
 
     def test_scales_a_schedule(self):
         schedule = optax.linear_schedule(0.5, 0.0, 4)
         scaled = trajectory(optax.chain(optax.sgd(schedule, momentum=0.9), scale()))
-        close(scaled, trajectory(optax.sgd(lambda step: FACTOR * schedule(step), momentum=0.9)))
+        close(scaled, trajectory(optax.sgd(lambda step: MULTIPLIER * schedule(step), momentum=0.9)))
 
     def test_scales_coupled_weight_decay_with_the_gradient(self):
-        decay, rate = 0.3, RATE * FACTOR
+        decay, rate = 0.3, RATE * MULTIPLIER
         decayed = optax.chain(
             optax.add_decayed_weights(decay), optax.sgd(RATE, momentum=0.5), scale()
         )
@@ -145,7 +145,7 @@ class TestBehindAnOptimizer:
         optimizer = optax.chain(optax.adamw(RATE, weight_decay=0.5), scale())
         params = tree(jnp.ones)
         updates, _ = optimizer.update(tree(jnp.zeros), optimizer.init(params), params)
-        expected = 1 - FACTOR * RATE * 0.5
+        expected = 1 - MULTIPLIER * RATE * 0.5
         close(optax.apply_updates(params, updates), tree(lambda shape: np.full(shape, expected)))
 
     def test_decay_behind_it_stays(self):
@@ -157,7 +157,7 @@ class TestBehindAnOptimizer:
             optax.add_decayed_weights(decay),
             optax.scale_by_learning_rate(RATE),
         )
-        same = optax.adamw(RATE * FACTOR, weight_decay=decay / FACTOR)
+        same = optax.adamw(RATE * MULTIPLIER, weight_decay=decay / MULTIPLIER)
         close(trajectory(documented), trajectory(same))
 
 
@@ -193,7 +193,9 @@ class TestPlain:
         updates = tree(lambda shape: jnp.asarray(random.normal(size=shape), dtype))
         scaled, _ = scale().update(updates, optax.EmptyState())
         # In float64 the product is exact enough to round once.
-        exact = jax.tree.map(lambda u: (np.asarray(u, np.float64) * FACTOR).astype(dtype), updates)
+        exact = jax.tree.map(
+            lambda u: (np.asarray(u, np.float64) * MULTIPLIER).astype(dtype), updates
+        )
         assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {jnp.dtype(dtype)}
         jax.tree.map(np.testing.assert_array_equal, scaled, exact)
 
@@ -203,9 +205,9 @@ class TestPlain:
             scaled, _ = scale().update(updates, optax.EmptyState())
         for leaf in jax.tree.leaves(scaled):
             assert leaf.dtype == np.float64
-            np.testing.assert_allclose(leaf, FACTOR, rtol=1e-15)
+            np.testing.assert_allclose(leaf, MULTIPLIER, rtol=1e-15)
 
-    def test_factors_are_constants_of_the_program(self):
+    def test_multipliers_are_constants_of_the_program(self):
         def parameters(optimizer):
             params = tree(jnp.zeros)
             step = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
@@ -217,9 +219,9 @@ class TestPlain:
 
 
 class TestComposition:
-    """Every wrapper of optax and JAX; the truth is plain SGD at the scaled rate."""
+    """Every wrapper of optax and JAX; the ground truth is plain SGD at the scaled rate."""
 
-    sgd = optax.sgd(RATE * FACTOR, momentum=0.9)
+    sgd = optax.sgd(RATE * MULTIPLIER, momentum=0.9)
 
     def test_with_inject_hyperparams_inside(self):
         injected = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0, momentum=0.9)
@@ -262,7 +264,7 @@ class TestComposition:
             "frozen": optax.set_to_zero(),
         }
         path = trajectory(optax.multi_transform(transforms, labels))
-        expected = trajectory(optax.adam(RATE * FACTOR))
+        expected = trajectory(optax.adam(RATE * MULTIPLIER))
         for after, other in zip(path, expected, strict=True):
             close(after["hidden"], other["hidden"])
             np.testing.assert_array_equal(after["readout"], path[0]["readout"])
@@ -290,19 +292,19 @@ class TestComposition:
         for inner in (optax.sgd(RATE), optax.adam(RATE, b1=0.0)):
             plain = way(wrap(inner), pairs=pairs)
             inside = way(wrap(optax.chain(inner, scale())), pairs=pairs)
-            close(inside, scaled(plain, FACTOR), rtol=1e-4)
+            close(inside, scaled(plain, MULTIPLIER), rtol=1e-4)
             if not pairs:
                 behind = way(optax.chain(wrap(inner), scale()))
                 ratio = float(jnp.mean(behind["readout"]) / jnp.mean(plain["readout"]))
-                assert abs(ratio / FACTOR - 1) > 0.1
+                assert abs(ratio / MULTIPLIER - 1) > 0.1
 
-    def test_behind_lookahead_is_refused_by_name(self):
+    def test_behind_lookahead_raises_by_name(self):
         params = optax.LookaheadParams.init_synced(tree(jnp.zeros))
         with pytest.raises(ValueError, match="fast/"):
             optax.chain(optax.lookahead(optax.sgd(RATE), 2, 0.5), scale()).init(params)
 
     def test_inside_schedule_free_adamw_as_it_is_spelled_out(self):
-        """Without factors the spelling of docs/transform.md is `schedule_free_adamw`."""
+        """Without multipliers the spelling of docs/transform.md is `schedule_free_adamw`."""
 
         def spelled(*more):
             inner = optax.chain(
@@ -316,9 +318,9 @@ class TestComposition:
         whole = optax.contrib.schedule_free_adamw(RATE, weight_decay=0.1)
         for one, other in zip(trajectory(spelled()), trajectory(whole), strict=True):
             close(one, other)
-        # From 0, where the decay is none, one step is the rate times the sign of the gradient.
+        # From 0, where the decay is 0, one step is the rate times the sign of the gradient.
         first = way(spelled(scale()), steps=1)
-        close(first, tree(lambda shape: jnp.full(shape, -RATE * FACTOR)), rtol=1e-4)
+        close(first, tree(lambda shape: jnp.full(shape, -RATE * MULTIPLIER)), rtol=1e-4)
 
     @pytest.mark.parametrize("name", ["cocob", "madgrad"])
     def test_behind_what_has_no_inside_is_not_the_rate(self, name):
@@ -326,17 +328,17 @@ class TestComposition:
         make = optimizer if name == "cocob" else functools.partial(optimizer, 1e-3)
         plain, behind = way(make()), way(optax.chain(make(), scale()))
         ratio = float(jnp.mean(behind["readout"]) / jnp.mean(plain["readout"]))
-        assert abs(ratio / FACTOR - 1) > 0.1
+        assert abs(ratio / MULTIPLIER - 1) > 0.1
 
     @pytest.mark.parametrize("name", ["dog", "dowg", "prodigy", "dadapt_adamw"])
-    def test_behind_what_measures_distances_parameters_differ_by_the_factors(self, name):
+    def test_behind_what_measures_distances_parameters_differ_by_the_multipliers(self, name):
         """Half of the parameters are scaled, the others are not, by the same optimizer."""
         optimizer = getattr(optax.contrib, name)
         make = functools.partial(optimizer, 1.0) if name == "dog" else optimizer
         masked = optax.masked(scale(), {"hidden": False, "readout": True})
         moved = way(optax.chain(make(), masked), steps=40)
         ratio = float(jnp.mean(moved["readout"]) / jnp.mean(moved["hidden"]["kernel"]))
-        assert ratio == pytest.approx(FACTOR, rel=0.05)
+        assert ratio == pytest.approx(MULTIPLIER, rel=0.05)
 
     def test_with_clipped_gradients(self):
         clip = optax.clip_by_global_norm(0.5)
@@ -352,7 +354,7 @@ class TestComposition:
         )
         close(updates, tree(np.zeros))
         updates, state = optimizer.update(tree(jnp.ones), state, params)
-        close(updates, tree(lambda shape: np.full(shape, -RATE * FACTOR**2)))
+        close(updates, tree(lambda shape: np.full(shape, -RATE * MULTIPLIER**2)))
 
     def test_under_jit(self):
         optimizer = optax.chain(optax.sgd(RATE, momentum=0.9), scale())
@@ -368,12 +370,14 @@ class TestComposition:
         close(
             jax.vmap(first_step)(rates),
             tree(
-                lambda shape: -FACTOR * np.ones((3, *shape)) * rates.reshape(3, *[1] * len(shape))
+                lambda shape: (
+                    -MULTIPLIER * np.ones((3, *shape)) * rates.reshape(3, *[1] * len(shape))
+                )
             ),
         )
 
     def test_under_grad_through_the_update(self):
-        """Of a loss that is linear after the step, the derivative by the rate is -f·⟨g, l⟩."""
+        """The derivative by the rate of a loss that is linear after the step is -f·⟨g, l⟩."""
         gradients, slopes = tree(jnp.ones), tree(lambda shape: jnp.full(shape, 2.0))
 
         def loss(rate):
@@ -382,7 +386,7 @@ class TestComposition:
             return optax.tree.vdot(optax.apply_updates(tree(jnp.zeros), updates), slopes)
 
         size = sum(math.prod(parameter.shape) for parameter in PARAMETERS)
-        assert float(jax.grad(loss)(RATE)) == pytest.approx(-FACTOR * 2 * size)
+        assert float(jax.grad(loss)(RATE)) == pytest.approx(-MULTIPLIER * 2 * size)
 
     def test_with_the_optimizer_of_flax(self):
         network = nnx.eval_shape(lambda: DagMLP(dag_graph("2_02_212"), 2, 3, 1, rngs=nnx.Rngs(0)))
@@ -398,12 +402,12 @@ class TestComposition:
         gradients = nnx.grad(lambda network: jnp.sum(network(jnp.ones((4, 2)))))(network)
         optimizer.update(network, gradients)
         expected = jax.tree.map(
-            lambda p, g: p - RATE * FACTOR * g, before, nnx.to_pure_dict(gradients)
+            lambda p, g: p - RATE * MULTIPLIER * g, before, nnx.to_pure_dict(gradients)
         )
         close(nnx.to_pure_dict(nnx.state(network, nnx.Param)), expected, rtol=1e-5)
 
 
-class TestFactors:
+class TestMultipliers:
     def abstract(self, width, *, text="2_12", kernel_size=3, channels=3):
         graph = dag_graph(text, kernel_size=kernel_size)
         return nnx.eval_shape(
@@ -412,16 +416,16 @@ class TestFactors:
 
     def test_divide_by_the_kernel_size_of_the_network(self):
         network, base = self.abstract(4, kernel_size=5), self.abstract(4, kernel_size=3)
-        factors = learning_rate_multipliers(network, base, "path_sum")
-        assert factors == dict.fromkeys(factors, pytest.approx(3 / 5))
+        multipliers = learning_rate_multipliers(network, base, "path_sum")
+        assert multipliers == dict.fromkeys(multipliers, pytest.approx(3 / 5))
 
     def test_of_a_layer_can_divide_by_its_own_kernel_size(self):
         network, base = self.abstract(4, kernel_size=5), self.abstract(4, kernel_size=3)
-        factors = learning_rate_multipliers(network, base, "path_sum", kernel_per_layer=True)
+        multipliers = learning_rate_multipliers(network, base, "path_sum", kernel_per_layer=True)
         for parameter in network.parameters:
             convolution = parameter.name.startswith(("stem", "layers"))
             expected = 3 / 5 if convolution else 3  # q_base / q_layer
-            assert factors[parameter.name] == pytest.approx(expected), parameter.name
+            assert multipliers[parameter.name] == pytest.approx(expected), parameter.name
 
     def test_of_a_mixed_network_differ_by_layer(self):
         network = nnx.eval_shape(
@@ -429,9 +433,9 @@ class TestFactors:
         ).architecture()
         sizes = {p.name: p.kernel_size for p in network.parameters if p.name.startswith("layers")}
         assert sorted(sizes.values()) == [1, 1, 3, 3]
-        factors = learning_rate_multipliers(network, rule="none", kernel_per_layer=True)
+        multipliers = learning_rate_multipliers(network, rule="none", kernel_per_layer=True)
         for name, size in sizes.items():
-            assert factors[name] == 3 / size
+            assert multipliers[name] == 3 / size
 
     @pytest.mark.parametrize(
         ("rule", "expected"),
@@ -465,23 +469,25 @@ class TestFactors:
     )
     def test_of_width_multiply(self, rule, expected):
         wide, base = self.abstract(12), self.abstract(4)
-        factors = learning_rate_multipliers(wide, base, "none", width_rule=rule)
-        assert {name: factors[name] for name in expected} == pytest.approx(expected)
+        multipliers = learning_rate_multipliers(wide, base, "none", width_rule=rule)
+        assert {name: multipliers[name] for name in expected} == pytest.approx(expected)
         both = learning_rate_multipliers(wide, self.abstract(4, text="2"), width_rule=rule)
-        assert both == pytest.approx(factors)  # a width rule alone answers for width alone
+        assert both == pytest.approx(multipliers)  # a width rule alone answers for width alone
         options = {"rule": "path_sum", "width_rule": rule}
         both = learning_rate_multipliers(wide, self.abstract(4, text="2"), **options)
         topology = learning_rate_multipliers(wide, self.abstract(4, text="2"), "path_sum")
-        assert both == pytest.approx({name: factors[name] * topology[name] for name in factors})
+        assert both == pytest.approx(
+            {name: multipliers[name] * topology[name] for name in multipliers}
+        )
 
     def test_of_width_take_a_function(self):
-        factors = learning_rate_multipliers(
+        multipliers = learning_rate_multipliers(
             self.abstract(12),
             self.abstract(4),
             width_rule=lambda parameter, r, s: r if parameter.role == Role.READOUT else s,
         )
-        assert factors["readout/kernel"] == 3
-        assert factors["stem/kernel"] == 3
+        assert multipliers["readout/kernel"] == 3
+        assert multipliers["stem/kernel"] == 3
 
     @pytest.mark.parametrize("base", [BASE, None])
     def test_of_width_need_an_architecture(self, base):
@@ -489,9 +495,9 @@ class TestFactors:
             learning_rate_multipliers(ARCHITECTURE, base, "none", width_rule="sgd")
 
     def test_pass_options_to_the_rule(self):
-        factors = scaled_rates(rule_options={"depth_offset": 1})
+        multipliers = scaled_rates(rule_options={"depth_offset": 1})
         expected = math.sqrt(2**3 / (2**3 + 2**3 + 4**3))
-        assert factors["readout"] == pytest.approx(expected)
+        assert multipliers["readout"] == pytest.approx(expected)
         updates, _ = scale(rule_options={"depth_offset": 1}).update(
             tree(jnp.ones), optax.EmptyState()
         )
@@ -503,13 +509,13 @@ class TestFactors:
 
     def test_of_a_state_and_its_dictionary_have_the_same_names(self):
         network = nnx.eval_shape(lambda: DagMLP(BASE, 2, 3, 1, rngs=nnx.Rngs(0)))
-        factors = learning_rate_multipliers(network.architecture(), BASE)
-        assert set(factors) == set(named_leaves(nnx.state(network, nnx.Param)))
+        multipliers = learning_rate_multipliers(network.architecture(), BASE)
+        assert set(multipliers) == set(named_leaves(nnx.state(network, nnx.Param)))
 
 
 class TestErrors:
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-    def test_refuse_a_factor_that_is_no_rate(self, value):
+    def test_raise_on_a_multiplier_that_is_not_a_rate(self, value):
         with pytest.raises(ValueError, match="must be finite and positive"):
             scale_by_architecture(ARCHITECTURE, BASE, rule=lambda graph, base: value)
 
@@ -581,14 +587,14 @@ class TestErrors:
             compile(scale().update)(wrong, optax.EmptyState())
 
 
-class TestFactorsOutOfRange:
-    def test_of_very_many_paths_is_refused(self):
+class TestMultipliersOutOfRange:
+    def test_of_very_many_paths_raises(self):
         complete = dag_graph("_".join("2" * vertex for vertex in range(1, 400)))
         stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
         with pytest.raises(ValueError, match=r"'w' is .*e-6\d; .*range of float32"):
             scale_by_architecture(Architecture(complete, (stem,)), dag_graph("2"))
 
-    def test_of_a_width_rule_that_turns_the_sign_is_refused(self):
+    def test_of_a_width_rule_that_turns_the_sign_raises(self):
         stem = Parameter("w", Role.INPUT, Role.INPUT, (4, 4), 4, 4)
         architecture = Architecture(dag_graph("2"), (stem,))
         with pytest.raises(ValueError, match=r"'w' is -1"):

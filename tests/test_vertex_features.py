@@ -185,4 +185,4 @@ def test_works_under_vmap_and_grad(stack):
     assert sizes[0] == pytest.approx(float(size(params)), rel=1e-5)
     gradients = jax.jit(jax.grad(size))(params)
     assert np.all(np.isfinite(gradients["stack"])) and np.any(gradients["stack"])
-    assert not np.any(gradients["readout"])  # the readout is no vertex
+    assert not np.any(gradients["readout"])  # the readout is not a vertex

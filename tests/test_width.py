@@ -42,10 +42,10 @@ def traced(model, inputs=IMAGES):
     return archscale.trace(model.apply, params, inputs)
 
 
-def factors_by_role(architecture, factors):
+def multipliers_by_role(architecture, multipliers):
     found = {}
     for parameter in architecture.parameters:
-        found.setdefault(str(parameter.role), set()).add(round(factors[parameter.name], 9))
+        found.setdefault(str(parameter.role), set()).add(round(multipliers[parameter.name], 9))
     return found
 
 
@@ -53,9 +53,9 @@ def factors_by_role(architecture, factors):
 @pytest.mark.parametrize("base_blocks", [1, 3])
 def test_stages_of_any_width_are_compared_in_one_ratio(blocks, base_blocks):
     wide, base = traced(Stages(32, blocks)), traced(Stages(8, base_blocks))
-    adam = factors_by_role(wide, width_multipliers(wide, base, "adam"))
+    adam = multipliers_by_role(wide, width_multipliers(wide, base, "adam"))
     assert adam == {"input": {1.0}, "hidden": {0.25}, "readout": {0.25}, "bias": {1.0}}
-    sgd = factors_by_role(wide, width_multipliers(wide, base, "sgd"))
+    sgd = multipliers_by_role(wide, width_multipliers(wide, base, "sgd"))
     assert sgd == {"input": {4.0}, "hidden": {1.0}, "readout": {0.25}, "bias": {1.0, 4.0}}
 
 
@@ -86,7 +86,7 @@ def test_widths_leave_the_ends_of_the_network_alone():
     assert fans["params/layers_4/bias"] == (16, 16)
 
 
-def test_widths_that_no_layer_has_are_refused():
+def test_widths_that_no_layer_has_raise():
     arch = traced(Stages(32, 1))
     with pytest.raises(ValueError, match=r"widths name \[48\], which no layer"):
         archscale.with_widths(arch, {32: 8, 48: 12})
@@ -126,7 +126,7 @@ def spectral_change(rows, columns):
     ],
 )
 def test_muon_changes_matrices_alike_in_spectral_norm(role, shape, base_shape):
-    """Against the optimizer itself: the spectral condition, with the factor, at both widths."""
+    """Against the optimizer itself: the spectral condition, with the multiplier, at both widths."""
     edge = 0 if role == Role.HIDDEN else None
     both = [
         archscale.Architecture(
@@ -134,9 +134,11 @@ def test_muon_changes_matrices_alike_in_spectral_norm(role, shape, base_shape):
         )
         for size in (shape, base_shape)
     ]
-    factor = width_multipliers(both[0], both[1], "muon")["w"]
+    multiplier = width_multipliers(both[0], both[1], "muon")["w"]
     # Newton-Schulz brings singular values near 1 only, hence the tolerance.
-    assert factor * spectral_change(*shape) == pytest.approx(spectral_change(*base_shape), rel=0.3)
+    assert multiplier * spectral_change(*shape) == pytest.approx(
+        spectral_change(*base_shape), rel=0.3
+    )
 
 
 def test_muon_leaves_kernels_of_convolutions_to_adam():
@@ -157,8 +159,8 @@ def test_a_hidden_layer_changes_its_features_alike_whatever_both_its_widths():
         readout = jax.random.normal(keys[3], (outer,)) / outer
         gradient = jax.grad(lambda weights: readout @ weights @ stem @ x)(hidden)
         kernel = Parameter("kernel", Role.HIDDEN, Role.HIDDEN, (inner, outer), inner, outer)
-        factor = WIDTH_RULES.resolve("sgd")(kernel, inner / 64, outer / 64)
-        return float(jnp.sqrt(jnp.mean((factor * gradient @ stem @ x) ** 2)))
+        multiplier = WIDTH_RULES.resolve("sgd")(kernel, inner / 64, outer / 64)
+        return float(jnp.sqrt(jnp.mean((multiplier * gradient @ stem @ x) ** 2)))
 
     for widths in [(64, 1024), (1024, 64), (512, 512)]:
         assert change(*widths) == pytest.approx(change(64, 64), rel=0.25)

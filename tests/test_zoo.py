@@ -9,7 +9,7 @@ import pytest
 import archscale_jax as archscale
 from archscale_jax.tracing import TraceError, trace
 from tests import zoo_equinox, zoo_haiku, zoo_linen, zoo_nnx, zoo_nnx_sequences, zoo_plain
-from tests.zoo import Example, Refusal, X, statistics_of
+from tests.zoo import Example, Unsupported, X, statistics_of
 
 FRAMEWORKS: dict[str, ModuleType] = {
     "linen": zoo_linen,
@@ -31,7 +31,7 @@ def members(kind):
 
 
 EXAMPLES: dict[str, Example] = members(Example)
-REFUSALS: dict[str, Refusal] = members(Refusal)
+UNSUPPORTED: dict[str, Unsupported] = members(Unsupported)
 
 
 @pytest.fixture(scope="module", params=EXAMPLES)
@@ -71,7 +71,7 @@ def test_paths(model):
 
 
 def test_the_polynomial_of_residual_blocks_has_its_closed_form():
-    """Of n blocks of k layers, depths are k times Binomial(n, 1/2)."""
+    """Depths of n blocks of k layers are k times Binomial(n, 1/2)."""
     blocks, layers = 7, 3
     wanted = (2**blocks, layers * blocks * 2 ** (blocks - 1), 0, layers * blocks)
     assert statistics_of((1 + X**layers) ** blocks) == wanted
@@ -95,10 +95,10 @@ def test_initializes(model):
     )
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name):
-    function, params, inputs = REFUSALS[name].build()
-    with pytest.raises(TraceError, match=REFUSALS[name].match):
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported(name):
+    function, params, inputs = UNSUPPORTED[name].build()
+    with pytest.raises(TraceError, match=UNSUPPORTED[name].match):
         trace(function, params, *inputs)
 
 

@@ -16,7 +16,7 @@ def leaf(role="hidden", width_sgd: float | None = 1.0, **more):
     return {"role": role, "width_sgd": width_sgd, **more}
 
 
-REFUSED_THEN = {
+UNSUPPORTED_THEN = {
     "equinox-mlp_mixer_with_joint_norms_undeclared",
     "haiku-variational_autoencoder_undeclared",
     "linen-attention_pooling",
@@ -30,7 +30,7 @@ REFUSED_THEN = {
 
 def test_the_file_holds_every_example():
     models = json.loads(FILE.read_text(encoding="utf-8"))
-    assert set(EXAMPLES) - set(models) == REFUSED_THEN
+    assert set(EXAMPLES) - set(models) == UNSUPPORTED_THEN
     assert all(one["leaves"] for one in models.values())
 
 
@@ -63,7 +63,7 @@ def test_differences_of_values_leaves_and_models():
     lines = table(found).splitlines()
     assert [line.split() for line in lines if "width_sgd" in line][:2] == [
         ["width_sgd", "1.0", "->", "2.0"],
-        ["b", "width_sgd", "1.0", "->", "refused"],
+        ["b", "width_sgd", "1.0", "->", "error"],
     ]
     assert lines[-1].startswith("9 values differ, in 4 models")
     assert table(differences(before, before)) == "nothing differs"

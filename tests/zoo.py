@@ -50,7 +50,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refusal:
+class Unsupported:
     """A model that cannot be read, and what the message must say."""
 
     build: Callable[[], Built]
@@ -61,8 +61,8 @@ def example(**expected: Any) -> Callable[[Callable[[], Built]], Example]:
     return lambda build: Example(build, **expected)
 
 
-def refusal(match: str) -> Callable[[Callable[[], Built]], Refusal]:
-    return lambda build: Refusal(build, match)
+def unsupported(match: str) -> Callable[[Callable[[], Built]], Unsupported]:
+    return lambda build: Unsupported(build, match)
 
 
 def statistics_of(paths: Polynomial) -> tuple[int, int, int, int]:

@@ -75,7 +75,7 @@ def gru_paths(steps):
         "readout": r"linear/weight",
     },
     fans={"cell/weight_ih": (8, 36), "cell/weight_hh": (12, 36), "linear/weight": (12, 3)},
-    # Of the inputs every part feeds a sum of its own; of the state one is multiplied first.
+    # Every part of the inputs feeds a sum of its own; one part of the state is multiplied first.
     edges={"cell/weight_ih": 3 * 6, "cell/weight_hh": 5},
 )
 def gru_classifier() -> Built:
@@ -207,7 +207,7 @@ class WaveNet(eqx.Module):
         "layers/1/gate/weight": (2 * 8, 2 * 12),
         "layers/1/residual/weight": (12, 8),
     },
-    linear=r"layers/\d/\w+/weight",  # what is gated is no activation
+    linear=r"layers/\d/\w+/weight",  # what is gated is not an activation
 )
 def wavenet() -> Built:
     return built(WaveNet, WAVES)

@@ -139,7 +139,7 @@ class Llama(nnx.Module):
         "blocks/0/down/kernel": (40, 16),
         "head/kernel": (16, 50),
     },
-    linear=r"blocks/\d/(attention/[qkvo]|gate|up|down)/kernel",  # what is gated is no activation
+    linear=r"blocks/\d/(attention/[qkvo]|gate|up|down)/kernel",  # a gated value is not one
 )
 def llama() -> Built:
     return built(Llama, TOKENS, POSITIONS)
@@ -178,7 +178,7 @@ RECURRENT_ROLES = {
     paths=gru_paths(6),
     roles=RECURRENT_ROLES,
     fans={"rnn/cell/dense_i/kernel": (8, 36), "rnn/cell/dense_h/kernel": (12, 36)},
-    # Of the inputs every part feeds a sum of its own; of the state one is multiplied first.
+    # Every part of the inputs feeds a sum of its own; one part of the state is multiplied first.
     edges={"rnn/cell/dense_i/kernel": 3 * 6, "rnn/cell/dense_h/kernel": 5},
 )
 def gru_language_model() -> Built:
@@ -290,7 +290,7 @@ class Adapted(nnx.Module):
 
 
 @example(
-    # A layer, or the two of its adapter; of the last both that end in the output are readouts.
+    # A layer, or the two of its adapter; both of the last that end in the output are readouts.
     paths=(X + X**2) ** 3 * (1 + X),
     roles={
         "input": r"layers/0/(kernel|lora/lora_a)",

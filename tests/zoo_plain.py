@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tests.zoo import ONE, Built, X, example, refusal
+from tests.zoo import ONE, Built, X, example, unsupported
 
 RELU = jax.nn.relu
 VECTORS = jax.ShapeDtypeStruct((2, 8), jnp.float32)
@@ -160,7 +160,7 @@ def decoder(layer, apply) -> Built:
 
 
 @example(
-    paths=((1 + 3 * X**2) * (1 + X**2)) ** 3,  # as where it is a choice: a mask is no feature
+    paths=((1 + 3 * X**2) * (1 + X**2)) ** 3,  # as where it is a choice: a mask is not a feature
     roles={
         "embedding": r"table",
         "hidden": r"layers/\d/(query|key|value|out|fc1|fc2)",
@@ -332,7 +332,7 @@ def regression_loss() -> Built:
 
 
 @example(
-    paths=X,  # one kernel, a sum of a leaf and a product, of which one factor is kept as it is
+    paths=X,  # one kernel, a sum of a leaf and a product with one factor kept as it is
     roles={"input": r"stem", "hidden": r"frozen|left|right", "readout": r"readout"},
     fans={"frozen": (16, 16)},
     linear="",
@@ -347,7 +347,7 @@ def low_rank_update() -> Built:
     return apply, shapes(**sizes, readout=(16, 3)), (VECTORS,)
 
 
-@refusal(r"while .* write it as lax.scan")
+@unsupported(r"while .* write it as lax.scan")
 def equilibrium() -> Built:
     def apply(params, x):
         x = x @ params["stem"]

@@ -3,8 +3,8 @@
     python -m tests.zoo_snapshot            # lists the differences, ten seconds
     python -m tests.zoo_snapshot --write    # writes tests/golden/zoo_v0_1.json, for another base
 
-The file is no truth, unlike the examples of `tests/test_zoo.py`: it makes every change of a number
-visible, so that each can be judged. Differences are therefore listed, and fail no test.
+The file is not ground truth, unlike the examples of `tests/test_zoo.py`: it makes every change of a
+number visible, so that each can be judged. Differences are therefore listed, and fail no test.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _STEMS = (Role.INPUT, Role.EMBEDDING)
 
 Record = dict[str, Any]
 ABSENT = object()
-"""Stands for a value that one side does not have; None is one that a rule refuses."""
+"""Stands for a value that one side does not have; None is one for which a rule raises."""
 
 
 def snapshot() -> dict[str, Record]:
@@ -79,7 +79,7 @@ def columns_of(architecture: Architecture) -> dict[str, Mapping[str, float | Non
     """Returns standard deviations and multipliers of the leaves, by column and leaf."""
 
     def deviations(rule: str) -> Mapping[str, float | None]:
-        # A report leaves out the one leaf that is refused; `weight_standard_deviations` all.
+        # A report excludes the one leaf that raises; `weight_standard_deviations` all.
         report = archscale.report(architecture, rule="none", initialization=INITIALIZATIONS[rule])
         return {one["path"]: one["standard_deviation"] for one in report.records}
 
@@ -96,13 +96,13 @@ def columns_of(architecture: Architecture) -> dict[str, Mapping[str, float | Non
         ("depth", depth, DEPTH_RULES),
     )
     return {
-        f"{kind}_{rule}": unless_refused(function, rule)
+        f"{kind}_{rule}": unless_unsupported(function, rule)
         for kind, function, rules in kinds
         for rule in rules
     }
 
 
-def unless_refused(
+def unless_unsupported(
     function: Callable[[str], Mapping[str, float | None]], rule: str
 ) -> Mapping[str, float | None]:
     try:
@@ -122,7 +122,7 @@ def halves(architecture: Architecture) -> dict[int, int]:
 
 
 def rounded(value: Any) -> Any:
-    """Six digits: the last ones of a float differ between processors; of a stack every slice's."""
+    """Six digits: the last ones of a float differ between processors. A stack has every slice's."""
     if value is None:
         return None
     if np.ndim(value):
@@ -205,7 +205,7 @@ def table(found: list[Difference]) -> str:
 def shown(value: Any) -> str:
     if value is ABSENT:
         return "absent"
-    return "refused" if value is None else str(value)
+    return "error" if value is None else str(value)
 
 
 def encode(models: Mapping[str, Record]) -> str:

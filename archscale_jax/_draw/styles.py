@@ -22,7 +22,7 @@ INK = "#222222"
 """Colour of texts and live vertices."""
 
 TEXT_SIZE = 8.5
-"""Of most texts, in points."""
+"""Size of most texts, in points."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,7 @@ def chain_string(depth: int) -> str:
     """Returns the DAG string of the plain chain of `depth` weight edges: `2`, `2_02`, ….
 
     Raises:
-      ValueError: `depth` is no integer from 1.
+      ValueError: `depth` is not an integer from 1.
     """
     if not isinstance(depth, int | np.integer) or depth < 1:
         raise ValueError(f"depth must be an integer from 1, the weight edges, found {depth!r}")

@@ -168,7 +168,7 @@ class Allocation(Propagation):
     def linear_slices(self, edge: int) -> set[tuple[Any, ...]]:
         """The slices of a layer's outputs that go on linearly; none where all or none of them do.
 
-        Of a leaf that holds a gate, σ(a) * b, it is the half that makes b.
+        It is the half that makes b, in a leaf that holds a gate, σ(a) * b.
         """
         vertex = self.receivers[edge]
         ways = self.ways_from(vertex)

@@ -191,7 +191,7 @@ def _steps_of_loops(
     values: list[tuple[ParameterUse, float]],
     free: Collection[int],
 ) -> list[tuple[ParameterUse, float]]:
-    """Of a line that is run again and again, as by a loop over time, one use.
+    """One use of a line that is run again and again, as by a loop over time.
 
     It is the first of those whose vertex has the most contributions: the first step of a loop reads
     a state of zeros, and later ones differ by what has settled meanwhile.

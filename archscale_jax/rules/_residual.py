@@ -137,8 +137,8 @@ class _Ways:
             self.incoming[self.receivers[edge]].append(edge)
             self.outgoing[self.senders[edge]].append(edge)
 
-    def between(self, source: int, target: int, left_out: set[int]) -> set[int]:
-        """The edges on paths from one vertex to another that do not begin with one left out."""
+    def between(self, source: int, target: int, excluded: set[int]) -> set[int]:
+        """The edges on paths from one vertex to another that do not begin with an excluded one."""
         reached, wanted, behind = {source}, [target], set()
         while wanted:  # back from the target, not beyond the source
             vertex = wanted.pop()
@@ -147,7 +147,7 @@ class _Ways:
                 wanted.extend(self.senders[edge] for edge in self.incoming[vertex])
         found: set[int] = set()
         for vertex in sorted(behind):
-            edges = set(self.incoming[vertex]) - left_out
+            edges = set(self.incoming[vertex]) - excluded
             here = {edge for edge in edges if self.senders[edge] in reached}
             if here:
                 reached.add(vertex)
@@ -379,7 +379,7 @@ class Places:
     def of(self, parameter: Parameter) -> tuple[str, float]:
         """Returns where a parameter stands, and of an end the part of m^(-α) that it takes.
 
-        Of several places it is the one nearest to an end.
+        It is the one nearest to an end if there are several places.
         """
         found = (
             {self._of_use(use) for use in parameter.uses}
@@ -418,7 +418,7 @@ class Places:
 
 
 def number_of_uses(parameter: Parameter) -> int:
-    """Returns how often an entry of a leaf is used: by layers that are no slices of it."""
+    """Returns how often an entry of a leaf is used: by layers that are not slices of it."""
     edges = collections.Counter(
         use.slices for use in parameter.uses if use.kind in ("weight", "scale", "bias", "offset")
     )

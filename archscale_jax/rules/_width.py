@@ -274,8 +274,8 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
         leave the network stay as they are.
 
     Raises:
-      TypeError: no architecture, or widths that are no mapping.
-      ValueError: a width below 1, one that no parameter has, or one that is left out beside a
+      TypeError: not an architecture, or widths that are not a mapping.
+      ValueError: a width below 1, one that no parameter has, or one that is missing beside a
         listed one in the same hidden layers; `{512: 512}` says that it stays.
     """
     check_architecture(architecture)
@@ -284,9 +284,9 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
     for width, base_width in widths.items():
         if base_width < 1:
             raise ValueError(f"widths map {width} to {base_width}; accepted are integers from 1")
-    unused, left_out = set(widths), {}
+    unused, missing = set(widths), {}
     parameters = tuple(
-        _narrowed(parameter, widths, unused, left_out) for parameter in architecture.parameters
+        _narrowed(parameter, widths, unused, missing) for parameter in architecture.parameters
     )
     if unused:
         inner = sorted({size for one in architecture.parameters for size in features(one)})
@@ -294,10 +294,10 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
             f"widths name {sorted(unused)}, which no layer of the network has; its layers read and "
             f"write {', '.join(map(str, inner))} features"
         )
-    if left_out:
-        width, name = max(left_out.items())
+    if missing:
+        width, name = max(missing.items())
         raise ValueError(
-            f"widths list {sorted(widths)} and leave out {width}, which {name!r} and layers like "
+            f"widths list {sorted(widths)} and lack {width}, which {name!r} and layers like "
             f"it have beside a listed width; add {width}: base width, or {{{width}: {width}}} if "
             "it stays"
         )
@@ -347,7 +347,7 @@ def _stem_ratio(architecture: Architecture, sizes: Mapping[str, Any]) -> float |
 
 
 def _narrowed(
-    parameter: Parameter, widths: Mapping[int, int], unused: set[int], left_out: dict[int, str]
+    parameter: Parameter, widths: Mapping[int, int], unused: set[int], missing: dict[int, str]
 ) -> Parameter:
     if not parameter.uses:
         fan_in, fan_out = _fans_of(parameter, widths, unused)
@@ -376,7 +376,7 @@ def _narrowed(
                 shape[axis] = base
             done.update(found)
         if len(listed) == 2 and use.kind == "weight" and use.layer == Role.HIDDEN:
-            _note_left_out(parameter, listed, widths, left_out)
+            _note_missing(parameter, listed, widths, missing)
     return dataclasses.replace(
         parameter,
         shape=tuple(shape),
@@ -403,18 +403,18 @@ def _base_sizes(
     return found
 
 
-def _note_left_out(
+def _note_missing(
     parameter: Parameter,
     listed: Mapping[str, tuple[int, bool]],
     widths: Mapping[int, int],
-    left_out: dict[int, str],
+    missing: dict[int, str],
 ) -> None:
     (one, one_listed), (other, other_listed) = listed.values()
     if one_listed == other_listed:
         return
     size, listed_size = (other, one) if one_listed else (one, other)
     if 2 * size >= listed_size:  # less is a rank, a number of experts or the like
-        left_out[size] = parameter.name
+        missing[size] = parameter.name
 
 
 def _fans_of(parameter: Parameter, widths: Mapping[int, int], unused: set[int]) -> tuple[int, int]:
@@ -434,16 +434,16 @@ def _fans_of(parameter: Parameter, widths: Mapping[int, int], unused: set[int]) 
 
 
 def features(parameter: Parameter) -> tuple[int, int]:
-    """Returns how many features a parameter's layer reads and writes, positions left out."""
+    """Returns how many features a parameter's layer reads and writes, without positions."""
     uses = [use for use in parameter.uses if use.kind in ("weight", "embedding")]
     if not uses:
         positions = parameter.kernel_positions
         return max(1, parameter.fan_in // positions), max(1, parameter.fan_out // positions)
-    left_out = {*uses[0].positions, *(axis for axis, _ in uses[0].slices)}
+    skipped = {*uses[0].positions, *(axis for axis, _ in uses[0].slices)}
     sizes = parameter.sizes
     return (
-        math.prod(sizes[axis] for axis in uses[0].contracted if axis not in left_out),
-        math.prod(sizes[axis] for axis in {*uses[0].output, *uses[0].batch} - left_out),
+        math.prod(sizes[axis] for axis in uses[0].contracted if axis not in skipped),
+        math.prod(sizes[axis] for axis in {*uses[0].output, *uses[0].batch} - skipped),
     )
 
 

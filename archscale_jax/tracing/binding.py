@@ -21,7 +21,7 @@ class Binding(NamedTuple):
       structure: what its layers are.
       built: its graph.
       live: indices of the edges on paths.
-      moved: where the contents of vertices that are no vertices any more have gone.
+      moved: where the contents of vertices that no longer exist have gone.
       declared: roles that the user gave.
       arriving: the edges of the flow into every vertex that has some.
     """

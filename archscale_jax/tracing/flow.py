@@ -202,7 +202,7 @@ def contract(flow: Flow, outputs: set[int]) -> dict[int, int]:
         if kind == Kind.SUM and not _is_linear(leaving):
             continue
         if len([one for one in variables(leaving.before) if one.source == vertex]) > 1:
-            continue  # a product of its parts, which is no contribution of one layer
+            continue  # a product of its parts, which is not a contribution of one layer
         arriving = incoming[vertex]
         twice = _weightless(arriving) & _weightless(incoming[target])
         if any(

@@ -57,9 +57,9 @@ _SAME_FEATURES = (
     "mul",
 )
 _BITS = ("random_bits", "threefry2x32", "rng_bit_generator", "shift_right_logical")
-_REFUSED = {
+_UNSUPPORTED = {
     "while": "a while loop runs a number of times that no shape tells; write it as lax.scan",
-    "custom_root": "a root search is no layer; trace the function that it solves",
+    "custom_root": "a root search is not a layer; trace the function that it solves",
     "pure_callback": "a callback cannot be read; trace the function without it",
     "io_callback": "a callback cannot be read; trace the function without it",
 }
@@ -196,8 +196,8 @@ class Interpreter:
             return self._constants(call)
         if not call.equation.outvars:  # prints, and changes nothing
             return []
-        if name in _REFUSED:
-            raise self.state.fail(call, _REFUSED[name])
+        if name in _UNSUPPORTED:
+            raise self.state.fail(call, _UNSUPPORTED[name])
         if name == "scan":
             return self._scan(call)
         if name == "cond":

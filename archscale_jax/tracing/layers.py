@@ -63,8 +63,8 @@ def layer_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[LayerKind, .
 
     Raises:
       TraceError: what `trace` raises; a weight that several layers share, that is transposed or
-        changed (but for its dtype) before its use, or is no weight of `x @ W` or of a convolution
-        of images [n, rows, columns, inputs] in one group.
+        changed (but for its dtype) before its use, or is not a weight of `x @ W` or of a
+        convolution of images [n, rows, columns, inputs] in one group.
     """
     found: list[tuple[LayerKind, ...]] = []
 
@@ -125,7 +125,7 @@ def between_layers(
 
     Args:
       loss_fn: `(params, batch)` to a scalar.
-      params: of which only what is no layer's weight matters.
+      params: only leaves that are not a layer's weight matter.
       batch: tree of arrays.
       outputs: of the layers, before their biases, by the names of weights.
 

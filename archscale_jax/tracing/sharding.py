@@ -124,7 +124,7 @@ def _reshaped(
 ) -> tuple[int, ...] | None:
     """A divided axis may stay, be the first of several that are joined, or become several.
 
-    Of which the first is divided then. One entry a device is no axis any more: what is left of it
+    The first of them is divided then. One entry a device is not an axis: what is left of it
     may be a layer for each device.
     """
     found = [1] * len(result)

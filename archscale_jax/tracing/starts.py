@@ -25,7 +25,7 @@ _LARGE = 2**16
 def starting_values(leaves: Mapping[str, Any]) -> dict[str, Start]:
     """Returns what arrays hold, by name: their one value, or their moments.
 
-    Of large arrays it is told only whether all entries are 0. Nothing is known of shapes, of what
+    It tells of large arrays only whether all entries are 0. Nothing is known of shapes, of what
     is traced or lies on other machines, nor where all leaves hold one and the same value, as
     arrays that stand for their shapes do.
     """

@@ -354,7 +354,7 @@ def mixture(state: State, parts: Sequence[tuple[Expression, int]]) -> Expression
 def mean_over(
     state: State, expression: Expression, labels: Labels, count: int, name: str = "mean"
 ) -> Expression:
-    """Returns the statistic of an expression over an axis; of what is constant there, itself."""
+    """Returns the statistic of an expression over an axis; itself where it is constant."""
     if not labels or isinstance(expression, Constant | Unknown):
         return expression
     units = state.has_units(labels) or any(isinstance(label, tuple) for label in labels)

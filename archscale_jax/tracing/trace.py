@@ -71,7 +71,7 @@ def trace(
       The architecture; its `notes` say what was supposed.
 
     Raises:
-      TypeError: no function, or params that are no arrays.
+      TypeError: not a function, or params that are not arrays.
       ValueError: another value of `unknown`.
       TraceError: something that cannot be read; the message names all parameters, operations and
         lines, and what to do.
@@ -223,8 +223,8 @@ def vertex_features(
 ) -> dict[int, jax.Array]:
     """Evaluates a function and returns the features of the vertices that `trace` finds in it.
 
-    Of every vertex what it sums, before normalization and activation; of a layer that no sum
-    reads, its output with its bias. The function runs as it is, loops over layers unrolled, all
+    A vertex has what it sums, before normalization and activation; a layer that no sum reads
+    has its output with its bias. The function runs as it is, loops over layers unrolled, all
     branches of a `cond` evaluated. Works under `jit`, `grad`, `jvp` and `vmap`; jit it, as eagerly
     every operation is compiled by itself. Axes are those that the function has inside: where it is
     a function of one example mapped by `jax.vmap` over `W @ x`, examples may come last, and the
@@ -274,7 +274,7 @@ class Reading(NamedTuple):
       evaluation: what was computed, or None.
       outputs: the vertices of the results.
       results: the values of the results.
-      moved: where the contents of vertices that are no vertices any more have gone.
+      moved: where the contents of vertices that no longer exist have gone.
     """
 
     state: State
@@ -349,7 +349,7 @@ def read(
         constants = [interpreter.known(constant) for constant in closed.consts]
         return interpreter, interpreter.read(closed.jaxpr, constants, arguments)
 
-    # An input that no layer reads, as targets and running averages are, is no source of features.
+    # Inputs that no layer reads, such as targets and running averages, are not sources of features.
     interpreter, results = interpret(sources, evaluate=False)
     read_by_layers = interpreter.state.inputs_read
     if evaluate or read_by_layers < sources:
@@ -403,14 +403,14 @@ def _has_averages(tree: PyTree) -> bool:
 
 
 def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> None:
-    """Refuses what is easily taken for a function, its params, or its inputs."""
+    """Raises on what is easily taken for a function, its params, or its inputs."""
     # By name, as Flax is not imported here. What its transformations return, nnx.jit say, is fine.
     modules = [base.__module__ for base in type(function).__mro__ if base.__name__ == "Module"]
     hint = ""
     if any(name.startswith("flax.linen") for name in modules):
-        hint = "; of a linen module pass apply"
+        hint = "; for a linen module pass apply"
     elif any(name.startswith("flax.nnx") for name in modules):
-        hint = "; of an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
+        hint = "; for an NNX model pass lambda params, x: nnx.merge(graphdef, params)(x)"
     if not callable(function) or hint:
         raise TypeError(
             "trace takes (function, params, *inputs); expected a function first, found "
@@ -430,6 +430,6 @@ def _check_call(function: Any, params: PyTree, inputs: tuple[PyTree, ...]) -> No
     for one in inputs:
         if isinstance(one, tuple) and one and all(type(size) is int for size in one):
             raise TypeError(
-                f"found the input {one!r}; of an array of this shape pass "
+                f"found the input {one!r}; for an array of this shape pass "
                 f"jax.ShapeDtypeStruct({one!r}, jax.numpy.float32)"
             )

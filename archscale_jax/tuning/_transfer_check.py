@@ -22,7 +22,7 @@ class TransferCheck(NamedTuple):
         rate, pooled over sizes; nan for one seed.
       excess: by how much the loss exceeds the smallest one, as a fraction of the latter's size, at
         the rate that is best for the first size; never negative, inf where runs at it diverge.
-        Of a smallest loss that is 0 see `find_learning_rate`.
+        See `find_learning_rate` for a smallest loss of 0.
       bracketed: whether every search saw rates that are too small and too large.
       limit: the drift in nats that 95 of 100 checks stay below where nothing moves; nan for one
         seed. The root of the sum of two squares: the `seed_error` of one rate, pooled over sizes,

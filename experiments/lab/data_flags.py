@@ -27,7 +27,7 @@ class DatasetParser(flags.ArgumentParser):
 
 
 class DatasetFlag(flags.Flag):
-    """Keeps the folder of a .npz file in --data_dir, which is no part of what a run is."""
+    """Keeps the folder of a .npz file in --data_dir, which does not decide what a run computes."""
 
     def parse(self, argument: str) -> None:
         super().parse(argument)

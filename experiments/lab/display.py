@@ -32,6 +32,6 @@ def progress(
 
 
 def note(text: str) -> None:
-    """Prints a line that is no result, unless --quiet was given."""
+    """Prints a line that is not a result, unless --quiet was given."""
     if shown():
         print(text, file=sys.stderr, flush=True)

@@ -30,8 +30,9 @@ def check_transformer(dataset: Dataset, width: int, flag: str) -> None:
     heads = max(width // HEAD_FEATURES, 1)
     if width % heads:
         raise ValueError(
-            f"{flag}={width} is no multiple of the {heads} heads that a transformer of this width "
-            f"has; accepted are multiples of {HEAD_FEATURES}, and what is below {2 * HEAD_FEATURES}"
+            f"{flag}={width} is not a multiple of the {heads} heads that a transformer of this "
+            f"width has; accepted are multiples of {HEAD_FEATURES}, and what is below "
+            f"{2 * HEAD_FEATURES}"
         )
     height, side = dataset.train_images.shape[1:3]
     if min(height, side) < PATCH:

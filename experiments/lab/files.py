@@ -218,7 +218,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a JSON-lines journal; an unfinished last line is left out.
+    """Reads a JSON-lines journal; an unfinished last line is ignored.
 
     Raises:
       OSError: it cannot be read.

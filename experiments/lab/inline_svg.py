@@ -19,7 +19,7 @@ _PRESENTATION = (
 ELEMENTS = frozenset(_SHAPES.split())
 ATTRIBUTES = frozenset(f"id href style {_GEOMETRY} {_PRESENTATION}".split())
 PROPERTIES = frozenset(_PRESENTATION.split())
-"""Of style attributes; the page names one font family for all."""
+"""Style attributes; the page names one font family for all."""
 
 MAX_BYTES = 20 * 2**20
 MAX_DEPTH = 100
@@ -76,7 +76,7 @@ class _Writer:
         self._prefix, self._label_id = prefix, label_id
         self._open: list[str] = []
         self._defined: set[str] = set()
-        self._skipped = 0  # depth within an element that is left out
+        self._skipped = 0  # depth within an element that is dropped
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         name = _local(tag)

@@ -125,7 +125,7 @@ def trainer(network: Network, trial: Mapping[str, Any]) -> Callable[[float, int]
 def search_rate(network: Network, trial: Mapping[str, Any], *, refine: int) -> dict[str, Any]:
     """Searches the best rate of a network; see `archscale_jax.find_learning_rate`.
 
-    The start is the middle of the rates, the same for every network: no rule enters the truth.
+    The start is the middle of the rates, the same for every network: the ground truth uses no rule.
 
     Args:
       network: what is trained.

@@ -29,7 +29,7 @@ _HERE = pathlib.Path(__file__).parent
 _NUMBER = re.compile(
     r"(?:\d{1,9}†)?([+−-]?(?:\d[\d,]{0,30}\.?\d{0,30}|\.\d{1,30})(?:e[+-]?\d{1,4})?)(?![\w.])"
 )
-_NO_NUMBER = re.compile(r"–.*|none|lost|diverged", re.DOTALL)
+_NO_NUMBER = re.compile(r"–.*|none|diverged", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
@@ -51,7 +51,7 @@ def write(
       title: of the page.
       about: docstring of the binary, whose first paragraph says what was asked; or None.
       remarks: sentences above the tables, such as the answer.
-      tables: by the caption; one without rows is left out.
+      tables: by the caption; one without rows is omitted.
       figures: what each shows, by the path of its PNG; the page takes the SVG beside it.
 
     Returns:

@@ -61,7 +61,7 @@ def read_table(path: str | os.PathLike[str]) -> BenchmarkTable:
       FileNotFoundError: There is no such file.
       ValueError: The file is empty or no CSV, or a line is malformed: its number of fields, a cell
         that does not parse or that an earlier line has, in whichever notation, or an accuracy that
-        is no number between 0 and 100. The message names the file and the line.
+        is not a number between 0 and 100. The message names the file and the line.
     """
     path = pathlib.Path(path)
     lines = _numbered_lines(path)
@@ -97,11 +97,11 @@ def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
         try:
             content = gzip.decompress(content)
         except (EOFError, zlib.error, OSError) as error:
-            raise ValueError(f"{path} is no complete gzip file: {error}") from None
+            raise ValueError(f"{path} is not a complete gzip file: {error}") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         try:
@@ -109,7 +109,7 @@ def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(f"{path} line {reader.line_num} is no CSV: {error}") from None
+            raise ValueError(f"{path} line {reader.line_num} is not CSV: {error}") from None
         yield reader.line_num, fields
 
 

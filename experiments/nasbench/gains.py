@@ -1,9 +1,9 @@
 """Accuracies of architectures over seeds: what a recipe gains, and gaps against their noise.
 
-Accuracies are arrays [A, S] of A architectures and S seeds, NaN where a run was lost. An
-architecture counts with the mean over the seeds that are there; without any it is left out, and
-results say how many were. (A run that ended at chance is a result, not a loss: count it with its
-accuracy, or a recipe is judged by the runs that it did not ruin.)
+Accuracies are arrays [A, S] of A architectures and S seeds, NaN where a run is missing. An
+architecture counts with the mean over the seeds that are there; without any it is excluded, and
+results say how many were. (A run that ended at chance is not a missing run: count it with
+its accuracy, or a recipe is judged by the runs that it did not ruin.)
 """
 
 import math
@@ -23,12 +23,12 @@ class PairwiseGaps(NamedTuple):
     Attributes:
       reference: [pairs], absolute difference of the mean accuracies.
       other: [pairs], of the same pairs.
-      flips: share of pairs that the recipes order oppositely; one tied under either is no flip.
+      flips: share of pairs that the recipes order oppositely; one tied under either is not a flip.
       clear_flips: share that they do with gaps above 2 standard errors under both; NaN where the
         noise of one is not known.
-      noise: standard error of the gap between two architectures without a lost run, under each
+      noise: standard error of the gap between two architectures without a missing run, under each
         recipe; NaN where no architecture has two seeds.
-      left_out: how many architectures lack a run under one of them.
+      excluded: how many architectures lack a run under one of them.
     """
 
     reference: Float[np.ndarray, "pairs"]
@@ -36,7 +36,7 @@ class PairwiseGaps(NamedTuple):
     flips: float
     clear_flips: float
     noise: tuple[float, float]
-    left_out: int
+    excluded: int
 
 
 def pairwise_gaps(reference: Accuracies, other: Accuracies) -> PairwiseGaps:
@@ -76,7 +76,7 @@ class GainSummary(NamedTuple):
     """What a recipe gains over a fixed one, of the architectures with a run under both.
 
     Attributes:
-      gains: [A], difference of the mean accuracies; NaN of an architecture that is left out.
+      gains: [A], difference of the mean accuracies; NaN of an architecture that is excluded.
       mean: their mean.
       low: lower end of its bootstrap interval over architectures; NaN without a generator.
       high: its upper end.
@@ -85,7 +85,7 @@ class GainSummary(NamedTuple):
       spread_fixed: standard deviation of the mean accuracies over architectures under the fixed
         recipe, in which the noise of the seeds is included.
       spread_ours: the same under the other.
-      left_out: how many architectures are left out.
+      excluded: how many architectures are excluded.
     """
 
     gains: Float[np.ndarray, "A"]
@@ -96,7 +96,7 @@ class GainSummary(NamedTuple):
     p_value: float
     spread_fixed: float
     spread_ours: float
-    left_out: int
+    excluded: int
 
 
 def gain_summary(
@@ -157,7 +157,7 @@ def check_accuracies(**named: np.ndarray) -> list[Accuracies]:
         if values.ndim != 2 or values.shape[1] == 0:
             raise ValueError(f"{name} must be [architectures, seeds], found shape {values.shape}")
         if np.isinf(values).any():
-            raise ValueError(f"{name} must be finite, or NaN where a run was lost; found inf")
+            raise ValueError(f"{name} must be finite, or NaN where a run is missing; found inf")
     if len({len(values) for values in checked.values()}) > 1:
         found = ", ".join(f"{name} of {len(values)}" for name, values in checked.items())
         raise ValueError(f"accuracies must be of the same architectures, found {found}")

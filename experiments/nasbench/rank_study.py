@@ -182,7 +182,7 @@ def sample_cells(count: int, seed: int = 0) -> list[str]:
 
 
 SEARCH_SEEDS = 3
-"""Of every search and measurement, so that more seeds may be trained later at the same rates."""
+"""Seeds of every search and measurement: more may be trained later, at the same rates."""
 
 
 class Plan(NamedTuple):

@@ -44,7 +44,7 @@ class TauCurve(NamedTuple):
         more than half of the resamples are.
       high: [F], its upper end.
       architectures: how many have a run under both recipes.
-      left_out: how many have not.
+      excluded: how many have not.
     """
 
     fractions: tuple[float, ...]
@@ -52,7 +52,7 @@ class TauCurve(NamedTuple):
     low: Float[np.ndarray, "F"]
     high: Float[np.ndarray, "F"]
     architectures: int
-    left_out: int
+    excluded: int
 
 
 def kendall_tau_at_top(
@@ -97,7 +97,7 @@ def seed_control(
 
     For arguments and errors see `kendall_tau_at_top`; `all` leaves no seeds for the other side.
     """
-    _refuse_all(average)
+    _reject_all(average)
     return kendall_tau_at_top(accuracies, accuracies, fractions, average=average, **options)
 
 
@@ -115,7 +115,7 @@ def tau_shortfall(
     (all three taus of the same resamples). For K < 1 each control selects by its own recipe.
     Arguments and errors are those of `seed_control`.
     """
-    _refuse_all(average)
+    _reject_all(average)
     terms = [(-1.0, reference, other), (0.5, reference, reference), (0.5, other, other)]
     return _curve(terms, fractions, average, **options)
 
@@ -168,7 +168,7 @@ def compare_rankings(
     return RankingComparison(len(names), only_first, only_second, curve)
 
 
-def _refuse_all(average: str) -> None:
+def _reject_all(average: str) -> None:
     if average == "all":
         raise ValueError("a seed control averages 'halves' or 'single'; 'all' leaves no other side")
 

@@ -80,14 +80,14 @@ def deviation(model: Model, ending: str, rule: str | None = None) -> np.ndarray:
     return np.asarray(value(archscale.weight_standard_deviations(model.trace(), rule), ending))
 
 
-def factors(model: Model, base: Model, **options: Any) -> dict[str, Any]:
+def multipliers(model: Model, base: Model, **options: Any) -> dict[str, Any]:
     """Learning-rate multipliers against a base, without a rule of paths."""
     return archscale.learning_rate_multipliers(model.trace(), base.trace(), "none", **options)
 
 
-def array_of(factor: Any, shape: Sequence[int]) -> np.ndarray:
+def array_of(multiplier: Any, shape: Sequence[int]) -> np.ndarray:
     """A multiplier or deviation, broadcast over a leaf."""
-    return np.broadcast_to(np.asarray(factor), tuple(shape))
+    return np.broadcast_to(np.asarray(multiplier), tuple(shape))
 
 
 def drawn(model: Model, architecture: Architecture, seed: int, rule: str | None = None) -> Any:

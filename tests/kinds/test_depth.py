@@ -21,9 +21,9 @@ from archscale_jax.rules._residual import residual_branches
 from tests.kinds.helpers import (
     Model,
     equinox_model,
-    factors,
     haiku_model,
     linen_model,
+    multipliers,
     normal,
     spec,
     specs,
@@ -74,7 +74,7 @@ def test_norms_outside_of_branches_keep_their_rate(optimizer, exponent):
     """
     make = functools.partial(PreLN, embedded=True)
     x = normal(2, 8)
-    found = factors(
+    found = multipliers(
         linen_model(make(8), x),
         linen_model(make(2), x),
         depth_rule=optimizer,
@@ -118,7 +118,7 @@ def test_last_norm_of_equinox_and_haiku():
     def of_equinox(depth):
         return equinox_model(lambda key: Net(key, depth), normal(2, 8))
 
-    found = factors(of_equinox(8), of_equinox(2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(of_equinox(8), of_equinox(2), depth_rule="adam", depth_exponent=0.5)
     assert value(found, "last/weight") == pytest.approx(1)
     assert value(found, "blocks/0/0/weight") == pytest.approx(0.5)
     assert value(found, "blocks/0/2/weight") == pytest.approx(0.25)
@@ -134,7 +134,7 @@ def test_last_norm_of_equinox_and_haiku():
 
         return haiku_model(network, normal(2, 8))
 
-    found = factors(of_haiku(8), of_haiku(2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(of_haiku(8), of_haiku(2), depth_rule="adam", depth_exponent=0.5)
     assert value(found, "last/scale") == pytest.approx(1)
     assert value(found, "last/offset") == pytest.approx(1)
     assert value(found, "norm3/scale") == pytest.approx(0.5)
@@ -172,7 +172,7 @@ def stack(depth, add, width=16):
 )
 def test_a_bias_added_to_the_sum_ends_the_branch(add, optimizer):
     """By hand, Adam: n biases move the stream by n·η·f, so that f = 1/m keeps it; SGD as well."""
-    found = factors(stack(8, add), stack(2, add), depth_rule=optimizer, depth_exponent=0.5)
+    found = multipliers(stack(8, add), stack(2, add), depth_rule=optimizer, depth_exponent=0.5)
     inside, end = expected(optimizer, 4, 0.5)
     assert found["w/0"] == pytest.approx(inside)
     assert found["v/0"] == pytest.approx(end)
@@ -198,12 +198,12 @@ class Denoiser(nn.Module):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("result", ["x - net(x)", "x + net(x)"])
-def test_a_skip_around_the_network_is_no_block(result, optimizer):
+def test_a_skip_around_the_network_is_not_a_block(result, optimizer):
     """The numbers of net(x): m = n/n_b, and the readout ends no branch."""
 
     def numbers(result):
         models = (linen_model(Denoiser(depth, result), normal(2, 8)) for depth in (8, 1))
-        return factors(*models, depth_rule=optimizer, depth_exponent=0.5)
+        return multipliers(*models, depth_rule=optimizer, depth_exponent=0.5)
 
     plain = numbers("net(x)")
     assert value(plain, "head/kernel") == pytest.approx(1)
@@ -214,7 +214,7 @@ def test_a_skip_around_the_network_is_no_block(result, optimizer):
 def test_a_global_skip_of_convolutions():
     """EDSR: a skip from behind the first convolution around all blocks, and x + net(x) in Haiku.
 
-    The inner one is an addition as others are, the outer one is none: head 1.
+    The inner one is an addition as others are, the outer one is not: head 1.
     """
 
     def make(depth):
@@ -227,7 +227,7 @@ def test_a_global_skip_of_convolutions():
 
         return haiku_model(network, normal(1, 6, 6, 3))
 
-    found = factors(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
     assert value(found, "head/w") == pytest.approx(1)
     assert value(found, "first/w") == pytest.approx(1)
     assert value(found, "down0/w") == pytest.approx(0.25)
@@ -257,7 +257,7 @@ def translation(depth):
 
 def test_keys_and_values_of_cross_attention_stand_in_the_branch():
     """q, k and v alike m^(-½) at m = 2, though k and v read the encoder; o 1/m."""
-    found = factors(translation(4), translation(2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(translation(4), translation(2), depth_rule="adam", depth_exponent=0.5)
     for name in "qkv":
         assert found[f"layers/1/{name}"] == pytest.approx(2**-0.5), name
     assert found["layers/1/o"] == pytest.approx(0.5)
@@ -282,7 +282,7 @@ def test_cross_attention_of_linen():
             return nn.Dense(3, name="head")(nn.LayerNorm(name="last")(h))
 
     inputs = normal(2, 4, 8), normal(2, 5, 6)
-    found = factors(
+    found = multipliers(
         *(linen_model(Net(depth), *inputs) for depth in (8, 2)),
         depth_rule="adam",
         depth_exponent=0.5,
@@ -352,7 +352,7 @@ def test_products_in_branches(block, inside, end):
     The combine weights of experts are a softmax, so that only the experts' last layer can end it.
     """
     names = (*inside, *end)
-    found = factors(
+    found = multipliers(
         stacked_products(block, names, 4),
         stacked_products(block, names, 2),
         depth_rule="adam",
@@ -370,7 +370,7 @@ def test_gated_residuals_are_read():
     What is inside for sure is m^(-½); the two lie between 1/m and m^(-½), one below m^(-½).
     """
     names = ("a", "b", "gate")
-    found = factors(
+    found = multipliers(
         stacked_products(adaln, names, 4),
         stacked_products(adaln, names, 2),
         depth_rule="adam",
@@ -415,7 +415,7 @@ class DiffusionTransformer(nn.Module):
 
 @pytest.mark.parametrize("given", ["arrays", "shapes"])
 def test_modulated_blocks_of_a_diffusion_transformer(given):
-    """Two additions a block; a shift is no skip. What modulates a block is inside of it."""
+    """Two additions a block; a shift is not a skip. What modulates a block is inside of it."""
     x, c = normal(2, 4, 8), normal(2, 8, seed=2)
 
     def traced(depth):
@@ -436,9 +436,9 @@ def test_modulated_blocks_of_a_diffusion_transformer(given):
     )
     expected = dict.fromkeys(inside, 2**-0.5) | dict.fromkeys(("down", "attention/out"), 0.5)
     expected |= dict.fromkeys(("stem", "condition", "head", "norm"), 1.0)
-    for name, factor in found.items():
+    for name, multiplier in found.items():
         (one,) = (value for layer, value in expected.items() if f"/{layer}/" in f"/{name}")
-        np.testing.assert_allclose(factor, one, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(multiplier, one, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("framework", ["linen", "equinox"])
@@ -479,7 +479,7 @@ def test_gated_feed_forward_layers_in_branches(framework):
 
         return equinox_model(build, normal(2, 8))
 
-    found = factors(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
     where = {"linen": ("gate1", "up1", "down1"), "equinox": ("2/gate", "2/up", "2/down")}
     weight = {"linen": "kernel", "equinox": "weight"}[framework]
     gate, up, down = (value(found, f"{one}/{weight}") for one in where[framework])
@@ -509,7 +509,7 @@ def test_the_gain_of_a_norm_that_ends_a_branch_is_its_end(optimizer, exponent):
                 h = h + nn.LayerNorm(name=f"post{i}")(y)
             return nn.Dense(5, name="out")(nn.LayerNorm(name="last")(h))
 
-    found = factors(
+    found = multipliers(
         *(linen_model(Net(depth), normal(2, 8)) for depth in (8, 2)),
         depth_rule=optimizer,
         depth_exponent=exponent,
@@ -547,7 +547,7 @@ def test_batch_norm_that_ends_a_branch_of_convolutions():
         return Model(apply, shapes, (spec(2, 6, 6, 3),))
 
     try:
-        found = factors(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
+        found = multipliers(make(8), make(2), depth_rule="adam", depth_exponent=0.5)
     except ValueError as error:  # relu behind the sum: no stack whose stream is linear
         assert "residual" in str(error)
         return
@@ -580,7 +580,7 @@ def test_gradients_of_shared_weights_are_sums(exponent):
     for optimizer in ("sgd", "adam"):
         inside, end = expected(optimizer, 8, exponent)
         for shared in (False, True):
-            found = factors(
+            found = multipliers(
                 shared_stack(16, shared),
                 shared_stack(2, shared),
                 depth_rule=optimizer,
@@ -632,7 +632,7 @@ def test_shared_weights_of_loops(how):
         return Model(apply, shapes, (normal(2, 8),)), "up", "down"
 
     wide, up, down = make(8)
-    found = factors(wide, make(2)[0], depth_rule="sgd", depth_exponent=1.0)
+    found = multipliers(wide, make(2)[0], depth_rule="sgd", depth_exponent=1.0)
     assert value(found, up) == pytest.approx(4 / 4)
     assert value(found, down) == pytest.approx(1 / 16)
 
@@ -652,7 +652,7 @@ def test_scanned_slices_are_leaves_of_their_own():
         return Model(apply, shapes | {"layers": layers}, (normal(4, 8),))
 
     for optimizer in ("sgd", "adam"):
-        found = factors(make(16), make(2), depth_rule=optimizer, depth_exponent=1.0)
+        found = multipliers(make(16), make(2), depth_rule=optimizer, depth_exponent=1.0)
         inside, end = expected(optimizer, 8, 1.0)
         np.testing.assert_allclose(found["layers/up"], inside, rtol=1e-6)
         np.testing.assert_allclose(found["layers/down"], end, rtol=1e-6)

@@ -185,7 +185,7 @@ def test_weights_are_drawn_where_shapes_or_placeholders_were_traced():
         assert archscale.initialize(KEY, given, architecture)["B"]["kernel"].any()
 
 
-def test_a_layer_that_starts_at_zero_is_no_contribution():
+def test_a_layer_that_starts_at_zero_is_not_a_contribution():
     """The layer beside it gets the whole variance, 2/n, not half of it."""
     _, _, architecture = traced(LowRank())
     deviations = archscale.weight_standard_deviations(architecture, "target_in_degree")
@@ -268,7 +268,7 @@ def modulated_convolution(params, x, style):
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
-def test_a_kernel_that_features_scale_is_refused_with_a_way_on(kind):
+def test_a_kernel_that_features_scale_raises_with_a_way_on(kind):
     if kind == "dense":
         apply, inputs, shapes = modulated_kernel, (spec(4, 32), spec(4, 32)), MODULATED
     else:

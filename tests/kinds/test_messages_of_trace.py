@@ -171,7 +171,7 @@ def test_a_derivative_inside_is_noted_with_a_way_on(derivative):
     archscale.scale_by_architecture(plain, plain, width_rule="adam").init(params)
 
 
-def test_custom_derivatives_are_no_derivatives():
+def test_custom_derivatives_make_no_note():
     shapes = specs(a=(3, 16), b=(16, 1))
     apply = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
     assert not archscale.trace(jax.checkpoint(apply), shapes, spec(2, 3)).notes

@@ -100,7 +100,7 @@ NORMS = {
 
 @BOTH_RULES
 @pytest.mark.parametrize("spelling", NORMS)
-def test_a_norm_is_no_activation_however_it_is_written(spelling, rule):
+def test_a_norm_is_not_an_activation_however_it_is_written(spelling, rule):
     """ρ = scale² = 1 behind a norm, as at the inputs: C of the stem by moments, 1 by `target`.
 
     The default rule halves C = 2 where no activation is read; by moments the layer behind a norm
@@ -152,7 +152,7 @@ def test_norms_of_frameworks_are_one_norm():
         np.testing.assert_allclose(found, found[0], rtol=1e-6)
 
 
-def test_a_linear_transform_of_features_is_no_activation():
+def test_a_linear_transform_of_features_is_not_an_activation():
     """fft is linear: the layer behind it reads no activation, so that its C is not doubled."""
 
     def there_and_back(h):
@@ -751,7 +751,7 @@ def test_dense_skip_of_an_activation():
     shapes = specs(stem=(64, WIDTH), out=(WIDTH, 3)) | {"w": [spec(WIDTH, WIDTH)] * 4}
     model = Model(lambda p, x: run(p, x)[0], shapes, (normal(64, 64),))
     found = moments(model, "second_moment", lambda p, x: run(p, x)[1])
-    # Means of ReLUs add up, Σ of k has k(k-1)/π of cross terms [theory §3]: room for them.
+    # Means of ReLUs add up, Σ of k has k(k-1)/π of cross terms [theory §3]: a tolerance for them.
     assert 1 < found[-1] / found[0] < 1.28 * 1.3
 
 

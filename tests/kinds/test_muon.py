@@ -3,7 +3,7 @@
 A matrix that a layer applies to k inputs and N outputs shall change by √(N/k) in spectral norm.
 optax orthogonalizes every leaf of two axes and multiplies by √max(1, shape₁/shape₀), or by
 √max(shape)·rms: c is the size of its update over the wanted one, and the multiplier is c_b/c.
-Biases [heads, d] are no matrices of a layer: their entries shall change alike at every width.
+Biases [heads, d] are not matrices of a layer: their entries shall change alike at every width.
 """
 
 import math
@@ -20,9 +20,9 @@ from flax import linen as nn
 from tests.kinds.helpers import (
     Model,
     equinox_model,
-    factors,
     haiku_model,
     linen_model,
+    multipliers,
     normal,
     spec,
     specs,
@@ -110,7 +110,7 @@ def test_matrices_change_by_the_root_of_out_over_in(make, rms):
     """c_b/c of every layer, in the orientation in which it is stored."""
     wide, base = make(256), make(32)
     extra = {} if rms is None else {"consistent_rms": rms}
-    found = factors(wide, base, width_rule="muon", **extra)
+    found = multipliers(wide, base, width_rule="muon", **extra)
     small = {one.name: one for one in base.trace().parameters}
     count = 0
     for one in wide.trace().parameters:
@@ -137,16 +137,16 @@ def test_closed_form_of_both_orientations():
     size 1, wanted √(n/20): √8. With x @ W the stem's c is 1 and the readout's √(n/5).
     """
     root = 8**0.5
-    found = factors(chain(512), chain(64), width_rule="muon")
+    found = multipliers(chain(512), chain(64), width_rule="muon")
     assert [found[name] for name in "abc"] == pytest.approx([1, 1, 1 / root])
-    found = factors(transposed_chain(512), transposed_chain(64), width_rule="muon")
+    found = multipliers(transposed_chain(512), transposed_chain(64), width_rule="muon")
     assert [found[name] for name in "abc"] == pytest.approx([root, 1, 1 / 8])
 
 
 def test_closed_form_of_consistent_rms():
     """Size rms·√max(shape): hidden c = rms·√n, 1/√r; stem √n/√(n/20) = √20, 1; readout n, 1/r."""
     for make in (chain, transposed_chain):
-        found = factors(make(512), make(64), width_rule="muon", consistent_rms=0.2)
+        found = multipliers(make(512), make(64), width_rule="muon", consistent_rms=0.2)
         assert [found[name] for name in "abc"] == pytest.approx([1, 8**-0.5, 1 / 8])
 
 
@@ -184,7 +184,7 @@ def test_a_tied_table_is_a_matrix_of_muon(framework):
     """
     name = "embedding"
     wide, base = tied(128, 300, framework), tied(16, 300, framework)
-    found = value(factors(wide, base, width_rule="muon"), name)
+    found = value(multipliers(wide, base, width_rule="muon"), name)
     assert found == pytest.approx(8**-0.5, rel=1e-3)
 
 
@@ -198,7 +198,7 @@ def test_a_readout_of_its_own_beside_a_table():
         shapes = specs(table=(300, width), mix=(width, width), out=(width, 300))
         return Model(apply, shapes, (spec(2, 6, dtype=jnp.int32),))
 
-    found = factors(make(128), make(16), width_rule="muon")
+    found = multipliers(make(128), make(16), width_rule="muon")
     assert found["out"] == pytest.approx(1)
     assert found["mix"] == pytest.approx(1)
 
@@ -216,7 +216,7 @@ def test_positions_keep_their_rate():
 
     entries = [float(np.sqrt(np.mean(update_of((6, width)) ** 2))) for width in (16, 128)]
     assert entries[0] == pytest.approx(entries[1], rel=0.4)  # 2.83 by a factor of the width
-    assert factors(make(128), make(16), width_rule="muon")["positions"] == pytest.approx(1)
+    assert multipliers(make(128), make(16), width_rule="muon")["positions"] == pytest.approx(1)
 
 
 # Biases of two axes
@@ -278,14 +278,14 @@ def test_biases_of_heads_change_alike_at_every_width(make, names):
         return float(np.sqrt(np.mean(update_of(shape) ** 2)))
 
     assert entry((4, 16)) / entry((32, 16)) == pytest.approx(8**0.5, rel=0.2)
-    found = factors(make(512), make(64), width_rule="muon")
+    found = multipliers(make(512), make(64), width_rule="muon")
     for name in names:
         assert value(found, name) == pytest.approx(8**0.5, rel=1e-3), name
 
 
 def test_one_axis_and_three_axes_are_left_to_adam():
     """optax leaves them to Adam: vectors 1, kernels [n, heads, d] Adam's 1/r."""
-    found = factors(linen_heads(128), linen_heads(32), width_rule="muon")
+    found = multipliers(linen_heads(128), linen_heads(32), width_rule="muon")
     assert value(found, "mha/out/bias") == pytest.approx(1)
     assert value(found, "mha/query/kernel") == pytest.approx(0.25)
     assert value(found, "mha/out/kernel") == pytest.approx(0.25)
@@ -306,6 +306,6 @@ def test_stacked_vectors_keep_their_rate():
         shapes = specs(stem=(8, width), w=(4, width, width), b=(4, width), out=(width, 3))
         return Model(apply, shapes, (normal(2, 8),))
 
-    found = factors(make(128), make(32), width_rule="muon")
+    found = multipliers(make(128), make(32), width_rule="muon")
     np.testing.assert_allclose(found["b"], 1, rtol=1e-6)
     np.testing.assert_allclose(found["w"], 0.25, rtol=1e-6)

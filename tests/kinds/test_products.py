@@ -266,7 +266,7 @@ def test_experts_chosen_by_size_are_promised_about_what_they_bring():
     assert 0.5 < min(ratios) <= max(ratios) < 2
 
 
-def test_what_has_no_finite_moment_is_refused_with_a_way_on():
+def test_what_has_no_finite_moment_raises_with_a_way_on():
     def apply(params, x):
         return jnp.log(x @ params["stem"]) @ params["inner"] @ params["head"]
 
@@ -355,7 +355,7 @@ def test_a_weighted_average_keeps_the_moment_of_one_position(average, gated):
 
 
 @pytest.mark.parametrize("how", ["einsum", "vmap"])
-def test_matrices_chosen_by_an_index_are_refused_with_a_way_on(how):
+def test_matrices_chosen_by_an_index_raise_with_a_way_on(how):
     """A matrix a task: as rows of a table they would be drawn with standard deviation 1."""
 
     def apply(p, x, task):

@@ -19,10 +19,10 @@ from tests.kinds.helpers import (
     KEY,
     Model,
     deviation,
-    factors,
     haiku_model,
     linen_model,
     moments,
+    multipliers,
     normal,
     roles,
     spec,
@@ -60,7 +60,7 @@ def network(cell, layers, width=8, length=4, tokens=False):
 @pytest.mark.parametrize(("layers", "tokens"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_networks_are_initialized(cell, layers, tokens, rule):
-    """One and two layers, and a table in front: no rule refuses, all deviations are finite."""
+    """One and two layers, and a table in front: no rule raises, all deviations are finite."""
     model = network(cell, layers, tokens=tokens, length=3)
     arch = model.trace()
     deviations = archscale.weight_standard_deviations(arch, rule)
@@ -137,7 +137,9 @@ def test_numbers_do_not_depend_on_the_length(cell):
             np.testing.assert_allclose(one, found[1][name], rtol=1e-6, err_msg=name)
     for optimizer in ("sgd", "adam"):
         found = [
-            factors(network(cell, 1, 16, length), network(cell, 1, 8, length), width_rule=optimizer)
+            multipliers(
+                network(cell, 1, 16, length), network(cell, 1, 8, length), width_rule=optimizer
+            )
             for length in (4, 12)
         ]
         assert found[0] == pytest.approx(found[1])
@@ -146,7 +148,7 @@ def test_numbers_do_not_depend_on_the_length(cell):
 @pytest.mark.parametrize("cell", ["LSTMCell", "OptimizedLSTMCell", "GRUCell"])
 def test_width_multipliers_of_gates(cell):
     """Adam: kernels of the input 1, of the state 1/r; the second layer reads a width: 1/r."""
-    found = factors(network(cell, 2, 16), network(cell, 2, 8), width_rule="adam")
+    found = multipliers(network(cell, 2, 16), network(cell, 2, 8), width_rule="adam")
     letters = {"GRUCell": "rzn"}.get(cell, "ifgo")
     for letter in letters:
         assert value(found, f"{cell}_0/i{letter}/kernel") == pytest.approx(1)
@@ -174,7 +176,7 @@ def test_recurrent_networks_of_haiku(rule):
 
 
 def test_two_stacked_layers_in_plain_jax():
-    """A second layer that reads the first one's states: not refused, C = 1 at d_in = 2 for both."""
+    """A second layer that reads the first one's states: no error, C = 1 at d_in = 2 for both."""
 
     def apply(p, x):
         def layer(w, u, x):

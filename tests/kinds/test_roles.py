@@ -2,8 +2,8 @@
 
 A readout is what the features enter linearly for the last time on every way to the result,
 whatever is done to it then (theory §10). Its standard deviation is √2/n [AAS Eq. 2]. What reads a
-width anywhere is no input weight, and leaves that are joined before one product are what they are
-apart.
+width anywhere is not an input weight, and leaves that are joined before one product are what they
+are apart.
 """
 
 import math
@@ -23,9 +23,9 @@ from tests.kinds.helpers import (
     Model,
     deviation,
     equinox_model,
-    factors,
     haiku_model,
     linen_model,
+    multipliers,
     normal,
     parameter,
     roles,
@@ -196,7 +196,7 @@ def test_width_multipliers_of_joined_heads():
         return linen_model(Net(), normal(4, 16))
 
     for optimizer in ("sgd", "adam"):
-        found = factors(make(64), make(16), width_rule=optimizer)
+        found = multipliers(make(64), make(16), width_rule=optimizer)
         assert value(found, "a/kernel") == pytest.approx(0.25)
         assert value(found, "b/kernel") == pytest.approx(0.25)
         assert value(found, "a/bias") == pytest.approx(1)
@@ -285,7 +285,7 @@ def test_biases_of_stacked_layers_are_biases(kind):
 @pytest.mark.parametrize("kind", STACKS)
 def test_stacked_biases_end_branches(kind):
     """Adam, depth 8 against 2: m = 4; the bias added to the sum goes as the layer does, 1/m."""
-    found = factors(stacked(kind, 8), stacked(kind, 2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(stacked(kind, 8), stacked(kind, 2), depth_rule="adam", depth_exponent=0.5)
     np.testing.assert_allclose(np.unique(found["W"]), 0.25, rtol=1e-6)
     np.testing.assert_allclose(np.unique(found["b"]), 0.25, rtol=1e-6)
 
@@ -593,7 +593,7 @@ def test_experts_of_ragged_dot_are_layers():
     assert found["up"] == ("hidden", 32, 128)
     assert found["down"] == ("hidden", 128, 32)
     assert found["out"][0] == "readout"
-    rates = factors(moe(64), moe(32), width_rule="adam")
+    rates = multipliers(moe(64), moe(32), width_rule="adam")
     for name in ("up", "down", "router", "out"):
         assert rates[name] == pytest.approx(0.5), name
     assert rates["embed"] == pytest.approx(1)
@@ -641,7 +641,7 @@ def test_a_returned_parameter_is_part_of_the_result():
     assert found == roles(expected.trace())
     for name in ("w1", "w2", "mean"):
         np.testing.assert_allclose(deviation(model, name), deviation(expected, name))
-    rates = factors(model, model, width_rule="adam")
+    rates = multipliers(model, model, width_rule="adam")
     assert rates["log_std"] == pytest.approx(1)
 
 

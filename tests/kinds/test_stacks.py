@@ -18,10 +18,10 @@ from tests.kinds.helpers import (
     Model,
     array_of,
     deviation,
-    factors,
     haiku_model,
     linen_model,
     moments,
+    multipliers,
     normal,
     spec,
     specs,
@@ -206,7 +206,7 @@ def test_nn_scan_has_the_multipliers_of_the_loop(optimizer):
     """Depth 8 against 2 and both rules at once, width 32 against 16."""
 
     def numbers(scanned):
-        return factors(
+        return multipliers(
             linen_stack(scanned, 8, 32),
             linen_stack(scanned, 2, 16),
             width_rule=optimizer,
@@ -304,13 +304,13 @@ def test_outputs_of_a_scan_that_nobody_takes_change_nothing(how):
         assert found.keys() == expected.keys()
         for name, one in found.items():
             np.testing.assert_allclose(one, expected[name], rtol=1e-6)
-    found = factors(model, intermediates(how, 2), depth_rule="adam", depth_exponent=0.5)
+    found = multipliers(model, intermediates(how, 2), depth_rule="adam", depth_exponent=0.5)
     np.testing.assert_allclose(found["stack/down"], 0.5, rtol=1e-6)
     np.testing.assert_allclose(found["stack/up"], 2**-0.5, rtol=1e-6)
 
 
 def test_sown_intermediates_of_a_linen_scan_change_nothing():
-    """The same of nn.scan whose body returns what it computed, of which nothing is used."""
+    """The same of nn.scan whose body returns what it computed, unused."""
 
     class Returning(nn.Module):
         @nn.compact
@@ -334,7 +334,7 @@ def test_sown_intermediates_of_a_linen_scan_change_nothing():
             return nn.Dense(3, name="out")(h)
 
     x = normal(2, 8)
-    found = factors(
+    found = multipliers(
         linen_model(Net(8), x), linen_model(Net(2), x), depth_rule="adam", depth_exponent=0.5
     )
     np.testing.assert_allclose(value(found, "down/kernel"), 0.25, rtol=1e-6)

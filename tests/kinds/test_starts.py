@@ -1,6 +1,6 @@
 """What `initialize` does with leaves that are not drawn: it keeps what the model gave.
 
-With arrays every leaf that is no drawn weight keeps its value: biases, gains, slopes, logarithms.
+With arrays every leaf but drawn weights keeps its value: biases, gains, slopes, logarithms.
 With shapes there is nothing to keep: biases become 0 and scales 1, and the first note of the
 report names the leaves for which that is a guess.
 """
@@ -43,7 +43,7 @@ def check_kept(apply, params, inputs, kept):
 
 
 def first_note(apply, shapes, inputs):
-    """The first note of the report of a network of which only shapes are known."""
+    """The first note of the report of a network whose shapes alone are known."""
     arch = archscale.trace(apply, shapes, *inputs)
     notes = archscale.report(arch, rule="none", params=shapes).notes
     return notes[0] if notes else ""
@@ -353,7 +353,7 @@ def test_biases_and_gains_are_kept_with_arrays():
 
 
 def test_biases_and_gains_from_shapes():
-    """0 and 1, of which no note is made: a plain layer's bias, a plain norm's gain."""
+    """0 and 1, which no note mentions: a plain layer's bias, a plain norm's gain."""
     model = linen_model(plain_model(), normal(4, 8))
     params = archscale.initialize(KEY, model.shapes, model.trace())
     assert float(jnp.abs(params["hidden"]["bias"]).max()) == 0

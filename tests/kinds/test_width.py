@@ -23,9 +23,9 @@ from tests.kinds.helpers import (
     KEY,
     Model,
     equinox_model,
-    factors,
     haiku_model,
     linen_model,
+    multipliers,
     normal,
     parameter,
     spec,
@@ -118,16 +118,16 @@ def test_kernels_of_a_fixed_group_are_vectors(kind):
     """They contract no width and write one: SGD N/N_b = 4, bias too; Adam 1 (microsoft/mup: vector-
     like). The pointwise layer is a hidden matrix: SGD 1, Adam ¼."""
     make, kernel, bias, point = VECTORS[kind]
-    sgd = factors(make(64), make(16), width_rule="sgd")
-    adam = factors(make(64), make(16), width_rule="adam")
+    sgd = multipliers(make(64), make(16), width_rule="sgd")
+    adam = multipliers(make(64), make(16), width_rule="adam")
     assert [value(sgd, name) for name in (kernel, bias, point)] == pytest.approx([4, 4, 1])
     assert [value(adam, name) for name in (kernel, bias, point)] == pytest.approx([1, 1, 0.25])
 
 
 def test_kernels_of_growing_groups_are_matrices():
     """4 groups at every width: k = n/4 grows with N = n, a matrix: SGD 1, Adam ¼; the bias 4, 1."""
-    sgd = factors(convolutional(64, 4), convolutional(16, 4), width_rule="sgd")
-    adam = factors(convolutional(64, 4), convolutional(16, 4), width_rule="adam")
+    sgd = multipliers(convolutional(64, 4), convolutional(16, 4), width_rule="sgd")
+    adam = multipliers(convolutional(64, 4), convolutional(16, 4), width_rule="adam")
     assert value(sgd, "grouped/kernel") == pytest.approx(1)
     assert value(adam, "grouped/kernel") == pytest.approx(0.25)
     assert value(sgd, "grouped/bias") == pytest.approx(4)
@@ -151,8 +151,8 @@ def per_head(width, growing):
 def test_block_diagonal_layers(growing, sgd, adam):
     """Heads that grow at a fixed size: N/k grows as the heads. A size that grows: a matrix."""
     make = functools.partial(per_head, growing=growing)
-    assert factors(make(64), make(16), width_rule="sgd")["block"] == pytest.approx(sgd)
-    assert factors(make(64), make(16), width_rule="adam")["block"] == pytest.approx(adam)
+    assert multipliers(make(64), make(16), width_rule="sgd")["block"] == pytest.approx(sgd)
+    assert multipliers(make(64), make(16), width_rule="adam")["block"] == pytest.approx(adam)
 
 
 @pytest.mark.parametrize("leaf", ["grouped/kernel", "grouped/bias"])
@@ -229,8 +229,8 @@ def equinox_group_norm(width):
 )
 def test_vectors_of_any_axis_are_vectors(make, names):
     """SGD N/N_b = 8, Adam 1, wherever the width stands in the shape."""
-    sgd = factors(make(128), make(16), width_rule="sgd")
-    adam = factors(make(128), make(16), width_rule="adam")
+    sgd = multipliers(make(128), make(16), width_rule="sgd")
+    adam = multipliers(make(128), make(16), width_rule="adam")
     for name in names:
         assert value(sgd, name) == pytest.approx(8), name
         assert value(adam, name) == pytest.approx(1), name
@@ -258,7 +258,7 @@ def test_widths_on_the_second_axis_of_a_scan():
 
     for rule, kernel, bias in (("sgd", 1, 4), ("adam", 0.25, 1)):
         for axis in (0, 1):
-            found = factors(make(64, axis), make(16, axis), width_rule=rule)
+            found = multipliers(make(64, axis), make(16, axis), width_rule=rule)
             np.testing.assert_allclose(value(found, "layer/kernel"), kernel, rtol=1e-6)
             np.testing.assert_allclose(value(found, "layer/bias"), bias, rtol=1e-6)
 
@@ -313,7 +313,7 @@ def test_cells_over_joined_input_and_state_contract_the_width(make, name):
     k = 7 + n inputs of one unit: 23/71; of the part that grows alone it is 16/64.
     """
     assert parameter(make(64).trace(), name).role == "hidden"
-    found = value(factors(make(64), make(16), width_rule="adam"), name)
+    found = value(multipliers(make(64), make(16), width_rule="adam"), name)
     assert 16 / 64 * 0.999 <= found <= 23 / 71 * 1.001
 
 
@@ -380,7 +380,7 @@ def tied_language(width, how="one_hot"):
 )
 def test_weights_that_are_tied_follow_the_strictest_use(make, name):
     """What contracts the width anywhere has Adam's 1/r."""
-    assert factors(make(64), make(16), width_rule="adam")[name] == pytest.approx(0.25)
+    assert multipliers(make(64), make(16), width_rule="adam")[name] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_with_widths_names_places_and_not_numbers(tokens):
     base = archscale.with_widths(arch, {64: 32, 256: 128})
     for rule in ("adam", "sgd"):
         found = archscale.learning_rate_multipliers(arch, base, "none", width_rule=rule)
-        traced = factors(make(64), make(32), width_rule=rule)
+        traced = multipliers(make(64), make(32), width_rule=rule)
         assert found == pytest.approx(traced), rule
     found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, "tokens_up/kernel") == pytest.approx(1)

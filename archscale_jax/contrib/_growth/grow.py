@@ -72,7 +72,7 @@ def grow(
     """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
 
     Empty slots are filled first; if there are too few, arrays are widened, and `loss_fn` must take
-    the wider ones: Flax NNX, Equinox and plain functions do; of a linen module build the module in
+    the wider ones: Flax NNX, Equinox and plain functions do; for a linen module build the module in
     it from the shapes of params. Pure: nothing is changed in place.
 
     Args:

@@ -133,7 +133,7 @@ def expression_of(call: Call, operands: list[Expression]) -> Expression:
 
 
 def _compared_with_unknown(name: str, operands: list[Expression]) -> Expression:
-    """Of n places 0, 1, … one equals an index that is not known, each with probability 1/n."""
+    """One of n places 0, 1, … equals an unknown index, each with probability 1/n."""
     for one in operands:
         if name == "eq" and isinstance(one, Variable) and one.kind == "index":
             hot = np.zeros(len(one.nodes))
@@ -232,7 +232,7 @@ def elementwise(state: State, call: Call) -> Value:
 
 
 def _without_masks(state: State, call: Call) -> Call:
-    """Leaves out masks, and other values of inputs alone, that multiply features of layers."""
+    """Excludes masks, and other values of inputs alone, that multiply features of layers."""
     deep = [one for one in call.features if not state.is_data(one)]
     if len(deep) in (0, len(call.features)):
         return call
@@ -327,7 +327,7 @@ def _variable(feature: Feature) -> Variable:
 
 
 def _product(state: State, call: Call) -> Value:
-    """A function of features of several vertices, which is no sum."""
+    """A function of features of several vertices, which is not a sum."""
     axes = joined([value.axes for value in call.features], len(call.shape))
     expression = expression_of(call, [value.expression for value in call.values])
     result = state.join(Kind.PRODUCT, call.features, axes, expression=expression)

@@ -206,7 +206,7 @@ def ragged_dot(state: State, call: Call) -> Value:
         if isinstance(source, Feature) and isinstance(weight, Feature):
             product = multiplied(source.expression, weight.expression)
             return state.join(Kind.PRODUCT, [source, weight], axes, expression=product)
-        raise state.fail(call, "its groups are no parameters; write it as an einsum")
+        raise state.fail(call, "its groups are not parameters; write it as an einsum")
     how = Contraction((1,), (0,), (2,))
     return layer(state, call, weight, source, Operator.LINEAR, how, (axes, [1]), source.axes[1], 1)
 

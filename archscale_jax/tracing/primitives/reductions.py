@@ -30,7 +30,7 @@ def reduction(state: State, call: Call) -> Value:
     """A sum is the mean times the number of entries; extremes stand for their axis."""
     (value,) = call.values
     reduced = call.parameters["axes"]
-    # A product that is read again, as by a normalization, is no part of a matrix product.
+    # A product that is read again, as by a normalization, is not part of a matrix product.
     alone = call.equation.invars[0] in call.finished
     if call.name == "reduce_sum" and alone and isinstance(value, Feature) and value.outer:
         product = _matrix_product(state, call, value, value.outer)
@@ -55,7 +55,7 @@ def reduction(state: State, call: Call) -> Value:
 
 
 def _matrix_product(state: State, call: Call, value: Feature, outer: OuterProduct) -> Value | None:
-    """A layer that is written as a product of entries and a sum; None if it is no layer."""
+    """A layer that is written as a product of entries and a sum; None if it is not a layer."""
     weight, feature, reduced = outer.weight, outer.feature, call.parameters["axes"]
     places = range(len(weight.axes))
     sums = all(
@@ -92,7 +92,7 @@ def _of_constants(statistic: Statistic) -> Expression:
                     "triangular_solve", "tridiagonal", "tridiagonal_solve", "custom_linear_solve",
                     "symmetric_product", "hessenberg", "geqrf", "geqp3", "ormqr")  # fmt: skip
 def opaque(state: State, call: Call) -> list[Value]:
-    """Functions of whole arrays, such as decompositions, of which no moments are known."""
+    """Functions of whole arrays, such as decompositions, whose moments are not known."""
     return [
         _unknown_function(state, call, shape_of(variable), dtype_of(variable))
         for variable in call.equation.outvars

@@ -152,7 +152,7 @@ def _sliced(state: State, call: Call, value: Value, cuts: list, starts: dict[int
         assert isinstance(value, Weight)
         result = like(call, value, axes)
         assert isinstance(result, Weight)
-        # A slice that devices take differently is no known one.
+        # A slice that devices take differently is unknown.
         split = None if value.split is None else result.split
         return changed(result, slices=value.slices | entries, split=split)
     if isinstance(value, Known):
@@ -423,5 +423,5 @@ def fft(state: State, call: Call) -> Value:
 
 @register_primitive("device_put")
 def placed(state: State, call: Call) -> list[Value]:
-    """Where values lie is no matter."""
+    """Where values lie does not matter."""
     return [changed(value, array=None) for value in call.values]

@@ -147,8 +147,8 @@ def with_digest(path: str | os.PathLike[str]) -> str:
         )
     if not pathlib.Path(plain).is_file():
         raise FileNotFoundError(
-            f"the data set {plain!r} is no file; make it by numpy.savez({plain!r}, train_images=…, "
-            "train_labels=…, test_images=…, test_labels=…)"
+            f"the data set {plain!r} is not a file; make it by numpy.savez({plain!r}, "
+            "train_images=…, train_labels=…, test_images=…, test_labels=…)"
         )
     with open(plain, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
@@ -174,13 +174,13 @@ def read_arrays(name: str, data_dir: str | os.PathLike[str] | None = None) -> Da
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: see `with_digest` and `from_arrays`; it is no .npz file, or lacks an array.
+      ValueError: see `with_digest` and `from_arrays`; it is not an .npz file, or lacks an array.
     """
     path = os.path.join(data_dir or "", os.path.expanduser(name))
     name = with_digest(path).partition(_MARK)[0]
     path = path.partition(_MARK)[0]
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"the data set {path!r} is no .npz file, as numpy.savez writes them")
+        raise ValueError(f"the data set {path!r} is not an .npz file, as numpy.savez writes them")
     try:
         with zipfile.ZipFile(path) as archive:  # what arrays take is told before any is read
             total = sum(archive.getinfo(name).file_size for name in archive.namelist())

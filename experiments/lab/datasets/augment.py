@@ -29,7 +29,7 @@ def random_crop(key: PRNGKeyArray, images: Images, padding: int) -> Images:
     """Shifts each image by up to `padding` pixels in both directions, filling up with zeros.
 
     Each image is padded with zeros on all four sides and cropped to its old size at a place drawn
-    uniformly. Of standardised images zero is the mean of the training set.
+    uniformly. Zero is the mean of the training set if images are standardised.
 
     Args:
       key: Random key.

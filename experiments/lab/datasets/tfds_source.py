@@ -26,7 +26,7 @@ class TfdsSource:
       num_classes: Number of classes to deliver.
       image_shape: `(H, W, C)` of every image.
       test_split: TFDS split that serves as the test set.
-      drop_other_classes: Whether examples with a label of `num_classes` or more are left out; where
+      drop_other_classes: Whether examples with a label of `num_classes` or more are excluded; where
         False they are an error.
     """
 

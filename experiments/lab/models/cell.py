@@ -127,7 +127,7 @@ class CellNetwork(nnx.Module):
           ValueError: the network is that of the whole space, or no path joins input and output.
         """
         if self.digits is None:
-            raise ValueError("a network of the whole space has no one graph; pass a cell")
+            raise ValueError("a network of the whole space has no single graph; pass a cell")
         leaves = named_leaves(nnx.state(self, nnx.Param))
         return network_architecture(self.digits, [len(cells) for cells in self.stages], leaves)
 

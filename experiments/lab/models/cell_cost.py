@@ -32,7 +32,7 @@ def multiply_adds(network: CellNetwork, height: int, width: int) -> int:
       ValueError: the network is that of the whole space.
     """
     if network.digits is None:
-        raise ValueError("a network of the whole space has no one cost; pass that of a cell")
+        raise ValueError("a network of the whole space has no single cost; pass that of a cell")
     total = 0
     for name, leaf in named_leaves(nnx.state(network, nnx.Param)).items():
         place, *rest = name.split("/")

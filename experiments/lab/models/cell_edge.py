@@ -1,4 +1,4 @@
-"""One edge of a cell, of which operation it is being decided when the program runs.
+"""One edge of a cell whose operation is chosen when the program runs.
 
 All cells of a space then share one compiled program. An edge is what `lax.switch` computes of its
 features by one of the benchmark's five operations, 0 to 4 as in a cell's code:
@@ -64,7 +64,7 @@ def convolve(features: Features, kernel: Float[Array, "q q c d"]) -> Float[Array
 
 
 def average_pool(features: Features) -> Features:
-    """Returns the mean over the 3 x 3 neighbours, those outside of the image left out.
+    """Returns the mean over the 3 x 3 neighbours, those outside of the image excluded.
 
     As sums of shifted images, which on CPUs take half the time of `lax.reduce_window`.
     """

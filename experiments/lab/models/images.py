@@ -76,7 +76,7 @@ class _Block(nnx.Module):
 
 
 def patches(images: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
-    """Cuts images into patches, p pixels each; those at the edge that fill none are left out."""
+    """Cuts images into patches, p pixels each; those at the edge that fill none are excluded."""
     batch, height, width, channels = images.shape
     rows, columns = height // PATCH, width // PATCH
     images = images[:, : rows * PATCH, : columns * PATCH]
@@ -177,7 +177,7 @@ class PostNormTransformer(nnx.Module):
 
     def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
         if not normalized:
-            raise ValueError("normalized must be True: a Post-LN transformer is none without")
+            raise ValueError("normalized must be True: a Post-LN transformer needs it")
         height, side, channels = image
         tokens = (height // PATCH) * (side // PATCH)
         self.stem = nnx.Linear(PATCH * PATCH * channels, width, rngs=rngs)

@@ -1,7 +1,7 @@
 """Trials as tasks of a Ray cluster, behind the interface of `concurrent.futures`.
 
 Ray schedules, restarts what died and moves what a machine took with it; nothing of that is ours.
-Here is what a study needs beside: an address that cannot be reached is refused at once, a worker
+Here is what a study needs beside: an address that cannot be reached raises at once, a worker
 with other code or other versions computes nothing, and a trial that always kills its worker fails.
 """
 
@@ -180,5 +180,5 @@ def _check_reachable(address: str) -> None:
     try:
         subprocess.run(command, check=True, timeout=CHECK_SECONDS, stdout=nowhere, stderr=nowhere)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        text = f"what answers at {address} is no Ray head that is well; {advice}"
+        text = f"what answers at {address} is not a healthy Ray head; {advice}"
         raise ConnectionError(text) from None

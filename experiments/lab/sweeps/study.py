@@ -34,7 +34,7 @@ def trial_hash(trial: Trial) -> str:
     The order of keys does not matter; `1` and `1.0` are different settings, a tuple is a list.
 
     Raises:
-      TypeError: a setting is no JSON value; the message names its key.
+      TypeError: a setting is not a JSON value; the message names its key.
       ValueError: a number is not finite; the message names its key.
     """
     text = json.dumps(_as_json(trial, "trial"), sort_keys=True, separators=(",", ":"))
@@ -67,7 +67,7 @@ def run_trial(trial: Trial, run: Run, checkpoints: pathlib.Path | None = None) -
     """Runs one trial to its record; an exception becomes the record's error.
 
     A result holds JSON values; numbers in it that are not finite become None, any other value is
-    an error. KeyboardInterrupt and SystemExit are no failures of the trial and pass through.
+    an error. KeyboardInterrupt and SystemExit are not failures of the trial and pass through.
 
     Args:
       trial: the settings.
@@ -266,7 +266,7 @@ def _outcome(future: concurrent.futures.Future[Record], trial: Trial) -> Record:
 
 
 def _read(path: pathlib.Path, holds: Mapping[str, Any]) -> list[Record]:
-    """Reads a journal; ValueError, by its number, of a record that is no trial's as it was."""
+    """Reads a journal; ValueError names the number of a record that is not of a trial as it was."""
     records = files.read_records(path)
     for number, record in enumerate(records, start=1):
         try:
@@ -321,4 +321,4 @@ def _check_json(value: Any, where: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}; JSON has finite numbers only")
     elif not (value is None or isinstance(value, bool | int | float | str)):
-        raise TypeError(f"{where} is no JSON value, but of type {type(value).__name__}")
+        raise TypeError(f"{where} is not a JSON value, but of type {type(value).__name__}")

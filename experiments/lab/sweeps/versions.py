@@ -15,7 +15,7 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
 
     Args:
       packages: names of further packages whose source counts; `archscale_jax` always does. One
-        that cannot be found, such as `__main__`, is left out.
+        that cannot be found, such as `__main__`, is omitted.
     """
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:

@@ -67,7 +67,7 @@ def train_epoch(
     flip: bool = False,
     padding: int = 0,
 ) -> tuple[TrainState, Float[Array, " steps"]]:
-    """Trains one epoch: every example once, in random order, an incomplete batch left out.
+    """Trains one epoch: every example once, in random order, an incomplete batch excluded.
 
     Pure; wrap it in `jax.jit` (as `jitted_train_epoch` does) and `jax.vmap` over states as needed.
 

@@ -22,7 +22,7 @@ _jitted_epoch_batches = jax.jit(epoch_batches, static_argnums=(1, 2))
 
 
 def train_losses(state: TrainState, dataset: Dataset, **options: Any) -> Iterator[float]:
-    """`train_parts`, of which it yields the losses alone."""
+    """Yields the losses of `train_parts` alone."""
     return (loss for _, loss in train_parts(state, dataset, **options))
 
 
