@@ -46,7 +46,7 @@ def scale_by_architecture(
 
     Put it inside what keeps a copy of the params (`optax.contrib.schedule_free`, `sam`,
     `mechanize`, `optax.lookahead`): behind these the rate is not f·η, and no message says so, since
-    a transformation sees only the update that reaches it. Others: docs/transform.md.
+    a transformation sees only the update that reaches it. Others: docs/which_parametrization.md.
 
         optax.contrib.schedule_free(
             optax.chain(optax.sgd(0.1), scale_by_architecture(arch, base)), learning_rate=0.1)

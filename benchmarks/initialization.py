@@ -4,7 +4,7 @@
   and by what vertices sum, drawn to `docs/figures/initialization.png`.
 * The same for graphs of five vertices.
 * Width: how much of the ratio is noise of a finite width.
-* `branch_share` of the rule `moment`: growth against what the branches contribute.
+* `branch_share` of the rule `second_moment`: growth against what the branches contribute.
 
 Second moments are means over inputs and features of networks at their initialization.
 """
@@ -30,7 +30,13 @@ from benchmarks import common, figures
 from experiments.lab.models import DagMLP
 
 KINDS = {"weights alone": (1 / 2, 0, 1 / 2), "with skips": (1 / 3, 1 / 3, 1 / 3)}
-RULES = ("target", "source", "none", "author_code", "moment")
+RULES = (
+    "target_in_degree",
+    "source_in_degree",
+    "he_normal",
+    "chen2024_code",
+    "second_moment",
+)
 SHARES = (0, 0.05, 0.25, 1)
 PANELS = {  # what vertices sum, and where it is measured
     "pre-activations, at vertices": (Arrangement.PRE_ACTIVATION, "vertices"),
@@ -91,8 +97,10 @@ def block_chain(branch: str, num_blocks: int = 18) -> str:
 
 
 def with_share(share: float):
-    """Returns the rule `moment` with another branch share."""
-    return functools.partial(INITIALIZATION_RULES.resolve("moment"), **{"branch_share": share})
+    """Returns the rule `second_moment` with another branch share."""
+    return functools.partial(
+        INITIALIZATION_RULES.resolve("second_moment"), **{"branch_share": share}
+    )
 
 
 def second_moments(
@@ -119,7 +127,7 @@ def second_moments(
     deviations = {
         name: weight_standard_deviations(architecture, rule) for name, rule in rules.items()
     }
-    he = weight_standard_deviations(architecture, "none")
+    he = weight_standard_deviations(architecture, "he_normal")
     factors = {
         weight: jnp.array([deviations[name][weight] / he[weight] for name in rules])
         for weight in he
@@ -144,7 +152,7 @@ def second_moments(
     measured = []
     for key in jax.random.split(jax.random.key(0), size.networks_per_graph):
         # For one key, `initialize` draws the same numbers by every rule but for the deviation.
-        drawn = initialize(key, params, architecture, "none")
+        drawn = initialize(key, params, architecture, "he_normal")
         inputs = jax.random.normal(jax.random.fold_in(key, 1), (size.inputs, width))
         measured.append(jax.vmap(measure, in_axes=(0, None, None))(factors, drawn, inputs))
     stacked = {
@@ -200,18 +208,18 @@ def compare_rules(size: Size, vertices: tuple[int, ...] = (5, 6, 7, 8)) -> dict:
 
 
 def compare_widths(size: Size) -> dict:
-    """Measures `moment` where it is exact at infinite width: weights alone, pre-activations."""
+    """Measures `second_moment` where it is exact at infinite width: weights, pre-activations."""
     graphs = random_graphs("weights alone", size.graphs_by_width)
-    rules, results = {"moment": "moment"}, {}
+    rules, results = {"second_moment": "second_moment"}, {}
     for width in size.widths:
         one = size._replace(width=width, networks_per_graph=1)
         measured = [second_moments(text, Arrangement.PRE_ACTIVATION, rules, one) for text in graphs]
-        results[width] = summary([of_graph["moment"]["vertices"] for of_graph in measured])
+        results[width] = summary([of_graph["second_moment"]["vertices"] for of_graph in measured])
     return results
 
 
 def compare_shares(size: Size) -> dict:
-    """Measures `moment` by branch share: `random` graphs with skips, and residual `blocks`."""
+    """Measures `second_moment` by branch share: `random` graphs with skips, residual `blocks`."""
     rules = {f"{share:g}": with_share(share) for share in SHARES}
     graphs = random_graphs("with skips", size.graphs)
     results: dict = {"random": {}, "blocks": {}}
@@ -221,7 +229,7 @@ def compare_shares(size: Size) -> dict:
             share: summary([of_graph[share]["vertices"] for of_graph in measured])
             for share in rules
         }
-    rules = {"target": "target"} | rules
+    rules = {"target_in_degree": "target_in_degree"} | rules
     for name, (branch, arrangement) in BLOCKS.items():
         text = block_chain(branch)
         results["blocks"][name] = {

@@ -124,7 +124,7 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
         if family not in families.FAMILIES:
             raise ValueError(unknown("family", family, families.FAMILIES))
         if axis == "width" and how == "measured":
-            continue  # measured rules fail across widths (docs/transfer.md)
+            continue  # measured rules fail across widths (docs/results/learning_rates.md)
         options = SETTINGS[family] | (DEPTH_SETTINGS.get(family, {}) if axis == "depth" else {})
         base = {"width": options["width"], "depth": options.get("depth", 2)}
         base |= {axis: sizes[axis][0]}

@@ -65,7 +65,9 @@ ranges.define_list(
     least=2,
 )
 ranges.define("num_seeds", None, "Seeds of every cell and recipe.")
-flags.DEFINE_string("table", None, "CSV of published accuracies to compare with; see docs/rank.md.")
+flags.DEFINE_string(
+    "table", None, "CSV of published accuracies to compare with; see docs/results/nasbench201.md."
+)
 flags.DEFINE_string("table_column", "cifar10_test", "Its column.")
 flags.DEFINE_string("workdir", "runs/rank", "Folder for config, results and figures.")
 runners.define_flags(workers=2)

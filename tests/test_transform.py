@@ -304,7 +304,7 @@ class TestComposition:
             optax.chain(optax.lookahead(optax.sgd(RATE), 2, 0.5), scale()).init(params)
 
     def test_inside_schedule_free_adamw_as_it_is_spelled_out(self):
-        """Without multipliers the spelling of docs/transform.md is `schedule_free_adamw`."""
+        """Without multipliers the spelling of the docs is that of `schedule_free_adamw`."""
 
         def spelled(*more):
             inner = optax.chain(

@@ -3,7 +3,7 @@
 An iteration either lowers the gradient's norm or lowers the objective. As one program the choice is
 `jax.lax.cond`. On a CPU it is made in Python between two programs: XLA runs convolutions in a
 branch as naive loops there (https://github.com/jax-ml/jax/issues/12868), and an iteration takes up
-to five times as long (docs/gradinit.md).
+to five times as long (docs/results/gradinit.md).
 """
 
 import functools

@@ -47,7 +47,7 @@ def weight_standard_deviations(
       architecture: the graph with its parameters.
       rule: name of a rule, or a function `(architecture) -> WeightVariances`. None takes the rule
         that measurably preserves the flow: `target_in_degree` where vertices sum pre-activations,
-        `source_in_degree` where they sum activations (docs/initialization.md).
+        `source_in_degree` where they sum activations (docs/results/initialization.md).
       rule_options: options of the rule, e.g. `{"branch_share": 0.5}` of `second_moment`.
 
     Returns:

@@ -36,9 +36,9 @@ register_measured_rule = MEASURED_RULES.register
 def standardized_update(size: UpdateSize) -> Float[Array, "..."]:
     """The largest change in units of what tells examples apart is the same everywhere.
 
-    The measured rule to use (docs/transfer.md): `relative_update`, with features counted from their
-    mean over examples. Through deep ReLU networks that mean grows at the cost of what tells
-    examples apart, and `relative_update` overrates their rates.
+    The measured rule to use (docs/results/learning_rates.md): `relative_update`, with features
+    counted from their mean over examples. Through deep ReLU networks that mean grows at the cost of
+    what tells examples apart, and `relative_update` overrates their rates.
     """
     return jnp.sqrt(jnp.max(size.standardized, axis=-1))
 

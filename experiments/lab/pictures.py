@@ -1,4 +1,4 @@
-"""The pictures of docs/own_model.md: ResNet-18 and a transformer block, as they are traced.
+"""The pictures of docs/your_model.md: ResNet-18 and a transformer block, as they are traced.
 
 python -m experiments.lab.pictures --workdir=docs/figures
 """
