@@ -4,6 +4,7 @@ No framework is imported here: what a model is, is told by the class that it has
 """
 
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -118,7 +119,7 @@ def dynamic(
 
 
 def _is_function(value: Any) -> bool:
-    return callable(value) and not jax.tree.leaves(value, is_leaf=lambda one: one is not value)[1:]
+    return callable(value) and jax.tree_util.all_leaves([value])  # a module is a tree of arrays
 
 
 # Frameworks.
@@ -181,8 +182,9 @@ def _drawn_by_framework(
 ) -> PureModel:
     """A model whose params come from a function of a key: linen and Haiku."""
     draw, arrays = dynamic(initialized, inputs)
+    key0 = jax.random.key(0)
     try:
-        shapes = jax.eval_shape(draw, jax.random.key(0), *arrays)
+        shapes, constants = constant_leaves(draw, key0, *arrays)
     except Exception as error:
         error.add_note(
             f"raised by the {framework} model, which was called with the inputs that parametrize "
@@ -191,7 +193,6 @@ def _drawn_by_framework(
         raise
     inner = framework == "haiku"
     params = shapes["params"] if inner else {"params": shapes.get("params", {})}
-    constants = constant_leaves(draw, jax.random.key(0), *arrays)
     state = {name: part for name, part in shapes.items() if name != "params"}
     prefix = "params/" if inner else ""
     starts = {
@@ -204,22 +205,21 @@ def _drawn_by_framework(
         return map_with_names(lambda name, leaf: _filled(leaf, constants.get(name, 0.0)), state)
 
     def apply(params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
-        key = jax.random.key(0) if key is None else key
-        return call(key, params, filled(state), *inputs)
+        return call(key0 if key is None else key, params, filled(state), *inputs)
+
+    # Compiled once: XLA leaves out what the framework would draw for other leaves.
+    @functools.partial(jax.jit, static_argnames="names")
+    def some(key: jax.Array, arrays: tuple[PyTree, ...], names: tuple[str, ...]) -> Any:
+        found = named_leaves(draw(key, *arrays))
+        return {name: found[prefix + name] for name in names}
 
     def initial(key: jax.Array, names: Collection[str]) -> dict[str, jax.Array]:
-        def some(key: jax.Array) -> dict[str, jax.Array]:
-            filled = jax.tree.map(_filled, arrays)
-            found = named_leaves(draw(key, *filled))
-            return {name: found[prefix + name] for name in names}
-
-        return jax.jit(some)(key)
+        return some(key, jax.tree.map(_filled, arrays), tuple(names))
 
     def of_state(state: PyTree, params: PyTree, *arrays: PyTree) -> Any:
         function, _ = dynamic(lambda params, *inputs: call(key0, params, state, *inputs), inputs)
         return function(params, *arrays)
 
-    key0 = jax.random.key(0)
     known = {name for name in named_leaves(state) if name in constants}
     notes = _averages_read(of_state, state, known, params, arrays)
     return PureModel(framework, apply, params, starts, initial, notes)

@@ -66,7 +66,14 @@ def scale_by_architecture(
         rule, rule_options, kernel_per_layer, width_rule, depth_rule, depth_exponent,
         consistent_rms, dimension_numbers,
     )  # fmt: skip
-    multipliers = rules.multipliers(architecture, base)
+    found = rules.multipliers(architecture, base)
+    return scale_by_multipliers(architecture, {name: one.value for name, one in found.items()})
+
+
+def scale_by_multipliers(
+    architecture: Architecture, multipliers: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Does what `scale_by_architecture` does, of multipliers by name."""
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         check_parameters(architecture, params, masked=optax.MaskedNode)
@@ -78,6 +85,6 @@ def scale_by_architecture(
         return map_with_names(scaled, updates), state
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-        return (exact(update) * multipliers[name].value).astype(update.dtype)
+        return (exact(update) * multipliers[name]).astype(update.dtype)
 
     return optax.GradientTransformation(init_fn, update_fn)

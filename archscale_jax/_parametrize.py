@@ -13,13 +13,12 @@ from archscale_jax._architecture import Architecture, Role
 from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
-from archscale_jax._optax import scale_by_architecture
+from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._report import Report, report_of
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
-from archscale_jax.rules._rates import RateRules, learning_rate_multipliers
 from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
@@ -261,9 +260,7 @@ class Parametrization:
         Put it behind the optimizer, `optax.chain(optax.adam(3e-3), plan.scale())`; see
         `archscale_jax.scale_by_architecture` for what that does to decoupled weight decay.
         """
-        return scale_by_architecture(
-            self.architecture, self.base, self.choice.rule, **self._rate_options()
-        )
+        return scale_by_multipliers(self.architecture, self._multipliers)
 
     def optimizer(
         self,
@@ -340,7 +337,7 @@ class Parametrization:
         found = report_of(
             self.architecture,
             self.base,
-            RateRules(self.choice.rule, **self._rate_options()),
+            self.choice.rates,
             self.choice.initialization,
             self.choice.initialization_options,
             self._model.params if self._model.initial is None else None,
@@ -364,20 +361,10 @@ class Parametrization:
 
     # Parts.
 
-    def _rate_options(self) -> dict[str, Any]:
-        muon = OPTIMIZERS[self.optimizer_name] == "muon"
-        return {
-            "width_rule": self.choice.width_rule,
-            "depth_rule": self.choice.depth_rule,
-            "depth_exponent": self.choice.depth_exponent,
-            **({"dimension_numbers": True} if muon and self.choice.width_rule == "muon" else {}),
-        }
-
     @functools.cached_property
     def _multipliers(self) -> dict[str, float]:
-        return learning_rate_multipliers(
-            self.architecture, self.base, self.choice.rule, **self._rate_options()
-        )
+        found = self.choice.rates.multipliers(self.architecture, self.base)
+        return {name: one.value for name, one in found.items()}
 
     @functools.cached_property
     def _deviations(self) -> dict[str, Deviation]:

@@ -115,21 +115,19 @@ def mean_loss(journal: pathlib.Path, family: str, size: str, method: str, rate: 
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
     """Trains one network; its loss is the mean over the last quarter, None where it diverged."""
-    family = FAMILIES[trial["family"]]
-    module, example, plan = parametrized(trial["family"], trial["size"], trial["growth"])
-    key = jax.random.key(trial["seed"])
+    family, key = FAMILIES[trial["family"]], jax.random.key(trial["seed"])
+    of = trial["family"], trial["size"], trial["growth"]
+    module, example, plan = parametrized(*of)
     if trial["method"] == "plan":
-        params, make = plan.init(key), plan.optimizer
+        params = plan.init(key)
     else:
         params = {"params": module.init(key, *example, **family.arguments)["params"]}
-        make = {"sgd": optax.sgd, "adam": optax.adam}[family.optimizer]
-    if family.optimizer == "sgd":
-        make = functools.partial(make, momentum=0.9)
     if trial["family"] == "ppo":
+        optimizer = optimizer_of(*of, trial["method"])(trial["rate"])
         rounds = max(trial["steps"] // 5, 1)
-        loss = default_ppo.train(plan.apply, params, make(trial["rate"]), trial["seed"], rounds)
+        loss = default_ppo.train(plan.apply, params, optimizer, trial["seed"], rounds)
     else:
-        loss = _train(trial, plan.apply, params, make)
+        loss = _train(trial, params, update_of(*of, trial["method"]))
     return {"loss": loss if math.isfinite(loss) else None}
 
 
@@ -154,11 +152,39 @@ def parametrized(name: str, size: str, growth: int) -> tuple[Any, tuple, Any]:
     return module, example, plan
 
 
-def _train(trial: dict[str, Any], apply: Callable, params: Any, make: Callable) -> float:
+def optimizer_of(name: str, size: str, growth: int, method: str) -> Callable[..., Any]:
+    """Returns the optimizer of a method as a function of the rate."""
+    kind = FAMILIES[name].optimizer
+    plain = {"sgd": optax.sgd, "adam": optax.adam}[kind]
+    make = plain if method == "framework" else parametrized(name, size, growth)[2].optimizer
+    return functools.partial(make, momentum=0.9) if kind == "sgd" else make
+
+
+@functools.lru_cache(maxsize=1)
+def update_of(name: str, size: str, growth: int, method: str) -> tuple[Callable, Callable]:
+    """Returns the start of the optimizer's state and the jitted update, for all rates and seeds."""
+    family, (_, _, plan) = FAMILIES[name], parametrized(name, size, growth)
+    make = optimizer_of(name, size, growth, method)
+
+    @jax.jit
+    def update(params: Any, state: Any, batch: Any, rate: Any):
+        def loss_of(params: Any) -> jax.Array:
+            return family.loss(plan.apply(params, *family.inputs(batch)), batch)
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, state = make(rate).update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return make(1.0).init, update
+
+
+def _train(
+    trial: dict[str, Any], params: Any, start_and_update: tuple[Callable, Callable]
+) -> float:
     """Trains with 20 updates of warm-up and a linear decay over the second half."""
-    family, steps = FAMILIES[trial["family"]], trial["steps"]
-    update = _update(trial["family"], trial["size"], trial["method"], trial["growth"], apply, make)
-    state, losses = make(1.0).init(params), []
+    family, steps, losses = FAMILIES[trial["family"]], trial["steps"], []
+    start, update = start_and_update
+    state = start(params)
     for step in range(steps):
         share = min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
         batch = family.batches(family.data(), trial["seed"], step)
@@ -167,29 +193,6 @@ def _train(trial: dict[str, Any], apply: Callable, params: Any, make: Callable) 
         if step % 50 == 49 and not math.isfinite(loss):
             return math.nan
     return float(jnp.mean(jnp.stack(losses[-steps // 4 :])))
-
-
-_UPDATES: dict[tuple, Callable] = {}
-"""Compiled updates, since trials that differ in rate and seed share one."""
-
-
-def _update(*key_and_functions: Any) -> Callable:
-    *key, apply, make = key_and_functions
-    if tuple(key) not in _UPDATES:
-        family = FAMILIES[key[0]]
-
-        @jax.jit
-        def update(params: Any, state: Any, batch: Any, rate: Any):
-            def loss_of(params: Any) -> jax.Array:
-                return family.loss(apply(params, *family.inputs(batch)), batch)
-
-            loss, gradients = jax.value_and_grad(loss_of)(params)
-            updates, state = make(rate).update(gradients, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        _UPDATES.clear()
-        _UPDATES[tuple(key)] = update
-    return _UPDATES[tuple(key)]
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_constants_of_an_initializer_are_read_without_drawing():
             "counted": jnp.arange(3.0),
         }
 
-    found = constant_leaves(initialized, KEY)
+    _, found = constant_leaves(initialized, KEY)
     assert found == pytest.approx(
         {"stacked/b": 0.0, "stacked/c": 1.0, "mapped": 0.5, "small": 1e-6, "log": 3 * np.log(2)},
         rel=1e-6,

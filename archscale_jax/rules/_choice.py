@@ -12,7 +12,9 @@ from archscale_jax._graph import Operator, live_edges
 from archscale_jax._moments import Propagation
 from archscale_jax._paths import path_statistics
 from archscale_jax.rules._learning_rate import LEARNING_RATE_RULES
+from archscale_jax.rules._rates import RateRules
 from archscale_jax.rules._residual import Optimizer, residual_branches, residual_depth
+from archscale_jax.rules._variances import INITIALIZATION_RULES
 from archscale_jax.rules._width import WIDTH_RULES, features
 
 _BRANCHING = (Operator.CONCATENATION, Operator.PRODUCT)
@@ -25,20 +27,13 @@ class Choice:
     Attributes:
       initialization: name of the initialization rule.
       initialization_options: its options.
-      rule: learning-rate rule of the whole network, `none` where the depth rule is one of residual
-        stacks or there is none.
-      width_rule: name of the width rule, or None.
-      depth_rule: optimizer of the depth multipliers of residual stacks, or None.
-      depth_exponent: their α.
+      rates: rules of the learning rates.
       reasons: why, one sentence a choice.
     """
 
     initialization: str
     initialization_options: dict[str, Any]
-    rule: str
-    width_rule: str | None
-    depth_rule: Optimizer | None
-    depth_exponent: float
+    rates: RateRules
     reasons: tuple[str, ...]
 
     def lines(self, optimizer: str, has_base: bool) -> list[str]:
@@ -55,7 +50,7 @@ class Choice:
 def chosen(
     architecture: Architecture,
     base: Architecture | None,
-    kind: Any,
+    kind: Optimizer,
     *,
     initialization: str | None,
     width_rule: str | None,
@@ -81,27 +76,27 @@ def chosen(
     width = kind if width_rule == "auto" else width_rule
     if width is not None:
         WIDTH_RULES.resolve(width)
+    rule = INITIALIZATION_RULES.resolve(initialization or "second_moment")
     depth = _depth_rule(architecture, base, kind, depth_rule, reasons)
     residual = depth == "residual"
+    smallest = base or architecture
     options: dict[str, Any] = {}
-    rule = initialization or "second_moment"
-    if rule in ("second_moment", "moment"):
-        options = {
-            "depth_exponent": exponent,
-            "branch_share": _branch_share(base or architecture, exponent),
-        }
-        if fan := _base_readout(base or architecture):
-            options["readout_gain"] = math.sqrt(fan)
-            reasons.append(f"readout: 1/√n at the base's n = {fan}, and 1/n beyond it [μP]")
-    return Choice(
-        rule,
-        options,
+    if "depth_exponent" in rule.parameters:
+        options["depth_exponent"] = exponent
+    if "branch_share" in rule.parameters:
+        options["branch_share"] = _branch_share(smallest, exponent)
+    if "readout_gain" in rule.parameters and (fan := _base_readout(smallest)):
+        options["readout_gain"] = math.sqrt(fan)
+        reasons.append(f"readout: 1/√n at the base's n = {fan}, and 1/n beyond it [μP]")
+    width = None if base is None else width
+    rates = RateRules(
         rule="none" if residual or depth is None else depth,
-        width_rule=width if base is not None else None,
+        width_rule=width,
         depth_rule=kind if residual else None,
         depth_exponent=exponent,
-        reasons=tuple(reasons),
+        dimension_numbers=width == "muon",
     )
+    return Choice(initialization or "second_moment", options, rates, tuple(reasons))
 
 
 def _depth_rule(
@@ -174,8 +169,9 @@ def _branch_share(base: Architecture, exponent: float) -> float:
     entries = [
         edge
         for edges in branches.values()
-        for edge in edges - {one for one in edges if not propagation.layers[one]}
-        if propagation.senders[edge] not in {propagation.receivers[one] for one in edges}
+        for edge in edges
+        if propagation.layers[edge]
+        and propagation.senders[edge] not in {propagation.receivers[one] for one in edges}
     ]
     normalized = all(propagation.normalizes(propagation.functions[one].before) for one in entries)
     share = _SHARE_OF_NORMALIZED if entries and normalized else _SHARE

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from archscale_jax._architecture import Architecture, Role
+from archscale_jax.rules._residual import Optimizer
 
-OPTIMIZERS = {"sgd": "sgd", "adam": "adam", "adamw": "adam", "muon": "muon"}
+OPTIMIZERS: dict[str, Optimizer] = {"sgd": "sgd", "adam": "adam", "adamw": "adam", "muon": "muon"}
 """Optimizers by name, and the kind of rules of each."""
 
 
@@ -12,7 +13,7 @@ def decay_multipliers(architecture: Architecture, rates: Mapping[str, float]) ->
     """Returns the multiplier λ of every parameter's decoupled weight decay, by name: 1/η.
 
     The share of a weight that is taken off per step is η·λ; 1/η behind multiplied rates leaves it
-    what it is in the base, whatever the width and depth [CompleteP, at α = 1] [Indep-WD]. Gains and
+    what it is in the base, whatever the width and depth [CompleteP, at α = 1]. Gains and
     biases do not decay.
 
     Args:

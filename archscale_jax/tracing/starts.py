@@ -66,8 +66,10 @@ _FUNCTIONS = ("exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "convert_
 _JAXPRS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-def constant_leaves(function: Callable[..., PyTree], *arguments: PyTree) -> dict[str, float]:
-    """Returns the leaves that a function fills with one number whatever its arguments are, by name.
+def constant_leaves(
+    function: Callable[..., PyTree], *arguments: PyTree
+) -> tuple[PyTree, dict[str, float]]:
+    """Returns the shapes of a function's results, and what fills leaves whatever its arguments are.
 
     Nothing is computed but these numbers: of an initializer they are its zeros, its ones, and
     constants such as 1e-6.
@@ -75,10 +77,13 @@ def constant_leaves(function: Callable[..., PyTree], *arguments: PyTree) -> dict
     Args:
       function: as `module.init`, of a key and inputs.
       *arguments: arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The tree of shapes, and the numbers by names of leaves.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     results = _results(closed, [_unknown] * len(closed.jaxpr.invars))
-    return {
+    return shapes, {
         name: value
         for (name, leaf), result in zip(named_leaves(shapes).items(), results, strict=True)
         if jnp.issubdtype(leaf.dtype, jnp.floating) and (value := result()) is not None
