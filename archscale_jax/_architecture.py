@@ -4,8 +4,9 @@ import collections
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jraph
 
@@ -214,6 +215,25 @@ class EdgeFunction:
     share: float = 1.0
 
 
+class AttentionLogits(NamedTuple):
+    """Sums of products of queries and keys.
+
+    Attributes:
+      queries: number of the vertex of the queries.
+      size: how many products are summed, d_head.
+      scale: the constant by which the model multiplies them, such as 1/√d_head.
+    """
+
+    queries: int
+    size: int
+    scale: float
+
+    def resized(self, size: int) -> "AttentionLogits":
+        """Returns those of heads of another size, scaled by the same power of it."""
+        power = math.log(self.scale, self.size) if self.size > 1 else 0.0
+        return self._replace(size=size, scale=float(size**power))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
     """The graph of a network with its parameters bound to it.
@@ -228,6 +248,7 @@ class Architecture:
       expressions: by number, what an entry of a vertex is that is a product, or that no input
         reaches.
       added: by number, what biases that do not start at 0 add to the features of a vertex.
+      attention: by number of their vertex, the products of queries and keys.
       notes: what could not be read off the function, and what was supposed instead.
 
     Raises:
@@ -242,6 +263,7 @@ class Architecture:
     stems: tuple[EdgeFunction, ...] = ()
     expressions: Mapping[int, Expression] = dataclasses.field(default_factory=dict)
     added: Mapping[int, Expression] = dataclasses.field(default_factory=dict)
+    attention: Mapping[int, AttentionLogits] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):

@@ -105,7 +105,7 @@ def dynamic(
     function: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Binds the inputs that are not arrays; returns a function of the others, and the others."""
-    static = [one is None or isinstance(one, bool | str) or _is_function(one) for one in inputs]
+    static = [is_static(one) for one in inputs]
     arrays = tuple(one for one, bound in zip(inputs, static, strict=True) if not bound)
 
     def bound(params: PyTree, *given: PyTree) -> Any:
@@ -118,7 +118,10 @@ def dynamic(
     return (bound, arrays) if any(static) else (function, inputs)
 
 
-def _is_function(value: Any) -> bool:
+def is_static(value: Any) -> bool:
+    """Whether an input of a model is a constant of it: None, a bool, a string or a function."""
+    if value is None or isinstance(value, bool | str):
+        return True
     return callable(value) and jax.tree_util.all_leaves([value])  # a module is a tree of arrays
 
 

@@ -6,19 +6,28 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
+from archscale_jax._multiplied import multiplied_apply
 from archscale_jax._optax import scale_by_multipliers
-from archscale_jax._report import Report, report_of
-from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax._optimizers import optimizer_of
+from archscale_jax._report import PlanNumbers, Report, report_of
+from archscale_jax._trees import PyTree, map_with_names, scaled_leaves
 from archscale_jax.rules._choice import Choice, chosen
+from archscale_jax.rules._forward import Form, start_factors
 from archscale_jax.rules._initialization import weight_standard_deviations
-from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
+from archscale_jax.rules._optimizer import (
+    OPTIMIZERS,
+    UNSUPPORTED,
+    Duration,
+    Hyperparameters,
+    hyperparameters,
+)
+from archscale_jax.rules._registry import Explained, Part
 from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.tracing.trace import trace_with_starts
@@ -32,6 +41,11 @@ def parametrize(
     base: Any = None,
     optimizer: str = "adam",
     depth_exponent: float | None = None,
+    batch_ratio: float = 1.0,
+    token_ratio: float = 1.0,
+    form: Form = "auto",
+    attention_scale: Literal["1/d"] | None = None,
+    epsilon_rule: Literal["completep", "gradient"] = "completep",
     initialization: str | None = None,
     width_rule: str | None = "auto",
     depth_rule: str | None = "auto",
@@ -60,8 +74,18 @@ def parametrize(
       base: the network on which the rate is tuned: a smaller model of the same kind (a pair
         `(apply, params)` for functions), its `Parametrization`, its `Architecture`, or
         `{width: base width}` of the widths that differ. None: this is the base.
-      optimizer: `sgd` (with or without momentum), `adam`, `adamw` or `muon`.
-      depth_exponent: α: residual branches shrink by m^(-α) in m times as many; None takes 1/2.
+      optimizer: `sgd` (with or without momentum), `adam`, `adamw`, `lion` or `muon`.
+      depth_exponent: α: residual branches shrink by m^(-α) in m times as many. None reads it from
+        the graph: 1 where branches have two layers or more, 1/2 where they have one (theory §11).
+      batch_ratio: batch size over the base's, of adam and adamw; see `rules._optimizer.Duration`.
+      token_ratio: examples of the whole training over the base's.
+      form: `auto`: no forward multipliers but of tied tables, whose logits `plan.apply` scales;
+        `folded`: none at all, tied tables follow the readout; `multipliers`: branches and readouts
+        have them too, as published. With forward multipliers, train through `plan.apply`.
+      attention_scale: `1/d` makes `plan.apply` multiply queries and keys by 1/d_head, beyond the
+        base's size, as [μP] does where d_head grows; None leaves the model's own scale.
+      epsilon_rule: `completep`, as published, or `gradient`: as gradients scale, leaf by leaf; they
+        differ outside of residual branches.
       initialization: initialization rule, see `archscale_jax.initialize`; None takes the one that
         fits the graph.
       width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
@@ -83,7 +107,11 @@ def parametrize(
     """
     if optimizer not in OPTIMIZERS:
         hint = "; of any other optimizer take plan.scale() behind it, if it is like one of these"
+        if optimizer in UNSUPPORTED:
+            hint = f"; no rule for it is known here: {UNSUPPORTED[optimizer]}"
         raise ValueError(unknown_name("optimizer", optimizer, OPTIMIZERS) + hint)
+    duration = Duration(batch_ratio, token_ratio)
+    duration.check(optimizer)
     options: dict[str, Any] = {"roles": roles, "unknown": unknown}
     keywords = model_kwargs or {}
     pure = pure_model(model, inputs, params, keywords)
@@ -106,8 +134,11 @@ def parametrize(
         width_rule=width_rule,
         depth_rule=depth_rule,
         depth_exponent=depth_exponent,
+        form=form,
+        attention_scale=attention_scale,
+        epsilon_rule=epsilon_rule,
     )
-    return Parametrization(architecture, compared, optimizer, choice, pure)
+    return Parametrization(architecture, compared, optimizer, choice, duration, pure)
 
 
 def _traced(
@@ -176,19 +207,21 @@ class Parametrization:
     Attributes:
       architecture: the graph of the model, with the parameters bound to it.
       base: that of the network on which the rate is tuned; None where this is the base.
-      optimizer_name: `sgd`, `adam`, `adamw` or `muon`.
+      optimizer_name: `sgd`, `adam`, `adamw`, `lion` or `muon`.
       choice: the rules that were taken, and why.
+      duration: batch and tokens over those of the base.
     """
 
     architecture: Architecture
     base: Architecture | None
     optimizer_name: str
     choice: Choice
+    duration: Duration
     _model: PureModel
 
     def __post_init__(self) -> None:
         # What a rule cannot do raises here, where the model and its base are given.
-        _ = self._multipliers, self._deviations
+        _ = self._hyperparameters, self._deviations
 
     # Initial weights.
 
@@ -218,13 +251,14 @@ class Parametrization:
         if names and self._model.initial is not None:
             found = self._model.initial(key, names)
             params = map_with_names(lambda name, leaf: found.get(name, leaf), params)
-        return initialize(
+        drawn = initialize(
             key,
             params,
             self.architecture,
             self.choice.initialization,
             rule_options=self.choice.initialization_options,
         )
+        return scaled_leaves(drawn, {name: one.value for name, one in self._starts.items()})
 
     @property
     def init_std(self) -> PyTree:
@@ -232,27 +266,32 @@ class Parametrization:
 
         An array that broadcasts over the leaf where the slices of a stack differ.
         """
-        return self._of_leaves({**dict.fromkeys(self.architecture.shapes), **self._deviations})
+        found = {
+            name: one * self._starts[name].value if name in self._starts else one
+            for name, one in self._deviations.items()
+        }
+        return self._of_leaves({**dict.fromkeys(self.architecture.shapes), **found})
 
     # Multipliers.
 
     @property
     def learning_rate(self) -> PyTree:
         """Multipliers of the learning rate, a tree like params of floats."""
-        return self._of_leaves(self._multipliers)
+        return self._of_leaves(_values(self._hyperparameters.rates))
 
     @property
     def weight_decay(self) -> PyTree:
         """Multipliers of the weight decay, a tree like params of floats; 0 for gains and biases.
 
-        They leave the product η·λ of weights, tables and readouts as it is in the base.
+        They leave the product η·λ of weights as it is in the base, but for m_L^(α-1) in residual
+        branches (theory §12).
         """
-        return self._of_leaves(decay_multipliers(self.architecture, self._multipliers))
+        return self._of_leaves(_values(self._hyperparameters.decay))
 
     @property
     def epsilon(self) -> PyTree:
-        """Multipliers of Adam's epsilon, a tree like params: 1, no rule changes it yet."""
-        return self._of_leaves(dict.fromkeys(self.architecture.shapes, 1.0))
+        """Multipliers of Adam's epsilon, a tree like params of floats (theory §12)."""
+        return self._of_leaves(_values(self._hyperparameters.epsilon))
 
     def scale(self) -> optax.GradientTransformation:
         """Returns the multipliers of the learning rate as an optax transformation.
@@ -260,7 +299,7 @@ class Parametrization:
         Put it behind the optimizer, `optax.chain(optax.adam(3e-3), plan.scale())`; see
         `archscale_jax.scale_by_architecture` for what that does to decoupled weight decay.
         """
-        return scale_by_multipliers(self.architecture, self._multipliers)
+        return scale_by_multipliers(self.architecture, _values(self._hyperparameters.rates))
 
     def optimizer(
         self,
@@ -282,9 +321,9 @@ class Parametrization:
             optimizer makes of the gradient, as `optax.adamw` does. Gains and biases do not decay.
           momentum: of sgd, as in `optax.sgd`.
           nesterov: of all optimizers, as in optax.
-          b1: of adam and adamw.
-          b2: of adam and adamw.
-          eps: of all but sgd.
+          b1: of adam, adamw and lion, that of the base.
+          b2: of adam, adamw and lion, that of the base.
+          eps: of adam, adamw and muon, that of the base.
           mu_dtype: of all but sgd, dtype of the first moments.
 
         Returns:
@@ -294,7 +333,7 @@ class Parametrization:
         Raises:
           TypeError: an option that the optimizer does not have.
         """
-        given = {
+        options = {
             "momentum": momentum,
             "nesterov": nesterov,
             "b1": b1,
@@ -302,21 +341,18 @@ class Parametrization:
             "eps": eps,
             "mu_dtype": mu_dtype,
         }
-        options = {name: value for name, value in given.items() if value is not None}
-        kind = OPTIMIZERS[self.optimizer_name]
-        accepted, make = _BARE[kind]
-        if others := options.keys() - accepted:
-            raise TypeError(
-                f"optimizer {self.optimizer_name!r} has no option {sorted(others)}; it has "
-                f"{', '.join(accepted)}"
-            )
-        if kind == "muon":
-            options["numbers"] = functools.partial(muon_dimension_numbers, self.architecture)
-        return optax.chain(
-            make(**options),
-            _decay(self.weight_decay, weight_decay),
-            self.scale(),
-            optax.scale_by_learning_rate(learning_rate),
+        rates, decay, epsilon = map(_values, self._hyperparameters)
+        return optimizer_of(
+            self.optimizer_name,
+            self.architecture,
+            learning_rate,
+            weight_decay,
+            options,
+            rates=rates,
+            decay=decay,
+            epsilon=epsilon,
+            duration=self.duration,
+            numbers=functools.partial(muon_dimension_numbers, self.architecture),
         )
 
     # The model, and what is said of it.
@@ -324,13 +360,20 @@ class Parametrization:
     def apply(self, params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> Any:
         """Evaluates the model: outputs alone, of a model with state those with its initial one.
 
+        Where the parametrization has forward multipliers they are applied here, and only here: the
+        loss is that of `plan.apply` then, as the report says first.
+
         Args:
           params: as `init` gives them.
           *inputs: of the model.
           key: of random numbers, such as those of dropout, in a linen, Haiku or Equinox model.
             Without it they are the same in every call: pass one in training.
         """
-        return self._model.apply(params, *inputs, key=key)
+        forward = self.choice.forward
+        params = scaled_leaves(params, forward.leaves)
+        if not forward.in_products:
+            return self._model.apply(params, *inputs, key=key)
+        return self._multiplied(params, inputs, key)
 
     def report(self) -> Report:
         """Returns one record a parameter, and the table of them that `print` shows."""
@@ -341,15 +384,12 @@ class Parametrization:
             self.choice.initialization,
             self.choice.initialization_options,
             self._model.params if self._model.initial is None else None,
-            plan=True,
+            plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward),
         )
-        decay = decay_multipliers(self.architecture, self._multipliers)
-        records = [
-            {**one, "weight_decay_multiplier": decay[one["path"]], "epsilon_multiplier": 1.0}
-            for one in found.records
-        ]
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
-        return dataclasses.replace(found, records=records, header=header)
+        if self.duration.kappa != 1:
+            header.insert(1, self.duration.line())
+        return dataclasses.replace(found, header=header)
 
     def __str__(self) -> str:
         return str(self.report())
@@ -362,9 +402,27 @@ class Parametrization:
     # Parts.
 
     @functools.cached_property
-    def _multipliers(self) -> dict[str, float]:
-        found = self.choice.rates.multipliers(self.architecture, self.base)
-        return {name: one.value for name, one in found.items()}
+    def _hyperparameters(self) -> Hyperparameters:
+        choice = self.choice
+        return hyperparameters(
+            self.architecture,
+            self.base,
+            OPTIMIZERS[self.optimizer_name],
+            choice.rates.multipliers(self.architecture, self.base),
+            choice.forward,
+            self.duration,
+            width=choice.rates.width_rule is not None,
+            depth_exponent=choice.rates.depth_exponent if choice.rates.depth_rule else None,
+            epsilon_rule=choice.epsilon_rule,
+        )
+
+    @functools.cached_property
+    def _starts(self) -> dict[str, Part]:
+        return start_factors(self.architecture, self.choice.forward)
+
+    @functools.cached_property
+    def _multiplied(self) -> Callable[..., Any]:
+        return multiplied_apply(self._model.apply, self.choice.forward)
 
     @functools.cached_property
     def _deviations(self) -> dict[str, Deviation]:
@@ -378,55 +436,5 @@ class Parametrization:
         return map_with_names(lambda name, leaf: values[name], self._model.params)
 
 
-def _sgd(momentum: float | None = None, nesterov: bool = False) -> optax.GradientTransformation:
-    return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-
-
-def _muon(numbers: Callable[[PyTree], PyTree], **options: Any) -> optax.GradientTransformation:
-    from optax.contrib import muon
-
-    # The sign and the rate follow behind the multipliers.
-    return optax.chain(
-        muon(1.0, muon_weight_dimension_numbers=numbers, **options), optax.scale(-1.0)
-    )
-
-
-_BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformation]]] = {
-    "sgd": (("momentum", "nesterov"), _sgd),
-    "adam": (("b1", "b2", "eps", "nesterov", "mu_dtype"), optax.scale_by_adam),
-    "muon": (("eps", "nesterov", "mu_dtype"), _muon),
-}
-"""Optimizers without rate and decay by kind, and their options."""
-
-
-def _decay(
-    multipliers: PyTree, weight_decay: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-    """Adds λ_p · weight_decay · W to every update."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    by_name = named_leaves(multipliers)
-
-    def init(params: PyTree) -> optax.ScaleByScheduleState | optax.EmptyState:
-        del params
-        if callable(weight_decay):
-            return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
-        return optax.EmptyState()
-
-    def update(updates: PyTree, state: Any, params: PyTree | None = None):
-        if params is None:
-            raise ValueError("weight decay needs params: call update(gradients, state, params)")
-        now: Any = weight_decay
-        if callable(weight_decay):
-            now = weight_decay(state.count)
-            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
-        weights = named_leaves(params)
-
-        def decayed(name: str, update: jax.Array) -> jax.Array:
-            if not by_name[name]:
-                return update
-            return update + (by_name[name] * now * weights[name]).astype(update.dtype)
-
-        return map_with_names(decayed, updates), state
-
-    return optax.GradientTransformation(init, update)
+def _values(found: Mapping[str, Explained]) -> dict[str, float]:
+    return {name: one.value for name, one in found.items()}

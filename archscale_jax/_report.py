@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jraph
 import numpy as np
@@ -20,12 +20,14 @@ from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
 from archscale_jax._reporting.notes import NO_BASE, Subject, first_notes, further_notes
 from archscale_jax._reporting.reasons import reason_text
 from archscale_jax._trees import PyTree
+from archscale_jax.rules._forward import Forward
 from archscale_jax.rules._initialization import (
     gain_values,
     initialization_rule,
     standard_deviation,
 )
 from archscale_jax.rules._learning_rate import LearningRateRule, MissingBaseError
+from archscale_jax.rules._optimizer import Hyperparameters
 from archscale_jax.rules._rates import RateRules
 from archscale_jax.rules._registry import Explained, Part, Rule
 from archscale_jax.rules._residual import Optimizer
@@ -76,6 +78,20 @@ class Report:
         from archscale_jax._reporting.table import html_of
 
         return html_of(self.header, self.records, self.notes, self.first)
+
+
+class PlanNumbers(NamedTuple):
+    """What a parametrization knows beyond the rules that its parts have as functions.
+
+    Attributes:
+      hyperparameters: the multipliers of every parameter.
+      starts: by what initial values are multiplied, by name.
+      forward: the forward multipliers.
+    """
+
+    hyperparameters: Hyperparameters
+    starts: Mapping[str, Part]
+    forward: Forward
 
 
 def report(
@@ -139,21 +155,30 @@ def report_of(
     initialization_options: Mapping[str, Any] | None,
     params: PyTree | None,
     *,
-    plan: bool = False,
+    plan: PlanNumbers | None = None,
 ) -> Report:
     """Does what `report` does; a plan's report excludes what concerns calls of its parts alone."""
     drawing = initialization_rule(architecture, initialization)
     drawn_options = initialization_options or {}
     deviations, undrawn = _deviations(architecture, drawing, drawn_options)
     rating, multipliers, missing = _multipliers(architecture, base, rates)
+    if plan is not None:
+        multipliers = plan.hyperparameters.rates
+        deviations = {
+            name: _times(one, plan.starts[name]) if name in plan.starts else one
+            for name, one in deviations.items()
+        }
     subject = Subject(architecture, base, rates, rating, drawing, drawn_options, params, plan)
     first = first_notes(subject)
     paths, degrees = path_statistics(architecture.graph), in_degrees(architecture.graph)
+    records = [
+        _record(one, subject, degrees, deviations.get(one.name), multipliers.get(one.name))
+        for one in architecture.parameters
+    ]
+    if plan is not None:
+        records = [{**one, **_of_plan(one["path"], plan.hyperparameters)} for one in records]
     return Report(
-        [
-            _record(one, subject, degrees, deviations.get(one.name), multipliers.get(one.name))
-            for one in architecture.parameters
-        ],
+        records,
         notes=[*first, *missing, *undrawn, *further_notes(subject)],
         first=len(first),
         header=[
@@ -163,6 +188,21 @@ def report_of(
         ],
         paths=paths,
     )
+
+
+def _times(found: Explained, part: Part) -> Explained:
+    return Explained(found.value * part.value, (*found.parts, part))
+
+
+def _of_plan(name: str, found: Hyperparameters) -> dict[str, Any]:
+    """Decay and epsilon of a parameter, and why."""
+    decay, epsilon = found.decay[name], found.epsilon[name]
+    return {
+        "weight_decay_multiplier": decay.value,
+        "weight_decay_reason": reason_text([decay.parts], values=True),
+        "epsilon_multiplier": epsilon.value,
+        "epsilon_reason": reason_text([epsilon.parts], values=True),
+    }
 
 
 def _deviations(

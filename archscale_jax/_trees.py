@@ -53,6 +53,18 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     return map_with_names(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
+def scaled_leaves(tree: PyTree, factors: Mapping[str, float]) -> PyTree:
+    """Returns a tree with some of its leaves multiplied, by name."""
+    if not factors:
+        return tree
+
+    def scaled(name: str, leaf: Any) -> Any:
+        # Of an array of NumPy too, whose dtype a Python float leaves as it is.
+        return leaf * factors[name] if name in factors else leaf
+
+    return map_with_names(scaled, tree)
+
+
 def _names_and_leaves(tree: PyTree, **flatten_options: Any) -> list[tuple[str, Any]]:
     """Every leaf with its name, in the order of flattening."""
     found, _ = jax.tree_util.tree_flatten_with_path(tree, **flatten_options)

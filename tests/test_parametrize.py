@@ -426,10 +426,12 @@ def stack(depth, base=None, **options):
 def test_residual_stacks_get_multipliers_by_place():
     rates = stack(8, base=2, optimizer="sgd").learning_rate
     assert rates["stem"] == rates["readout"] == 1
-    assert rates["blocks"][0]["in"] == 1  # m^(2α - 1), α = 1/2
+    assert rates["blocks"][0]["in"] == 4  # m^(2α - 1), α = 1 of branches of two layers
     assert rates["blocks"][0]["out"] == pytest.approx(1 / 4)
-    rates = stack(8, base=2, depth_exponent=1.0).learning_rate
+    rates = stack(8, base=2).learning_rate
     assert rates["blocks"][0] == {"in": 1.0, "out": pytest.approx(1 / 4)}
+    rates = stack(8, base=2, depth_exponent=0.5).learning_rate
+    assert rates["blocks"][0] == {"in": pytest.approx(1 / 2), "out": pytest.approx(1 / 4)}
     assert stack(8, base=2, depth_rule=None).learning_rate["blocks"][0]["out"] == 1
     assert "8 residual blocks, 2 in the base" in str(stack(8, base=2))
 
@@ -559,13 +561,13 @@ class Stages(nn.Module):
 
 
 def test_bases_of_several_widths_may_be_shallower_and_narrower():
-    """Widths 32, 64 after 8, 16, four blocks a stage after one: hidden 1/4 · 1/√4, 1/4 · 1/4."""
+    """Widths 32, 64 after 8, 16, four blocks a stage after one: hidden 1/4, 1/4 · 1/4."""
     deep, base = archscale.parametrize(Stages(4, 8), X, base=Stages(1, 8)), Stages(1, 8)
-    assert set(named_leaves(deep.learning_rate).values()) == {1.0, 0.5, 0.25}
+    assert set(named_leaves(deep.learning_rate).values()) == {1.0, 0.25}
     both = archscale.parametrize(Stages(4, 32), X, base=base).learning_rate["params"]
     wide = archscale.parametrize(Stages(1, 32), X, base=base).learning_rate["params"]
     assert wide["Dense_1"]["kernel"] == 1 / 4
-    assert both["Dense_2"]["kernel"] == pytest.approx(1 / 8)
+    assert both["Dense_2"]["kernel"] == pytest.approx(1 / 4)
     assert both["Dense_1"]["kernel"] == pytest.approx(1 / 16)
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jraph
-import numpy as np
 
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._graph import Operator, live_edges, network_kernel_size
@@ -34,7 +33,7 @@ class Subject(NamedTuple):
     drawing: Rule
     drawing_options: Mapping[str, Any]
     params: PyTree | None
-    plan: bool = False
+    plan: Any = None
 
 
 def first_notes(subject: Subject) -> list[str]:
@@ -51,7 +50,30 @@ def further_notes(subject: Subject) -> list[str]:
     ]
 
 
+def _forward_notes(subject: Subject) -> Iterator[str]:
+    if subject.plan is None:
+        return
+    forward = subject.plan.forward
+    for name, a in forward.tables.items():
+        yield (
+            f"train through plan.apply: it multiplies the logits of {name}, embedding table and "
+            f"readout in one, by {a:.4g}, and the multipliers below are wrong for the model "
+            "without it; form='folded' needs no plan.apply, and does not transfer over width [μP]"
+        )
+    if forward.attention != 1:
+        yield (
+            f"train through plan.apply: it multiplies products of queries and keys by "
+            f"{forward.attention:.4g}"
+        )
+    if forward.leaves:
+        yield (
+            f"train through plan.apply: it multiplies {len(forward.leaves)} leaves (ends of "
+            f"branches, readouts) by their forward multipliers: {_listed(forward.leaves)}"
+        )
+
+
 def _first_notes(subject: Subject) -> Iterator[str]:
+    yield from _forward_notes(subject)
     architecture, params = subject.architecture, subject.params
     leaves = {} if params is None else named_leaves(params)
     unknown = [
@@ -145,7 +167,8 @@ def _graph_notes(subject: Subject) -> Iterator[str]:
             "deviation, the smallest that one of them wants, or one for every slice of a stack: "
             f"{_listed(shared)}"
         )
-    for name in [one.name for one in parameters if one.is_tied]:
+    multiplied = subject.plan.forward.tables if subject.plan else {}
+    for name in [one.name for one in parameters if one.is_tied and one.name not in multiplied]:
         yield (
             f"{name} is embedding table and readout in one: its standard deviation and multiplier "
             "follow the readout. Over width that is not μP, which multiplies the logits and keeps "
@@ -190,12 +213,15 @@ def _rate_notes(subject: Subject) -> Iterator[str]:
             "the width differs from the base's, which no multiplier here accounts for: "
             "width_rule='sgd', 'adam' or 'muon' does [μP]"
         )
-    if wider and np.any(architecture.graph.edges["operator"] == Operator.PRODUCT):
-        yield (
-            "features are multiplied (attention, gates) and the width differs from the base's: μP "
-            "scales q·k by 1/d_head instead of 1/sqrt(d_head), which matters only if d_head grows "
-            "with the width [μP]"
-        )
+    if isinstance(base, Architecture) and _head_sizes(architecture) - _head_sizes(base):
+        multiplied = subject.plan is not None and subject.plan.forward.attention != 1
+        way = "parametrize(…, attention_scale='1/d') does that through plan.apply"
+        if not multiplied:
+            yield (
+                f"heads have {_text_of(_head_sizes(architecture))} features, in the base "
+                f"{_text_of(_head_sizes(base))}: μP multiplies queries and keys by 1/d_head "
+                f"instead of 1/√d_head; {way} [μP]"
+            )
     drawn = subject.drawing.option("depth_exponent", subject.drawing_options)
     if rates.depth_rule is not None and drawn != rates.depth_exponent:
         yield (
@@ -243,6 +269,14 @@ def _ratios(
 
 def _hidden_features(architecture: Architecture) -> set[tuple[int, int]]:
     return {features(one) for one in architecture.parameters if one.role == Role.HIDDEN}
+
+
+def _head_sizes(architecture: Architecture) -> set[int]:
+    return {one.size for one in architecture.attention.values()}
+
+
+def _text_of(numbers: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(numbers))) or "no"
 
 
 def _listed(names: Iterable[str], limit: int = 6) -> str:

@@ -11,9 +11,15 @@ from archscale_jax._errors import unknown
 from archscale_jax._graph import Operator, live_edges
 from archscale_jax._moments import Propagation
 from archscale_jax._paths import path_statistics
+from archscale_jax.rules._forward import Forward, forward_multipliers
 from archscale_jax.rules._learning_rate import LEARNING_RATE_RULES
 from archscale_jax.rules._rates import RateRules
-from archscale_jax.rules._residual import Optimizer, residual_branches, residual_depth
+from archscale_jax.rules._residual import (
+    Optimizer,
+    layers_of_branches,
+    residual_branches,
+    residual_depth,
+)
 from archscale_jax.rules._variances import INITIALIZATION_RULES
 from archscale_jax.rules._width import WIDTH_RULES, features
 
@@ -28,12 +34,16 @@ class Choice:
       initialization: name of the initialization rule.
       initialization_options: its options.
       rates: rules of the learning rates.
+      forward: the forward multipliers.
+      epsilon_rule: see `rules._optimizer`.
       reasons: why, one sentence a choice.
     """
 
     initialization: str
     initialization_options: dict[str, Any]
     rates: RateRules
+    forward: Forward
+    epsilon_rule: str
     reasons: tuple[str, ...]
 
     def lines(self, optimizer: str, has_base: bool) -> list[str]:
@@ -56,6 +66,9 @@ def chosen(
     width_rule: str | None,
     depth_rule: str | None,
     depth_exponent: float | None,
+    form: str,
+    attention_scale: str | None,
+    epsilon_rule: str,
 ) -> Choice:
     """Returns the rules that fit a network and its base, or those that the user names.
 
@@ -67,17 +80,21 @@ def chosen(
       width_rule: name of a width rule, `auto` or None.
       depth_rule: `auto`, None, `residual`, or the name of a learning-rate rule.
       depth_exponent: α, or None.
+      form: see `forward_multipliers`.
+      attention_scale: see there.
+      epsilon_rule: see `rules._optimizer`.
 
     Raises:
       ValueError: a rule that there is not, or one that is asked for without a base.
     """
     reasons: list[str] = []
-    exponent = 0.5 if depth_exponent is None else depth_exponent
+    exponent = _depth_exponent(architecture) if depth_exponent is None else depth_exponent
     width = kind if width_rule == "auto" else width_rule
     if width is not None:
         WIDTH_RULES.resolve(width)
     rule = INITIALIZATION_RULES.resolve(initialization or "second_moment")
-    depth = _depth_rule(architecture, base, kind, depth_rule, reasons)
+    derived = depth_exponent is None
+    depth = _depth_rule(architecture, base, kind, depth_rule, reasons, exponent, derived)
     residual = depth == "residual"
     smallest = base or architecture
     options: dict[str, Any] = {}
@@ -89,14 +106,31 @@ def chosen(
         options["readout_gain"] = math.sqrt(fan)
         reasons.append(f"readout: 1/√n at the base's n = {fan}, and 1/n beyond it [μP]")
     width = None if base is None else width
+    forward = forward_multipliers(
+        architecture,
+        base,
+        form=form,
+        attention_scale=attention_scale,
+        width=width is not None,
+        depth_exponent=exponent if residual else None,
+    )
     rates = RateRules(
         rule="none" if residual or depth is None else depth,
         width_rule=width,
         depth_rule=kind if residual else None,
         depth_exponent=exponent,
         dimension_numbers=width == "muon",
+        tables=frozenset(forward.tables),
     )
-    return Choice(initialization or "second_moment", options, rates, tuple(reasons))
+    return Choice(
+        initialization or "second_moment", options, rates, forward, epsilon_rule, tuple(reasons)
+    )
+
+
+def _depth_exponent(architecture: Architecture) -> float:
+    """α: 1 where branches have two layers or more, 1/2 where all have one [WD-spec]."""
+    layers = layers_of_branches(architecture)
+    return 1.0 if max(layers.values(), default=1) > 1 else 0.5
 
 
 def _depth_rule(
@@ -105,6 +139,8 @@ def _depth_rule(
     kind: str,
     depth_rule: str | None,
     reasons: list[str],
+    exponent: float,
+    derived: bool,
 ) -> str | None:
     """`residual`, the name of a learning-rate rule, or None."""
     if depth_rule not in ("auto", "residual", None):
@@ -119,7 +155,8 @@ def _depth_rule(
     stacked = bool(residual_branches(architecture)) and counts[1] > 0
     if depth_rule == "residual" or (stacked and counts[0] != counts[1]):
         reasons.append(
-            f"depth: {counts[0]} residual blocks, {counts[1]} in the base: multipliers by place"
+            f"depth: {counts[0]} residual blocks, {counts[1]} in the base: multipliers by place, "
+            f"α = {exponent:g}{_why(architecture) if derived else ''}"
         )
         return "residual"
     depths = [path_statistics(one.graph).max_depth for one in (architecture, base)]
@@ -135,6 +172,12 @@ def _depth_rule(
         f"depth_rule= ({', '.join(LEARNING_RATE_RULES)})"
     )
     return None
+
+
+def _why(architecture: Architecture) -> str:
+    counts = sorted(set(layers_of_branches(architecture).values()))
+    layers = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return f" as branches have {layers} layer{'s' * (counts[-1] > 1)}"
 
 
 def _sums_layers_alone(architecture: Architecture) -> bool:

@@ -87,6 +87,8 @@ class RateRules:
     depth_exponent: float = 0.5
     consistent_rms: float | None = None
     dimension_numbers: bool = False
+    tables: frozenset[str] = frozenset()
+    """Tied tables whose logits a forward multiplier scales: their rates are those of tables."""
 
     def __post_init__(self) -> None:
         rule = None if self.rule is None else LEARNING_RATE_RULES.resolve(self.rule)
@@ -155,7 +157,11 @@ class RateRules:
                     "with_widths(architecture, {width: base width}); found "
                     f"{type(base).__name__}"
                 )
-            given.append(width_parts(architecture, base, self.width_rule, **self._width_options))
+            given.append(
+                width_parts(
+                    architecture, base, self.width_rule, tables=self.tables, **self._width_options
+                )
+            )
         if self.depth_rule is not None:
             if base is None:
                 raise MissingBaseError(

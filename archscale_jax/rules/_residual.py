@@ -278,14 +278,8 @@ def depth_multipliers(
     """
     check_optimizer(optimizer)
     branches = residual_branches(architecture)
-    counts = residual_depth(architecture), residual_depth(base)
-    if not branches or not counts[1]:
-        raise ValueError(
-            f"depth rule: the network has {len(branches)} residual additions and the base "
-            f"{counts[1]}; both need some. Chains have the rules depth and path_sum"
-        )
+    ratio = block_ratio(architecture, base)
     places = Places(architecture, branches)
-    ratio = counts[0] / counts[1]
     sgd = optimizer == "sgd"
     power = 2 * exponent - 1 if sgd else exponent - 1
     rule, numbers = f"depth {optimizer}", {"m": ratio, "α": exponent}
@@ -314,6 +308,40 @@ def depth_multipliers(
         return found
 
     return {parameter.name: multiplier(parameter) for parameter in architecture.parameters}
+
+
+def block_ratio(
+    architecture: Architecture | jraph.GraphsTuple, base: Architecture | jraph.GraphsTuple
+) -> float:
+    """Returns m, the number of residual blocks over that of the base.
+
+    Raises:
+      ValueError: one of them has none.
+    """
+    counts = residual_depth(architecture), residual_depth(base)
+    if not all(counts):
+        raise ValueError(
+            f"depth rule: the network has {counts[0]} residual additions and the base "
+            f"{counts[1]}; both need some. Chains have the rules depth and path_sum"
+        )
+    return counts[0] / counts[1]
+
+
+def layers_of_branches(architecture: Architecture) -> dict[int, int]:
+    """Returns the most layers on a way through the branches of every residual addition.
+
+    By vertex: of attention 2 (values, outputs), of an MLP block 2, of `x + W relu(x)` 1.
+    """
+    graph, weight = architecture.graph, is_weight(architecture.graph)
+    senders, receivers = graph.senders.tolist(), graph.receivers.tolist()
+    found: dict[int, int] = {}
+    for vertex, branch in residual_branches(architecture).items():
+        longest: dict[int, int] = {}
+        for edge in sorted(branch, key=lambda edge: receivers[edge]):
+            length = longest.get(senders[edge], 0) + int(weight[edge])
+            longest[receivers[edge]] = max(longest.get(receivers[edge], 0), length)
+        found[vertex] = longest.get(vertex, 0)
+    return found
 
 
 class Places:

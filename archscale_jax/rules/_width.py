@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -191,9 +191,17 @@ def width_multipliers(
 
 
 def width_parts(
-    architecture: Architecture, base: Architecture, rule: str | WidthRule, **options: Any
+    architecture: Architecture,
+    base: Architecture,
+    rule: str | WidthRule,
+    *,
+    tables: Collection[str] = (),
+    **options: Any,
 ) -> dict[str, Part]:
-    """Returns what `width_multipliers` does, with the ratios that each comes from."""
+    """Returns what `width_multipliers` does, with the ratios that each comes from.
+
+    Of `tables`, whose logits a forward multiplier scales, only the use as a table counts.
+    """
     found = WIDTH_RULES.resolve(rule)
     compare = _counterparts(architecture, base)
 
@@ -203,10 +211,14 @@ def width_parts(
         role = "tied table" if parameter.is_tied else str(parameter.role)
         return Part(value, f"width {found.name}", role, {"r": r, "s": s}, found.citation)
 
+    def views(one: Parameter) -> list[tuple[Parameter, float, float, tuple[int, ...]]]:
+        found = _views(one, *compare(one))
+        if one.name not in tables:
+            return found
+        return [view for view in found if view[0].uses[0].kind != "weight"]
+
     return {
-        one.name: min(
-            (part(*view) for view in _views(one, *compare(one))), key=lambda part: part.value
-        )
+        one.name: min((part(*view) for view in views(one)), key=lambda part: part.value)
         for one in architecture.parameters
     }
 
@@ -266,7 +278,8 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
 
     Axes of features count, alone or several together, as heads and their features; axes of
     positions do not, whatever their size. Features that were flattened or merged from several
-    positions are a number of their own: list it too, `{64: 32, 1024: 512}`.
+    positions are a number of their own: list it too, `{64: 32, 1024: 512}`. So is the size of heads
+    if it differs; unless it is listed the base has fewer heads.
 
     Args:
       architecture: the network to train.
@@ -285,6 +298,7 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
         if base_width < 1:
             raise ValueError(f"widths map {width} to {base_width}; accepted are integers from 1")
     unused, missing = set(widths), {}
+    unused -= {one.size for one in architecture.attention.values()}
     parameters = tuple(
         _narrowed(parameter, widths, unused, missing) for parameter in architecture.parameters
     )
@@ -301,7 +315,11 @@ def with_widths(architecture: Architecture, widths: Mapping[int, int]) -> Archit
             f"it have beside a listed width; add {width}: base width, or {{{width}: {width}}} if "
             "it stays"
         )
-    narrowed = dataclasses.replace(architecture, parameters=parameters)
+    attention = {
+        vertex: one.resized(widths.get(one.size, one.size))
+        for vertex, one in architecture.attention.items()
+    }
+    narrowed = dataclasses.replace(architecture, parameters=parameters, attention=attention)
     _check_joined(architecture, narrowed, widths)
     return narrowed
 

@@ -168,11 +168,15 @@ class Interpreter:
 
     def _results(self, call: Call) -> list[Value]:
         state = self.state
-        found = len(state.flow.kinds), len(state.uses)
+        found, outer = self._found(), state.path
+        state.path = (*outer, id(call.equation))
         results = [
             _ranked(result, variable)
             for result, variable in zip(self._equation(call), call.equation.outvars, strict=True)
         ]
+        for vertex in range(found[0], len(state.flow.kinds)):
+            state.places.setdefault(vertex, state.path)
+        state.path = outer
         if self.evaluation is None:
             return results
         # What holds a vertex has been evaluated within; what does not is left whole, so that

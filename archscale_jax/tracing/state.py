@@ -115,6 +115,8 @@ class State:
       without_inputs: vertices that no input reaches.
       contracted: vertices whose features are summed over in a product, as queries and keys are.
       queries: by the vertex of such a product, the first of its sources and the number of terms.
+      places: by the vertex of a layer or product, the equations that lead to the one that made it.
+      path: ids of the equations, one in another, that what is read lies in.
       layers: numbers of the uses that made a vertex.
       notes: what could not be known, and what was supposed.
       unsupported: messages on parameters that cannot be read.
@@ -138,6 +140,8 @@ class State:
     without_inputs: set[int] = dataclasses.field(default_factory=set)
     contracted: set[int] = dataclasses.field(default_factory=set)
     queries: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    places: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    path: tuple[int, ...] = ()
     layers: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
     unsupported: dict[str, None] = dataclasses.field(default_factory=dict)

@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend import core
 
 from archscale_jax._architecture import (
     Architecture,
     Arrangement,
+    AttentionLogits,
     EdgeFunction,
     Parameter,
     Role,
@@ -119,7 +121,8 @@ def _architecture(
         if use.edge is not None and use.kind in ("weight", "embedding"):
             leaves.setdefault(use.edge, []).append(use.leaf)
 
-    shares = _query_shares(state)
+    logits = _attention_logits(state)
+    shares = _query_shares(logits)
 
     def function(edge: Edge) -> EdgeFunction:
         weights = tuple(dict.fromkeys(leaves.get(edge, ())))
@@ -141,6 +144,11 @@ def _architecture(
         stems=tuple(function(edge) for edge in structure.stems),
         expressions=_renamed(state.flow.expressions, built),
         added=_renamed(state.flow.added, built),
+        attention={
+            built.numbers[vertex]: one._replace(queries=built.numbers[one.queries])
+            for vertex, one in logits.items()
+            if vertex in built.numbers and one.queries in built.numbers
+        },
         notes=tuple(state.notes),
     )
 
@@ -154,18 +162,26 @@ def _renamed(expressions: Mapping[int, Expression], built: Built) -> dict[int, E
     }
 
 
-def _query_shares(state: State) -> dict[int, float]:
+def _attention_logits(state: State) -> dict[int, AttentionLogits]:
+    """The sums of products of queries and keys by vertex."""
+    found: dict[int, AttentionLogits] = {}
+    for vertex, (query, count) in state.queries.items():
+        behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
+        scale = min((_constants(one, vertex) for one in behind), default=1.0)
+        scale *= _constants(state.flow.expressions[vertex], query)
+        found[vertex] = AttentionLogits(query, count, scale)
+    return found
+
+
+def _query_shares(logits: Mapping[int, AttentionLogits]) -> dict[int, float]:
     """By how much queries are smaller, by vertex, where their products with keys are summed.
 
     A sum of d products has d times their second moment, which 1/√d in front of queries or behind
     the sum takes back. A model without it, such as T5, draws its queries smaller.
     """
     found: dict[int, float] = {}
-    for vertex, (query, count) in state.queries.items():
-        behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
-        within = [state.flow.expressions[vertex]]
-        factor = count * min((_constants(one, vertex) for one in behind), default=1.0) ** 2
-        factor *= min((_constants(one, query) for one in within), default=1.0) ** 2
+    for vertex, (query, count, scale) in logits.items():
+        factor = count * scale**2
         if factor > 1 and vertex not in found:
             found[query] = min(found.get(query, 1.0), 1 / factor)
     return found
@@ -275,6 +291,8 @@ class Reading(NamedTuple):
       outputs: the vertices of the results.
       results: the values of the results.
       moved: where the contents of vertices that no longer exist have gone.
+      closed: the jaxpr.
+      shapes: the tree of the results, as shapes.
     """
 
     state: State
@@ -282,6 +300,8 @@ class Reading(NamedTuple):
     outputs: set[int]
     results: list[Value]
     moved: dict[int, int]
+    closed: core.ClosedJaxpr
+    shapes: PyTree
 
 
 def read(
@@ -366,7 +386,8 @@ def read(
     for layer, copies in split_fused(state.flow, ends).items():
         own = [use for use in state.uses if use.edge is layer]
         state.uses += [dataclasses.replace(use, edge=copy) for copy in copies for use in own]
-    return Reading(state, interpreter.evaluation, ends, results, contract(state.flow, ends))
+    moved = contract(state.flow, ends)
+    return Reading(state, interpreter.evaluation, ends, results, moved, closed, results_shape)
 
 
 def _jaxpr(function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> Any:
