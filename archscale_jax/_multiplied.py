@@ -57,5 +57,5 @@ def _places(reading: Reading, forward: Forward) -> dict[Place, float]:
         if use.kind == "weight" and use.leaf in forward.tables
     }
     if forward.attention != 1:
-        found |= {state.places[vertex]: forward.attention for vertex in state.queries}
+        found |= {one.path: forward.attention for one in state.queries.values()}
     return found

@@ -323,7 +323,7 @@ def test_widths_that_differ():
     wide, narrow = transformer(2), archscale.with_widths(transformer(2), {16: 8, 64: 32})
     attention, unaccounted = "1/d_head instead of 1/√d_head", "no multiplier here accounts for"
     assert not any(attention in note for note in report(wide, narrow).notes)  # fewer heads
-    narrow = archscale.with_widths(transformer(2), {16: 8, 64: 32, 4: 2})
+    narrow = archscale.with_widths(transformer(2), {16: 8, 64: 32, 8: 4})
     found = report(wide, narrow)
     assert the_note(found, attention)
     assert the_note(found, unaccounted)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
@@ -95,6 +95,14 @@ class Call:
         return any(type(one).__name__ == "Transform" and one.name == "jvp" for one in scopes)
 
 
+class Logits(NamedTuple):
+    """A sum of products of queries and keys: where it is made, the queries' vertex, its terms."""
+
+    path: tuple[int, ...]
+    queries: int
+    size: int
+
+
 @dataclasses.dataclass
 class State:
     """What has been read of a function.
@@ -114,7 +122,7 @@ class State:
       learned_axes: labels of the axes of values that are learned features.
       without_inputs: vertices that no input reaches.
       contracted: vertices whose features are summed over in a product, as queries and keys are.
-      queries: by the vertex of such a product, the first of its sources and the number of terms.
+      queries: such products by their vertex, or by the one that holds queries and keys.
       places: by the vertex of a layer or product, the equations that lead to the one that made it.
       path: ids of the equations, one in another, that what is read lies in.
       layers: numbers of the uses that made a vertex.
@@ -139,7 +147,7 @@ class State:
     learned_axes: dict[Value, Axes] = dataclasses.field(default_factory=dict)
     without_inputs: set[int] = dataclasses.field(default_factory=set)
     contracted: set[int] = dataclasses.field(default_factory=set)
-    queries: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    queries: dict[int, Logits] = dataclasses.field(default_factory=dict)
     places: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     path: tuple[int, ...] = ()
     layers: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)

@@ -165,10 +165,11 @@ def _renamed(expressions: Mapping[int, Expression], built: Built) -> dict[int, E
 def _attention_logits(state: State) -> dict[int, AttentionLogits]:
     """The sums of products of queries and keys by vertex."""
     found: dict[int, AttentionLogits] = {}
-    for vertex, (query, count) in state.queries.items():
+    for vertex, (_, query, count) in state.queries.items():
         behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
         scale = min((_constants(one, vertex) for one in behind), default=1.0)
-        scale *= _constants(state.flow.expressions[vertex], query)
+        if vertex != query:
+            scale *= _constants(state.flow.expressions[vertex], query)
         found[vertex] = AttentionLogits(query, count, scale)
     return found
 
@@ -182,7 +183,7 @@ def _query_shares(logits: Mapping[int, AttentionLogits]) -> dict[int, float]:
     found: dict[int, float] = {}
     for vertex, (query, count, scale) in logits.items():
         factor = count * scale**2
-        if factor > 1 and vertex not in found:
+        if factor > 1 and vertex not in found and vertex != query:
             found[query] = min(found.get(query, 1.0), 1 / factor)
     return found
 
@@ -199,7 +200,10 @@ def _linear_constants(expression: Expression, vertex: int) -> tuple[float, bool]
     """The same, and whether nothing but sums, masks and constants stands on the way."""
     if isinstance(expression, Statistic):
         factor, linear = _linear_constants(expression.operand, vertex)
-        return factor, linear and expression.name != "mean"  # of which a sum has the count
+        read = {one for one in variables(expression.operand) if one.source == vertex}
+        if expression.name == "mean" and len(read) > 1:  # of products; their sum is count times it
+            return factor / expression.count, True
+        return factor, linear and expression.name != "mean"
     if not isinstance(expression, Apply):
         return 1.0, True
     found = [

@@ -18,7 +18,7 @@ from archscale_jax._expressions import (
 from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
-from archscale_jax.tracing.state import Call, State, mean_over
+from archscale_jax.tracing.state import Call, Logits, State, mean_over
 from archscale_jax.tracing.values import (
     NO_LABELS,
     Axes,
@@ -108,11 +108,13 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
         free_axes(len(v.axes), c, b)
         for v, c, b in zip(call.features, contracted, batch, strict=True)
     ]
+    of_queries = False
     if not contracted[0]:
         expression = multiplied(left.expression, right.expression)
     elif state.has_units(labels) or (not any(free) and left.vertex == right.vertex):
         expression = over_units(state, left, right, labels, count)
-        if left.expression is not right.expression:
+        of_queries = left.expression is not right.expression
+        if of_queries:
             state.contracted |= {left.vertex, right.vertex}
     else:  # positions: each side by its mean, of which a softmax has 1 / count
         one, other = (
@@ -121,13 +123,15 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
         )
         expression = times(multiplied(one, other), count)
     if left.vertex == right.vertex:
+        if of_queries:
+            state.queries[left.vertex] = Logits(state.path, left.vertex, count)
         return changed(
             left, expression=expression, axes=axes, passed=left.passed | right.passed,
             inputs=left.inputs | right.inputs, bare=False, array=None,
         )  # fmt: skip
     result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
-    if left.vertex in state.contracted and contracted[0]:
-        state.queries[result.vertex] = left.vertex, count
+    if of_queries:
+        state.queries[result.vertex] = Logits(state.path, left.vertex, count)
     return result
 
 
