@@ -11,6 +11,7 @@ from archscale_jax._trees import PyTree
 from archscale_jax.rules._forward import Forward
 from archscale_jax.tracing.multiplied import Place, with_multipliers
 from archscale_jax.tracing.trace import Reading
+from archscale_jax.tracing.values import TraceError
 
 
 def multiplied_apply(apply: Callable[..., Any], forward: Forward) -> Callable[..., Any]:
@@ -50,12 +51,38 @@ _ARRAYS = object()
 
 def _places(reading: Reading, forward: Forward) -> dict[Place, float]:
     """The equations whose results are multiplied."""
+    found = _logits(reading, forward)
+    if forward.attention != 1:
+        found |= dict.fromkeys(_attention(reading), forward.attention)
+    return found
+
+
+def _logits(reading: Reading, forward: Forward) -> dict[Place, float]:
+    """Those that tables make as weights; none where a call reads rows of them alone."""
     state = reading.state
-    found = {
+    uses = [use for number, use in enumerate(state.uses) if number not in state.replaced]
+    kinds = {name: {use.kind for use in uses if use.leaf == name} for name in forward.tables}
+    for name, own in kinds.items():
+        if "weight" not in own and not own <= {"embedding"}:
+            raise TraceError(
+                f"{name!r} is no weight of a layer in this call of the model (but {sorted(own)}), "
+                "so that its logits, which plan.apply multiplies, were not found; call the model "
+                "as parametrize did, or pass form='folded' to it"
+            )
+    return {
         state.places[use.vertex]: forward.tables[use.leaf]
-        for use in state.uses
+        for use in uses
         if use.kind == "weight" and use.leaf in forward.tables
     }
-    if forward.attention != 1:
-        found |= {one.path: forward.attention for one in state.queries.values()}
-    return found
+
+
+def _attention(reading: Reading) -> frozenset[Place]:
+    """Those that sum products of queries and keys."""
+    logits = reading.state.queries.values()
+    sizes = frozenset().union(*(one.sizes for one in logits))
+    if len(sizes) != 1:
+        raise TraceError(
+            f"attention_scale='1/d': products of queries and keys of {len(sizes)} head sizes "
+            f"({sorted(sizes)}) in this call of the model, one is needed; scale them in the model"
+        )
+    return frozenset().union(*(one.places for one in logits))

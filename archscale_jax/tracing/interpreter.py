@@ -247,8 +247,9 @@ class Interpreter:
             "activation or a statistic; say so with archscale_jax.tracing.register_elementwise or "
             "register_primitive, or take it for the identity with trace(..., unknown='warn')",
         )
-        if self.state.unknown == "warn":
-            warnings.warn(str(error), stacklevel=2)
+        if self.state.unknown != "error":
+            if self.state.unknown == "warn":
+                warnings.warn(str(error), stacklevel=2)
             self.state.note(f"{call.name} at {call.line} is not registered; taken for the identity")
         elif call.weights:
             self.state.unsupported[str(error)] = None

@@ -14,13 +14,16 @@ import numpy as np
 from jax.extend import core
 
 from archscale_jax._trees import PyTree
+from archscale_jax.tracing.state import line_of
 from archscale_jax.tracing.trace import Reading, read
 from archscale_jax.tracing.values import TraceError
 
 Place = tuple[int, ...]
 """Ids of equations, each in the jaxpr of the one before it."""
 
-_OWN_DERIVATIVES = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call")
+_CLOSED = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "linear_call",
+           "composite", "call_hi_primitive")  # fmt: skip
+"""Functions whose derivative, transpose or implementation is not that of their jaxpr."""
 
 
 def with_multipliers(
@@ -44,7 +47,7 @@ def with_multipliers(
       TraceError: what `archscale_jax.trace` raises; a product inside of a function with a
         derivative of its own, which would not hold for the multiplied one.
     """
-    reading = read(function, params, inputs, ())
+    reading = read(function, params, inputs, (), unknown="accept")
     rewritten = _rewritten(reading.closed.jaxpr, places(reading), ())
     arrays = jax.tree.leaves((params, inputs))
     outputs = core.jaxpr_as_fun(core.ClosedJaxpr(rewritten, reading.closed.consts))(*arrays)
@@ -65,36 +68,67 @@ def _rewritten(jaxpr: core.Jaxpr, factors: Mapping[Place, float], path: Place) -
 
 
 def _followed_by_product(equation: core.JaxprEqn, factor: float) -> list[core.JaxprEqn]:
+    """The equation and what multiplies its result, as JAX writes it at this place."""
     (result,) = equation.outvars
     aval: Any = result.aval
     constant = np.asarray(factor, aval.dtype)
-    scaled = jax.make_jaxpr(lambda one: one * constant)(jax.ShapeDtypeStruct((), aval.dtype))
-    (product,), plain = scaled.jaxpr.eqns, core.Var(aval)
-    operands = [one if isinstance(one, core.Literal) else plain for one in product.invars]
+    scaled = jax.make_jaxpr(lambda one: one * constant)(aval).jaxpr
+    plain = core.Var(aval)
+    names = {scaled.invars[0]: plain, scaled.outvars[0]: result}
     return [
         equation.replace(outvars=[plain]),
-        equation.replace(
-            primitive=product.primitive,
-            params=product.params,
-            invars=operands,
-            outvars=[result],
-            effects=product.effects,
+        *(
+            one.replace(
+                invars=[atom if isinstance(atom, core.Literal) else names.get(atom, atom)
+                        for atom in one.invars],
+                outvars=[names.get(variable, variable) for variable in one.outvars],
+                source_info=equation.source_info,
+            )
+            for one in scaled.eqns
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _with_inner(
     equation: core.JaxprEqn, factors: Mapping[Place, float], place: Place
 ) -> core.JaxprEqn:
     """The equation with the jaxprs in it written anew."""
-    if equation.primitive.name in _OWN_DERIVATIVES:
+    if equation.primitive.name in _CLOSED:
         raise TraceError(
-            f"{equation.primitive.name}: a product to be multiplied lies in a function with a "
-            "derivative of its own; take it out of it, or pass form='folded'"
+            f"{equation.primitive.name} at {line_of(equation)}: a product to be multiplied lies "
+            "in a function with a derivative or an implementation of its own, which would not hold "
+            "for the multiplied one; take the product out of it, or pass parametrize(…, "
+            "form='folded') for logits, attention_scale=None for queries and keys"
         )
+    if equation.primitive.name == "shard_map":
+        return _mapped_anew(equation, factors, place)
     rewrite = functools.partial(_rewritten_value, factors=factors, place=place)
     parameters = {name: rewrite(value) for name, value in equation.params.items()}
     return equation.replace(params=parameters)
+
+
+def _mapped_anew(
+    equation: core.JaxprEqn, factors: Mapping[Place, float], place: Place
+) -> core.JaxprEqn:
+    """A `shard_map` that is traced again: its context tells how a constant meets what varies."""
+    parameters = equation.params
+    names = ("newly_manual_axes", "manual_axes")  # the latter in JAX 0.10.0
+    axes = next(parameters[name] for name in names if name in parameters)
+
+    def function(*shards: Any) -> Any:
+        inner = _rewritten(parameters["jaxpr"], factors, place)
+        return tuple(core.jaxpr_as_fun(core.ClosedJaxpr(inner, ()))(*shards))
+
+    mapped = jax.shard_map(
+        function,
+        mesh=parameters["mesh"],
+        in_specs=parameters["in_specs"],
+        out_specs=parameters["out_specs"],
+        axis_names=set(axes),
+        check_vma=parameters["check_vma"],
+    )
+    (anew,) = jax.make_jaxpr(mapped)(*(one.aval for one in equation.invars)).jaxpr.eqns
+    return equation.replace(params=anew.params)
 
 
 def _rewritten_value(value: Any, factors: Mapping[Place, float], place: Place) -> Any:

@@ -34,6 +34,13 @@ from archscale_jax.tracing.values import (
 )
 
 
+def line_of(equation: core.JaxprEqn) -> str:
+    """Returns file, line and function of an equation."""
+    from jax._src import source_info_util  # JAX offers no public way to an equation's place
+
+    return source_info_util.summarize(equation.source_info)
+
+
 class Call:
     """One equation of a jaxpr, the values of its operands, and which of its results are used.
 
@@ -84,9 +91,7 @@ class Call:
     @property
     def line(self) -> str:
         """File, line and function."""
-        from jax._src import source_info_util  # JAX offers no public way to an equation's place
-
-        return source_info_util.summarize(self.equation.source_info)
+        return line_of(self.equation)
 
     @property
     def is_of_derivative(self) -> bool:
@@ -96,11 +101,17 @@ class Call:
 
 
 class Logits(NamedTuple):
-    """A sum of products of queries and keys: where it is made, the queries' vertex, its terms."""
+    """Sums of products of queries and keys.
 
-    path: tuple[int, ...]
+    Attributes:
+      queries: number of the vertex of the queries.
+      sizes: how many products are summed; heads of several sizes may share a vertex.
+      places: the equations that lead to those that make the sums, of several heads several.
+    """
+
     queries: int
-    size: int
+    sizes: frozenset[int]
+    places: frozenset[tuple[int, ...]]
 
 
 @dataclasses.dataclass
@@ -110,7 +121,7 @@ class State:
     Attributes:
       shapes: of the leaves, by name.
       declared: names of the leaves whose roles the user has told.
-      unknown: what to do at a primitive that is not registered, `error` or `warn`.
+      unknown: what to do at a primitive that is not registered, `error`, `warn` or `accept`.
       starts: values of leaves before training, see `starting_values`.
       flow: the vertices and edges found.
       uses: what the parameters do.
@@ -278,6 +289,14 @@ class State:
         feature = changed(feature, axes=axes)
         self.learned_axes[value] = axes
         return feature
+
+    def note_logits(self, vertex: int, queries: int, size: int) -> None:
+        """Notes that the equation at hand sums so many products of queries and keys."""
+        sizes, places = frozenset([size]), frozenset([self.path])
+        if vertex in self.queries:
+            sizes |= self.queries[vertex].sizes
+            places |= self.queries[vertex].places
+        self.queries[vertex] = Logits(queries, sizes, places)
 
     # Uses of parameters.
 

@@ -165,9 +165,10 @@ def _renamed(expressions: Mapping[int, Expression], built: Built) -> dict[int, E
 def _attention_logits(state: State) -> dict[int, AttentionLogits]:
     """The sums of products of queries and keys by vertex."""
     found: dict[int, AttentionLogits] = {}
-    for vertex, (_, query, count) in state.queries.items():
+    for vertex, one in state.queries.items():
+        query, count = one.queries, max(one.sizes)
         behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
-        scale = min((_constants(one, vertex) for one in behind), default=1.0)
+        scale = min((_constants(before, vertex) for before in behind), default=1.0)
         if vertex != query:
             scale *= _constants(state.flow.expressions[vertex], query)
         found[vertex] = AttentionLogits(query, count, scale)
@@ -330,7 +331,7 @@ def read(
       evaluate: compute the values too.
       perturbations: added to the outputs of layers, by the names of their weights.
       outputs: taken instead of the outputs of layers, by the names of their weights.
-      unknown: see `trace`.
+      unknown: see `trace`; `accept` says nothing, of a function that was read before.
       starts: values of leaves before training, by name.
     """
     _check_call(function, params, inputs)

@@ -18,7 +18,7 @@ from archscale_jax._expressions import (
 from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
-from archscale_jax.tracing.state import Call, Logits, State, mean_over
+from archscale_jax.tracing.state import Call, State, mean_over
 from archscale_jax.tracing.values import (
     NO_LABELS,
     Axes,
@@ -124,14 +124,14 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
         expression = times(multiplied(one, other), count)
     if left.vertex == right.vertex:
         if of_queries:
-            state.queries[left.vertex] = Logits(state.path, left.vertex, count)
+            state.note_logits(left.vertex, left.vertex, count)
         return changed(
             left, expression=expression, axes=axes, passed=left.passed | right.passed,
             inputs=left.inputs | right.inputs, bare=False, array=None,
         )  # fmt: skip
     result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
     if of_queries:
-        state.queries[result.vertex] = Logits(state.path, left.vertex, count)
+        state.note_logits(result.vertex, left.vertex, count)
     return result
 
 
