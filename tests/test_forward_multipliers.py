@@ -1,8 +1,8 @@
 """`plan.apply` is the model with the forward multipliers written into it, however it is called.
 
 Every model here takes `Multipliers`, which stand where its author would write them; the plan is
-that of the model without them. Ratios are 2 in width (16 over 8, two heads) and in depth (4 over
-2), so that logits are multiplied by 1/2, branches by 1/2 (α = 1), and queries and keys, which the
+that of the model without them. Ratios are 2 in width (16 over 8, two heads) and in depth (2 over
+1), so that logits are multiplied by 1/2, branches by 1/2 (α = 1), and queries and keys, which the
 models scale by 1/√d_head, by √(1/2).
 """
 
@@ -40,6 +40,7 @@ class Multipliers(NamedTuple):
     branches: float = 1.0
 
 
+PLAIN = Multipliers()
 BY = Multipliers(1 / 2, math.sqrt(1 / 2), 1 / 2)
 
 
@@ -49,21 +50,24 @@ def _in_double_precision():
         yield
 
 
-def plan_of(model, base, *inputs, **options):
-    options = {"form": "multipliers", "attention_scale": "1/d"} | options
+def plan_of(model, base, *inputs, **given):
+    options: dict[str, Any] = {"form": "multipliers", "attention_scale": "1/d"} | given
     plan = archscale.parametrize(model, *inputs, base=base, optimizer="adamw", **options)
     assert plan.choice.forward.attention == pytest.approx(BY.attention, rel=2**-8)
     return plan
 
 
 def drawn(plan):
-    """Params of which no leaf is 0 or 1, so that nothing drops out."""
+    """Params of which no entry is 0 or 1, so that nothing drops out."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.4 * random.normal(size=leaf.shape), leaf.dtype),
+        jax.eval_shape(plan.init, jax.random.key(0)),
+    )
 
-    def moved(leaf):
-        noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-        return leaf + (0.3 * noise).astype(leaf.dtype)
 
-    return jax.tree.map(moved, plan.init(jax.random.key(0)))
+def random_key():
+    return jax.random.key(7)
 
 
 def tokens(batch=3, length=LENGTH):
@@ -72,11 +76,22 @@ def tokens(batch=3, length=LENGTH):
 
 def close(found, expected, rtol=1e-11, atol=1e-12):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, expected
+    )
 
 
 def squared(apply, params, *inputs, **options):
     return jnp.square(apply(params, *inputs, **options)).sum()
+
+
+def check_training(ours, theirs, params, *inputs):
+    """Values and gradients are the same."""
+
+    def trained(apply):
+        return jax.jit(jax.value_and_grad(functools.partial(squared, apply)))(params, *inputs)
+
+    close(trained(ours), trained(theirs))
 
 
 # A function, with its layers stacked and scanned.
@@ -105,7 +120,7 @@ def _own_norm_backward(kept, cotangent):
 own_norm.defvjp(_own_norm_forward, _own_norm_backward)
 
 
-def attend(query, key, value, by):
+def attend(query, key, value, *, by):
     """Causal attention of [..., time, heads, features]."""
     logits = jnp.einsum("...qhd,...khd->...hqk", query, key) / math.sqrt(query.shape[-1])
     logits = by.attention * logits
@@ -114,11 +129,11 @@ def attend(query, key, value, by):
     return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits), value)
 
 
-def gpt(params, tokens, *, by=Multipliers(), norm=layer_norm, wrap=lambda block: block):
+def gpt(params, tokens, *, by=PLAIN, norm=layer_norm, wrap=lambda block: block):
     def block(x, layer):
         parts = jnp.split(norm(x, layer["gain1"]) @ layer["qkv"], 3, axis=-1)
         parts = [one.reshape(*x.shape[:-1], HEADS, -1) for one in parts]
-        y = attend(*parts, by).reshape(x.shape)
+        y = attend(*parts, by=by).reshape(x.shape)
         x = x + by.branches * (y @ layer["out"] + layer["bias"])
         y = jax.nn.gelu(norm(x, layer["gain2"]) @ layer["up"])
         return x + by.branches * (y @ layer["down"]), None
@@ -128,7 +143,7 @@ def gpt(params, tokens, *, by=Multipliers(), norm=layer_norm, wrap=lambda block:
     return by.logits * (norm(x, params["gain"]) @ params["table"].T)
 
 
-def shapes(width=16, depth=4, dtype=DTYPE):
+def shapes(width=16, depth=2, dtype=DTYPE):
     sizes = {"gain1": (), "qkv": (width, 3 * width), "out": (width, width), "bias": (),
              "gain2": (), "up": (width, 4 * width), "down": (4 * width, width)}  # fmt: skip
     tree = {
@@ -142,9 +157,9 @@ def shapes(width=16, depth=4, dtype=DTYPE):
     )
 
 
-def plan_of_function(apply=gpt, dtype=DTYPE, **options):
-    model, base = (apply, shapes(dtype=dtype)), (apply, shapes(8, 2, dtype))
-    return plan_of(model, base, jax.ShapeDtypeStruct((3, LENGTH), jnp.int32), **options)
+def plan_of_function(apply=gpt, dtype=DTYPE, batch=3):
+    model, base = (apply, shapes(dtype=dtype)), (apply, shapes(8, 1, dtype))
+    return plan_of(model, base, jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32))
 
 
 def stepped(apply, params):
@@ -161,10 +176,6 @@ def twice(params):
     return jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
 
 
-def tangent(apply, params):
-    return jax.jvp(lambda params: apply(params, tokens()), (params,), (params,))
-
-
 def hessian_product(apply, params):
     gradient = jax.grad(functools.partial(squared, apply))
     return jax.jvp(lambda params: gradient(params, tokens()), (params,), (params,))[1]
@@ -172,12 +183,9 @@ def hessian_product(apply, params):
 
 TRANSFORMED = {
     "eagerly": lambda apply, p: apply(p, tokens()),
-    "jit": lambda apply, p: jax.jit(apply)(p, tokens()),
     "grad": lambda apply, p: jax.grad(functools.partial(squared, apply))(p, tokens()),
-    "jvp": tangent,
     "hessian": hessian_product,
     "vmap over params": lambda apply, p: jax.vmap(apply, (0, None))(twice(p), tokens()),
-    "vmap over both": lambda apply, p: jax.vmap(apply)(twice(p), jnp.stack([tokens()] * 2)),
     "vmap over examples": lambda apply, p: jax.vmap(apply, (None, 0))(p, tokens()),
     "scan over steps": lambda apply, p: jax.jit(functools.partial(stepped, apply))(p),
     "checkpoint": lambda apply, p: jax.grad(
@@ -185,8 +193,6 @@ TRANSFORMED = {
     )(p, tokens()),
     "another batch": lambda apply, p: apply(p, tokens(5)),
     "a shorter sequence": lambda apply, p: apply(p, tokens(3, 2)),
-    "one example": lambda apply, p: apply(p, tokens(1)),
-    "one token": lambda apply, p: apply(p, tokens(3, 1)),
     "one token alone": lambda apply, p: apply(p, tokens(1, 1)),
     "no batch": lambda apply, p: apply(p, tokens()[0]),
 }  # fmt: skip
@@ -230,18 +236,17 @@ own_product.defvjp(
 )
 
 WRAPPED = {
-    "jit": {"wrap": jax.jit},
-    "checkpoint": {"wrap": jax.checkpoint},
-    "checkpoint with a policy": {
-        "wrap": functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    "jit in a checkpoint with a policy": {
+        "wrap": lambda block: jax.checkpoint(
+            jax.jit(block), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
     },
-    "custom vjp": {"norm": own_norm},
     "custom vjp in a checkpoint": {"norm": own_norm, "wrap": jax.checkpoint},
     "cond": {
-        "wrap": lambda block: lambda x, layer: jax.lax.cond(
-            x.sum() > -jnp.inf, block, lambda x, layer: (2 * x, None), x, layer
+        "wrap": lambda block: (
+            lambda x, layer: jax.lax.cond(
+                x.sum() > -jnp.inf, block, lambda x, layer: (2 * x, None), x, layer
+            )
         )
     },
 }
@@ -262,21 +267,14 @@ def test_functions_in_the_model(name):
 
 
 def test_a_product_in_a_function_with_its_own_derivative_raises():
-    def apply(params, tokens):
-        x = params["table"][tokens]
-        return own_product(x + jax.nn.relu(x @ params["first"]) @ params["second"], params["table"])
-
-    def of(width):
-        sizes = {"table": (VOCAB, width), "first": (width, width), "second": (width, width)}
-        return apply, {name: jax.ShapeDtypeStruct(one, DTYPE) for name, one in sizes.items()}
-
+    of = tied(lambda params, tokens: own_product(features_of(params, tokens), params["table"]))
     plan = archscale.parametrize(of(16), tokens(), base=of(8), optimizer="adamw")
     with pytest.raises(archscale.TraceError, match=r"custom_vjp_call at .*test_forward.*'folded'"):
         plan.apply(drawn(plan), tokens())
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_lower_precision(dtype):
+def test_lower_precision():
+    dtype = jnp.bfloat16
     plan = plan_of_function(dtype=dtype)
     params = drawn(plan)
     by = BY._replace(attention=plan.choice.forward.attention)  # over a scale that is rounded
@@ -301,3 +299,525 @@ def test_an_eager_call_compiles_once_for_every_shape(plan):
     assert 1 <= once <= 1 + len(named_leaves(params))  # with the products of the leaves
     assert counts == [once, 0, counts[2], 0, 0]
     assert counts[2] == 1
+
+
+# Models of frameworks, with random numbers, switches and stacks.
+
+TOKENS = jax.ShapeDtypeStruct((3, LENGTH), jnp.int32)
+
+
+class LinenLayer(nn.Module):
+    by: Multipliers
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        dense = functools.partial(nn.DenseGeneral, param_dtype=DTYPE, dtype=DTYPE)
+        y = nn.LayerNorm(param_dtype=DTYPE, dtype=DTYPE)(x)
+        sizes = HEADS, x.shape[-1] // HEADS
+        parts = [dense(sizes, name=name)(y) for name in ("query", "key", "value")]
+        y = dense(x.shape[-1], axis=(-2, -1), name="out")(attend(*parts, by=self.by))
+        y = nn.Dropout(self.rate, deterministic=not train)(y)
+        return x + self.by.branches * y, None
+
+
+class LinenGPT(nn.Module):
+    width: int = 16
+    depth: int = 2
+    by: Multipliers = PLAIN
+    rate: float = 0.0
+    remat: bool = False
+    scanned: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, train=False, scale=None):
+        table = nn.Embed(VOCAB, self.width, param_dtype=DTYPE, dtype=DTYPE, name="table")
+        x = table(tokens)
+        layer = nn.remat(LinenLayer, static_argnums=(2,)) if self.remat else LinenLayer
+        if self.scanned:
+            scan: Any = nn.scan
+            layer = scan(
+                layer, {"params": 0}, split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast, length=self.depth,
+            )  # fmt: skip
+            x, _ = layer(self.by, self.rate, name="layers")(x, train)
+        for number in range(0 if self.scanned else self.depth):
+            x, _ = layer(self.by, self.rate, name=f"layers_{number}")(x, train)
+        return self.by.logits * table.attend(x if scale is None else x * scale)
+
+
+LINEN = {
+    "a switch and None by position": ({"rate": 0.3}, (True, None), {}),
+    "a switch by keyword, remat": ({"rate": 0.3, "remat": True}, (), {"train": True}),
+    "scan, remat, dropout": (
+        {"rate": 0.3, "scanned": True, "remat": True}, (), {"train": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_linen(name):
+    fields, switches, keywords = LINEN[name]
+    model, base = LinenGPT(**fields), LinenGPT(8, 1, **fields)
+    plan = plan_of(model, base, TOKENS, *switches, model_kwargs=keywords)
+    params, reference = drawn(plan), LinenGPT(by=BY, **fields)
+
+    def ours(params):
+        return plan.apply(params, tokens(), *switches, key=random_key())
+
+    def theirs(params):
+        return reference.apply(
+            params, tokens(), *switches, **keywords, rngs={"params": random_key()}
+        )
+
+    check_training(ours, theirs, params)
+    if "rate" in fields:
+        assert not np.allclose(ours(params), plan.apply(params, tokens(), *switches))
+        raw = jax.random.key_data(random_key())  # as jax.random.PRNGKey makes them
+        close(plan.apply(params, tokens(), *switches, key=raw), ours(params))
+
+
+class NnxLayer(nnx.Module):
+    def __init__(self, width, by, rngs):
+        linear = functools.partial(nnx.Linear, rngs=rngs, param_dtype=DTYPE)
+        self.norm = nnx.LayerNorm(width, rngs=rngs, param_dtype=DTYPE)
+        self.qkv, self.out, self.by = linear(width, 3 * width), linear(width, width), by
+
+    def __call__(self, x):
+        parts = jnp.split(self.qkv(self.norm(x)), 3, -1)
+        parts = [one.reshape(*x.shape[:-1], HEADS, -1) for one in parts]
+        return x + self.by.branches * self.out(attend(*parts, by=self.by).reshape(x.shape))
+
+
+class NnxGPT(nnx.Module):
+    def __init__(self, width=16, depth=2, by=PLAIN):
+        self.table = nnx.Embed(VOCAB, width, rngs=nnx.Rngs(0), param_dtype=DTYPE)
+        self.by = by
+
+        def make(rngs):
+            return NnxLayer(width, by, rngs)
+
+        stacked = nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=(0,), out_axes=0))
+        self.layers = stacked(nnx.Rngs(1))
+
+    def __call__(self, tokens):
+        call = nnx.remat(lambda layer, x: layer(x))
+        scan = nnx.scan(lambda x, layer: call(layer, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.by.logits * self.table.attend(scan(self.table(tokens), self.layers))
+
+
+def test_nnx_with_remat_in_a_scan():
+    model, base, reference = (
+        nnx.eval_shape(functools.partial(NnxGPT, *sizes)) for sizes in ((), (8, 1), (16, 2, BY))
+    )
+    plan = plan_of(model, base, TOKENS)
+    params = drawn(plan)
+    graph, _ = nnx.split(reference, nnx.Param)
+
+    def theirs(params, tokens):
+        return nnx.merge(graph, params)(tokens)
+
+    check_training(plan.apply, theirs, params, tokens())
+
+
+class EquinoxGPT(eqx.Module):
+    table: eqx.nn.Embedding
+    layers: list[Any]
+    dropout: eqx.nn.Dropout
+    by: Multipliers = eqx.field(static=True)
+
+    def __init__(self, width=16, depth=2, by=PLAIN):
+        keys = jax.random.split(jax.random.key(0), 2 * depth + 1)
+        self.table = eqx.nn.Embedding(VOCAB, width, key=keys[0], dtype=DTYPE)
+        self.layers = [
+            (eqx.nn.Linear(width, 3 * width, key=one, dtype=DTYPE),
+             eqx.nn.Linear(width, width, key=other, dtype=DTYPE))
+            for one, other in zip(keys[1::2], keys[2::2], strict=True)
+        ]  # fmt: skip
+        self.dropout, self.by = eqx.nn.Dropout(0.3), by
+
+    def __call__(self, tokens, key):
+        x = jax.vmap(self.table)(tokens)
+        for qkv, out in self.layers:
+            key, own = jax.random.split(key)
+            parts = jnp.split(jax.vmap(qkv)(x), 3, -1)
+            parts = [one.reshape(len(x), HEADS, -1) for one in parts]
+            y = jax.vmap(out)(attend(*parts, by=self.by).reshape(x.shape))
+            x = x + self.by.branches * self.dropout(y, key=own)
+        return self.by.logits * (x @ self.table.weight.T)
+
+
+def test_equinox_of_one_example_with_a_key_for_each():
+    one = jax.ShapeDtypeStruct((LENGTH,), jnp.int32)
+    plan = plan_of(EquinoxGPT(), EquinoxGPT(8, 1), one, model_kwargs={"key": jax.random.key(0)})
+    params, keys = drawn(plan), jax.random.split(random_key(), 3)
+
+    def theirs(params, tokens, key):
+        arrays, static = eqx.partition(EquinoxGPT(by=BY), eqx.is_array)
+        arrays = jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(params))
+        return eqx.combine(arrays, static)(tokens, key)
+
+    def ours(params, tokens, key):
+        return plan.apply(params, tokens, key=key)
+
+    mapped = (jax.vmap(apply, (None, 0, 0)) for apply in (ours, theirs))
+    check_training(*mapped, params, tokens(), keys)
+
+
+def haiku_gpt(width=16, depth=2, by=PLAIN):
+    def apply(tokens):
+        init = hk.initializers.RandomNormal()
+        table = hk.get_parameter("table", (VOCAB, width), DTYPE, init)
+        x = table[tokens]
+        for number in range(depth):
+            parts = jnp.split(hk.Linear(3 * width, name=f"qkv_{number}")(x), 3, -1)
+            parts = [one.reshape(*x.shape[:-1], HEADS, -1) for one in parts]
+            y = hk.Linear(width, name=f"out_{number}")(attend(*parts, by=by).reshape(x.shape))
+            x = x + by.branches * hk.dropout(hk.next_rng_key(), 0.3, y)
+        return by.logits * (x @ table.T)
+
+    return hk.transform(apply)
+
+
+def test_haiku_with_dropout():
+    plan = plan_of(haiku_gpt(), haiku_gpt(8, 1), TOKENS)
+    params = drawn(plan)
+    expected = jax.jit(haiku_gpt(by=BY).apply)(params, random_key(), tokens())
+    close(plan.apply(params, tokens(), key=random_key()), expected)
+
+
+def tied(body):
+    """A function of a tied table and two weights, of a width."""
+
+    def of(width):
+        sizes = {"table": (VOCAB, width), "first": (width, width), "second": (width, width)}
+        return body, {name: jax.ShapeDtypeStruct(one, DTYPE) for name, one in sizes.items()}
+
+    return of
+
+
+def features_of(params, tokens):
+    x = params["table"][tokens]
+    return x + jax.nn.relu(x @ params["first"]) @ params["second"]
+
+
+def test_calls_that_want_no_logits():
+    """A switch of the model: features are not multiplied, and read as nothing but features."""
+
+    def apply(params, tokens, wanted):
+        x = features_of(params, tokens)
+        return x @ params["table"].T if wanted == "logits" else x
+
+    of = tied(apply)
+    plan = archscale.parametrize(of(16), tokens(), "logits", base=of(8), optimizer="adamw")
+    params = drawn(plan)
+    close(plan.apply(params, tokens(), "logits"), 0.5 * apply(params, tokens(), "logits"))
+    close(plan.apply(params, tokens(), "features"), apply(params, tokens(), "features"))
+
+
+def test_an_operation_that_was_accepted_stays_accepted():
+    from tests.kinds.test_messages_of_trace import crumple  # computes while it is imported
+
+    of = tied(lambda params, tokens: crumple(features_of(params, tokens)) @ params["table"].T)
+    with pytest.warns(UserWarning, match="crumple"):
+        plan = archscale.parametrize(
+            of(16), tokens(), base=of(8), optimizer="adamw", unknown="warn"
+        )
+    params = drawn(plan)  # and no warning below
+    close(plan.apply(params, tokens()), 0.5 * of(16)[0](params, tokens()))
+
+
+# On many devices.
+
+SPECS = {
+    "table": P(None, "model"), "position": P(), "gain": P(),
+    "blocks": {"gain1": P(), "qkv": P(None, "data", "model"), "out": P(None, "model", "data"),
+               "bias": P(), "gain2": P(), "up": P(None, None, "model"),
+               "down": P(None, "model", None)},
+}  # fmt: skip
+
+
+def explicit_gpt(params, tokens, *, by=PLAIN):
+    """The model as a mesh of explicit axes wants it: whole weights, rows of the batch apart."""
+
+    def whole(weight):
+        return jax.sharding.reshard(weight, P(*[None] * weight.ndim))
+
+    params = jax.tree.map(whole, params)
+    rows = params["table"].at[tokens].get(out_sharding=P("data", None, None))
+    x = rows + params["position"][: tokens.shape[-1]]
+
+    def block(x, layer):
+        parts = jnp.split(layer_norm(x, layer["gain1"]) @ layer["qkv"], 3, axis=-1)
+        parts = [one.reshape(*x.shape[:-1], HEADS, -1) for one in parts]
+        y = attend(*parts, by=by).reshape(x.shape)
+        x = x + by.branches * (y @ layer["out"] + layer["bias"])
+        y = jax.nn.gelu(layer_norm(x, layer["gain2"]) @ layer["up"])
+        return x + by.branches * (y @ layer["down"]), None
+
+    x, _ = jax.lax.scan(block, x, params["blocks"])
+    return by.logits * (layer_norm(x, params["gain"]) @ params["table"].T)
+
+
+def check_devices():
+    jax.config.update("jax_enable_x64", True)
+    batch, params = tokens(8), drawn(plan_of_function())
+    reference = jax.value_and_grad(functools.partial(squared, functools.partial(gpt, by=BY)))
+    expected = jax.device_get(jax.jit(reference)(params, batch))
+
+    def check(apply, mesh, specs=SPECS, gradients=True):
+        def put(leaf, spec):
+            return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+        placed = jax.tree.map(put, params, specs), put(batch, P("data"))
+        loss = functools.partial(squared, apply)
+        if gradients:
+            close(jax.device_get(jax.jit(jax.value_and_grad(loss))(*placed)), expected)
+        else:
+            close(jax.device_get(jax.jit(loss)(*placed)), expected[0])
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    check(plan_of_function().apply, mesh)
+
+    def mapped(apply, **options):
+        return jax.shard_map(
+            apply, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), **options
+        )
+
+    # The user's shard_map around the plan, and one inside the model, of all axes and of one.
+    everywhere = jax.tree.map(lambda spec: P(), SPECS)
+    check(mapped(plan_of_function().apply), mesh, everywhere)
+    for options in ({}, {"check_vma": False}, {"axis_names": {"data"}}):
+        plan = plan_of_function(mapped(gpt, **options), batch=8)
+        check(plan.apply, mesh, everywhere, gradients=not options)
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        rows = jax.ShapeDtypeStruct(batch.shape, batch.dtype)
+        plan = plan_of((explicit_gpt, shapes()), (explicit_gpt, shapes(8, 1)), rows)
+        check(plan.apply, mesh)
+
+
+def test_sharded_params_and_shard_map():
+    on_devices(check_devices)
+
+
+# Queries and keys: every sum of their products is multiplied, once.
+
+
+def heads_of(x, weight, number):
+    return (x @ weight).reshape(*x.shape[:-1], number, -1)
+
+
+def attention_by(kind):
+    """Attention of [batch, time, 4 heads, features], the logits of which are multiplied by c."""
+
+    def apply(query, key, value, *, c):
+        size = query.shape[-1]
+        if kind == "jax.nn":
+            return jax.nn.dot_product_attention(c * query, key, value)
+        if kind == "jax.nn, grouped":
+            return jax.nn.dot_product_attention(c * query, key[:, :, :2], value[:, :, :2])
+        if kind == "grouped":
+            grouped = query.reshape(*query.shape[:2], 2, 2, size)
+            logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key[:, :, :2]) / math.sqrt(size)
+            mixed = jnp.einsum("bhgqk,bkhd->bqhgd", jax.nn.softmax(c * logits), value[:, :, :2])
+            return mixed.reshape(query.shape)
+        assert kind == "a loop over heads"
+        one = [
+            jax.nn.softmax(c * query[:, :, h] @ key[:, :, h].swapaxes(1, 2) / math.sqrt(size))
+            @ value[:, :, h]
+            for h in range(4)
+        ]
+        return jnp.stack(one, 2)
+
+    return apply
+
+
+def attention_model(kind, fused, scanned):
+    attention = attention_by(kind)
+
+    def apply(params, x, c=1.0):
+        def block(x, layer):
+            if fused:
+                parts = jnp.split(x @ layer["qkv"], 3, -1)
+                parts = [one.reshape(*x.shape[:-1], 4, -1) for one in parts]
+            else:
+                parts = [heads_of(x, layer[name], 4) for name in ("query", "key", "value")]
+            return x + attention(*parts, c=c).reshape(x.shape) @ layer["out"], None
+
+        x = x @ params["in"]
+        if scanned:
+            x, _ = jax.lax.scan(block, x, params["blocks"])
+        else:
+            for number in range(3):
+                x, _ = block(x, jax.tree.map(lambda leaf: leaf[number], params["blocks"]))  # noqa: B023
+        return x @ params["out"]
+
+    def of(width):
+        names = ("qkv", "out") if fused else ("query", "key", "value", "out")
+        blocks = {name: (3, width, 3 * width if name == "qkv" else width) for name in names}
+        tree = {"in": (6, width), "blocks": blocks, "out": (width, 3)}
+        leaf = functools.partial(jax.ShapeDtypeStruct, dtype=DTYPE)
+        return apply, jax.tree.map(leaf, tree, is_leaf=lambda one: type(one) is tuple)
+
+    return of
+
+
+X = jax.ShapeDtypeStruct((2, 5, 6), DTYPE)
+FORMS = [
+    ("jax.nn", False, False),
+    ("jax.nn", True, True),
+    ("jax.nn, grouped", False, True),
+    ("grouped", False, True),
+    ("grouped", True, False),
+    ("a loop over heads", False, False),
+    ("a loop over heads", True, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "fused", "scanned"), FORMS)
+def test_every_layer_of_attention_is_multiplied_once(kind, fused, scanned):
+    of = attention_model(kind, fused, scanned)
+    plan = plan_of(of(16), of(8), X, form="auto")
+    params, x = drawn(plan), jax.random.normal(random_key(), X.shape, DTYPE)
+    expected = jax.jit(of(16)[0])(params, x, BY.attention)
+    close(plan.apply(params, x), expected)
+    assert not np.allclose(of(16)[0](params, x), expected, rtol=1e-3)
+
+
+class FlaxAttention(nn.Module):
+    width: int
+    c: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        dense = functools.partial(nn.Dense, param_dtype=DTYPE)
+        x = dense(self.width)(x)
+
+        def attention(query, key, value, **options):
+            return nn.dot_product_attention(self.c * query, key, value, **options)
+
+        own: dict[str, Any] = {} if self.c == 1 else {"attention_fn": attention}
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(2, param_dtype=DTYPE, **own)(x)
+        return dense(3)(x)
+
+
+class EquinoxAttention(eqx.Module):
+    first: eqx.nn.Linear
+    attention: list[eqx.nn.MultiheadAttention]
+    last: eqx.nn.Linear
+
+    def __init__(self, width):
+        keys = jax.random.split(jax.random.key(0), 4)
+        self.first = eqx.nn.Linear(6, width, key=keys[0], dtype=DTYPE)
+        self.attention = [
+            eqx.nn.MultiheadAttention(2, width, key=key, dtype=DTYPE) for key in keys[1:3]
+        ]
+        self.last = eqx.nn.Linear(width, 3, key=keys[3], dtype=DTYPE)
+
+    def __call__(self, x):
+        x = jax.vmap(self.first)(x)
+        for one in self.attention:
+            x = x + one(x, x, x)
+        return jax.vmap(self.last)(x)
+
+
+def test_attention_of_flax():
+    plan = plan_of(FlaxAttention(16), FlaxAttention(8), X, form="auto")
+    params, x = drawn(plan), jax.random.normal(random_key(), X.shape, DTYPE)
+    close(plan.apply(params, x), FlaxAttention(16, BY.attention).apply(params, x))
+
+
+def test_attention_of_equinox():
+    model = EquinoxAttention(16)
+    one = jax.ShapeDtypeStruct(X.shape[1:], DTYPE)
+    plan = plan_of(model, EquinoxAttention(8), one, form="auto")
+    params, x = drawn(plan), jax.random.normal(random_key(), X.shape[1:], DTYPE)
+    queries = lambda model: [one.query_proj.weight for one in model.attention]  # noqa: E731
+    smaller = eqx.tree_at(queries, params, replace_fn=lambda weight: BY.attention * weight)
+    close(plan.apply(params, x), eqx.combine(smaller, model)(x))
+
+
+def scaled_by(scale, size_of=lambda width: width, dtype=DTYPE):
+    """One layer of attention of a head size, whose logits are multiplied by `scale(size)`."""
+
+    def of(width):
+        size = size_of(width)
+
+        def apply(params, x):
+            x = x @ params["in"]
+            query, key, value = (x @ params[name] for name in ("query", "key", "value"))
+            mixed = jax.nn.softmax(query @ key.swapaxes(1, 2) * scale(size)) @ value
+            return (x + mixed @ params["mix"]) @ params["out"]
+
+        sizes = {"in": (6, width), "query": (width, size), "key": (width, size),
+                 "value": (width, size), "mix": (size, width), "out": (width, 3)}  # fmt: skip
+        return apply, {name: jax.ShapeDtypeStruct(one, dtype) for name, one in sizes.items()}
+
+    return of
+
+
+def attention_factor(of, dtype=DTYPE, x=X, width=24, base=9):
+    x = jax.ShapeDtypeStruct(x.shape, dtype)
+    plan = archscale.parametrize(of(width), x, base=of(base), attention_scale="1/d")
+    return plan.choice.forward.attention
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_a_model_that_scales_by_the_head_size_is_left_alone(dtype):
+    """1/24 and 1/9 are rounded, to as many digits as the model has."""
+    assert attention_factor(scaled_by(lambda size: 1 / size, dtype=dtype), dtype) == 1
+    assert attention_factor(scaled_by(lambda size: 8 / size, dtype=dtype), dtype) == 1
+    found = attention_factor(scaled_by(lambda size: size**-0.5, dtype=dtype), dtype)
+    assert found == pytest.approx(math.sqrt(9 / 24), rel=4 * float(jnp.finfo(dtype).eps))
+    assert attention_factor(scaled_by(lambda size: size**-0.5, lambda width: 8)) == 1
+
+
+def test_attention_of_two_sizes_raises():
+    def of(width):
+        def apply(params, x):
+            x = x @ params["in"]
+            for size in (width // 2, width // 4):
+                names = ("query", "key", "value")
+                query, key, value = (heads_of(x, params[name], width // size) for name in names)
+                mixed = jax.nn.dot_product_attention(query, key, value)
+                x = x + mixed.reshape(x.shape)
+            return x @ params["out"]
+
+        sizes = dict.fromkeys(("query", "key", "value"), (width, width))
+        sizes |= {"in": (6, width), "out": (width, 3)}
+        return apply, {name: jax.ShapeDtypeStruct(one, DTYPE) for name, one in sizes.items()}
+
+    with pytest.raises(
+        ValueError, match=r"attention_scale='1/d': the model has 2 kinds.*\(4, 0.5\)"
+    ):
+        attention_factor(of, width=16, base=8)
+
+
+def test_heads_of_two_sizes_in_one_projection_raise():
+    def of(width):
+        def apply(params, x):
+            x = x @ params["in"]
+            query, key, value = jnp.split(x @ params["qkv"], 3, -1)
+            half = width // 2
+            mixed = [
+                jax.nn.softmax(query[..., cut] @ key[..., cut].swapaxes(1, 2)) @ value[..., cut]
+                for cut in (slice(half), slice(half, half + half // 2))
+            ]
+            return (x + jnp.concatenate(mixed, -1) @ params["mix"]) @ params["out"]
+
+        sizes = {"in": (6, width), "qkv": (width, 3 * width), "mix": (3 * width // 4, width),
+                 "out": (width, 3)}  # fmt: skip
+        return apply, {name: jax.ShapeDtypeStruct(one, DTYPE) for name, one in sizes.items()}
+
+    with pytest.raises(archscale.TraceError, match=r"2 head sizes \(\[4, 8\]\)"):
+        plan = archscale.parametrize(of(16), X, base=of(8), attention_scale="1/d")
+        plan.apply(drawn(plan), jnp.ones(X.shape))
+
+
+def test_a_model_without_attention_raises():
+    of = tied(lambda params, tokens: features_of(params, tokens) @ params["table"].T)
+    with pytest.raises(ValueError, match="no product of queries and keys was found"):
+        archscale.parametrize(of(16), tokens(), base=of(8), attention_scale="1/d")

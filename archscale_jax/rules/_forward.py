@@ -158,4 +158,4 @@ def _attention(architecture: Architecture, base: Architecture) -> float:
 
 
 _ROUNDED = 2**-7
-"""Two scales that bfloat16 has rounded differ by so much; those of heads of 64 and 65 by as much."""
+"""By so much two scales may differ that bfloat16 has rounded, and those of heads of 64 and 65."""

@@ -5,7 +5,6 @@ the jaxpr of the function is written anew: the equation of the product is follow
 multiplication, inside the loops, calls and branches in which it lies.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,9 @@ from archscale_jax.tracing.values import TraceError
 
 Place = tuple[int, ...]
 """Ids of equations, each in the jaxpr of the one before it."""
+
+_Factors = dict[int, "float | _Factors"]
+"""By the id of an equation what multiplies its result, or the same of equations inside of it."""
 
 _CLOSED = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "linear_call",
            "composite", "call_hi_primitive")  # fmt: skip
@@ -48,22 +50,32 @@ def with_multipliers(
         derivative of its own, which would not hold for the multiplied one.
     """
     reading = read(function, params, inputs, (), unknown="accept")
-    rewritten = _rewritten(reading.closed.jaxpr, places(reading), ())
+    rewritten = _rewritten(reading.closed.jaxpr, _by_equation(places(reading)))
     arrays = jax.tree.leaves((params, inputs))
     outputs = core.jaxpr_as_fun(core.ClosedJaxpr(rewritten, reading.closed.consts))(*arrays)
     return jax.tree.unflatten(jax.tree.structure(reading.shapes), outputs)
 
 
-def _rewritten(jaxpr: core.Jaxpr, factors: Mapping[Place, float], path: Place) -> core.Jaxpr:
+def _by_equation(factors: Mapping[Place, float]) -> _Factors:
+    found: _Factors = {}
+    for place, factor in factors.items():
+        inner: Any = found
+        for equation in place[:-1]:
+            inner = inner.setdefault(equation, {})
+        inner[place[-1]] = factor
+    return found
+
+
+def _rewritten(jaxpr: core.Jaxpr, factors: _Factors) -> core.Jaxpr:
     equations: list[core.JaxprEqn] = []
     for equation in jaxpr.eqns:
-        place = (*path, id(equation))
-        if place in factors:
-            equations += _followed_by_product(equation, factors[place])
-        elif any(other[: len(place)] == place for other in factors):
-            equations.append(_with_inner(equation, factors, place))
-        else:
+        found = factors.get(id(equation))
+        if found is None:
             equations.append(equation)
+        elif isinstance(found, dict):
+            equations.append(_with_inner(equation, found))
+        else:
+            equations += _followed_by_product(equation, found)
     return jaxpr.replace(eqns=equations)
 
 
@@ -89,9 +101,7 @@ def _followed_by_product(equation: core.JaxprEqn, factor: float) -> list[core.Ja
     ]  # fmt: skip
 
 
-def _with_inner(
-    equation: core.JaxprEqn, factors: Mapping[Place, float], place: Place
-) -> core.JaxprEqn:
+def _with_inner(equation: core.JaxprEqn, factors: _Factors) -> core.JaxprEqn:
     """The equation with the jaxprs in it written anew."""
     if equation.primitive.name in _CLOSED:
         raise TraceError(
@@ -101,22 +111,19 @@ def _with_inner(
             "form='folded') for logits, attention_scale=None for queries and keys"
         )
     if equation.primitive.name == "shard_map":
-        return _mapped_anew(equation, factors, place)
-    rewrite = functools.partial(_rewritten_value, factors=factors, place=place)
-    parameters = {name: rewrite(value) for name, value in equation.params.items()}
+        return _mapped_anew(equation, factors)
+    parameters = {name: _within(value, factors) for name, value in equation.params.items()}
     return equation.replace(params=parameters)
 
 
-def _mapped_anew(
-    equation: core.JaxprEqn, factors: Mapping[Place, float], place: Place
-) -> core.JaxprEqn:
+def _mapped_anew(equation: core.JaxprEqn, factors: _Factors) -> core.JaxprEqn:
     """A `shard_map` that is traced again: its context tells how a constant meets what varies."""
     parameters = equation.params
     names = ("newly_manual_axes", "manual_axes")  # the latter in JAX 0.10.0
     axes = next(parameters[name] for name in names if name in parameters)
 
     def function(*shards: Any) -> Any:
-        inner = _rewritten(parameters["jaxpr"], factors, place)
+        inner = _rewritten(parameters["jaxpr"], factors)
         return tuple(core.jaxpr_as_fun(core.ClosedJaxpr(inner, ()))(*shards))
 
     mapped = jax.shard_map(
@@ -131,11 +138,12 @@ def _mapped_anew(
     return equation.replace(params=anew.params)
 
 
-def _rewritten_value(value: Any, factors: Mapping[Place, float], place: Place) -> Any:
+def _within(value: Any, factors: _Factors) -> Any:
+    """A parameter of an equation with the jaxprs in it written anew."""
     if isinstance(value, core.ClosedJaxpr):
-        return value.replace(jaxpr=_rewritten(value.jaxpr, factors, place))
+        return value.replace(jaxpr=_rewritten(value.jaxpr, factors))
     if isinstance(value, core.Jaxpr):
-        return _rewritten(value, factors, place)
+        return _rewritten(value, factors)
     if isinstance(value, tuple):
-        return tuple(_rewritten_value(one, factors, place) for one in value)
+        return tuple(_within(one, factors) for one in value)
     return value
