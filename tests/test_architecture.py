@@ -1,6 +1,9 @@
-"""Names of parameter leaves, and the errors of architectures."""
+"""Names of parameter leaves, what follows from architectures, and their errors."""
 
 import dataclasses
+import gc
+import pickle
+import weakref
 from typing import Any, NamedTuple
 
 import equinox
@@ -19,9 +22,13 @@ from archscale_jax._architecture import (
     Role,
     check_leaf,
     check_parameters,
+    derived,
 )
 from archscale_jax._spaces import dag_graph
 from archscale_jax._trees import map_with_names, named_leaves, parameter_name, with_leaves
+from archscale_jax.rules._initialization import initialization_rule, variances_of
+from archscale_jax.rules._residual import places_of, residual_branches
+from archscale_jax.rules._width import width_ratios
 from experiments.lab.models import DagMLP
 
 
@@ -229,6 +236,53 @@ class TestArchitecture:
         assert Arrangement("activation") is Arrangement.ACTIVATION
         with pytest.raises(ValueError, match="'sum'; accepted are pre_activation, activation"):
             Arrangement("sum")
+
+
+class TestDerived:
+    def test_computes_once_for_each_architecture(self):
+        seen = []
+
+        @derived
+        def names(architecture):
+            seen.append(architecture)
+            return tuple(one.name for one in architecture.parameters)
+
+        first, second = small_architecture(), small_architecture()
+        assert names(first) is names(first) and names(second) == tuple(SHAPES)
+        other = dataclasses.replace(first, parameters=first.parameters[:1])
+        assert names(other) == ("blocks/0/kernel",)
+        assert [*map(id, seen)] == [*map(id, (first, second, other))]
+
+    def test_keeps_nothing_of_what_is_no_architecture(self):
+        graph = dag_graph("2_02")
+        assert residual_branches(graph) == residual_branches(small_architecture())
+        assert residual_branches(graph) is not residual_branches(graph)
+
+    def test_copies_and_other_processes_derive_anew(self):
+        architecture = small_architecture()
+        places = places_of(architecture)
+        assert places is places_of(architecture)  # holds functions, which cannot be pickled
+        copy = pickle.loads(pickle.dumps(architecture))
+        assert places_of(copy) is not places and places_of(copy).branches == places.branches
+
+    def test_rules_answer_once_until_they_are_asked_otherwise(self):
+        architecture = small_architecture()
+        rule = initialization_rule(architecture, "second_moment")
+        first = variances_of(architecture, rule, {})
+        assert variances_of(architecture, rule, {}) is first
+        gain = variances_of(architecture, rule, {"readout_gain": 3.0}).readout_gain
+        assert gain == 3.0 != variances_of(architecture, rule, {}).readout_gain
+        given = {"branch_share": np.float32(0.5)}
+        assert variances_of(architecture, rule, given).edges.shape == first.edges.shape
+
+    def test_does_not_keep_bases_alive(self):
+        architecture, base = small_architecture(), small_architecture()
+        ratios = width_ratios(architecture, base)
+        assert ratios == dict.fromkeys(SHAPES, (1.0, 1.0))
+        left = weakref.ref(base)
+        del base
+        gc.collect()
+        assert left() is None
 
 
 class TestCheckParameters:

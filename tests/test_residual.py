@@ -196,6 +196,9 @@ def test_errors():
         )
     with pytest.raises(ValueError, match="depth_rule compares depths: pass the base"):
         archscale.learning_rate_multipliers(arch, None, "none", depth_rule="sgd")
+    with pytest.raises(ValueError, match="0 residual additions and the base 0; both need some"):
+        model, base = stack(0)[:2], stack(0, width=8)[:2]
+        archscale.parametrize(model, jnp.ones((2, 8)), base=base, depth_rule="residual")
 
 
 def test_joined_sources_are_one_contribution():
