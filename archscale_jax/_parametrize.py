@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,8 +15,9 @@ from archscale_jax._initialize import initialize
 from archscale_jax._multiplied import multiplied_apply
 from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._optimizers import optimizer_of
-from archscale_jax._report import PlanNumbers, Report, report_of
-from archscale_jax._trees import PyTree, map_with_names, scaled_leaves
+from archscale_jax._placement import sharding_of
+from archscale_jax._report import BaseValues, PlanNumbers, Report, report_of
+from archscale_jax._trees import PyTree, map_with_names, scaled_leaves, with_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._forward import Form, start_factors
 from archscale_jax.rules._initialization import weight_standard_deviations
@@ -26,10 +27,12 @@ from archscale_jax.rules._optimizer import (
     Duration,
     Hyperparameters,
     hyperparameters,
+    optimizer_lines,
 )
 from archscale_jax.rules._registry import Explained, Part
 from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import muon_dimension_numbers, with_widths
+from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
 
@@ -47,6 +50,7 @@ def parametrize(
     attention_scale: Literal["1/d"] | None = None,
     epsilon_rule: Literal["completep", "gradient"] = "completep",
     initialization: str | None = None,
+    zero_init: Collection[str] = (),
     width_rule: str | None = "auto",
     depth_rule: str | None = "auto",
     base_inputs: tuple[PyTree, ...] | PyTree | None = None,
@@ -88,6 +92,7 @@ def parametrize(
         differ outside of residual branches.
       initialization: initialization rule, see `archscale_jax.initialize`; None takes the one that
         fits the graph.
+      zero_init: what starts at zero: `branch_ends`, `readout`, `queries`, or several of them.
       width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
       depth_rule: `auto`, None, `residual` (depth multipliers of residual stacks), or a rule of
         `archscale_jax.rules.LEARNING_RATE_RULES`.
@@ -116,6 +121,8 @@ def parametrize(
     keywords = model_kwargs or {}
     pure = pure_model(model, inputs, params, keywords)
     architecture = _traced(pure, inputs, options)
+    zeros = zero_leaves(architecture, zero_init)
+    architecture = with_zeros(architecture, zeros)
     if base_inputs is not None and type(base_inputs) is not tuple:
         base_inputs = (base_inputs,)
     compared = _base_architecture(
@@ -138,7 +145,7 @@ def parametrize(
         attention_scale=attention_scale,
         epsilon_rule=epsilon_rule,
     )
-    return Parametrization(architecture, compared, optimizer, choice, duration, pure)
+    return Parametrization(architecture, compared, optimizer, choice, duration, zeros, pure)
 
 
 def _traced(
@@ -210,6 +217,7 @@ class Parametrization:
       optimizer_name: `sgd`, `adam`, `adamw`, `lion` or `muon`.
       choice: the rules that were taken, and why.
       duration: batch and tokens over those of the base.
+      zeros: names of the leaves that start at zero because the user asks for it.
     """
 
     architecture: Architecture
@@ -217,6 +225,7 @@ class Parametrization:
     optimizer_name: str
     choice: Choice
     duration: Duration
+    zeros: frozenset[str]
     _model: PureModel
 
     def __post_init__(self) -> None:
@@ -245,12 +254,16 @@ class Parametrization:
         names = [
             one.name
             for one in self.architecture.parameters
-            if not one.is_drawn and not isinstance(self._model.starts.get(one.name), float)
+            if not one.is_drawn
+            and not isinstance(self._model.starts.get(one.name), float)
+            and one.name not in self.zeros
         ]
         params = self._model.params
         if names and self._model.initial is not None:
             found = self._model.initial(key, names)
-            params = map_with_names(lambda name, leaf: found.get(name, leaf), params)
+            params = with_leaves(params, found)
+        if self.zeros:  # shapes, as arrays would be kept
+            params = map_with_names(self._zeroed, params)
         drawn = initialize(
             key,
             params,
@@ -259,6 +272,11 @@ class Parametrization:
             rule_options=self.choice.initialization_options,
         )
         return scaled_leaves(drawn, {name: one.value for name, one in self._starts.items()})
+
+    def _zeroed(self, name: str, leaf: Any) -> Any:
+        if name not in self.zeros:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf, False))
 
     @property
     def init_std(self) -> PyTree:
@@ -375,8 +393,24 @@ class Parametrization:
             return self._model.apply(params, *inputs, key=key)
         return self._multiplied(params, inputs, key)
 
-    def report(self) -> Report:
-        """Returns one record a parameter, and the table of them that `print` shows."""
+    def report(
+        self,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ) -> Report:
+        """Returns one record a parameter, and the table of them that `print` shows.
+
+        Args:
+          learning_rate: the base's, of a schedule its peak. With it the table shows what every
+            parameter gets, η, λ and ε, and the timescale 1/(η·λ) of its decay in updates, instead
+            of multipliers; the records have both.
+          weight_decay: the base's.
+          eps: the base's.
+        """
+        base_values = None
+        if learning_rate is not None:
+            base_values = BaseValues(learning_rate, weight_decay, eps)
         found = report_of(
             self.architecture,
             self.base,
@@ -384,9 +418,11 @@ class Parametrization:
             self.choice.initialization,
             self.choice.initialization_options,
             self._model.params if self._model.initial is None else None,
-            plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward),
+            plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward, base_values),
         )
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
+        if self.base is not None:
+            header += optimizer_lines(OPTIMIZERS[self.optimizer_name], self.choice.epsilon_rule)
         if self.duration.kappa != 1:
             header.insert(1, self.duration.line())
         return dataclasses.replace(found, header=header)

@@ -169,6 +169,18 @@ def hyperparameters(
     return found
 
 
+def optimizer_lines(kind: Optimizer, epsilon_rule: str) -> list[str]:
+    """Returns what a report says of decay and epsilon."""
+    if kind == "sgd":
+        return ["decay: η·λ as in the base; gains and biases do not decay"]
+    outside = "" if epsilon_rule == "completep" else ", 1/s outside of branches"
+    return [
+        "decay: η·λ as in the base, times m^(α-1) in branches; gains and biases do not decay "
+        "[CompleteP]",
+        f"epsilon {epsilon_rule}: m^(-α)/s, 1/s at the end of branches{outside} [CompleteP]",
+    ]
+
+
 def _explained(parts: list[Part], duration: Duration, power: float) -> Explained:
     if duration.kappa != 1:
         parts = [*parts, duration.part(power)]
