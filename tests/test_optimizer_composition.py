@@ -632,6 +632,17 @@ def test_none_stands_for_what_is_not_trained(optimizer):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_whole_model_as_params(optimizer):
+    """As `optax.adamw` takes a module of Equinox, with functions among its leaves."""
+    network = "equinox"
+    tx, params = made(network, optimizer)(), drawn(network, 0)
+    model = eqx.combine(params, equinox_mlp(8))
+    assert any(callable(leaf) for leaf in jax.tree.leaves(model))
+    update = jax.jit(lambda gradients: tx.update(gradients, tx.init(params), model)[0])
+    confirm(lambda gradients: (update(gradients), params), network, optimizer)
+
+
 @over_kinds
 def test_further_leaves_that_are_none(optimizer):
     network = "stacked"
@@ -859,4 +870,4 @@ def test_gradients_of_another_tree():
 def test_params_of_another_tree(optimizer):
     tx, params = made("blocks", optimizer)(), drawn("blocks", 0)
     message = error(lambda: jax.eval_shape(tx.update, params, tx.init(params), lacking(params)))
-    assert "params lack 'params/up_0/bias'" in message
+    assert "params lack 'params/up_0/" in message
