@@ -347,12 +347,18 @@ def check_parameters(
       architecture: what the params should be.
       params: the params tree.
       masked: types of nodes that stand for the parameters at or below them (`optax.MaskedNode`).
+        With one, so does None, as in trees that Equinox has filtered, but not as the whole tree;
+        and the placeholder of `optax.tree_map_params` stands for any tree.
 
     Raises:
       TypeError: no architecture, or a leaf without a shape; the message names it.
       ValueError: a leaf that is missing, unknown, or of another shape; the message names it.
     """
     check_architecture(architecture)
+    if masked and type(params).__name__ == _PLACEHOLDER:
+        return
+    if masked and params is not None:
+        masked = (*(masked if isinstance(masked, tuple) else (masked,)), type(None))
     leaves = named_leaves(params, is_leaf=lambda node: isinstance(node, masked))
     absent = tuple(name for name, leaf in leaves.items() if isinstance(leaf, masked))
     for name, leaf in leaves.items():
@@ -373,6 +379,10 @@ def check_parameters(
                 f"params lack {parameter.name!r} of shape {parameter.shape}; they hold "
                 f"{_listed(leaves)}. {_instead(parameter.name, leaves)}"
             )
+
+
+_PLACEHOLDER = "_ParamsPlaceholder"
+"""Name of the class, private to optax, of what `optax.tree_map_params` gives to `init`."""
 
 
 def _instead(name: str, accepted: Collection[str]) -> str:

@@ -145,9 +145,16 @@ def _decayed(
         weights = named_leaves(params)
 
         def decayed(name: str, update: jax.Array) -> jax.Array:
-            if not multipliers[name]:
+            if not multipliers.get(name):  # the rates behind say which name is unknown
                 return update
-            return update + (multipliers[name] * now * weights[name]).astype(update.dtype)
+            weight = weights.get(name)
+            if (shape := getattr(weight, "shape", None)) != update.shape:
+                found = f"hold {name!r} of shape {shape}" if name in weights else f"lack {name!r}"
+                raise ValueError(
+                    f"weight decay: params {found}, of shape {update.shape} in the gradients; pass "
+                    "the params that the gradients are of"
+                )
+            return update + (multipliers[name] * now * weight).astype(update.dtype)
 
         return map_with_names(decayed, updates), state
 

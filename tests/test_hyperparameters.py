@@ -222,3 +222,10 @@ def test_the_report_of_base_values():
             for one in plan.report().records
         ]
     )
+
+
+def test_averages_may_be_injected():
+    plan = planned(base=False, batch_ratio=2)
+    params = plan.init(KEY)
+    optimizer = optax.inject_hyperparams(plan.optimizer)(0.1, 0.1, b1=0.9)
+    jax.eval_shape(jax.jit(optimizer.update), params, optimizer.init(params), params)
