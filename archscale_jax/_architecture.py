@@ -5,8 +5,8 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jraph
 
@@ -302,6 +302,37 @@ class Architecture:
         return frozenset(
             edge for edge, one in functions if one.weights and zero.issuperset(one.weights)
         )
+
+    @functools.cached_property
+    def _derived(self) -> dict[Callable[..., Any], Any]:
+        """See `derived`."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: a copy, or another process, derives the rest anew."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def derived(function: Function) -> Function:
+    """Lets a function of an architecture compute its result once for each architecture.
+
+    An architecture does not change, so that what follows from it is kept with it; nobody may change
+    that either. Of what else the function takes, such as a graph alone, nothing is kept.
+    """
+
+    @functools.wraps(function)
+    def found(architecture: Any) -> Any:
+        if not isinstance(architecture, Architecture):
+            return function(architecture)
+        known = architecture._derived
+        if function not in known:
+            known[function] = function(architecture)
+        return known[function]
+
+    return cast(Function, found)
 
 
 def check_architecture(value: object, hint: str = "") -> None:

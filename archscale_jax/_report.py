@@ -26,6 +26,7 @@ from archscale_jax.rules._initialization import (
     gain_values,
     initialization_rule,
     standard_deviation,
+    variances_of,
 )
 from archscale_jax.rules._learning_rate import LearningRateRule, MissingBaseError
 from archscale_jax.rules._optimizer import Hyperparameters
@@ -237,7 +238,7 @@ def _deviations(
     """Standard deviations by name, and notes on those for which the rule raises."""
     found, notes, variances, starts = {}, [], None, {}
     try:
-        variances = rule(architecture, **options)
+        variances = variances_of(architecture, rule, options)
         starts = gain_values(architecture, variances.gains)
     except ValueError as error:
         notes.append(f"standard deviations left out: {error}")

@@ -181,6 +181,8 @@ def _depth_rule(
 
 def _why(architecture: Architecture) -> str:
     counts = sorted(set(layers_of_branches(architecture).values()))
+    if not counts:
+        return ""
     layers = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return f" as branches have {layers} layer{'s' * (counts[-1] > 1)}"
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
 from archscale_jax.rules._registry import Part
-from archscale_jax.rules._residual import Optimizer, Places, block_ratio
+from archscale_jax.rules._residual import Optimizer, block_ratio, places_of
 from archscale_jax.rules._width import width_ratios
 
 Form = Literal["auto", "folded", "multipliers"]
@@ -132,7 +132,7 @@ def branch_multipliers(
     """Returns m^(-α) of every leaf that ends a residual branch, or its part in a product."""
     if exponent is None:
         return {}
-    places, ratio = Places(architecture), block_ratio(architecture, base)
+    places, ratio = places_of(architecture), block_ratio(architecture, base)
     found = {one.name: places.of(one) for one in architecture.parameters}
     return {
         name: ratio ** (-exponent * share)

@@ -17,6 +17,7 @@ from archscale_jax._architecture import (
     ParameterUse,
     Role,
     check_architecture,
+    derived,
 )
 from archscale_jax._graph import in_degrees
 from archscale_jax._moments import leaf_distribution, leaf_kernel, vertex_moments
@@ -73,13 +74,37 @@ def drawn_and_set(
     they, and not the layer before them, decide what the branch adds.
     """
     found = initialization_rule(architecture, rule)
-    variances = found(architecture, **(rule_options or {}))
+    variances = variances_of(architecture, found, rule_options or {})
     deviations = {
         parameter.name: standard_deviation(parameter, architecture, variances, found).value
         for parameter in architecture.parameters
         if parameter.is_drawn
     }
     return deviations, gain_values(architecture, variances.gains)
+
+
+def variances_of(
+    architecture: Architecture, rule: Rule[WeightVariances], options: Mapping[str, Any]
+) -> WeightVariances:
+    """Returns what a rule says of an architecture.
+
+    The last answer is kept: a plan, its every draw and its report ask for the same.
+    """
+    if not all(isinstance(value, int | float | str) for value in options.values()):
+        return rule(architecture, **options)
+    known, question = _last_variances(architecture), (rule, *sorted(options.items()))
+    if question not in known:
+        answer = rule(architecture, **options)
+        known.clear()
+        known[question] = answer
+    return known[question]
+
+
+@derived
+def _last_variances(architecture: Architecture) -> dict[tuple[Any, ...], WeightVariances]:
+    """What `variances_of` found last, by rule and options."""
+    del architecture
+    return {}
 
 
 def initialization_rule(

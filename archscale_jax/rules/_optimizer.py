@@ -23,7 +23,7 @@ from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
 from archscale_jax.rules._forward import Forward
 from archscale_jax.rules._registry import Explained, Part
-from archscale_jax.rules._residual import Optimizer, Places, block_ratio
+from archscale_jax.rules._residual import Optimizer, block_ratio, places_of
 from archscale_jax.rules._width import width_ratios
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -208,7 +208,7 @@ class _Depth(NamedTuple):
     ) -> "_Depth":
         if base is None or exponent is None:
             return cls(1.0, 1.0, lambda parameter: ("outside", 1.0))
-        return cls(block_ratio(architecture, base), exponent, Places(architecture).of)
+        return cls(block_ratio(architecture, base), exponent, places_of(architecture).of)
 
 
 def _written(

@@ -20,12 +20,19 @@ gain of that normalization, since it undoes the size of the layer.
 """
 
 import collections
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import jraph
 
-from archscale_jax._architecture import OUTPUT, Architecture, Parameter, ParameterUse, Role
+from archscale_jax._architecture import (
+    OUTPUT,
+    Architecture,
+    Parameter,
+    ParameterUse,
+    Role,
+    derived,
+)
 from archscale_jax._errors import unknown
 from archscale_jax._expressions import (
     Expression,
@@ -46,7 +53,12 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
 _WEIGHTLESS = (Operator.SKIP, Operator.AVG_POOL)
 
 
-def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, set[int]]:
+Branches = Mapping[int, frozenset[int]]
+"""The edges of the branches that end in every residual addition, by its vertex."""
+
+
+@derived
+def residual_branches(network: Architecture | jraph.GraphsTuple) -> Branches:
     """Returns the edges of the branches that end in every residual addition, by vertex.
 
     A vertex is a residual addition where an edge without weight brings what another way with
@@ -76,9 +88,10 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> dict[int, se
     blocks = _blocks(int(graph.n_node[0]) - 1, branches, sources)
     for vertex in blocks:
         ways.extend(branches[vertex], vertex, branches.keys())
-    return {vertex: branches[vertex] for vertex in blocks}
+    return {vertex: frozenset(branches[vertex]) for vertex in blocks}
 
 
+@derived
 def residual_depth(network: Architecture | jraph.GraphsTuple) -> int:
     """Returns the number of blocks of a stack, 0 without one.
 
@@ -172,29 +185,22 @@ class _Ways:
 # What ends a branch.
 
 
-def branch_ends(
-    architecture: Architecture, branches: dict[int, set[int]] | None = None
-) -> dict[int, dict[int, float]]:
-    """Returns the last layers that every residual addition takes linearly, as edges by vertex.
+def branch_ends(propagation: Propagation, vertex: int, branch: Collection[int]) -> dict[int, float]:
+    """Returns the last layers that a residual addition takes linearly, as edges.
 
     Every layer comes with the part of m^(-α) that it takes: 1, or in a product of n layers, as of a
     gate and a branch, 1/n. A branch that ends in no layer that enters linearly raises ValueError.
     """
-    branches = residual_branches(architecture) if branches is None else branches
-    propagation = Propagation(architecture)
     return {
-        vertex: {
-            layer: part
-            for edge in propagation.incoming[vertex]
-            if edge in branch
-            for layer, part in _last_layers(propagation, edge, branch, vertex).items()
-        }
-        for vertex, branch in branches.items()
+        layer: part
+        for edge in propagation.incoming[vertex]
+        if edge in branch
+        for layer, part in _last_layers(propagation, edge, branch, vertex).items()
     }
 
 
 def _last_layers(
-    propagation: Propagation, edge: int, branch: set[int], end: int
+    propagation: Propagation, edge: int, branch: Collection[int], end: int
 ) -> dict[int, float]:
     if found := _linear_layers(propagation, edge, branch):
         return found
@@ -210,7 +216,9 @@ def _last_layers(
     )
 
 
-def _linear_layers(propagation: Propagation, edge: int, branch: set[int]) -> dict[int, float]:
+def _linear_layers(
+    propagation: Propagation, edge: int, branch: Collection[int]
+) -> dict[int, float]:
     """The last layers of a branch on the way back from an edge; empty if none enters linearly."""
     if propagation.layers[edge]:
         return {edge: 1.0}
@@ -277,14 +285,13 @@ def depth_multipliers(
         enters linearly, so that no weight can take m^(-α).
     """
     check_optimizer(optimizer)
-    branches = residual_branches(architecture)
     ratio = block_ratio(architecture, base)
-    places = Places(architecture, branches)
+    places = places_of(architecture)
     sgd = optimizer == "sgd"
     power = 2 * exponent - 1 if sgd else exponent - 1
     rule, numbers = f"depth {optimizer}", {"m": ratio, "α": exponent}
     own = places.multiplier
-    theirs = Places(base).multiplier if isinstance(base, Architecture) else own
+    theirs = places_of(base).multiplier if isinstance(base, Architecture) else own
     of_base = base.parameters if isinstance(base, Architecture) else ()
     base_uses = {one.name: number_of_uses(one) for one in of_base}
 
@@ -327,6 +334,7 @@ def block_ratio(
     return counts[0] / counts[1]
 
 
+@derived
 def layers_of_branches(architecture: Architecture) -> dict[int, int]:
     """Returns the most layers on a way through the branches of every residual addition.
 
@@ -356,14 +364,14 @@ class Places:
       multiplier: the constant by which the model multiplies what ends its branches.
     """
 
-    def __init__(self, architecture: Architecture, branches: dict[int, set[int]] | None = None):
+    def __init__(self, architecture: Architecture):
         graph = architecture.graph
-        self.branches = residual_branches(architecture) if branches is None else branches
+        self.branches = residual_branches(architecture)
         self.propagation = Propagation(architecture)
         self.ends = {
             edge: part
-            for layers in branch_ends(architecture, self.branches).values()
-            for edge, part in layers.items()
+            for vertex, branch in self.branches.items()
+            for edge, part in branch_ends(self.propagation, vertex, branch).items()
         }
         self.inside: set[int] = set().union(*self.branches.values())
         self.normalized = {edge for edge in self.ends if self.propagation.ends_in_norm(edge)}
@@ -417,7 +425,7 @@ class Places:
         place = next(place for place in ("end", "inside", "outside") if place in found)
         edges = {parameter.edge, *parameter.further_edges}
         edges |= {edge for use in parameter.uses for edge in (use.edge, *use.ends)}
-        parts = [part for edge, part in self.ends.items() if edge in edges]
+        parts = [self.ends[edge] for edge in edges if edge in self.ends]
         return place, max(parts, default=1.0)
 
     def _by_edges(self, parameter: Parameter) -> str:
@@ -443,6 +451,12 @@ class Places:
         if use.vertex in self.branches and use.kind == "bias":
             return "end"
         return "inside" if use.vertex in self.interior else "outside"
+
+
+@derived
+def places_of(architecture: Architecture) -> Places:
+    """Returns where the parameters of a network stand; what `branch_ends` raises."""
+    return Places(architecture)
 
 
 def number_of_uses(parameter: Parameter) -> int:

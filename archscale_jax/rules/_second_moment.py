@@ -59,7 +59,7 @@ def second_moment(
     products: dict[int, dict[int, float]] = {}
     for vertex in set(branches) - mixed:
         try:
-            products[vertex] = branch_ends(architecture, {vertex: branches[vertex]})[vertex]
+            products[vertex] = branch_ends(probe, vertex, branches[vertex])
         except ValueError:
             continue  # nothing linear ends it: it brings what it brings
     number = sum(1 / probe.uses_into(vertex) for vertex in mixed | set(products))

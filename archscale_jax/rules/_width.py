@@ -23,7 +23,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from archscale_jax._architecture import (
     Role,
     check_architecture,
     check_parameters,
+    derived,
 )
 from archscale_jax._graph import Operator
 from archscale_jax._trees import map_with_names
@@ -203,7 +205,6 @@ def width_parts(
     Of `tables`, whose logits a forward multiplier scales, only the use as a table counts.
     """
     found = WIDTH_RULES.resolve(rule)
-    compare = _counterparts(architecture, base)
 
     def part(parameter: Parameter, r: float, s: float, shape: tuple[int, ...]) -> Part:
         base_shape = {"base_shape": shape} if "base_shape" in found.parameters else {}
@@ -211,22 +212,39 @@ def width_parts(
         role = "tied table" if parameter.is_tied else str(parameter.role)
         return Part(value, f"width {found.name}", role, {"r": r, "s": s}, found.citation)
 
-    def views(one: Parameter) -> list[tuple[Parameter, float, float, tuple[int, ...]]]:
-        found = _views(one, *compare(one))
-        if one.name not in tables:
-            return found
-        return [view for view in found if view[0].uses[0].kind != "weight"]
+    def counted(name: str, views: Sequence[_View]) -> Sequence[_View]:
+        if name not in tables:
+            return views
+        return [view for view in views if view[0].uses[0].kind != "weight"]
 
     return {
-        one.name: min((part(*view) for view in views(one)), key=lambda part: part.value)
-        for one in architecture.parameters
+        name: min((part(*view) for view in counted(name, views)), key=lambda part: part.value)
+        for name, views in _compared(architecture, base).items()
     }
 
 
-def _views(
-    parameter: Parameter, shape: tuple[int, ...], fans: tuple[float, float]
-) -> list[tuple[Parameter, float, float, tuple[int, ...]]]:
-    """A parameter in the role of every one of its uses, with r and s, and its shape in the base."""
+_View = tuple[Parameter, float, float, tuple[int, ...]]
+"""A parameter in the role of one of its uses, with r and s, and its shape in the base."""
+
+
+def _compared(architecture: Architecture, base: Architecture) -> Mapping[str, Sequence[_View]]:
+    """The views of every parameter by name."""
+    known = _comparisons(architecture)
+    if base not in known:
+        counterpart = _counterparts(architecture, base)
+        known[base] = {one.name: _views(one, *counterpart(one)) for one in architecture.parameters}
+    return known[base]
+
+
+@derived
+def _comparisons(architecture: Architecture) -> MutableMapping[Architecture, Any]:
+    """What `_compared` has found, as long as the bases live."""
+    del architecture
+    return weakref.WeakKeyDictionary()
+
+
+def _views(parameter: Parameter, shape: tuple[int, ...], fans: tuple[float, float]) -> list[_View]:
+    """A parameter in the role of every one of its uses."""
     if not parameter.uses:
         own = features(parameter)
         return [(parameter, own[0] / fans[0], own[1] / fans[1], shape)]
@@ -260,11 +278,9 @@ def _views(
 
 def width_ratios(architecture: Architecture, base: Architecture) -> dict[str, tuple[float, float]]:
     """Returns r and s of every parameter by name, see above; of several uses the largest."""
-    compare = _counterparts(architecture, base)
-    views = {one.name: _views(one, *compare(one)) for one in architecture.parameters}
     return {
         name: (max(view[1] for view in found), max(view[2] for view in found))
-        for name, found in views.items()
+        for name, found in _compared(architecture, base).items()
     }
 
 
