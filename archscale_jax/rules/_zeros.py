@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
-from archscale_jax.rules._residual import Places
+from archscale_jax.rules._residual import places_of
 
 ZEROS = ("branch_ends", "readout", "queries")
 
@@ -49,7 +49,7 @@ def zero_leaves(architecture: Architecture, kinds: Collection[str]) -> frozenset
 
 
 def _ends(architecture: Architecture) -> set[str]:
-    places = Places(architecture)
+    places = places_of(architecture)
     ends = {one.name for one in architecture.parameters if places.of(one)[0] == "end"}
     return ends & _drawn(architecture, (Role.HIDDEN, Role.SCALE))
 
