@@ -35,6 +35,7 @@ from archscale_jax.rules._width import muon_dimension_numbers, with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
+from archscale_jax.tuning._measured import Measurable, matched_multipliers
 
 
 def parametrize(
@@ -55,6 +56,8 @@ def parametrize(
     depth_rule: str | None = "auto",
     base_inputs: tuple[PyTree, ...] | PyTree | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    learning_rate: Literal["rules", "measured"] = "rules",
+    loss_fn: Callable[[Any], jax.Array] | None = None,
     roles: Mapping[str, Role | str] | None = None,
     unknown: Literal["error", "warn"] = "error",
 ) -> "Parametrization":
@@ -98,6 +101,10 @@ def parametrize(
         `archscale_jax.rules.LEARNING_RATE_RULES`.
       base_inputs: inputs of the base, a tuple, where they differ.
       model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
+      learning_rate: `rules`, or `measured`: the rates of stem, hidden layers and readout are
+        multiplied further so that the first update of each does what it does in the base, measured
+        on `inputs`, which are arrays then (theory §14); see `archscale_jax.tuning`.
+      loss_fn: of `measured`, the outputs to the loss.
       roles: roles of leaves that the function does not tell, by name.
       unknown: see `archscale_jax.trace`.
 
@@ -125,14 +132,8 @@ def parametrize(
     architecture = with_zeros(architecture, zeros)
     if base_inputs is not None and type(base_inputs) is not tuple:
         base_inputs = (base_inputs,)
-    compared = _base_architecture(
-        base,
-        architecture,
-        optimizer,
-        inputs if base_inputs is None else base_inputs,
-        keywords,
-        options,
-    )
+    of_base = inputs if base_inputs is None else base_inputs
+    compared = _base_architecture(base, architecture, optimizer, of_base, keywords, options)
     choice = chosen(
         architecture,
         compared,
@@ -145,7 +146,17 @@ def parametrize(
         attention_scale=attention_scale,
         epsilon_rule=epsilon_rule,
     )
-    return Parametrization(architecture, compared, optimizer, choice, duration, zeros, pure)
+    plan = Parametrization(architecture, compared, optimizer, choice, duration, zeros, pure)
+    if learning_rate == "rules" and loss_fn is None:
+        return plan
+    if learning_rate not in ("rules", "measured"):
+        raise ValueError(unknown_name("learning_rate", learning_rate, ("rules", "measured")))
+    if learning_rate == "rules" or loss_fn is None:
+        raise ValueError(
+            "learning_rate='measured' and loss_fn belong together: loss_fn takes the outputs of "
+            "the model, as lambda logits: cross_entropy(logits, labels)"
+        )
+    return _measured(plan, base, (inputs, of_base), loss_fn, keywords, options)
 
 
 def _traced(
@@ -204,6 +215,45 @@ def _base_architecture(
     return _traced(pure, inputs, options)
 
 
+def _measured(
+    plan: "Parametrization",
+    base: Any,
+    inputs: tuple[tuple[PyTree, ...], tuple[PyTree, ...]],
+    loss_fn: Callable[[Any], jax.Array],
+    keywords: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> "Parametrization":
+    """The plan with its rates matched to what the base's updates do."""
+    if base is None:
+        return plan
+    if isinstance(base, Architecture | Mapping):
+        raise TypeError(
+            "learning_rate='measured' trains the base for one update: pass it as a model, a pair "
+            f"(apply, params) or its Parametrization, found {type(base).__name__}"
+        )
+    if shapes := [one for one in jax.tree.leaves(inputs) if isinstance(one, jax.ShapeDtypeStruct)]:
+        raise ValueError(
+            f"learning_rate='measured' needs a batch: inputs hold the shape {shapes[0].shape}, "
+            "pass arrays"
+        )
+    if not isinstance(base, Parametrization):
+        base = parametrize(
+            base,
+            *inputs[1],
+            optimizer=plan.optimizer_name,
+            depth_exponent=plan.choice.rates.depth_exponent,
+            initialization=plan.choice.initialization,
+            model_kwargs=keywords,
+            **options,
+        )
+    network, small = (
+        Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), given)
+        for one, given in zip((plan, base), inputs, strict=True)
+    )
+    found = matched_multipliers(network, small, loss_fn, cap_readout=plan.optimizer_name == "sgd")
+    return dataclasses.replace(plan, measured=found)
+
+
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Parametrization:
     """How a model is initialized and trained, parameter by parameter.
@@ -218,6 +268,7 @@ class Parametrization:
       choice: the rules that were taken, and why.
       duration: batch and tokens over those of the base.
       zeros: names of the leaves that start at zero because the user asks for it.
+      measured: what rates are multiplied by further, by name, where they were measured.
     """
 
     architecture: Architecture
@@ -227,6 +278,7 @@ class Parametrization:
     duration: Duration
     zeros: frozenset[str]
     _model: PureModel
+    measured: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # What a rule cannot do raises here, where the model and its base are given.
@@ -440,11 +492,14 @@ class Parametrization:
     @functools.cached_property
     def _hyperparameters(self) -> Hyperparameters:
         choice = self.choice
+        rates = choice.rates.multipliers(self.architecture, self.base)
+        for name, part in self.measured.items():
+            rates[name] = Explained(rates[name].value * part.value, (*rates[name].parts, part))
         return hyperparameters(
             self.architecture,
             self.base,
             OPTIMIZERS[self.optimizer_name],
-            choice.rates.multipliers(self.architecture, self.base),
+            rates,
             choice.forward,
             self.duration,
             width=choice.rates.width_rule is not None,

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
+from jax.core import Tracer
 
 from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
@@ -88,7 +88,7 @@ class Duration(NamedTuple):
           ValueError: an average that would be shorter than a step.
         """
         found = 1 - self.kappa * (1 - beta)
-        if not isinstance(found, jax.core.Tracer) and found <= 0:  # as injected into a jitted step
+        if not isinstance(found, Tracer) and found <= 0:  # as injected into a jitted step
             raise ValueError(
                 f"batch_ratio {self.batch_ratio:g} and token_ratio {self.token_ratio:g}: an "
                 f"average with decay rate {beta:g} over κ = {self.kappa:g} times shorter a time is "
