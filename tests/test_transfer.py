@@ -8,6 +8,7 @@ import pytest
 
 import archscale_jax as archscale
 from experiments import transfer_study
+from experiments.lab import networks
 from tests.binaries import imported
 
 transfer = imported("transfer")
