@@ -136,12 +136,13 @@ def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
     """What a row shows of records that are equal but for paths and standard deviations."""
     record = same[0]
     role, layer = record["role"], record["layer"]
+    of_plan = "epsilon_multiplier" in record  # whose numbers need the room
     deviations = [one for each in same for one in _numbers(each["standard_deviation"])]
     return {
         "path": merged_path([one["path"] for one in same]),
         "role": role if layer in (role, "hidden") else f"{role} ({layer})",
         "shape": "×".join(map(str, record["shape"])) or "scalar",
-        "fans": f"{record['fan_in']}→{record['fan_out']}",
+        **({} if of_plan else {"fans": f"{record['fan_in']}→{record['fan_out']}"}),
         "kernel": str(record["kernel_size"]),
         "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
         "init std": range_text(deviations, ".3g"),
