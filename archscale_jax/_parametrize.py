@@ -18,9 +18,10 @@ from archscale_jax._report import Report, report_of
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._initialization import weight_standard_deviations
+from archscale_jax.rules._matrix import muon_dimension_numbers, optimizer_labels
 from archscale_jax.rules._optimizer import OPTIMIZERS, decay_multipliers
 from archscale_jax.rules._variances import Deviation
-from archscale_jax.rules._width import muon_dimension_numbers, with_widths
+from archscale_jax.rules._width import with_widths
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
 
@@ -273,6 +274,10 @@ class Parametrization:
         b2: float | None = None,
         eps: float | None = None,
         mu_dtype: Any = None,
+        beta: float | None = None,
+        ns_steps: int | None = None,
+        consistent_rms: float | None = None,
+        adam_learning_rate: optax.ScalarOrSchedule | None = None,
     ) -> optax.GradientTransformation:
         """Returns the whole optimizer: the optax one with every multiplier in its place.
 
@@ -286,6 +291,12 @@ class Parametrization:
           b2: of adam and adamw.
           eps: of all but sgd.
           mu_dtype: of all but sgd, dtype of the first moments.
+          beta: of muon, decay of its momentum.
+          ns_steps: of muon, steps of its Newton-Schulz iteration.
+          consistent_rms: of muon, the size of the entries of its updates, as in optax. On top of
+            the multipliers of the plan, a matrix gets √(inputs of the base's/inputs).
+          adam_learning_rate: of muon, the rate in the base of the leaves that Adam has, a number
+            or a schedule, which their decay is multiplied with too; None takes `learning_rate`.
 
         Returns:
           A transformation for trees like params, to be chained with clipping and the like. What is
@@ -293,6 +304,7 @@ class Parametrization:
 
         Raises:
           TypeError: an option that the optimizer does not have.
+          ValueError: a `consistent_rms` that is not positive.
         """
         given = {
             "momentum": momentum,
@@ -301,6 +313,10 @@ class Parametrization:
             "b2": b2,
             "eps": eps,
             "mu_dtype": mu_dtype,
+            "beta": beta,
+            "ns_steps": ns_steps,
+            "consistent_rms": consistent_rms,
+            "adam_learning_rate": adam_learning_rate,
         }
         options = {name: value for name, value in given.items() if value is not None}
         kind = OPTIMIZERS[self.optimizer_name]
@@ -310,13 +326,14 @@ class Parametrization:
                 f"optimizer {self.optimizer_name!r} has no option {sorted(others)}; it has "
                 f"{', '.join(accepted)}"
             )
+        rate = optax.scale_by_learning_rate(learning_rate)
         if kind == "muon":
-            options["numbers"] = functools.partial(muon_dimension_numbers, self.architecture)
+            if "adam_learning_rate" in options:
+                adams = optax.scale_by_learning_rate(options.pop("adam_learning_rate"))
+                rate = optax.partition({"muon": rate, "adam": adams}, self._labels)
+            options["plan"] = self
         return optax.chain(
-            make(**options),
-            _decay(self.weight_decay, weight_decay),
-            self.scale(),
-            optax.scale_by_learning_rate(learning_rate),
+            make(**options), _decay(self.weight_decay, weight_decay), self.scale(), rate
         )
 
     # The model, and what is said of it.
@@ -348,6 +365,9 @@ class Parametrization:
             {**one, "weight_decay_multiplier": decay[one["path"]], "epsilon_multiplier": 1.0}
             for one in found.records
         ]
+        if OPTIMIZERS[self.optimizer_name] == "muon":
+            owners = optimizer_labels(self.architecture)
+            records = [{**one, "optimizer": owners[one["path"]]} for one in records]
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
         return dataclasses.replace(found, records=records, header=header)
 
@@ -374,6 +394,11 @@ class Parametrization:
             rule_options=self.choice.initialization_options,
         )
 
+    def _labels(self, params: PyTree) -> PyTree:
+        """`muon` or `adam`, of every leaf of a tree like params."""
+        owners = optimizer_labels(self.architecture)
+        return map_with_names(lambda name, leaf: owners[name][:4], params)
+
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)
 
@@ -382,19 +407,36 @@ def _sgd(momentum: float | None = None, nesterov: bool = False) -> optax.Gradien
     return optax.identity() if momentum is None else optax.trace(momentum, nesterov)
 
 
-def _muon(numbers: Callable[[PyTree], PyTree], **options: Any) -> optax.GradientTransformation:
+def _muon(
+    plan: Parametrization, consistent_rms: float | None = None, **options: Any
+) -> optax.GradientTransformation:
     from optax.contrib import muon
 
-    # The sign and the rate follow behind the multipliers.
-    return optax.chain(
-        muon(1.0, muon_weight_dimension_numbers=numbers, **options), optax.scale(-1.0)
+    numbers = functools.partial(muon_dimension_numbers, plan.architecture)
+    bare = muon(
+        1.0, muon_weight_dimension_numbers=numbers, consistent_rms=consistent_rms, **options
     )
+    # The rate follows behind the multipliers, with the sign.
+    found = [bare, optax.scale(-1.0)]
+    if isinstance(consistent_rms, int | float) and not consistent_rms > 0:
+        raise ValueError(f"consistent_rms is {consistent_rms}; accepted are numbers above 0")
+    if consistent_rms is not None and plan.choice.rates.width_rule == "muon":
+        # Multipliers are those of the default scaling; the ratio does not depend on the number.
+        rates = dataclasses.replace(plan.choice.rates, consistent_rms=1.0)
+        own, all_of = plan.choice.rates, (plan.architecture, plan.base)
+        default, other = (one.multipliers(*all_of) for one in (own, rates))
+        beyond = {name: one.value / default[name].value for name, one in other.items()}
+        found.append(scale_by_multipliers(plan.architecture, beyond))
+    return optax.chain(*found)
 
 
 _BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformation]]] = {
     "sgd": (("momentum", "nesterov"), _sgd),
     "adam": (("b1", "b2", "eps", "nesterov", "mu_dtype"), optax.scale_by_adam),
-    "muon": (("eps", "nesterov", "mu_dtype"), _muon),
+    "muon": (
+        ("beta", "ns_steps", "consistent_rms", "adam_learning_rate", "eps", "nesterov", "mu_dtype"),
+        _muon,
+    ),
 }
 """Optimizers without rate and decay by kind, and their options."""
 

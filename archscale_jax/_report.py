@@ -51,7 +51,8 @@ class Report:
           former a tuple where the slices of a stack, or the halves of a gate, differ;
         initialization_parts, learning_rate_parts: what each is the product of, tuples of rule,
           place, symbols, citation and value, see `archscale_jax.rules._registry.Part`;
-        initialization_reason, learning_rate_reason: the same as text.
+        initialization_reason, learning_rate_reason: the same as text;
+        optimizer: of a plan for Muon, `muon over axes …` or `adam: reason`.
       notes: what to know beyond the table, first what makes its numbers wrong unless it is seen to.
       header: graph and rules, line by line.
       paths: statistics of the network's paths, exact.

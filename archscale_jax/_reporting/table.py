@@ -20,7 +20,7 @@ MAX_ROWS = 60
 """Tables that would be longer join rows that differ in standard deviation alone."""
 
 _WIDTH = 120  # where there is no terminal
-_REASONS = ("why std", "why lr")
+_REASONS = ("why std", "why lr", "optimizer")
 
 
 class Row(NamedTuple):
@@ -134,6 +134,7 @@ def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
         "decay ×": range_text(_numbers(record.get("weight_decay_multiplier")), ".3g"),
         "why std": _reason("why std", same),
         "why lr": _reason("why lr", same) if several else "",
+        "optimizer": record.get("optimizer", ""),
     }
 
 
@@ -195,6 +196,8 @@ def _kind(name: str, row: Row, records: Sequence[Record]) -> tuple[str, Hashable
 
 
 def _reason(name: str, same: Sequence[Record]) -> str:
+    if name == "optimizer":
+        return same[0].get(name, "")
     if name == "why lr":
         return same[0]["learning_rate_reason"]
     return reason_text([record["initialization_parts"] for record in same])

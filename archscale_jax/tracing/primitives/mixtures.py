@@ -18,6 +18,7 @@ from archscale_jax._expressions import (
 from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.primitives.gates import note_gates
 from archscale_jax.tracing.state import Call, State, mean_over
 from archscale_jax.tracing.values import (
     NO_LABELS,
@@ -128,6 +129,8 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
     result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
     if left.vertex in state.contracted and contracted[0]:
         state.queries[result.vertex] = left.vertex, count
+    kept, summed = (list(zip(*axes, strict=True)) for axes in (batch, contracted))
+    note_gates(state, result.vertex, call.features, kept, summed)
     return result
 
 
