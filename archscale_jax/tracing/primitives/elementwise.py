@@ -334,7 +334,7 @@ def _product(state: State, call: Call) -> Value:
     result = state.join(Kind.PRODUCT, call.features, axes, expression=expression)
     if call.name in PRODUCTS and len(call.shapes[0]) == len(call.shapes[1]):
         kept = [(axis, axis) for axis in range(len(call.shape))]
-        note_gates(state, result.vertex, call.features, kept, ())
+        note_gates(state, call, result.vertex, kept, ())
     for weight in call.weights:
         _scale(state, call, weight, result)
     return result

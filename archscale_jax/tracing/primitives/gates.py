@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 
-from archscale_jax.tracing.state import State
-from archscale_jax.tracing.values import Feature
+from archscale_jax.tracing.state import Call, State
+from archscale_jax.tracing.values import Labels
 
 Pairs = Sequence[tuple[int, int]]
 """Axes of two features that meet in a product."""
 
 
-def note_gates(
-    state: State, product: int, features: Sequence[Feature], kept: Pairs, summed: Pairs
-) -> None:
+def note_gates(state: State, call: Call, product: int, kept: Pairs, summed: Pairs) -> None:
     """Notes which of two features that are multiplied are gates of groups of the other's.
 
     A gate is what a layer gives, alone or behind a softmax, whose axes of features all meet axes of
@@ -22,19 +20,30 @@ def note_gates(
 
     Args:
       state: where they are noted.
+      call: of two features.
       product: the vertex of the product.
-      features: the two.
       kept: the axes of the first and second that meet and are axes of the product.
       summed: those that are summed over.
     """
-    for gate, other, flip in ((*features, False), (*features[::-1], True)):
+    left, right = zip(call.features, call.shapes, strict=True)
+    for (gate, sizes), (other, _), flip in ((left, right, False), (right, left, True)):
         if not any(state.uses[one].kind == "weight" for one in state.layers.get(gate.vertex, ())):
             continue
-        own = [axis for axis, labels in enumerate(gate.axes) if state.has_units(labels)]
-        groups = {axis for axis, labels in enumerate(other.axes) if state.has_units(labels)}
         met = {(b if flip else a): (a if flip else b) for a, b in (*kept, *summed)}
+        own = {axis for axis, labels in enumerate(gate.axes) if state.has_units(labels)}
+        own = {axis for axis in own if sizes[axis] > 1}
+        groups = {
+            axis
+            for axis, labels in enumerate(other.axes)
+            if state.has_units(labels) or _has_matrices(labels)
+        }
         over = {(a if flip else b) for a, b in summed} & groups
-        apart = all(any(isinstance(one, tuple) for one in other.axes[axis]) for axis in over)
+        apart = all(_has_matrices(other.axes[axis]) for axis in over)
         meets = all(met.get(axis) in groups for axis in own)
         if apart and meets and groups - over - {met[axis] for axis in own}:
             state.gates.add((gate.vertex, product))
+
+
+def _has_matrices(labels: Labels) -> bool:
+    """Whether an axis of a leaf runs along an axis of features, with a matrix for every entry."""
+    return any(isinstance(one, tuple) for one in labels)

@@ -122,7 +122,7 @@ def layer(
     for leaf in weight.leaves:
         own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
         mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
-        summed = _axes_of(state, mine, how.contracted)
+        summed, written = (_axes_of(state, mine, axes) for axes in (how.contracted, how.free))
         # An axis of which no trace is left was summed over when the kernel was made of factors.
         inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
         if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
@@ -139,7 +139,7 @@ def layer(
             "groups": how.groups,
             "expression": own_part(weight.expression, leaf),
         }
-        if inner:
+        if inner and not (summed and written):
             options |= {"output" if summed else "contracted": tuple(sorted(inner))}
         numbers += state.use(
             call, mine, "weight", result.vertex, {**roles, "positions": positions}, **options

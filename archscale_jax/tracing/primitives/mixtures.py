@@ -130,7 +130,7 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
     if left.vertex in state.contracted and contracted[0]:
         state.queries[result.vertex] = left.vertex, count
     kept, summed = (list(zip(*axes, strict=True)) for axes in (batch, contracted))
-    note_gates(state, result.vertex, call.features, kept, summed)
+    note_gates(state, call, result.vertex, kept, summed)
     return result
 
 
