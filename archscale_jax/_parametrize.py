@@ -412,22 +412,24 @@ def _muon(
 ) -> optax.GradientTransformation:
     from optax.contrib import muon
 
-    numbers = functools.partial(muon_dimension_numbers, plan.architecture)
-    bare = muon(
-        1.0, muon_weight_dimension_numbers=numbers, consistent_rms=consistent_rms, **options
-    )
-    # The rate follows behind the multipliers, with the sign.
-    found = [bare, optax.scale(-1.0)]
     if isinstance(consistent_rms, int | float) and not consistent_rms > 0:
         raise ValueError(f"consistent_rms is {consistent_rms}; accepted are numbers above 0")
-    if consistent_rms is not None and plan.choice.rates.width_rule == "muon":
-        # Multipliers are those of the default scaling; the ratio does not depend on the number.
-        rates = dataclasses.replace(plan.choice.rates, consistent_rms=1.0)
-        own, all_of = plan.choice.rates, (plan.architecture, plan.base)
-        default, other = (one.multipliers(*all_of) for one in (own, rates))
-        beyond = {name: one.value / default[name].value for name, one in other.items()}
-        found.append(scale_by_multipliers(plan.architecture, beyond))
-    return optax.chain(*found)
+    options["muon_weight_dimension_numbers"] = functools.partial(
+        muon_dimension_numbers, plan.architecture
+    )
+    # The rate follows behind the multipliers, with the sign.
+    bare = optax.chain(muon(1.0, consistent_rms=consistent_rms, **options), optax.scale(-1.0))
+    rates = plan.choice.rates
+    if consistent_rms is None or rates.width_rule != "muon":
+        return bare
+    # The plan's multipliers are those of the default scaling, and so stands the decay behind; what
+    # is to be added does not depend on the number, which may be a traced one.
+    both = [
+        one.multipliers(plan.architecture, plan.base)
+        for one in (rates, dataclasses.replace(rates, consistent_rms=1.0))
+    ]
+    added = {name: both[1][name].value / both[0][name].value for name in both[0]}
+    return optax.chain(bare, scale_by_multipliers(plan.architecture, added))
 
 
 _BARE: dict[str, tuple[tuple[str, ...], Callable[..., optax.GradientTransformation]]] = {

@@ -9,11 +9,11 @@ s = N / base N, the learning rate of a parameter is multiplied by
 |-----------|-----------------------------|-----------------------------------|--------------------|
 | SGD       | s                           | s/r                               | 1/r                |
 | Adam      | 1                           | 1/r                               | 1/r                |
-| Muon      | see `archscale_jax.rules._matrix`                                                    |
 
-and by 1 where no axis is a width. Input weights, embeddings, biases, gains, depthwise kernels and
-kernels of groups or heads of a fixed size are vector-like. Of several uses the strictest counts, so
-that a table that is the readout's weight too follows the readout.
+and by 1 where no axis is a width; for Muon see `archscale_jax.rules._matrix`. Input weights,
+embeddings, biases, gains, depthwise kernels and kernels of groups or heads of a fixed size are
+vector-like. Of several uses the strictest counts, so that a table that is the readout's weight too
+follows the readout.
 
 The multipliers suppose weights whose sizes follow [μP], as `initialize` draws them: a readout of
 size 1/n, not 1/√n as frameworks draw it.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from archscale_jax._architecture import Arrangement, Parameter, ParameterUse, Role
-from archscale_jax._graph import Operator, live_edges
+from archscale_jax._graph import WEIGHT_OPERATORS, Operator, live_edges
 from archscale_jax.tracing.flow import Edge, Kind
 from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.state import State
@@ -54,11 +54,12 @@ class Binding(NamedTuple):
 
 
 def _gates(state: State) -> set[int]:
-    """The layers whose outputs scale groups of features, and are read by no layer or product."""
+    """The layers whose outputs scale groups of features, and enter no layer or other product."""
+    read = (*WEIGHT_OPERATORS, Operator.PRODUCT)
     others = {
         edge.source
         for edge in state.flow.edges
-        if edge.operator != Operator.SKIP and (edge.source, edge.target) not in state.gates
+        if edge.operator in read and (edge.source, edge.target) not in state.gates
     }
     return {layer for layer, _ in state.gates} - others
 

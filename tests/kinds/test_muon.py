@@ -206,6 +206,7 @@ def updates_of(tx, params, count=1):
     gradients = jax.tree.map(
         lambda leaf: jnp.sin(jnp.arange(leaf.size) ** 2).reshape(leaf.shape), params
     )
+    updates: Any = None
     state = tx.init(params)
     for _ in range(count):
         updates, state = tx.update(gradients, state, params)
@@ -248,6 +249,19 @@ def test_adam_has_a_rate_of_its_own():
             np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-7)
     same = updates_of(plan.optimizer(0.1, adam_learning_rate=0.1), params)
     jax.tree.map(np.testing.assert_array_equal, same, updates_of(plan.optimizer(0.1), params))
+
+
+@pytest.mark.parametrize(
+    "name", ["linen decoder, scanned", "NNX mixture of experts", "Equinox ViT", "Haiku CNN"]
+)
+def test_rates_of_two_optimizers_in_every_framework(name):
+    """The trees of optax hold: an update is a tree like params, under both rates and a schedule."""
+    tx = plan_of(name, WIDE).optimizer(
+        optax.constant_schedule(0.1), 0.1, adam_learning_rate=0.01, consistent_rms=0.2
+    )
+    params = shapes_of(name, WIDE)
+    updates, _ = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 @quick
@@ -348,6 +362,27 @@ def test_routers_are_left_to_adam_and_experts_are_matrices_of_their_own(mix, squ
     found = optimizer_labels(Model(apply, EXPERT_SHAPES, (normal(12, 8),)).trace())
     assert found["router"] == "adam: router: scales groups of features"
     assert found["up"] == found["down"] == "muon over axes (1)->(2)"
+
+
+def test_routers_of_a_scan_that_returns_their_outputs():
+    """As for a loss that balances the experts."""
+
+    def apply(p, x):
+        def block(h, layer):
+            scores = h @ layer["router"]
+            return h + all_experts(layer, h, jax.nn.softmax(scores)), scores
+
+        layers = {name: p[name] for name in ("router", "up", "down")}
+        h, scores = lax.scan(block, x @ p["stem"], layers)
+        return h @ p["out"], scores
+
+    stacked = {
+        name: (2, *one.shape) for name, one in EXPERT_SHAPES.items() if name not in ("stem", "out")
+    }
+    shapes = EXPERT_SHAPES | specs(**stacked)
+    found = optimizer_labels(Model(apply, shapes, (normal(12, 8),)).trace())
+    assert found["router"] == "adam: router: scales groups of features"
+    assert found["up"] == found["down"] == "muon over axes (2)->(3)"
 
 
 def labels_of(inner, **leaves):
