@@ -14,13 +14,14 @@ from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
 from archscale_jax._multiplied import multiplied_apply
 from archscale_jax._optax import scale_by_multipliers
-from archscale_jax._optimizers import optimizer_of
+from archscale_jax._optimizers import MuonParts, optimizer_of
 from archscale_jax._placement import sharding_of
 from archscale_jax._report import BaseValues, PlanNumbers, Report, report_of
 from archscale_jax._trees import PyTree, map_with_names, scaled_leaves, with_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._forward import Form, start_factors
 from archscale_jax.rules._initialization import weight_standard_deviations
+from archscale_jax.rules._matrix import muon_dimension_numbers, optimizer_labels
 from archscale_jax.rules._optimizer import (
     OPTIMIZERS,
     UNSUPPORTED,
@@ -31,7 +32,7 @@ from archscale_jax.rules._optimizer import (
 )
 from archscale_jax.rules._registry import Explained, Part
 from archscale_jax.rules._variances import Deviation
-from archscale_jax.rules._width import muon_dimension_numbers, with_widths
+from archscale_jax.rules._width import with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
@@ -382,6 +383,10 @@ class Parametrization:
         b2: float | None = None,
         eps: float | None = None,
         mu_dtype: Any = None,
+        beta: float | None = None,
+        ns_steps: int | None = None,
+        consistent_rms: float | None = None,
+        adam_learning_rate: optax.ScalarOrSchedule | None = None,
     ) -> optax.GradientTransformation:
         """Returns the whole optimizer: the optax one with every multiplier in its place.
 
@@ -395,6 +400,12 @@ class Parametrization:
           b2: of adam, adamw and lion, that of the base.
           eps: of adam, adamw and muon, that of the base.
           mu_dtype: of all but sgd, dtype of the first moments.
+          beta: of muon, decay of its momentum.
+          ns_steps: of muon, steps of its Newton-Schulz iteration.
+          consistent_rms: of muon, the size of the entries of its updates, as in optax. On top of
+            the multipliers of the plan, a matrix gets √(inputs of the base's/inputs).
+          adam_learning_rate: of muon, the rate in the base of the leaves that Adam has, a number
+            or a schedule, which their decay is multiplied with too; None takes `learning_rate`.
 
         Returns:
           A transformation for trees like params, to be chained with clipping and the like. What is
@@ -402,6 +413,7 @@ class Parametrization:
 
         Raises:
           TypeError: an option that the optimizer does not have.
+          ValueError: a `consistent_rms` that is not positive.
         """
         options = {
             "momentum": momentum,
@@ -410,6 +422,10 @@ class Parametrization:
             "b2": b2,
             "eps": eps,
             "mu_dtype": mu_dtype,
+            "beta": beta,
+            "ns_steps": ns_steps,
+            "consistent_rms": consistent_rms,
+            "adam_learning_rate": adam_learning_rate,
         }
         rates, decay, epsilon = map(_values, self._hyperparameters)
         return optimizer_of(
@@ -422,7 +438,11 @@ class Parametrization:
             decay=decay,
             epsilon=epsilon,
             duration=self.duration,
-            numbers=functools.partial(muon_dimension_numbers, self.architecture),
+            muon=MuonParts(
+                functools.partial(muon_dimension_numbers, self.architecture),
+                self._labels,
+                self._rms_multipliers,
+            ),
         )
 
     # The model, and what is said of it.
@@ -472,6 +492,10 @@ class Parametrization:
             self._model.params if self._model.initial is None else None,
             plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward, base_values),
         )
+        if OPTIMIZERS[self.optimizer_name] == "muon":
+            owners = optimizer_labels(self.architecture)
+            records = [{**one, "optimizer": owners[one["path"]]} for one in found.records]
+            found = dataclasses.replace(found, records=records)
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
         if self.base is not None:
             header += optimizer_lines(OPTIMIZERS[self.optimizer_name], self.choice.epsilon_rule)
@@ -507,6 +531,17 @@ class Parametrization:
             epsilon_rule=choice.epsilon_rule,
         )
 
+    def _rms_multipliers(self) -> dict[str, float]:
+        rates = self.choice.rates
+        if rates.width_rule != "muon":
+            return dict.fromkeys(self.architecture.shapes, 1.0)
+        # It does not depend on the number, which may be a traced one.
+        default, consistent = (
+            one.multipliers(self.architecture, self.base)
+            for one in (rates, dataclasses.replace(rates, consistent_rms=1.0))
+        )
+        return {name: consistent[name].value / default[name].value for name in default}
+
     @functools.cached_property
     def _starts(self) -> dict[str, Part]:
         return start_factors(self.architecture, self.choice.forward)
@@ -522,6 +557,11 @@ class Parametrization:
             self.choice.initialization,
             rule_options=self.choice.initialization_options,
         )
+
+    def _labels(self, params: PyTree) -> PyTree:
+        """`muon` or `adam`, of every leaf of a tree like params."""
+        owners = optimizer_labels(self.architecture)
+        return map_with_names(lambda name, leaf: owners[name][:4], params)
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)

@@ -59,6 +59,7 @@ class Report:
         of a plan, weight_decay_multiplier, weight_decay_reason, epsilon_multiplier and
           epsilon_reason; with base values learning_rate, weight_decay, epsilon, decay_per_update
           (η·λ) and timescale (1/(η·λ) updates, infinite without decay).
+        optimizer: of a plan for Muon, `muon over axes …` or `adam: reason`.
       notes: what to know beyond the table, first what makes its numbers wrong unless it is seen to.
       header: graph and rules, line by line.
       paths: statistics of the network's paths, exact.

@@ -20,7 +20,7 @@ MAX_ROWS = 60
 """Tables that would be longer join rows that differ in standard deviation alone."""
 
 _WIDTH = 120  # where there is no terminal
-_REASONS = ("why std", "why lr")
+_REASONS = ("why std", "why lr", "optimizer")
 _MULTIPLIERS = {
     "lr ×": "learning_rate_multiplier",
     "decay ×": "weight_decay_multiplier",
@@ -153,6 +153,7 @@ def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
         },
         "why std": _reason("why std", same),
         "why lr": _reason("why lr", same) if several else "",
+        "optimizer": record.get("optimizer", ""),
     }
 
 
@@ -215,6 +216,8 @@ def _kind(name: str, row: Row, records: Sequence[Record]) -> tuple[str, Hashable
 
 
 def _reason(name: str, same: Sequence[Record]) -> str:
+    if name == "optimizer":
+        return same[0].get(name, "")
     if name == "why lr":
         return same[0]["learning_rate_reason"]
     return reason_text([record["initialization_parts"] for record in same])
