@@ -233,6 +233,24 @@ def test_options_go_to_optax():
 
 
 @quick
+@pytest.mark.parametrize("rms", [None, 0.2])
+def test_a_plan_is_what_its_parts_are(rms):
+    """`muon_dimension_numbers` for optax, and the multipliers for them behind it."""
+    plan = archscale.parametrize(mlp(64), normal(4, 8), base=mlp(16), optimizer="muon")
+    params = plan.init(KEY)
+    numbers = muon_dimension_numbers(plan.architecture, params)
+    scale = archscale.scale_by_architecture(
+        plan.architecture, plan.base, width_rule="muon", dimension_numbers=True, consistent_rms=rms
+    )
+    theirs = optax.contrib.muon(0.1, muon_weight_dimension_numbers=numbers, consistent_rms=rms)
+    found, expected = (
+        updates_of(tx, params)
+        for tx in (plan.optimizer(0.1, consistent_rms=rms), optax.chain(theirs, scale))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+@quick
 def test_adam_has_a_rate_of_its_own():
     """-η (û + λW/f)·f, η that of the leaf's optimizer, a schedule or a number; f from the plan."""
     plan = archscale.parametrize(mlp(64), normal(4, 8), base=mlp(16), optimizer="muon")
