@@ -56,9 +56,11 @@ class ParameterUse:
         function) or `result` (returned as it is).
       contracted: axes that are summed over, positions of a kernel included.
       output: axes along which the result varies and the features did not.
-      batch: axes that run along an axis of the features: of a scale, a bias, a layer for each head.
+      batch: axes that run along an axis of the features: of a scale, a bias, a layer for each head;
+        and along which the layers behind are such, as experts that read the same features.
       positions: axes that hold positions: of a kernel, of tokens; rows of a table.
       fan_in: of a weight, inputs that reach one unit.
+      groups: of the kernel of a convolution, into how many groups features are divided.
       slices: (axis, entry) for every axis of which it is one entry: a layer of a stack.
       edge: index of the layer among the edges of the graph; None outside of it.
       edges: indices of the edges that read, or give, what it scales or adds to.
@@ -67,6 +69,8 @@ class ParameterUse:
       layer: see `Parameter`.
       expression: of a weight, what is made of the leaf before it is applied; None if nothing is.
       source: file, line and function.
+      gates: of a weight, whether its outputs only scale whole groups of features, as those of the
+        router of a mixture of experts.
     """
 
     kind: str
@@ -75,6 +79,7 @@ class ParameterUse:
     batch: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
     fan_in: int = 1
+    groups: int = 1
     slices: frozenset[tuple[int, int]] = frozenset()
     edge: int | None = None
     edges: tuple[int, ...] = ()
@@ -83,6 +88,7 @@ class ParameterUse:
     layer: Role = Role.HIDDEN
     expression: Expression | None = None
     source: str = ""
+    gates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,12 +384,18 @@ def check_parameters(
       architecture: what the params should be.
       params: the params tree.
       masked: types of nodes that stand for the parameters at or below them (`optax.MaskedNode`).
+        With one, so does None, as in trees that Equinox has filtered, but not as the whole tree;
+        and the placeholder of `optax.tree_map_params` stands for any tree.
 
     Raises:
       TypeError: no architecture, or a leaf without a shape; the message names it.
       ValueError: a leaf that is missing, unknown, or of another shape; the message names it.
     """
     check_architecture(architecture)
+    if masked and type(params).__name__ == _PLACEHOLDER:
+        return
+    if masked and params is not None:
+        masked = (*(masked if isinstance(masked, tuple) else (masked,)), type(None))
     leaves = named_leaves(params, is_leaf=lambda node: isinstance(node, masked))
     absent = tuple(name for name, leaf in leaves.items() if isinstance(leaf, masked))
     for name, leaf in leaves.items():
@@ -404,6 +416,10 @@ def check_parameters(
                 f"params lack {parameter.name!r} of shape {parameter.shape}; they hold "
                 f"{_listed(leaves)}. {_instead(parameter.name, leaves)}"
             )
+
+
+_PLACEHOLDER = "_ParamsPlaceholder"
+"""Name of the class, private to optax, of what `optax.tree_map_params` gives to `init`."""
 
 
 def _instead(name: str, accepted: Collection[str]) -> str:

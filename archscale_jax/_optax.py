@@ -56,7 +56,8 @@ def scale_by_architecture(
     Returns:
       A transformation without state. Multipliers are Python floats fixed here; the product is taken
       in float32 at least and rounded once to the dtype of the update. `init` checks params,
-      `update` checks updates. Parameters that `optax.masked` hides are excluded.
+      `update` checks updates. Parameters that `optax.masked` hides are excluded, and those in whose
+      place is None, as in trees that Equinox has filtered.
 
     Raises:
       TypeError, ValueError: here, what `learning_rate_multipliers` raises; in `init` and `update`,

@@ -6,7 +6,7 @@ Adam û = m̂ / (√v̂ + ε·ε_p), as a factor before Adam does nothing else.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,20 @@ from archscale_jax._architecture import Architecture
 from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._optimizer import OPTIMIZERS, Duration
+
+
+class MuonParts(NamedTuple):
+    """What Muon takes beside multipliers.
+
+    Attributes:
+      numbers: params to the dimension numbers of its matrices.
+      labels: params to a tree of `muon` and `adam`, whose each leaf is.
+      rms_multipliers: what rates are multiplied by further under `consistent_rms`, by name.
+    """
+
+    numbers: Callable[[PyTree], PyTree]
+    labels: Callable[[PyTree], PyTree]
+    rms_multipliers: Callable[[], dict[str, float]]
 
 
 def optimizer_of(
@@ -29,7 +43,7 @@ def optimizer_of(
     decay: Mapping[str, float],
     epsilon: Mapping[str, float],
     duration: Duration,
-    numbers: Callable[[PyTree], PyTree],
+    muon: MuonParts,
 ) -> optax.GradientTransformation:
     """Returns an optimizer; see `Parametrization.optimizer`.
 
@@ -43,7 +57,7 @@ def optimizer_of(
       decay: λ_p.
       epsilon: ε_p.
       duration: batch and tokens over the base's.
-      numbers: params to the dimension numbers of Muon.
+      muon: what Muon takes beside.
 
     Raises:
       TypeError: an option that the optimizer does not have.
@@ -59,8 +73,12 @@ def optimizer_of(
     if duration.kappa != 1:
         for option in ("b1", "b2"):
             given[option] = duration.decay_rate(given.get(option, accepted[option]))
+    rate: Any = optax.scale_by_learning_rate(learning_rate)
     if name == "muon":
-        given["numbers"] = numbers
+        if (of_adam := given.pop("adam_learning_rate", None)) is not None:
+            both = {"muon": rate, "adam": optax.scale_by_learning_rate(of_adam)}
+            rate = optax.partition(both, muon.labels)
+        given |= {"parts": muon, "architecture": architecture}
     scaled = any(value != 1 for value in epsilon.values())
     inverse = {leaf: 1 / value for leaf, value in epsilon.items()}
     return optax.chain(
@@ -68,7 +86,7 @@ def optimizer_of(
         make(**given),
         _decayed(decay, weight_decay),
         scale_by_multipliers(architecture, rates),
-        optax.scale_by_learning_rate(learning_rate),
+        rate,
     )
 
 
@@ -91,18 +109,31 @@ def _lion(b1: float = 0.9, b2: float = 0.99, mu_dtype: Any = None) -> optax.Grad
 
 
 def _muon(
-    numbers: Callable[[PyTree], PyTree],
+    parts: MuonParts,
+    architecture: Architecture,
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    consistent_rms: float | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
     eps: float = 1e-8,
     nesterov: bool = True,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     from optax.contrib import muon
 
-    options: dict[str, Any] = {"eps": eps, "nesterov": nesterov, "mu_dtype": mu_dtype}
-    # The sign and the rate follow behind the multipliers.
-    return optax.chain(
-        muon(1.0, muon_weight_dimension_numbers=numbers, **options), optax.scale(-1.0)
+    del adam_learning_rate  # taken by `optimizer_of`
+    if isinstance(consistent_rms, int | float) and not consistent_rms > 0:
+        raise ValueError(f"consistent_rms is {consistent_rms}; accepted are numbers above 0")
+    options: dict[str, Any] = {"beta": beta, "ns_steps": ns_steps, "eps": eps}
+    options |= {"nesterov": nesterov, "mu_dtype": mu_dtype, "consistent_rms": consistent_rms}
+    # The rate follows behind the multipliers, with the sign.
+    bare = optax.chain(
+        muon(1.0, muon_weight_dimension_numbers=parts.numbers, **options), optax.scale(-1.0)
     )
+    if consistent_rms is None:
+        return bare
+    # The plan's multipliers are those of the default scaling, and so stands the decay behind.
+    return optax.chain(bare, scale_by_multipliers(architecture, parts.rms_multipliers()))
 
 
 _BARE: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -119,7 +150,11 @@ assert _BARE.keys() == OPTIMIZERS.keys()
 def _options_of(make: Callable[..., Any]) -> dict[str, Any]:
     """Options of an optimizer and their defaults."""
     parameters = inspect.signature(make).parameters
-    return {name: one.default for name, one in parameters.items() if name != "numbers"}
+    return {
+        name: one.default
+        for name, one in parameters.items()
+        if name not in ("parts", "architecture")
+    }
 
 
 def _decayed(
@@ -145,9 +180,16 @@ def _decayed(
         weights = named_leaves(params)
 
         def decayed(name: str, update: jax.Array) -> jax.Array:
-            if not multipliers[name]:
+            if not multipliers.get(name):  # the rates behind say which name is unknown
                 return update
-            return update + (multipliers[name] * now * weights[name]).astype(update.dtype)
+            weight = weights.get(name)
+            if (shape := getattr(weight, "shape", None)) != update.shape:
+                found = f"hold {name!r} of shape {shape}" if name in weights else f"lack {name!r}"
+                raise ValueError(
+                    f"weight decay: params {found}, of shape {update.shape} in the gradients; pass "
+                    "the params that the gradients are of"
+                )
+            return update + (multipliers[name] * now * weight).astype(update.dtype)
 
         return map_with_names(decayed, updates), state
 

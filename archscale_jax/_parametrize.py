@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,24 +14,29 @@ from archscale_jax._frameworks import PureModel, dynamic, pure_model
 from archscale_jax._initialize import initialize
 from archscale_jax._multiplied import multiplied_apply
 from archscale_jax._optax import scale_by_multipliers
-from archscale_jax._optimizers import optimizer_of
-from archscale_jax._report import PlanNumbers, Report, report_of
-from archscale_jax._trees import PyTree, map_with_names, scaled_leaves
+from archscale_jax._optimizers import MuonParts, optimizer_of
+from archscale_jax._placement import sharding_of
+from archscale_jax._report import BaseValues, PlanNumbers, Report, report_of
+from archscale_jax._trees import PyTree, map_with_names, scaled_leaves, with_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._forward import Form, start_factors
 from archscale_jax.rules._initialization import weight_standard_deviations
+from archscale_jax.rules._matrix import muon_dimension_numbers, optimizer_labels
 from archscale_jax.rules._optimizer import (
     OPTIMIZERS,
     UNSUPPORTED,
     Duration,
     Hyperparameters,
     hyperparameters,
+    optimizer_lines,
 )
 from archscale_jax.rules._registry import Explained, Part
 from archscale_jax.rules._variances import Deviation
-from archscale_jax.rules._width import muon_dimension_numbers, with_widths
+from archscale_jax.rules._width import with_widths
+from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
+from archscale_jax.tuning._measured import Measurable, matched_multipliers
 
 
 def parametrize(
@@ -47,10 +52,13 @@ def parametrize(
     attention_scale: Literal["1/d"] | None = None,
     epsilon_rule: Literal["completep", "gradient"] = "completep",
     initialization: str | None = None,
+    zero_init: Collection[str] = (),
     width_rule: str | None = "auto",
     depth_rule: str | None = "auto",
     base_inputs: tuple[PyTree, ...] | PyTree | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    learning_rate: Literal["rules", "measured"] = "rules",
+    loss_fn: Callable[[Any], jax.Array] | None = None,
     roles: Mapping[str, Role | str] | None = None,
     unknown: Literal["error", "warn"] = "error",
 ) -> "Parametrization":
@@ -88,11 +96,16 @@ def parametrize(
         differ outside of residual branches.
       initialization: initialization rule, see `archscale_jax.initialize`; None takes the one that
         fits the graph.
+      zero_init: what starts at zero: `branch_ends`, `readout`, `queries`, or several of them.
       width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
       depth_rule: `auto`, None, `residual` (depth multipliers of residual stacks), or a rule of
         `archscale_jax.rules.LEARNING_RATE_RULES`.
       base_inputs: inputs of the base, a tuple, where they differ.
       model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
+      learning_rate: `rules`, or `measured`: the rates of stem, hidden layers and readout are
+        multiplied further so that the first update of each does what it does in the base, measured
+        on `inputs`, which are arrays then (theory §14); see `archscale_jax.tuning`.
+      loss_fn: of `measured`, the outputs to the loss.
       roles: roles of leaves that the function does not tell, by name.
       unknown: see `archscale_jax.trace`.
 
@@ -116,16 +129,12 @@ def parametrize(
     keywords = model_kwargs or {}
     pure = pure_model(model, inputs, params, keywords)
     architecture = _traced(pure, inputs, options)
+    zeros = zero_leaves(architecture, zero_init)
+    architecture = with_zeros(architecture, zeros)
     if base_inputs is not None and type(base_inputs) is not tuple:
         base_inputs = (base_inputs,)
-    compared = _base_architecture(
-        base,
-        architecture,
-        optimizer,
-        inputs if base_inputs is None else base_inputs,
-        keywords,
-        options,
-    )
+    of_base = inputs if base_inputs is None else base_inputs
+    compared = _base_architecture(base, architecture, optimizer, of_base, keywords, options)
     choice = chosen(
         architecture,
         compared,
@@ -138,7 +147,17 @@ def parametrize(
         attention_scale=attention_scale,
         epsilon_rule=epsilon_rule,
     )
-    return Parametrization(architecture, compared, optimizer, choice, duration, pure)
+    plan = Parametrization(architecture, compared, optimizer, choice, duration, zeros, pure)
+    if learning_rate == "rules" and loss_fn is None:
+        return plan
+    if learning_rate not in ("rules", "measured"):
+        raise ValueError(unknown_name("learning_rate", learning_rate, ("rules", "measured")))
+    if learning_rate == "rules" or loss_fn is None:
+        raise ValueError(
+            "learning_rate='measured' and loss_fn belong together: loss_fn takes the outputs of "
+            "the model, as lambda logits: cross_entropy(logits, labels)"
+        )
+    return _measured(plan, base, (inputs, of_base), loss_fn, keywords, options)
 
 
 def _traced(
@@ -197,6 +216,45 @@ def _base_architecture(
     return _traced(pure, inputs, options)
 
 
+def _measured(
+    plan: "Parametrization",
+    base: Any,
+    inputs: tuple[tuple[PyTree, ...], tuple[PyTree, ...]],
+    loss_fn: Callable[[Any], jax.Array],
+    keywords: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> "Parametrization":
+    """The plan with its rates matched to what the base's updates do."""
+    if base is None:
+        return plan
+    if isinstance(base, Architecture | Mapping):
+        raise TypeError(
+            "learning_rate='measured' trains the base for one update: pass it as a model, a pair "
+            f"(apply, params) or its Parametrization, found {type(base).__name__}"
+        )
+    if shapes := [one for one in jax.tree.leaves(inputs) if isinstance(one, jax.ShapeDtypeStruct)]:
+        raise ValueError(
+            f"learning_rate='measured' needs a batch: inputs hold the shape {shapes[0].shape}, "
+            "pass arrays"
+        )
+    if not isinstance(base, Parametrization):
+        base = parametrize(
+            base,
+            *inputs[1],
+            optimizer=plan.optimizer_name,
+            depth_exponent=plan.choice.rates.depth_exponent,
+            initialization=plan.choice.initialization,
+            model_kwargs=keywords,
+            **options,
+        )
+    network, small = (
+        Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), given)
+        for one, given in zip((plan, base), inputs, strict=True)
+    )
+    found = matched_multipliers(network, small, loss_fn, cap_readout=plan.optimizer_name == "sgd")
+    return dataclasses.replace(plan, measured=found)
+
+
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Parametrization:
     """How a model is initialized and trained, parameter by parameter.
@@ -210,6 +268,8 @@ class Parametrization:
       optimizer_name: `sgd`, `adam`, `adamw`, `lion` or `muon`.
       choice: the rules that were taken, and why.
       duration: batch and tokens over those of the base.
+      zeros: names of the leaves that start at zero because the user asks for it.
+      measured: what rates are multiplied by further, by name, where they were measured.
     """
 
     architecture: Architecture
@@ -217,7 +277,9 @@ class Parametrization:
     optimizer_name: str
     choice: Choice
     duration: Duration
+    zeros: frozenset[str]
     _model: PureModel
+    measured: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # What a rule cannot do raises here, where the model and its base are given.
@@ -245,12 +307,16 @@ class Parametrization:
         names = [
             one.name
             for one in self.architecture.parameters
-            if not one.is_drawn and not isinstance(self._model.starts.get(one.name), float)
+            if not one.is_drawn
+            and not isinstance(self._model.starts.get(one.name), float)
+            and one.name not in self.zeros
         ]
         params = self._model.params
         if names and self._model.initial is not None:
             found = self._model.initial(key, names)
-            params = map_with_names(lambda name, leaf: found.get(name, leaf), params)
+            params = with_leaves(params, found)
+        if self.zeros:  # shapes, as arrays would be kept
+            params = map_with_names(self._zeroed, params)
         drawn = initialize(
             key,
             params,
@@ -259,6 +325,11 @@ class Parametrization:
             rule_options=self.choice.initialization_options,
         )
         return scaled_leaves(drawn, {name: one.value for name, one in self._starts.items()})
+
+    def _zeroed(self, name: str, leaf: Any) -> Any:
+        if name not in self.zeros:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf, False))
 
     @property
     def init_std(self) -> PyTree:
@@ -312,6 +383,10 @@ class Parametrization:
         b2: float | None = None,
         eps: float | None = None,
         mu_dtype: Any = None,
+        beta: float | None = None,
+        ns_steps: int | None = None,
+        consistent_rms: float | None = None,
+        adam_learning_rate: optax.ScalarOrSchedule | None = None,
     ) -> optax.GradientTransformation:
         """Returns the whole optimizer: the optax one with every multiplier in its place.
 
@@ -325,6 +400,12 @@ class Parametrization:
           b2: of adam, adamw and lion, that of the base.
           eps: of adam, adamw and muon, that of the base.
           mu_dtype: of all but sgd, dtype of the first moments.
+          beta: of muon, decay of its momentum.
+          ns_steps: of muon, steps of its Newton-Schulz iteration.
+          consistent_rms: of muon, the size of the entries of its updates, as in optax. On top of
+            the multipliers of the plan, a matrix gets √(inputs of the base's/inputs).
+          adam_learning_rate: of muon, the rate in the base of the leaves that Adam has, a number
+            or a schedule, which their decay is multiplied with too; None takes `learning_rate`.
 
         Returns:
           A transformation for trees like params, to be chained with clipping and the like. What is
@@ -332,6 +413,7 @@ class Parametrization:
 
         Raises:
           TypeError: an option that the optimizer does not have.
+          ValueError: a `consistent_rms` that is not positive.
         """
         options = {
             "momentum": momentum,
@@ -340,6 +422,10 @@ class Parametrization:
             "b2": b2,
             "eps": eps,
             "mu_dtype": mu_dtype,
+            "beta": beta,
+            "ns_steps": ns_steps,
+            "consistent_rms": consistent_rms,
+            "adam_learning_rate": adam_learning_rate,
         }
         rates, decay, epsilon = map(_values, self._hyperparameters)
         return optimizer_of(
@@ -352,7 +438,11 @@ class Parametrization:
             decay=decay,
             epsilon=epsilon,
             duration=self.duration,
-            numbers=functools.partial(muon_dimension_numbers, self.architecture),
+            muon=MuonParts(
+                functools.partial(muon_dimension_numbers, self.architecture),
+                self._labels,
+                self._rms_multipliers,
+            ),
         )
 
     # The model, and what is said of it.
@@ -375,8 +465,24 @@ class Parametrization:
             return self._model.apply(params, *inputs, key=key)
         return self._multiplied(params, inputs, key)
 
-    def report(self) -> Report:
-        """Returns one record a parameter, and the table of them that `print` shows."""
+    def report(
+        self,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ) -> Report:
+        """Returns one record a parameter, and the table of them that `print` shows.
+
+        Args:
+          learning_rate: the base's, of a schedule its peak. With it the table shows what every
+            parameter gets, η, λ and ε, and the timescale 1/(η·λ) of its decay in updates, instead
+            of multipliers; the records have both.
+          weight_decay: the base's.
+          eps: the base's.
+        """
+        base_values = None
+        if learning_rate is not None:
+            base_values = BaseValues(learning_rate, weight_decay, eps)
         found = report_of(
             self.architecture,
             self.base,
@@ -384,9 +490,15 @@ class Parametrization:
             self.choice.initialization,
             self.choice.initialization_options,
             self._model.params if self._model.initial is None else None,
-            plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward),
+            plan=PlanNumbers(self._hyperparameters, self._starts, self.choice.forward, base_values),
         )
+        if OPTIMIZERS[self.optimizer_name] == "muon":
+            owners = optimizer_labels(self.architecture)
+            records = [{**one, "optimizer": owners[one["path"]]} for one in found.records]
+            found = dataclasses.replace(found, records=records)
         header = [*self.choice.lines(self.optimizer_name, self.base is not None), *found.header]
+        if self.base is not None:
+            header += optimizer_lines(OPTIMIZERS[self.optimizer_name], self.choice.epsilon_rule)
         if self.duration.kappa != 1:
             header.insert(1, self.duration.line())
         return dataclasses.replace(found, header=header)
@@ -404,17 +516,31 @@ class Parametrization:
     @functools.cached_property
     def _hyperparameters(self) -> Hyperparameters:
         choice = self.choice
+        rates = choice.rates.multipliers(self.architecture, self.base)
+        for name, part in self.measured.items():
+            rates[name] = Explained(rates[name].value * part.value, (*rates[name].parts, part))
         return hyperparameters(
             self.architecture,
             self.base,
             OPTIMIZERS[self.optimizer_name],
-            choice.rates.multipliers(self.architecture, self.base),
+            rates,
             choice.forward,
             self.duration,
             width=choice.rates.width_rule is not None,
             depth_exponent=choice.rates.depth_exponent if choice.rates.depth_rule else None,
             epsilon_rule=choice.epsilon_rule,
         )
+
+    def _rms_multipliers(self) -> dict[str, float]:
+        rates = self.choice.rates
+        if rates.width_rule != "muon":
+            return dict.fromkeys(self.architecture.shapes, 1.0)
+        # It does not depend on the number, which may be a traced one.
+        default, consistent = (
+            one.multipliers(self.architecture, self.base)
+            for one in (rates, dataclasses.replace(rates, consistent_rms=1.0))
+        )
+        return {name: consistent[name].value / default[name].value for name in default}
 
     @functools.cached_property
     def _starts(self) -> dict[str, Part]:
@@ -431,6 +557,11 @@ class Parametrization:
             self.choice.initialization,
             rule_options=self.choice.initialization_options,
         )
+
+    def _labels(self, params: PyTree) -> PyTree:
+        """`muon` or `adam`, of every leaf of a tree like params."""
+        owners = optimizer_labels(self.architecture)
+        return map_with_names(lambda name, leaf: owners[name][:4], params)
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)

@@ -1,6 +1,7 @@
 """The report of an architecture: what every parameter gets from the rules, and why."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +55,11 @@ class Report:
           former a tuple where the slices of a stack, or the halves of a gate, differ;
         initialization_parts, learning_rate_parts: what each is the product of, tuples of rule,
           place, symbols, citation and value, see `archscale_jax.rules._registry.Part`;
-        initialization_reason, learning_rate_reason: the same as text.
+        initialization_reason, learning_rate_reason: the same as text;
+        of a plan, weight_decay_multiplier, weight_decay_reason, epsilon_multiplier and
+          epsilon_reason; with base values learning_rate, weight_decay, epsilon, decay_per_update
+          (η·λ) and timescale (1/(η·λ) updates, infinite without decay).
+        optimizer: of a plan for Muon, `muon over axes …` or `adam: reason`.
       notes: what to know beyond the table, first what makes its numbers wrong unless it is seen to.
       header: graph and rules, line by line.
       paths: statistics of the network's paths, exact.
@@ -81,6 +86,14 @@ class Report:
         return html_of(self.header, self.records, self.notes, self.first)
 
 
+class BaseValues(NamedTuple):
+    """What the user tuned on the base."""
+
+    learning_rate: float
+    weight_decay: float
+    eps: float
+
+
 class PlanNumbers(NamedTuple):
     """What a parametrization knows beyond the rules that its parts have as functions.
 
@@ -88,11 +101,13 @@ class PlanNumbers(NamedTuple):
       hyperparameters: the multipliers of every parameter.
       starts: by what initial values are multiplied, by name.
       forward: the forward multipliers.
+      base_values: to multiply, or None.
     """
 
     hyperparameters: Hyperparameters
     starts: Mapping[str, Part]
     forward: Forward
+    base_values: BaseValues | None = None
 
 
 def report(
@@ -177,7 +192,7 @@ def report_of(
         for one in architecture.parameters
     ]
     if plan is not None:
-        records = [{**one, **_of_plan(one["path"], plan.hyperparameters)} for one in records]
+        records = [{**one, **_of_plan(one["path"], plan)} for one in records]
     return Report(
         records,
         notes=[*first, *missing, *undrawn, *further_notes(subject)],
@@ -195,10 +210,22 @@ def _times(found: Explained, part: Part) -> Explained:
     return Explained(found.value * part.value, (*found.parts, part))
 
 
-def _of_plan(name: str, found: Hyperparameters) -> dict[str, Any]:
-    """Decay and epsilon of a parameter, and why."""
+def _of_plan(name: str, plan: PlanNumbers) -> dict[str, Any]:
+    """Decay and epsilon of a parameter, and why; with base values what it gets of them."""
+    found, base = plan.hyperparameters, plan.base_values
     decay, epsilon = found.decay[name], found.epsilon[name]
-    return {
+    values: dict[str, Any] = {}
+    if base is not None:
+        rate = base.learning_rate * found.rates[name].value
+        decayed = base.weight_decay * decay.value
+        values = {
+            "learning_rate": rate,
+            "weight_decay": decayed,
+            "epsilon": base.eps * epsilon.value,
+            "decay_per_update": rate * decayed,
+            "timescale": 1 / (rate * decayed) if rate * decayed else math.inf,
+        }
+    return values | {
         "weight_decay_multiplier": decay.value,
         "weight_decay_reason": reason_text([decay.parts], values=True),
         "epsilon_multiplier": epsilon.value,

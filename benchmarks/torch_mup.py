@@ -20,6 +20,7 @@ from mup import (  # pyright: ignore[reportMissingImports]
 
 OPTIMIZERS = {
     "sgd": (MuSGD, {"lr": 0.1, "momentum": 0.9}),
+    "sgd with decay": (MuSGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     "adam": (MuAdam, {"lr": 1e-2, "eps": 1e-30}),
     "adamw": (MuAdamW, {"lr": 1e-2, "eps": 1e-30, "weight_decay": 0.1}),
 }
@@ -43,7 +44,13 @@ def losses(case):
             layer.weight.copy_(torch.tensor(kernel).T * multiplier)
             layer.bias.copy_(torch.tensor(bias))
     create, options = OPTIMIZERS[case["optimizer"]]
-    optimizer = create(model.parameters(), **options)
+    weights, biases = (
+        [one for one in model.parameters() if (one.ndim == 1) == is_bias]
+        for is_bias in (False, True)
+    )
+    decay = options.get("weight_decay", 0.0)
+    groups = [{"params": weights, "weight_decay": decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = create(groups, **options)
     x, y = torch.tensor(case["x"]), torch.tensor(case["y"])
     found = []
     for _ in range(case["updates"]):

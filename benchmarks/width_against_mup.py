@@ -1,12 +1,14 @@
 """Whole trainings against the package `mup` for PyTorch: `python -m benchmarks.width_against_mup`.
 
 Perceptrons with tanh and biases, the same function at the start in both, trained by SGD with
-momentum, Adam and AdamW in 64 bits: ours with `width_rule`, without multipliers, the package (in
-an environment of its own, made on the first call) with its optimizers and its readout. The
+momentum (without and with decay), Adam and AdamW in 64 bits: ours by `parametrize`, without
+multipliers, the package (in an environment of its own, made on the first call) with its optimizers
+and its readout. Weights decay, biases do not. The
 losses must be equal, hidden widths in one ratio or in several. Adam's ε is next to nothing: the
 forms differ by it, since gradients of theirs are another size.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -44,16 +46,23 @@ def perceptron(params, x):
     return x @ kernel + bias
 
 
-def create_optimizer(name: str, scale: optax.GradientTransformation):
-    """Returns the optimizer of `benchmarks/torch_mup.py`, its rates scaled."""
-    if name == "sgd":
-        return optax.chain(optax.sgd(0.1, momentum=0.9), scale)
+def create_optimizer(name: str, plan: archscale.Parametrization):
+    """Returns the optimizer of `benchmarks/torch_mup.py`, parametrized."""
     if name == "adam":
-        return optax.chain(optax.adam(1e-2, eps=1e-30), scale)
-    # The package keeps rate × decay, so the decay stands behind the multipliers.
-    return optax.chain(
-        optax.scale_by_adam(eps=1e-30), scale,
-        optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-2),
+        return plan.optimizer(1e-2, eps=1e-30)
+    if name == "adamw":
+        return plan.optimizer(1e-2, 0.1, eps=1e-30)
+    if name == "sgd":
+        return plan.optimizer(0.1, momentum=0.9)
+    # The package adds the decay to the gradient, in front of the momentum.
+    return optax.chain(optax.stateless(functools.partial(decayed, plan)),
+                       plan.optimizer(0.1, momentum=0.9))  # fmt: skip
+
+
+def decayed(plan: archscale.Parametrization, gradients, params):
+    return jax.tree.map(
+        lambda gradient, weight, decay: gradient + 0.1 * decay * weight,
+        gradients, params, plan.weight_decay,
     )  # fmt: skip
 
 
@@ -62,17 +71,17 @@ def train(case: dict[str, Any]) -> np.ndarray:
     x, y = jnp.asarray(case["x"]), jnp.asarray(case["y"])
     params = [(jnp.asarray(kernel), jnp.asarray(bias)) for kernel, bias in case["params"]]
 
-    def traced(sizes):
+    def shapes_of(sizes):
         pairs = itertools.pairwise(sizes)
         shapes = [(jax.ShapeDtypeStruct(pair, x.dtype), jax.ShapeDtypeStruct(pair[1:], x.dtype))
                   for pair in pairs]  # fmt: skip
-        return archscale.trace(perceptron, shapes, x)
+        return perceptron, shapes
 
-    scale = archscale.scale_by_architecture(
-        traced(case["sizes"]), traced(case["base"]), "none",
-        width_rule=case["optimizer"].removesuffix("w"),
+    plan = archscale.parametrize(
+        shapes_of(case["sizes"]), x, base=shapes_of(case["base"]),
+        optimizer=case["optimizer"].split()[0],
     )  # fmt: skip
-    optimizer = create_optimizer(case["optimizer"], scale)
+    optimizer = create_optimizer(case["optimizer"], plan)
 
     def loss(params):
         logits = perceptron(params, x)
@@ -103,7 +112,7 @@ def create_cases(updates: int, seed: int) -> list[dict[str, Any]]:
     return [
         {"optimizer": optimizer, "network": network, "sizes": sizes, "base": base,
          "params": draw(sizes), "x": x, "y": y, "updates": updates}
-        for optimizer in ("sgd", "adam", "adamw")
+        for optimizer in ("sgd", "sgd with decay", "adam", "adamw")
         for network, (sizes, base) in NETWORKS.items()
     ]  # fmt: skip
 

@@ -156,7 +156,7 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
             "trial": trial,
             "rate": result["rate"],
             "noise": math.hypot(_noise(result), _noise(searched)),
-            "losses": mean_losses(result),
+            "losses": networks.mean_losses(result),
             **{
                 rule: _predict(rule, (trial, measured), (base_trial, base), searched["rate"])
                 for rule in RULES
@@ -164,12 +164,6 @@ def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> li
         }
         for trial, result, measured in found[1:]
     ]
-
-
-def mean_losses(result: Mapping[str, Any]) -> dict[float, float]:
-    """Returns the loss by rate of a search, the mean over seeds; inf where a seed diverged."""
-    runs = pd.DataFrame(networks.runs_of(result))
-    return {rate: float(np.mean(losses)) for rate, losses in runs.groupby("rate")["loss"]}
 
 
 def _noise(result: Mapping[str, Any]) -> float:

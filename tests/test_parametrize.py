@@ -502,15 +502,6 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "momentum",
     ),
-    "decay without params": (
-        lambda: (
-            archscale.parametrize(LinenMlp(8), X)
-            .optimizer(0.1, 0.1)
-            .update({}, archscale.parametrize(LinenMlp(8), X).optimizer(0.1, 0.1).init({}))
-        ),
-        ValueError,
-        "params",
-    ),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import archscale_jax as archscale
 from experiments import transfer_study
+from experiments.lab import networks
 from tests.binaries import imported
 
 transfer = imported("transfer")
@@ -152,7 +153,7 @@ def test_losses_between_trained_rates_are_interpolated_in_log_rate():
         (1.6, 0, 9.0),
         (1.6, 1, None),
     ]
-    losses = transfer.mean_losses({"runs": runs})
+    losses = networks.mean_losses({"runs": runs})
     assert losses == {0.1: 4.0, 0.4: 2.0, 1.6: math.inf}
     for rate, loss in {
         0.01: 4.0,

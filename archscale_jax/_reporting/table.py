@@ -20,7 +20,22 @@ MAX_ROWS = 60
 """Tables that would be longer join rows that differ in standard deviation alone."""
 
 _WIDTH = 120  # where there is no terminal
-_REASONS = ("why std", "why lr")
+_REASONS = ("why std", "why lr", "optimizer")
+_MULTIPLIERS = {
+    "lr ×": "learning_rate_multiplier",
+    "decay ×": "weight_decay_multiplier",
+    "ε ×": "epsilon_multiplier",
+}
+_NUMBERS = {
+    **_MULTIPLIERS,
+    "η": "learning_rate",
+    "λ": "weight_decay",
+    "ε": "epsilon",
+    "η·λ": "decay_per_update",
+    "1/(η·λ)": "timescale",
+}
+"""Columns of what an optimizer gets, and their keys: multipliers, or with base values the product.
+"""
 
 
 class Row(NamedTuple):
@@ -114,26 +129,31 @@ def html_of(
 
 
 def _side(name: str) -> str:
-    return "right" if name in ("kernel", "d_in", "init std", "lr ×", "decay ×") else "left"
+    return "right" if name in ("kernel", "d_in", "init std", *_NUMBERS) else "left"
 
 
 def _cells(same: Sequence[Record], several: bool) -> dict[str, str]:
     """What a row shows of records that are equal but for paths and standard deviations."""
     record = same[0]
     role, layer = record["role"], record["layer"]
+    of_plan = "epsilon_multiplier" in record  # whose numbers need the room
     deviations = [one for each in same for one in _numbers(each["standard_deviation"])]
     return {
         "path": merged_path([one["path"] for one in same]),
         "role": role if layer in (role, "hidden") else f"{role} ({layer})",
         "shape": "×".join(map(str, record["shape"])) or "scalar",
-        "fans": f"{record['fan_in']}→{record['fan_out']}",
+        **({} if of_plan else {"fans": f"{record['fan_in']}→{record['fan_out']}"}),
         "kernel": str(record["kernel_size"]),
         "d_in": _degrees(record["source_in_degree"], record["in_degree"]),
         "init std": range_text(deviations, ".3g"),
-        "lr ×": range_text(_numbers(record["learning_rate_multiplier"]), ".3g"),
-        "decay ×": range_text(_numbers(record.get("weight_decay_multiplier")), ".3g"),
+        **{
+            name: range_text(_numbers(record.get(key)), ".3g")
+            for name, key in _NUMBERS.items()
+            if key in record and not (name in _MULTIPLIERS and "learning_rate" in record)
+        },
         "why std": _reason("why std", same),
         "why lr": _reason("why lr", same) if several else "",
+        "optimizer": record.get("optimizer", ""),
     }
 
 
@@ -155,8 +175,9 @@ def _degrees(source: Any, target: Any) -> str:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """The columns to show: kernel sizes and reasons only where there are some."""
-    optional = {"kernel": "1", **dict.fromkeys(_REASONS, "")}
+    """The columns to show: kernel sizes, reasons and decay only where there are some."""
+    optional = {"kernel": "1", "ε ×": "1", "η·λ": "0", "1/(η·λ)": "inf"}
+    optional |= dict.fromkeys(_REASONS, "")
     names = rows[0].cells if rows else ()
     return [name for name in names if any(row.cells[name] != optional.get(name) for row in rows)]
 
@@ -195,6 +216,8 @@ def _kind(name: str, row: Row, records: Sequence[Record]) -> tuple[str, Hashable
 
 
 def _reason(name: str, same: Sequence[Record]) -> str:
+    if name == "optimizer":
+        return same[0].get(name, "")
     if name == "why lr":
         return same[0]["learning_rate_reason"]
     return reason_text([record["initialization_parts"] for record in same])

@@ -10,6 +10,7 @@ from archscale_jax.rules._learning_rate import (
     register_learning_rate_rule,
     shortest_path_length,
 )
+from archscale_jax.rules._matrix import muon_dimension_numbers
 from archscale_jax.rules._rates import learning_rate_multipliers
 from archscale_jax.rules._registry import Registry, Rule
 from archscale_jax.rules._variances import (
@@ -19,7 +20,6 @@ from archscale_jax.rules._variances import (
 )
 from archscale_jax.rules._width import (
     WIDTH_RULES,
-    muon_dimension_numbers,
     register_width_rule,
     width_multipliers,
     with_widths,

@@ -123,7 +123,12 @@ def chosen(
         tables=frozenset(forward.tables),
     )
     return Choice(
-        initialization or "second_moment", options, rates, forward, epsilon_rule, tuple(reasons)
+        initialization or "second_moment",
+        options,
+        rates,
+        forward,
+        epsilon_rule,
+        tuple(reasons),
     )
 
 

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jax.core import Tracer
+
 from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
 from archscale_jax.rules._forward import Forward
@@ -86,7 +88,7 @@ class Duration(NamedTuple):
           ValueError: an average that would be shorter than a step.
         """
         found = 1 - self.kappa * (1 - beta)
-        if found <= 0:
+        if not isinstance(found, Tracer) and found <= 0:  # as injected into a jitted step
             raise ValueError(
                 f"batch_ratio {self.batch_ratio:g} and token_ratio {self.token_ratio:g}: an "
                 f"average with decay rate {beta:g} over κ = {self.kappa:g} times shorter a time is "
@@ -167,6 +169,18 @@ def hyperparameters(
         found.epsilon[one.name] = _explained([one for one in epsilon if one.value != 1], duration,
                                              -0.5)  # fmt: skip
     return found
+
+
+def optimizer_lines(kind: Optimizer, epsilon_rule: str) -> list[str]:
+    """Returns what a report says of decay and epsilon."""
+    if kind == "sgd":
+        return ["decay: η·λ as in the base; gains and biases do not decay"]
+    outside = "" if epsilon_rule == "completep" else ", 1/s outside of branches"
+    return [
+        "decay: η·λ as in the base, times m^(α-1) in branches; gains and biases do not decay "
+        "[CompleteP]",
+        f"epsilon {epsilon_rule}: m^(-α)/s, 1/s at the end of branches{outside} [CompleteP]",
+    ]
 
 
 def _explained(parts: list[Part], duration: Duration, power: float) -> Explained:

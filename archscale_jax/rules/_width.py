@@ -9,11 +9,11 @@ s = N / base N, the learning rate of a parameter is multiplied by
 |-----------|-----------------------------|-----------------------------------|--------------------|
 | SGD       | s                           | s/r                               | 1/r                |
 | Adam      | 1                           | 1/r                               | 1/r                |
-| Muon      | see `muon`                  | see `muon`                        | see `muon`         |
 
-and by 1 where no axis is a width. Input weights, embeddings, biases, gains, depthwise kernels and
-kernels of groups or heads of a fixed size are vector-like. Of several uses the strictest counts, so
-that a table that is the readout's weight too follows the readout.
+and by 1 where no axis is a width; for Muon see `archscale_jax.rules._matrix`. Input weights,
+embeddings, biases, gains, depthwise kernels and kernels of groups or heads of a fixed size are
+vector-like. Of several uses the strictest counts, so that a table that is the readout's weight too
+follows the readout.
 
 The multipliers suppose weights whose sizes follow [μP], as `initialize` draws them: a readout of
 size 1/n, not 1/√n as frameworks draw it.
@@ -32,14 +32,11 @@ import numpy as np
 from archscale_jax._architecture import (
     Architecture,
     Parameter,
-    ParameterUse,
     Role,
     check_architecture,
-    check_parameters,
     derived,
 )
 from archscale_jax._graph import Operator
-from archscale_jax._trees import map_with_names
 from archscale_jax.rules._registry import Part, Registry
 
 WidthRule = Callable[..., float]
@@ -69,104 +66,6 @@ def adam(parameter: Parameter, fan_in_ratio: float, fan_out_ratio: float) -> flo
     if parameter.is_tied:
         return 1 / fan_out_ratio
     return 1 / fan_in_ratio if parameter.role in _MATRICES else 1.0
-
-
-@register_width_rule("muon", equation="spectral size √(out/in)", citation="(theory §10)")
-def muon(
-    parameter: Parameter,
-    fan_in_ratio: float,
-    fan_out_ratio: float,
-    *,
-    base_shape: tuple[int, ...] | None = None,
-    consistent_rms: float | None = None,
-    dimension_numbers: bool = False,
-) -> float:
-    """The size of every update, over that of `optax.contrib.muon`.
-
-    Without dimension numbers optax orthogonalizes every leaf of two axes, tables and stacked
-    vectors too, scales it by sqrt(max(1, columns/rows)), and leaves the rest to Adam. A matrix
-    that maps i to o features should change by sqrt(o/i) in spectral norm, a vector or table by
-    entries of one size.
-
-    Args:
-      parameter: the leaf, in the role of one of its uses.
-      fan_in_ratio: r.
-      fan_out_ratio: s.
-      base_shape: of the leaf in the base; None divides the axes by r and s.
-      consistent_rms: as given to `optax.contrib.muon`.
-      dimension_numbers: whether optax is given `muon_dimension_numbers(architecture, params)`.
-    """
-    hidden = parameter.role == Role.HIDDEN  # what muon_dimension_numbers leaves to Muon
-    orthogonalized = hidden if dimension_numbers else len(parameter.shape) == 2
-    if not orthogonalized:
-        return adam(parameter, fan_in_ratio, fan_out_ratio)
-    use = parameter.uses[0] if parameter.uses else None
-    if use is None or dimension_numbers:
-        own = _in_and_out(use, parameter.shape) if use else (parameter.fan_in, parameter.fan_out)
-        seen = own, (own[0] / fan_in_ratio, own[1] / fan_out_ratio)
-    else:
-        seen = parameter.shape, base_shape or parameter.shape
-    size, base_size = (_optax_size(one, consistent_rms) for one in seen)
-    if use is None or parameter.role in (*_MATRICES, Role.INPUT):
-        return base_size / size * math.sqrt(fan_out_ratio / fan_in_ratio)
-    rms, base_rms = (
-        norm * math.sqrt(min(one) / math.prod(one))
-        for norm, one in zip((size, base_size), seen, strict=True)
-    )
-    return base_rms / rms
-
-
-def _optax_size(shape: tuple[float, ...], consistent_rms: float | None) -> float:
-    """Spectral norm of optax's update of a matrix of this shape."""
-    if consistent_rms is not None:
-        return math.sqrt(max(shape)) * consistent_rms
-    return math.sqrt(max(1.0, shape[1] / shape[0]))
-
-
-def _in_and_out(use: ParameterUse, shape: tuple[int, ...]) -> tuple[float, float]:
-    inputs = math.prod(shape[axis] for axis in use.contracted)
-    outputs = math.prod(shape[axis] for axis in {*use.output, *use.batch} - set(use.contracted))
-    return float(inputs), float(outputs)
-
-
-def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
-    """Returns what `optax.contrib.muon` takes as `muon_weight_dimension_numbers`.
-
-    Matrices that read and write features are Muon's, with the axes that the trace found, whatever
-    their order and number; tables, vectors, readouts and input layers are left to Adam, and so are
-    depthwise kernels, kernels of heads and stacks of layers.
-
-        numbers = muon_dimension_numbers(arch, params)
-        tx = optax.contrib.muon(3e-3, muon_weight_dimension_numbers=numbers)
-
-    Args:
-      architecture: the network.
-      params: tree of arrays or shapes.
-
-    Returns:
-      A tree like `params` of `optax.contrib.MuonDimensionNumbers`, None for what is Adam's.
-
-    Raises:
-      TypeError, ValueError: params that are not those of the architecture.
-    """
-    import optax
-    from optax.contrib import MuonDimensionNumbers
-
-    check_parameters(architecture, params, masked=optax.MaskedNode)
-    by_name = {one.name: one for one in architecture.parameters}
-
-    def numbers(name: str, leaf: Any) -> Any:
-        del leaf
-        parameter = by_name[name]
-        uses = [use for use in parameter.uses if use.kind == "weight"]
-        axes = {(use.contracted, use.output) for use in uses}
-        plain = parameter.role == Role.HIDDEN and len(axes) == 1
-        if not plain or any(use.batch or use.slices or not use.output for use in uses):
-            return None
-        ((contracted, output),) = axes
-        return MuonDimensionNumbers(reduction_axis=contracted, output_axis=output)
-
-    return map_with_names(numbers, params)
 
 
 def width_multipliers(
@@ -205,10 +104,12 @@ def width_parts(
     Of `tables`, whose logits a forward multiplier scales, only the use as a table counts.
     """
     found = WIDTH_RULES.resolve(rule)
+    whole = {one.name: one for one in architecture.parameters}
 
     def part(parameter: Parameter, r: float, s: float, shape: tuple[int, ...]) -> Part:
-        base_shape = {"base_shape": shape} if "base_shape" in found.parameters else {}
-        value = float(found(parameter, r, s, **base_shape, **options))
+        known = {"base_shape": shape, "whole": whole[parameter.name]}
+        context = {name: one for name, one in known.items() if name in found.parameters}
+        value = float(found(parameter, r, s, **context, **options))
         role = "tied table" if parameter.is_tied else str(parameter.role)
         return Part(value, f"width {found.name}", role, {"r": r, "s": s}, found.citation)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from archscale_jax._architecture import Arrangement, Parameter, ParameterUse, Role
-from archscale_jax._graph import Operator, live_edges
+from archscale_jax._graph import WEIGHT_OPERATORS, Operator, live_edges
 from archscale_jax.tracing.flow import Edge, Kind
 from archscale_jax.tracing.starts import Start
 from archscale_jax.tracing.state import State
@@ -24,6 +24,7 @@ class Binding(NamedTuple):
       moved: where the contents of vertices that no longer exist have gone.
       declared: roles that the user gave.
       arriving: the edges of the flow into every vertex that has some.
+      gates: the vertices of layers whose outputs do nothing but scale groups of features.
     """
 
     state: State
@@ -33,6 +34,7 @@ class Binding(NamedTuple):
     moved: Mapping[int, int]
     declared: Mapping[str, Role]
     arriving: Mapping[int, list[Edge]]
+    gates: set[int]
 
     @classmethod
     def of(
@@ -48,7 +50,18 @@ class Binding(NamedTuple):
         arriving: dict[int, list[Edge]] = {}
         for edge in state.flow.edges:
             arriving.setdefault(edge.target, []).append(edge)
-        return cls(state, structure, built, live, moved, declared, arriving)
+        return cls(state, structure, built, live, moved, declared, arriving, _gates(state))
+
+
+def _gates(state: State) -> set[int]:
+    """The layers whose outputs scale groups of features, and enter no layer or other product."""
+    read = (*WEIGHT_OPERATORS, Operator.PRODUCT)
+    others = {
+        edge.source
+        for edge in state.flow.edges
+        if edge.operator in read and (edge.source, edge.target) not in state.gates
+    }
+    return {layer for layer, _ in state.gates} - others
 
 
 def records(binding: Binding) -> tuple[tuple[Parameter, ...], list[str]]:
@@ -114,13 +127,16 @@ def _place(
 ) -> ParameterUse:
     vertex = binding.moved.get(use.vertex, use.vertex)
     expression = use.expression
+    weight = use.kind == "weight"
+    apart = {axis for axis in use.output if weight and (use.leaf, axis) in binding.state.apart}
     return ParameterUse(
         use.kind,
         contracted=use.contracted,
-        output=use.output,
-        batch=use.batch,
+        output=tuple(axis for axis in use.output if axis not in apart),
+        batch=tuple(sorted({*use.batch, *apart})),
         positions=use.positions,
         fan_in=use.fan_in,
+        groups=use.groups,
         slices=use.slices,
         edge=numbers.get(use.edge) if use.edge is not None else None,
         edges=tuple(edges_behind[0].get(number, ())),
@@ -129,6 +145,7 @@ def _place(
         layer=_layer(binding, use, vertex),
         expression=expression,
         source=use.source,
+        gates=weight and use.vertex in binding.gates,
     )
 
 

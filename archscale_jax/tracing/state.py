@@ -141,6 +141,10 @@ class State:
       unsupported: messages on parameters that cannot be read.
       replaced: numbers of uses that turned out to be part of another.
       modulated: by the number of a use, labels of the features that scale a matrix of parameters.
+      written: by the label of an axis that a layer writes, the axes of leaves that run along it.
+      apart: axes of leaves, (leaf, axis), that write features of which the layers behind apply a
+        matrix of its own to every entry: experts side by side.
+      gates: pairs of vertices: a layer, and a product in which it scales whole groups of features.
       manual: how many `shard_map`s what is read lies in.
     """
 
@@ -166,6 +170,9 @@ class State:
     unsupported: dict[str, None] = dataclasses.field(default_factory=dict)
     replaced: set[int] = dataclasses.field(default_factory=set)
     modulated: dict[int, Labels] = dataclasses.field(default_factory=dict)
+    written: dict[Hashable, Labels] = dataclasses.field(default_factory=dict)
+    apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    gates: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     manual: int = 0
     _fresh: Any = dataclasses.field(default_factory=itertools.count)
 
@@ -205,6 +212,17 @@ class State:
         leaves = [leaf for value in weights_of(values) for leaf in value.leaves]
         named = f" of parameter {', '.join(map(repr, dict.fromkeys(leaves)))}" if leaves else ""
         return TraceError(f"{call.name}{named} at {call.line}: {reason}")
+
+    def keep_apart(self, along: Sequence[tuple[Labels, int]]) -> None:
+        """Notes the leaves that write the entries to which a layer applies matrices of their own.
+
+        Args:
+          along: labels and size of the axes of features that have a matrix for every entry.
+        """
+        for labels, size in along:
+            for label in labels & self.units:
+                own = self.written.get(label, frozenset())
+                self.apart |= {one for one in own if self.shapes[one[0]][one[1]] == size}
 
     # Vertices.
 

@@ -153,6 +153,7 @@ class Use:
       fan_in: of a weight, inputs that reach one unit.
       fan_out: of a weight, units that one input reaches.
       spatial: of a convolution, the sizes of its kernel.
+      groups: of a convolution, into how many groups features are divided.
       neutral: of a scale, the value that makes it 1: 1, 0 as in 1 + w, or None where none does.
       known: whether its value before training is plain from what it does.
       expression: of a weight, what it makes of the leaf before it is applied.
@@ -171,6 +172,7 @@ class Use:
     fan_in: int = 1
     fan_out: int = 1
     spatial: tuple[int, ...] = ()
+    groups: int = 1
     neutral: float | None = None
     known: bool = True
     expression: Expression | None = None

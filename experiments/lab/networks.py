@@ -185,3 +185,11 @@ def runs_of(result: Mapping[str, Any]) -> list[archscale.tuning.Run]:
         archscale.tuning.Run(rate, seed, math.inf if loss is None else loss)
         for rate, seed, loss in result["runs"]
     ]
+
+
+def mean_losses(result: Mapping[str, Any]) -> dict[float, float]:
+    """Returns the loss by rate of a search, the mean over seeds; inf where a seed diverged."""
+    losses: dict[float, list[float]] = {}
+    for run in sorted(runs_of(result)):
+        losses.setdefault(run.rate, []).append(run.loss)
+    return {rate: float(np.mean(found)) for rate, found in losses.items()}

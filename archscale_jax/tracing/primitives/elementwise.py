@@ -22,6 +22,7 @@ from archscale_jax._expressions import (
 from archscale_jax._quadrature import slope
 from archscale_jax.tracing.axes import joined
 from archscale_jax.tracing.flow import Kind, standard
+from archscale_jax.tracing.primitives.gates import note_gates
 from archscale_jax.tracing.primitives.registry import HANDLERS, register_primitive
 from archscale_jax.tracing.sharding import split_after
 from archscale_jax.tracing.state import Call, State, mixture
@@ -331,6 +332,9 @@ def _product(state: State, call: Call) -> Value:
     axes = joined([value.axes for value in call.features], len(call.shape))
     expression = expression_of(call, [value.expression for value in call.values])
     result = state.join(Kind.PRODUCT, call.features, axes, expression=expression)
+    if call.name in PRODUCTS and len(call.shapes[0]) == len(call.shapes[1]):
+        kept = [(axis, axis) for axis in range(len(call.shape))]
+        note_gates(state, call, result.vertex, kept, ())
     for weight in call.weights:
         _scale(state, call, weight, result)
     return result

@@ -41,6 +41,7 @@ class Contraction:
       groups: into how many groups features are divided.
       reach: inputs that reach one unit on average; None if it is all that are contracted.
       covered: the part of them that does not lie beyond the borders of the image, on average.
+      along: labels and size of the features' axes that the batch axes run along.
     """
 
     contracted: tuple[int, ...]
@@ -51,6 +52,7 @@ class Contraction:
     groups: int = 1
     reach: float | None = None
     covered: float = 1.0
+    along: tuple[tuple[Labels, int], ...] = ()
 
 
 def learned_features(state: State, call: Call, value: Weight) -> Feature:
@@ -107,17 +109,20 @@ def layer(
     )
     mixes = _mixes_positions(state, source, contracted_labels, side, call)
     found = list(axes)
-    for place in own:
+    for place, axis in zip(own, how.free, strict=True):
         if call.shape[place] > 1 or not mixes:
-            found[place] = frozenset([state.fresh() if mixes else state.unit_label()])
+            label = state.fresh() if mixes else state.unit_label()
+            found[place] = frozenset([label])
             state.own[result.vertex] = state.own.get(result.vertex, frozenset()) | found[place]
+            state.written[label] = weight.axes[axis]
+    state.keep_apart(how.along)
     roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
     positions = how.positions if not mixes else (*how.contracted, *how.free)
     numbers = []
     for leaf in weight.leaves:
         own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
         mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
-        summed = _axes_of(state, mine, how.contracted)
+        summed, written = (_axes_of(state, mine, axes) for axes in (how.contracted, how.free))
         # An axis of which no trace is left was summed over when the kernel was made of factors.
         inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
         if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
@@ -131,9 +136,10 @@ def layer(
             "fan_in": max(1, round(reach)),
             "fan_out": _fan_out(state, weight, mine, shape, how),
             "spatial": how.spatial,
+            "groups": how.groups,
             "expression": own_part(weight.expression, leaf),
         }
-        if inner:
+        if inner and not (summed and written):
             options |= {"output" if summed else "contracted": tuple(sorted(inner))}
         numbers += state.use(
             call, mine, "weight", result.vertex, {**roles, "positions": positions}, **options

@@ -18,6 +18,7 @@ from archscale_jax._expressions import (
 from archscale_jax._quadrature import moments
 from archscale_jax.tracing.axes import free_axes
 from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.primitives.gates import note_gates
 from archscale_jax.tracing.state import Call, State, mean_over
 from archscale_jax.tracing.values import (
     NO_LABELS,
@@ -132,6 +133,8 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
     result = state.join(Kind.PRODUCT, [left, right], axes, expression=expression)
     if of_queries:
         state.note_logits(result.vertex, left.vertex, count)
+    kept, summed = (list(zip(*axes, strict=True)) for axes in (batch, contracted))
+    note_gates(state, call, result.vertex, kept, summed)
     return result
 
 

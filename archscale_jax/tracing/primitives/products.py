@@ -75,7 +75,9 @@ def _weighted(state: State, call: Call, side: int, axes: Axes) -> Value:
         return _looked_up(state, call, weight, source, rows, features, axes, side)
     if chosen:
         return _chosen_rows(call, weight, side, axes)
-    how = Contraction(tuple(contracted), tuple(batch), tuple(free))
+    other_batch = call.parameters["dimension_numbers"][1][1 - side]
+    along = tuple((source.axes[axis], call.shapes[1 - side][axis]) for axis in other_batch)
+    how = Contraction(tuple(contracted), tuple(batch), tuple(free), along=along)
     labels = frozenset().union(*(source.axes[axis] for axis in other_contracted))
     return layer(
         state, call, weight, source, Operator.LINEAR, how, _places(call, side, axes), labels, side

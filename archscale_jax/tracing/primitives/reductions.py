@@ -69,7 +69,8 @@ def _matrix_product(state: State, call: Call, value: Feature, outer: OuterProduc
     shared = [axis for axis in places if weight.axes[axis] and axis not in (*reduced, *written)]
     kept = [axis for axis in places if axis not in reduced]
     axes = tuple(feature.axes[axis] for axis in kept)
-    how = Contraction(tuple(reduced), tuple(shared), tuple(written))
+    along = tuple((feature.axes[axis], call.shapes[0][axis]) for axis in shared)
+    how = Contraction(tuple(reduced), tuple(shared), tuple(written), along=along)
     labels = frozenset().union(*(feature.axes[axis] for axis in reduced))
     # What was noted as the use of a scale is the use of a matrix.
     noted = value.passed - feature.passed

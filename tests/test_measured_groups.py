@@ -1,0 +1,169 @@
+"""Rates that are matched to what the base's updates do, group by group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import archscale_jax as archscale
+from archscale_jax._trees import named_leaves
+from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of, measurer
+
+pytestmark = pytest.mark.quick_compilation
+
+X = jax.random.normal(jax.random.key(0), (32, 12))
+LABELS = jax.random.randint(jax.random.key(1), (32,), 0, 5)
+
+
+class Mlp(nn.Module):
+    depth: int
+    width: int
+    normalized: bool = False
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for _ in range(self.depth):
+            y = nn.LayerNorm()(x) if self.normalized else x
+            y = nn.Dense(self.width)(nn.gelu(y))
+            x = x + nn.Dense(self.width)(nn.relu(y)) if self.residual else y
+        return nn.Dense(5)(nn.relu(x))
+
+
+def loss_of(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+
+def planned(model, base=None, optimizer="adam", **options):
+    return archscale.parametrize(model, X, base=base, optimizer=optimizer, **options)
+
+
+def matched(model, base, optimizer="adam", **options):
+    return planned(model, base, optimizer, learning_rate="measured", loss_fn=loss_of, **options)
+
+
+NETWORKS = {
+    "chain": Mlp(3, 16),
+    "normalized": Mlp(3, 16, normalized=True),
+    "residual": Mlp(2, 16, normalized=True, residual=True),
+    "shallow": Mlp(1, 24),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, "adam") for name in NETWORKS), ("residual", "sgd"), ("normalized", "muon")],
+)
+def test_effects_are_those_of_small_steps(name, optimizer):
+    """Central differences along the update of each group, in float64."""
+    with jax.enable_x64(True):
+        module = NETWORKS[name]
+        plan = archscale.parametrize(module, X.astype(jnp.float64), optimizer=optimizer)
+        wide = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plan.init(key))  # noqa: E731
+        tx, inputs = plan.optimizer(1.0), (X.astype(jnp.float64),)
+        network = Measurable(plan.apply, plan.architecture, wide, tx, inputs)
+        key = jax.random.key(3)
+        found = measurer(network, loss_of)(key, {})
+        params = wide(key)
+        gradients = jax.grad(lambda params: loss_of(plan.apply(params, *inputs)))(params)
+        update, _ = tx.update(gradients, tx.init(params), params)
+        groups, (shapes, tree) = groups_of(plan.architecture), jax.tree.flatten(params)
+        names = list(named_leaves(params))
+
+        def outputs(members, step):
+            moved = [
+                leaf + step * change * (groups[name] in members)
+                for name, leaf, change in zip(names, shapes, jax.tree.leaves(update), strict=True)
+            ]
+            params = jax.tree.unflatten(tree, moved)
+            features = archscale.vertex_features(plan.apply, params, *inputs)
+            return features[max(features)], plan.apply(params, *inputs)
+
+        for group, members in {**{one: (one,) for one in GROUPS}, "together": GROUPS[:2]}.items():
+            (z_up, f_up), (z_down, f_down) = (outputs(members, step) for step in (1e-6, -1e-6))
+            z, _ = outputs(members, 0.0)
+            change = np.sqrt(np.mean(((z_up - z_down) / 2e-6) ** 2) / np.mean(z**2))
+            assert found.features[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
+            change = np.sqrt(np.mean(((f_up - f_down) / 2e-6) ** 2))
+            assert found.outputs[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
+
+
+def test_a_network_that_is_the_base_keeps_its_rates():
+    rates = matched(Mlp(3, 16), Mlp(3, 16)).learning_rate
+    assert jax.tree.leaves(rates) == pytest.approx([1.0] * len(jax.tree.leaves(rates)), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_groups_do_what_those_of_the_base_do(optimizer):
+    """Together stem and hidden layers change the last features, and the readout the outputs."""
+    base = planned(Mlp(2, 16), optimizer=optimizer)
+    plan = matched(Mlp(8, 64), base, optimizer)
+    found = []
+    for one in (plan, base):
+        network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
+        draws = [measurer(network, loss_of)(jax.random.key(seed), {}) for seed in range(2)]
+        found.append(
+            [
+                np.exp(np.mean(np.log([draw.features["together"] for draw in draws]))),
+                np.exp(np.mean(np.log([draw.outputs["readout"] for draw in draws]))),
+            ]
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
+    assert found[0][1] <= found[1][1] * 1.05
+    if optimizer == "adam":
+        assert found[0][1] == pytest.approx(found[1][1], rel=0.05)
+    reasons = {one["learning_rate_reason"].split("measured ")[1] for one in plan.report().records}
+    assert len(reasons) == 3
+    decay = named_leaves(plan.weight_decay)
+    for name, rate in named_leaves(plan.learning_rate).items():
+        assert rate * decay[name] == pytest.approx(1 if "kernel" in name else 0)
+
+
+def test_other_frameworks():
+    class Model(nnx.Module):
+        def __init__(self, width, rngs):
+            self.first = nnx.Linear(12, width, rngs=rngs)
+            self.last = nnx.Linear(width, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.first(x)))
+
+    rates = [
+        jax.tree.leaves(matched(Model(width, nnx.Rngs(0)), Model(16, nnx.Rngs(0))).learning_rate)
+        for width in (16, 64)
+    ]
+    assert rates[0] == pytest.approx([1.0] * 4, rel=1e-4)
+    assert rates[0] != rates[1]
+
+
+ERRORS = {
+    "no loss": ({"loss_fn": None}, ValueError, "belong together"),
+    "a loss alone": ({"learning_rate": "rules"}, ValueError, "belong together"),
+    "another way": ({"learning_rate": "measure"}, ValueError, "did you mean 'measured'"),
+    "an architecture as base": ({"base": {16: 8}}, TypeError, "found dict"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_arguments(name):
+    options, error, message = ERRORS[name]
+    given = {"base": Mlp(1, 16), "learning_rate": "measured", "loss_fn": loss_of} | options
+    with pytest.raises(error, match=message):
+        planned(Mlp(3, 16), **given)
+
+
+def test_shapes_cannot_be_measured():
+    shape = jax.ShapeDtypeStruct((4, 12), jnp.float32)
+    with pytest.raises(ValueError, match=r"needs a batch: inputs hold the shape \(4, 12\)"):
+        archscale.parametrize(
+            Mlp(3, 16), shape, base=Mlp(1, 16), learning_rate="measured", loss_fn=loss_of
+        )
+
+
+def test_groups_that_do_nothing():
+    with pytest.raises(ValueError, match="an update of the stem changes 0 in the network"):
+        matched(Mlp(2, 16), Mlp(2, 16), zero_init=("readout",))
