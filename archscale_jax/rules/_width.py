@@ -24,14 +24,13 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from archscale_jax._architecture import (
     Architecture,
     Parameter,
-    ParameterUse,
     Role,
     check_architecture,
     check_parameters,
@@ -78,6 +77,7 @@ def muon(
     base_shape: tuple[int, ...] | None = None,
     consistent_rms: float | None = None,
     dimension_numbers: bool = False,
+    axes: "MatrixAxes | None" = None,
 ) -> float:
     """The size of every update, over that of `optax.contrib.muon`.
 
@@ -93,14 +93,15 @@ def muon(
       base_shape: of the leaf in the base; None divides the axes by r and s.
       consistent_rms: as given to `optax.contrib.muon`.
       dimension_numbers: whether optax is given `muon_dimension_numbers(architecture, params)`.
+      axes: with dimension numbers, those of the leaf, None if it is left to Adam.
     """
-    hidden = parameter.role == Role.HIDDEN  # what muon_dimension_numbers leaves to Muon
-    orthogonalized = hidden if dimension_numbers else len(parameter.shape) == 2
-    if not orthogonalized:
+    if axes and dimension_numbers:
+        return _of_matrices(parameter, fan_in_ratio, axes, base_shape, consistent_rms)
+    if dimension_numbers or len(parameter.shape) != 2:
         return adam(parameter, fan_in_ratio, fan_out_ratio)
     use = parameter.uses[0] if parameter.uses else None
-    if use is None or dimension_numbers:
-        own = _in_and_out(use, parameter.shape) if use else (parameter.fan_in, parameter.fan_out)
+    if use is None:
+        own = float(parameter.fan_in), float(parameter.fan_out)
         seen = own, (own[0] / fan_in_ratio, own[1] / fan_out_ratio)
     else:
         seen = parameter.shape, base_shape or parameter.shape
@@ -114,6 +115,25 @@ def muon(
     return base_rms / rms
 
 
+def _of_matrices(
+    parameter: Parameter,
+    fan_in_ratio: float,
+    axes: "MatrixAxes",
+    base_shape: tuple[int, ...] | None,
+    consistent_rms: float | None,
+) -> float:
+    """Of every matrix of a leaf, whose number along other axes does not matter."""
+    base = base_shape or parameter.sizes
+    positions = {axis for use in parameter.uses for axis in use.positions}
+    grown = math.prod(
+        parameter.sizes[axis] / base[axis] for axis in axes.output if axis not in positions
+    )
+    inputs, outputs = axes.sizes(parameter)
+    size = _optax_size((inputs, outputs), consistent_rms)
+    base_size = _optax_size((inputs / fan_in_ratio, outputs / grown), consistent_rms)
+    return base_size / size * math.sqrt(grown / fan_in_ratio)
+
+
 def _optax_size(shape: tuple[float, ...], consistent_rms: float | None) -> float:
     """Spectral norm of optax's update of a matrix of this shape."""
     if consistent_rms is not None:
@@ -121,18 +141,37 @@ def _optax_size(shape: tuple[float, ...], consistent_rms: float | None) -> float
     return math.sqrt(max(1.0, shape[1] / shape[0]))
 
 
-def _in_and_out(use: ParameterUse, shape: tuple[int, ...]) -> tuple[float, float]:
-    inputs = math.prod(shape[axis] for axis in use.contracted)
-    outputs = math.prod(shape[axis] for axis in {*use.output, *use.batch} - set(use.contracted))
-    return float(inputs), float(outputs)
+class MatrixAxes(NamedTuple):
+    """The axes of a leaf that Muon orthogonalizes; along all others it holds several matrices."""
+
+    contracted: tuple[int, ...]
+    output: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: Parameter) -> "MatrixAxes | None":
+        """Returns those of a matrix that reads and writes features; None of all else."""
+        uses = [use for use in parameter.uses if use.kind == "weight"]
+        axes = {(use.contracted, use.output) for use in uses}
+        if parameter.role != Role.HIDDEN or len(axes) != 1:
+            return None
+        ((contracted, output),) = axes
+        written = math.prod(parameter.shape[axis] for axis in output)
+        grouped = parameter.fan_out < written * parameter.kernel_positions
+        return cls(contracted, output) if contracted and output and not grouped else None
+
+    def sizes(self, parameter: Parameter) -> tuple[float, float]:
+        """Inputs and outputs of one of the matrices."""
+        inputs, outputs = (math.prod(parameter.shape[axis] for axis in axes) for axes in self)
+        return float(inputs), float(outputs)
 
 
 def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
     """Returns what `optax.contrib.muon` takes as `muon_weight_dimension_numbers`.
 
     Matrices that read and write features are Muon's, with the axes that the trace found, whatever
-    their order and number; tables, vectors, readouts and input layers are left to Adam, and so are
-    depthwise kernels, kernels of heads and stacks of layers.
+    their order and number. Of stacks, as those of scanned layers, experts and heads, optax
+    orthogonalizes every matrix by itself. Tables, vectors, kernels of groups, readouts and input
+    layers are left to Adam.
 
         numbers = muon_dimension_numbers(arch, params)
         tx = optax.contrib.muon(3e-3, muon_weight_dimension_numbers=numbers)
@@ -155,14 +194,8 @@ def muon_dimension_numbers(architecture: Architecture, params: Any) -> Any:
 
     def numbers(name: str, leaf: Any) -> Any:
         del leaf
-        parameter = by_name[name]
-        uses = [use for use in parameter.uses if use.kind == "weight"]
-        axes = {(use.contracted, use.output) for use in uses}
-        plain = parameter.role == Role.HIDDEN and len(axes) == 1
-        if not plain or any(use.batch or use.slices or not use.output for use in uses):
-            return None
-        ((contracted, output),) = axes
-        return MuonDimensionNumbers(reduction_axis=contracted, output_axis=output)
+        axes = MatrixAxes.of(by_name[name])
+        return axes and MuonDimensionNumbers(reduction_axis=axes[0], output_axis=axes[1])
 
     return map_with_names(numbers, params)
 
@@ -205,9 +238,12 @@ def width_parts(
     found = WIDTH_RULES.resolve(rule)
     compare = _counterparts(architecture, base)
 
-    def part(parameter: Parameter, r: float, s: float, shape: tuple[int, ...]) -> Part:
-        base_shape = {"base_shape": shape} if "base_shape" in found.parameters else {}
-        value = float(found(parameter, r, s, **base_shape, **options))
+    def part(
+        parameter: Parameter, r: float, s: float, shape: tuple[int, ...], axes: MatrixAxes | None
+    ) -> Part:
+        more: dict[str, Any] = {"base_shape": shape, "axes": axes}
+        more = {option: one for option, one in more.items() if option in found.parameters}
+        value = float(found(parameter, r, s, **more, **options))
         role = "tied table" if parameter.is_tied else str(parameter.role)
         return Part(value, f"width {found.name}", role, {"r": r, "s": s}, found.citation)
 
@@ -218,7 +254,9 @@ def width_parts(
         return [view for view in found if view[0].uses[0].kind != "weight"]
 
     return {
-        one.name: min((part(*view) for view in views(one)), key=lambda part: part.value)
+        one.name: min(
+            (part(*view, MatrixAxes.of(one)) for view in views(one)), key=lambda part: part.value
+        )
         for one in architecture.parameters
     }
 

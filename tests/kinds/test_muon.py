@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import archscale_jax as archscale
 from tests.kinds.helpers import (
     Model,
     equinox_model,
@@ -309,3 +310,103 @@ def test_stacked_vectors_keep_their_rate():
     found = multipliers(make(128), make(32), width_rule="muon")
     np.testing.assert_allclose(found["b"], 1, rtol=1e-6)
     np.testing.assert_allclose(found["w"], 0.25, rtol=1e-6)
+
+
+# With dimension numbers, as `parametrize` has it.
+
+
+def of_layers(layers):
+    """x + tanh(x A) B, written as a loop, or as a scan over stacks."""
+
+    def apply(p, x):
+        h = x @ p["stem"]
+        if layers is None:
+            h, _ = jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w["a"]) @ w["b"], None), h, p["w"])
+        else:
+            for number in range(layers):
+                h = h + jnp.tanh(h @ p[f"a{number}"]) @ p[f"b{number}"]
+        return h @ p["readout"]
+
+    return apply
+
+
+def test_scanned_layers_are_trained_as_layers_are():
+    """Every layer of a stack is a matrix of Muon, and its update is that of the layer alone."""
+
+    def plan_of(width, scanned):
+        leaves = {"stem": (8, width), "readout": (width, 3)}
+        sizes = {"a": (width, 2 * width), "b": (2 * width, width)}
+        if scanned:
+            stacks = specs(**{name: (3, *size) for name, size in sizes.items()})
+            return (of_layers(None), {**specs(**leaves), "w": stacks}), spec(4, 8)
+        named = {f"{name}{k}": size for k in range(3) for name, size in sizes.items()}
+        return (of_layers(3), specs(**leaves, **named)), spec(4, 8)
+
+    steps = {}
+    gradient = jax.random.normal(jax.random.key(0), (3, 32, 64))
+    for scanned in (True, False):
+        base = archscale.parametrize(*plan_of(16, scanned), optimizer="muon")
+        plan = archscale.parametrize(*plan_of(32, scanned), base=base, optimizer="muon")
+        params = plan.init(jax.random.key(0))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        if scanned:
+            gradients = {**zeros, "w": {**zeros["w"], "a": gradient}}
+        else:
+            gradients = {**zeros, **{f"a{k}": gradient[k] for k in range(3)}}
+        optimizer = plan.optimizer(0.1)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        steps[scanned] = updates["w"]["a"] if scanned else [updates[f"a{k}"] for k in range(3)]
+    np.testing.assert_allclose(steps[True], jnp.stack(steps[False]), rtol=1e-4, atol=1e-6)
+    sizes = [np.linalg.svd(one, compute_uv=False).max() for one in steps[True]]
+    np.testing.assert_allclose(sizes, 0.1 * 2**0.5, rtol=0.35)  # √(out/in), no 1/r of Adam
+
+
+def test_multipliers_are_those_of_what_orthogonalizes():
+    """Experts and routers √(s/r) over optax's √max(1, out/in); groups and readouts Adam's."""
+
+    def model(width, hidden):
+        def apply(p, x):
+            h = x @ p["stem"]
+            shares = jax.nn.softmax(h @ p["router"])
+            inner = RELU(jnp.einsum("td,edm->etm", h, p["up"]))
+            outputs = jnp.einsum("etm,emd->etd", inner, p["down"])
+            h = h + jnp.einsum("te,etd->td", shares, outputs)
+            return RELU(jnp.einsum("tgi,gio->tgo", h.reshape(len(h), -1, 4), p["groups"])
+                        ).reshape(h.shape) @ p["readout"]  # fmt: skip
+
+        return apply, specs(
+            stem=(8, width), router=(width, 4), up=(4, width, hidden), down=(4, hidden, width),
+            groups=(width // 4, 4, 4), readout=(width, 3),
+        )  # fmt: skip
+
+    base = archscale.parametrize(model(16, 16), spec(5, 8), optimizer="muon")
+    plan = archscale.parametrize(model(64, 32), spec(5, 8), base=base, optimizer="muon")
+    numbers = archscale.muon_dimension_numbers(plan.architecture, model(64, 32)[1])
+    assert numbers["readout"] is None and numbers["stem"] is None
+    assert numbers["down"] == optax.contrib.MuonDimensionNumbers((1,), (2,))
+    # One matrix for the outputs of all experts: 64 to 4·32, in the base 16 to 4·16.
+    assert numbers["up"] == optax.contrib.MuonDimensionNumbers((1,), (0, 2))
+    assert plan.learning_rate["up"] == pytest.approx((2 / 4) ** 0.5 * 4**0.5 / 2**0.5)
+    assert plan.learning_rate["down"] == pytest.approx((4 / 2) ** 0.5 / 2**0.5)
+    assert plan.learning_rate["router"] == pytest.approx((1 / 4) ** 0.5)
+    assert plan.learning_rate["groups"] == pytest.approx(1)
+    assert plan.learning_rate["readout"] == pytest.approx(1 / 4)
+
+
+def test_kernels_of_convolutions_in_groups_are_left_to_adam():
+    """A depthwise kernel [3, 3, 1, n] is no matrix that reads n features."""
+
+    def apply(p, x):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(x, p["stem"], (1, 1), "SAME", dimension_numbers=dimensions)
+        h = jax.lax.conv_general_dilated(
+            RELU(h), p["groups"], (1, 1), "SAME", dimension_numbers=dimensions,
+            feature_group_count=16,
+        )  # fmt: skip
+        return RELU(h).mean((1, 2)) @ p["square"] @ p["readout"]
+
+    shapes = specs(stem=(3, 3, 3, 16), groups=(3, 3, 1, 16), square=(16, 16), readout=(16, 3))
+    architecture = archscale.trace(apply, shapes, spec(2, 6, 6, 3))
+    numbers = archscale.muon_dimension_numbers(architecture, shapes)
+    assert numbers["groups"] is None
+    assert numbers["square"] == optax.contrib.MuonDimensionNumbers((0,), (1,))
