@@ -458,6 +458,10 @@ class Parametrization:
           *inputs: of the model.
           key: of random numbers, such as those of dropout, in a linen, Haiku or Equinox model.
             Without it they are the same in every call: pass one in training.
+
+        Raises:
+          TraceError: logits, or products of queries and keys, that are to be multiplied lie in a
+            function with a derivative of its own, or in this call are not what they were.
         """
         forward = self.choice.forward
         params = scaled_leaves(params, forward.leaves)

@@ -10,6 +10,7 @@ of the processor stand beside those of the clock, which say less on a machine sh
 """
 
 import functools
+import importlib
 import math
 import time
 from collections.abc import Callable
@@ -227,14 +228,16 @@ def main() -> None:
     )  # fmt: skip
     sizes = common.sized((LARGE, SMALL), (SMALL, SMALL | {"depth": 4}))
     plans = {name: common.in_fresh_process(cost_of_plan, name, *sizes) for name in PLANS}
+    scipy = common.in_fresh_process(cost_of_import, "scipy.stats")
     common.show(
         "parametrize(model, tokens, base=small, optimizer='adamw') on shapes alone",
         plan_lines(plans),
         f"Goals: {PLAN_GOALS['seconds']:.0f} s, {PLAN_GOALS['gibibytes_beyond_imports']} GiB "
-        "beyond the imports. Seconds of the clock (of the processor).",
+        "beyond the imports. Seconds of the clock (of the processor). In the first call SciPy's "
+        f"statistics are imported: {scipy['seconds']:.2f} ({scipy['processor_seconds']:.2f}).",
     )
     goals = {"goals": GOALS, "plan_goals": PLAN_GOALS}
-    common.write_results("trace", {**goals, "models": results, "plans": plans})
+    common.write_results("trace", {**goals, "models": results, "plans": plans, "scipy": scipy})
 
 
 def cost(name: str) -> dict[str, Any]:
@@ -299,6 +302,13 @@ def cost_of_plan(name: str, large: dict[str, int], small: dict[str, int]) -> dic
         "parameters": sum(math.prod(one.shape) for one in parameters),
         "edges": int(plan.architecture.graph.n_edge[0]),
     }
+
+
+def cost_of_import(module: str) -> dict[str, float]:
+    """Imports a module where JAX, Flax and the library are imported."""
+    start = time.process_time()
+    _, seconds = common.timed(lambda: importlib.import_module(module) and None)
+    return {"seconds": seconds, "processor_seconds": time.process_time() - start}
 
 
 def plan_lines(results: dict[str, Any]) -> list[list[str]]:
