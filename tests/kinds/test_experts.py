@@ -194,9 +194,8 @@ def test_what_multiplies_features_is_drawn_smaller(layer):
         }
         return apply, specs(**sizes)
 
-    options = {"optimizer": "adam"}
-    base = archscale.parametrize(model(16), normal(2, 5, 12), **options)
-    plan = archscale.parametrize(model(64), normal(2, 5, 12), base=base, **options)
+    base = archscale.parametrize(model(16), normal(2, 5, 12), optimizer="adam")
+    plan = archscale.parametrize(model(64), normal(2, 5, 12), base=base, optimizer="adam")
     found, before = named_leaves(plan.init_std), named_leaves(base.init_std)
     for name in leaves.keys() & {"narrow", "values"}:
         expected = 1 / 4 if name in gates else 1 / 2
