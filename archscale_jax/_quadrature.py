@@ -334,13 +334,34 @@ def _slope(one: Keyed, place: int) -> float | None:
         value = distribution_of(other, distribution)
         special = 0.37 + 0.21 * number
         values[other] = value if isinstance(value, float) else special
-        if _is_discrete(other):
-            filled = np.flatnonzero(other.nodes)  # at 0 what it multiplies would vanish
-            values[other] = np.asarray(other.nodes)[filled[len(filled) // 3] if len(filled) else 0]
+    discrete = {other: np.ravel(other.nodes) for other in others if _is_discrete(other)}
+    for part in _PARTS_OF_NODES:
+        chosen = {other: _node(nodes, part) for other, nodes in discrete.items()}
+        found = _affine(fixed, variable, values | chosen)
+        if found != 0 or not discrete:
+            return found
+    return 0.0
+
+
+_PARTS_OF_NODES = (1 / 3, *np.linspace(0, 1, 33).tolist())
+"""Where among the values of a discrete variable one is taken: a mask is 0 at most of them."""
+
+
+def _node(nodes: np.ndarray, part: float) -> Any:
+    """One of the values, not 0 if there are others, as what it multiplies would vanish."""
+    if part == _PARTS_OF_NODES[0] and len(filled := np.flatnonzero(nodes)):
+        return nodes[filled[len(filled) // 3]]
+    return nodes[round(part * (len(nodes) - 1))]
+
+
+def _affine(
+    expression: Expression, variable: Variable, values: dict[Variable, Any]
+) -> float | None:
+    """The factor of a variable at values of the others; None if the expression is not affine."""
     points = np.array([-2.3, -1.1, -0.4, 0.3, 0.9, 2.1])
     with np.errstate(all="ignore"):
         try:
-            result = np.broadcast_to(evaluated(fixed, values | {variable: points}), points.shape)
+            result = np.broadcast_to(evaluated(expression, values | {variable: points}), (6,))
         except (TypeError, KeyError):
             return None
         result = np.real(result.astype(complex))

@@ -34,7 +34,7 @@ class Allocation(Propagation):
       uses: by edge, how often its weight is used.
     """
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, table_rows: float = 1.0):
         super().__init__(architecture)
         self.fans = {one.name: one.fan_in for one in architecture.parameters}
         self.roles = {one.name: one.role for one in architecture.parameters}
@@ -56,7 +56,7 @@ class Allocation(Propagation):
             if one.role == Role.INPUT and one.edge is None and one.is_drawn
         }
         tables = {
-            one.name: embedding_deviation(one, architecture).value
+            one.name: embedding_deviation(one, architecture, table_rows).value
             for one in architecture.parameters
             if one.role == Role.EMBEDDING and one.is_drawn
         }

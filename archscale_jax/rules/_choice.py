@@ -114,6 +114,8 @@ def chosen(
         width=width is not None,
         depth_exponent=exponent if residual else None,
     )
+    if "table_rows" in rule.parameters and forward.rows != 1:
+        options["table_rows"], forward = forward.rows, forward._replace(rows=1.0)
     rates = RateRules(
         rule="none" if residual or depth is None else depth,
         width_rule=width,

@@ -10,6 +10,9 @@ weight is the same as a weight a times as large, `y = a·Wx = W'x`, with
 
 so that models need none (`form="folded"`). Two kinds cannot be folded: the logits of a table that
 is embedding and readout in one, and the products of queries and keys.
+
+Two initial values follow the base too: the rows of a table whose logits are multiplied stay as they
+are, and what multiplies features is drawn as readouts are (`rules._gates`).
 """
 
 import math
@@ -18,6 +21,7 @@ from typing import Literal, NamedTuple
 
 from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._errors import unknown
+from archscale_jax.rules._gates import gate_ratios
 from archscale_jax.rules._registry import Part
 from archscale_jax.rules._residual import Optimizer, block_ratio, places_of
 from archscale_jax.rules._width import width_ratios
@@ -34,11 +38,15 @@ class Forward(NamedTuple):
       leaves: by name, a of leaves that are multiplied wherever they are used.
       tables: by name, what multiplies the logits of a table that is embedding and readout in one.
       attention: what multiplies the products of queries and keys.
+      rows: by what the rows of tables are multiplied, where the initialization rule does not do it.
+      gates: by name, r of weights that are drawn as readouts are, see `rules._gates`.
     """
 
     leaves: Mapping[str, float] = {}
     tables: Mapping[str, float] = {}
     attention: float = 1.0
+    rows: float = 1.0
+    gates: Mapping[str, float] = {}
 
     @property
     def in_products(self) -> bool:
@@ -95,23 +103,30 @@ def forward_multipliers(
     leaves: dict[str, float] = {}
     if form == "multipliers":
         leaves = {**readouts, **branch_multipliers(architecture, base, depth_exponent)}
+    kept = {name: a for name, a in tables.items() if a != 1} if form != "folded" and ratios else {}
     return Forward(
         {name: a for name, a in leaves.items() if a != 1},
-        {name: a for name, a in tables.items() if a != 1} if form != "folded" and ratios else {},
+        kept,
         _attention(architecture, base) if attention_scale else 1.0,
+        rows=max(kept.values(), default=1.0) ** -0.5,
+        gates=gate_ratios(architecture, ratios),
     )
 
 
 def start_factors(architecture: Architecture, forward: Forward) -> dict[str, Part]:
-    """Returns by what the initial values of leaves are multiplied, by name: 1/a where a stands.
+    """Returns by what the initial values of leaves are multiplied, by name.
 
-    A table whose logits are multiplied keeps the rows of the base's, and so do the positions that
-    are added to it.
+    1/a where a stands; √r of a table whose logits are multiplied, and of positions that are added
+    to it; 1/√r of what multiplies features.
     """
     found = {name: Part(1 / a, "forward multiplier", "1/a", {"a": a})
              for name, a in forward.leaves.items()}  # fmt: skip
-    for a in forward.tables.values():
-        part = Part(a**-0.5, "rows as in the base", "√r", {"r": 1 / a})
+    found |= {
+        name: Part(r**-0.5, "multiplies features", "1/√r", {"r": r}, "[μP]")
+        for name, r in forward.gates.items()
+    }
+    if forward.rows != 1:
+        part = Part(forward.rows, "rows as in the base", "√r", {"r": forward.rows**2})
         found |= {
             one.name: part
             for one in architecture.parameters

@@ -143,7 +143,7 @@ def standard_deviation(
 ) -> Explained:
     """Returns the standard deviation of a parameter that is drawn, and what decides it."""
     if parameter.role == Role.EMBEDDING:
-        part = embedding_deviation(parameter, architecture)
+        part = embedding_deviation(parameter, architecture, variances.table_rows)
         return Explained(part.value, (part,))
     uses = [use for use in parameter.uses if use.kind == "weight"] or [
         ParameterUse("weight", edge=edge, layer=parameter.layer, fan_in=parameter.fan_in)

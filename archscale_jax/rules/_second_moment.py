@@ -21,6 +21,7 @@ def second_moment(
     branch_share: float = 0.25,
     depth_exponent: float = 0.5,
     readout_gain: float = math.sqrt(2.0),
+    table_rows: float = 1.0,
 ) -> WeightVariances:
     """Second moments carried through the graph, equal as far as skips allow.
 
@@ -38,17 +39,19 @@ def second_moment(
       branch_share: see above; 0 would start saturated branches at zero weights.
       depth_exponent: α of depth-μP (1/2) or CompleteP (1), see `archscale_jax.rules._residual`.
       readout_gain: readouts have standard deviation `readout_gain` / n.
+      table_rows: norm of the rows of tables that are the readout too.
 
     Raises:
-      ValueError: a branch share, exponent or gain that is negative or not finite.
+      ValueError: a branch share, exponent, gain or norm that is negative or not finite.
     """
     options = {"branch_share": branch_share, "depth_exponent": depth_exponent}
-    for name, value in (options | {"readout_gain": readout_gain}).items():
+    sizes = {"readout_gain": readout_gain, "table_rows": table_rows}
+    for name, value in (options | sizes).items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, found {value}")
     layers = is_weight(architecture.graph)
     branches = residual_branches(architecture)
-    probe = Allocation(architecture)
+    probe = Allocation(architecture, table_rows)
     features = _vertices_with_features(probe)
     mixed = {
         vertex
@@ -64,8 +67,9 @@ def second_moment(
             continue  # nothing linear ends it: it brings what it brings
     number = sum(1 / probe.uses_into(vertex) for vertex in mixed | set(products))
     share = branch_share / max(number, 1) ** (2 * depth_exponent)
-    allocation = _shared(architecture, share, mixed, products, set(branches))
-    return allocation.result(gains=allocation.gains)._replace(readout_gain=readout_gain)
+    allocation = Allocation(architecture, table_rows)
+    _share(allocation, share, mixed, products, set(branches))
+    return allocation.result(gains=allocation.gains)._replace(**sizes)
 
 
 def _vertices_with_features(allocation: Allocation) -> set[int]:
@@ -88,15 +92,14 @@ def _vertices_with_features(allocation: Allocation) -> set[int]:
     return found
 
 
-def _shared(
-    architecture: Architecture,
+def _share(
+    allocation: Allocation,
     share: float,
     mixed: set[int],
     products: Mapping[int, dict[int, float]],
     blocks: set[int],
-) -> Allocation:
+) -> None:
     """Allots parts vertex by vertex; where a product ends a branch, once more with its share."""
-    allocation = Allocation(architecture)
     reference = allocation.nominal(0)
     read = [edge for edge, sender in enumerate(allocation.senders) if sender == 0]
     activation = min((allocation.source(edge).second for edge in read), default=reference)
@@ -134,7 +137,6 @@ def _shared(
                 allocation.forget(vertex)
                 continue
         vertex += 1
-    return allocation
 
 
 def _unit(

@@ -35,6 +35,8 @@ class WeightVariances(NamedTuple):
         multiplied by them: of a weight of several layers the others decide.
       slices: by edge, axis and entries of its leaf whose variance is a multiple of the edge's, and
         the multiple, where one leaf holds both halves of a gate.
+      table_rows: norm of the rows of a table that is the readout too, and of the positions that are
+        added to it.
     """
 
     edges: np.ndarray
@@ -43,6 +45,7 @@ class WeightVariances(NamedTuple):
     gains: Mapping[int, float] = {}
     free: Collection[int] = ()
     slices: Mapping[int, Collection[tuple[int, range, float]]] = {}
+    table_rows: float = 1.0
 
 
 InitializationRule = Callable[..., WeightVariances]
@@ -73,10 +76,15 @@ def stem_numerator(architecture: Architecture, name: str) -> float:
     return found
 
 
-def embedding_deviation(parameter: Parameter, architecture: Architecture) -> Part:
-    """Returns the standard deviation of a table's entries."""
+def embedding_deviation(
+    parameter: Parameter, architecture: Architecture, table_rows: float = 1.0
+) -> Part:
+    """Returns the standard deviation of a table's entries; see `WeightVariances.table_rows`."""
     small = Part(
-        1 / math.sqrt(parameter.fan_out), "embedding", "rows of norm 1", {"n": parameter.fan_out}
+        table_rows / math.sqrt(parameter.fan_out),
+        "embedding",
+        f"rows of norm {table_rows:.3g}",
+        {"n": parameter.fan_out},
     )
     if parameter.is_tied:
         return small._replace(rule="table and readout")

@@ -25,9 +25,11 @@ from archscale_jax._expressions import (
     Expression,
     Statistic,
     Variable,
+    statistics,
     variables,
 )
 from archscale_jax._graph import live_vertices
+from archscale_jax._quadrature import slope
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.tracing.binding import Binding, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
@@ -148,6 +150,7 @@ def _architecture(
             built.numbers[vertex]: one._replace(queries=built.numbers[one.queries])
             for vertex, one in logits.items()
             if vertex in built.numbers and one.queries in built.numbers
+            if not any(_takes_weights(edge) for edge in state.flow.edges if edge.target == vertex)
         },
         notes=tuple(state.notes),
     )
@@ -173,6 +176,12 @@ def _attention_logits(state: State) -> dict[int, AttentionLogits]:
             scale *= _constants(state.flow.expressions[vertex], query)
         found[vertex] = AttentionLogits(query, count, scale)
     return found
+
+
+def _takes_weights(edge: Edge) -> bool:
+    """Whether a product takes a softmax or a choice of its source, as of a router, no features."""
+    factor = slope(edge.before, Variable("vertex", edge.source), lambda variable: 1.0)
+    return factor == 0 or (factor is None and bool(statistics(edge.before)))
 
 
 def _query_shares(logits: Mapping[int, AttentionLogits]) -> dict[int, float]:

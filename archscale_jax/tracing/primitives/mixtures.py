@@ -8,9 +8,12 @@ import numpy as np
 from archscale_jax._expressions import (
     UNKNOWN,
     ZERO,
+    Apply,
     Constant,
     Expression,
     Moments,
+    Statistic,
+    Variable,
     multiplied,
     times,
     variables,
@@ -109,6 +112,16 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
         free_axes(len(v.axes), c, b)
         for v, c, b in zip(call.features, contracted, batch, strict=True)
     ]
+    for one, other in ((0, 1), (1, 0)):
+        value = call.features[other]
+        kept = frozenset().union(*(value.axes[axis] for axis in free[other]))
+        moves = contracted[0] and state.has_units(kept) and not state.has_units(sides[other])
+        if moves and _chooses(call.features[one].expression) and not _chooses(value.expression):
+            state.note(
+                f"{call.name} at {call.line}: features choose what is added up, as a router does; "
+                "the second moment is taken as unchanged"
+            )
+            return changed(value, axes=axes, array=None, bare=False)
     of_queries = False
     if not contracted[0]:
         expression = multiplied(left.expression, right.expression)
@@ -136,6 +149,25 @@ def of_features(state: State, call: Call, axes: Axes) -> Value:
     kept, summed = (list(zip(*axes, strict=True)) for axes in (batch, contracted))
     note_gates(state, call, result.vertex, kept, summed)
     return result
+
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _chooses(expression: Expression) -> bool:
+    """Whether an expression is a comparison, a one-hot, or a product or sum of such."""
+    if isinstance(expression, Statistic):
+        return _chooses(expression.operand)
+    if isinstance(expression, Variable):
+        return expression.kind == "index" and set(np.ravel(expression.nodes).tolist()) == {0, 1}
+    if not isinstance(expression, Apply):
+        return False
+    if expression.name in _COMPARISONS:
+        return True
+    if expression.name.startswith("convert_element_type"):
+        return _chooses(expression.operands[0])
+    factors = [one for one in expression.operands if not isinstance(one, Constant)]
+    return expression.name == "mul" and bool(factors) and all(map(_chooses, factors))
 
 
 def check_kernels(state: State, call: Call, contracted: Sequence[Labels]) -> None:

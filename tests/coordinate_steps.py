@@ -1,0 +1,174 @@
+"""What a few steps of the whole optimizer change in networks of several sizes.
+
+Every network is drawn and trained as its parametrization says, through `plan.apply`, or as the
+framework draws it with one rate for all leaves. What is measured is the root mean square, over a
+fixed batch, of the change of every vertex and of the logits since initialization.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import archscale_jax as archscale
+from archscale_jax._trees import PyTree, map_with_names
+from archscale_jax.rules._residual import residual_branches
+from tests.coordinate_networks import FAMILIES
+
+LOGITS, STREAM = "logits", "stream"
+
+
+class Training(NamedTuple):
+    """How networks are trained.
+
+    Attributes:
+      optimizer: see `archscale_jax.parametrize`.
+      rate: learning rate of the base.
+      decay: weight decay of the base.
+      epsilon: Adam's, in units of the root mean square gradient of the base; None: optax's own.
+      options: of `parametrize`.
+      standard: whether the framework draws the weights, and one rate serves all.
+    """
+
+    optimizer: str = "adamw"
+    rate: float = 0.005
+    decay: float = 0.1
+    epsilon: float | None = None
+    options: Mapping[str, Any] = {}
+    standard: bool = False
+
+
+class Sized:
+    only = ""
+    """A network of one size, compiled once for all trainings of one parametrization."""
+
+    def __init__(
+        self, family: str, sizes: Mapping[str, int], base: "Sized | None", training: Training
+    ):
+        self.family = FAMILIES[family]
+        inputs, _ = self.family.batch(0)
+        self.module = self.family.make(**sizes)
+        self.plan = archscale.parametrize(
+            self.module, inputs, base=base and base.plan, optimizer=training.optimizer,
+            model_kwargs=self.family.keywords, **training.options,
+        )  # fmt: skip
+        self.standard = training.standard
+        self.optimizer = training.optimizer
+
+    @functools.cached_property
+    def draw(self) -> Callable[[int], PyTree]:
+        if not self.standard:
+            return lambda seed: self.plan.init(jax.random.key(seed))
+        inputs, _ = self.family.batch(0)
+
+        @jax.jit
+        def init(key):
+            return {"params": self.module.init(key, inputs, **self.family.keywords)["params"]}
+
+        return lambda seed: init(jax.random.key(seed))
+
+    def apply(self, params: PyTree, inputs: Any) -> jax.Array:
+        if self.standard:
+            return self.plan._model.apply(params, inputs)
+        return self.plan.apply(params, inputs)
+
+    @functools.cached_property
+    def gradient(self) -> Callable[..., tuple[jax.Array, PyTree]]:
+        def loss(params, inputs, labels):
+            logits = self.apply(params, inputs)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    @functools.cached_property
+    def features(self) -> Callable[[PyTree, Any], dict[Any, jax.Array]]:
+        def features(params, inputs):
+            found = archscale.vertex_features(self.plan._model.apply, params, inputs)
+            return found, self.apply(params, inputs)
+
+        return jax.jit(features)
+
+    def transformation(self, rate, decay, eps) -> optax.GradientTransformation:
+        options = {} if self.optimizer == "sgd" else {"eps": eps}
+        if not self.standard:
+            return self.plan.optimizer(rate, decay, **options)
+        if self.optimizer == "adamw":
+            return optax.adamw(rate, weight_decay=decay, eps=eps)
+        if self.optimizer == "muon":
+            return optax.contrib.muon(rate, weight_decay=decay, eps=eps)
+        return optax.sgd(rate)
+
+    @functools.cached_property
+    def update(self) -> Callable[..., tuple[PyTree, Any]]:
+        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        def update(gradients, state, params, rate, decay, eps):
+            tx = self.transformation(rate, decay, eps)
+            updates, state = tx.update(gradients, state, params)
+            if self.only:
+                updates = map_with_names(
+                    lambda n, u: u if re.search(self.only, n) else 0 * u, updates
+                )
+            return optax.apply_updates(params, updates), state
+
+        return update
+
+    def changes(
+        self, training: Training, eps: float, seed: int, steps: int = 5
+    ) -> dict[Any, tuple[float, float]]:
+        """Trains, and returns the change of every vertex and of the logits."""
+        params = self.draw(seed)
+        fixed, _ = self.family.batch(0)
+        before, logits = jax.device_get(self.features(params, fixed))
+        before = {**before, LOGITS: logits}
+        state = self.transformation(0.0, 0.0, 1e-8).init(params)
+        for step in range(steps):
+            _, gradients = self.gradient(params, *self.family.batch(step))
+            params, state = self.update(
+                gradients, state, params, training.rate, training.decay, eps
+            )
+        after, logits = jax.device_get(self.features(params, fixed))
+        after = {**after, LOGITS: logits}
+        return {
+            vertex: (rms(np.asarray(after[vertex], np.float64) - one), rms(one))
+            for vertex, one in before.items()
+        }
+
+    @functools.cached_property
+    def kinds(self) -> dict[Any, str]:
+        return kinds(self.plan.architecture)
+
+
+def rms(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(values, np.float64)))))
+
+
+def root_mean_square(tree: PyTree) -> float:
+    """Over all entries of all leaves."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return math.sqrt(sum(np.sum(one**2) for one in leaves) / sum(one.size for one in leaves))
+
+
+def kinds(architecture: archscale.Architecture) -> dict[Any, str]:
+    """Names vertices by the layers that end in them, without the numbers of blocks."""
+    graph = architecture.graph
+    branches = residual_branches(architecture)
+    found: dict[Any, str] = {LOGITS: LOGITS}
+    for vertex in range(int(graph.n_node[0])):
+        edges = np.flatnonzero(graph.receivers == vertex)
+        names = sorted({
+            re.sub(r"\d+", "", name.removeprefix("params/").removesuffix("/kernel")).strip("/")
+            for edge in edges for name in (architecture.functions or ())[edge].weights
+        })  # fmt: skip
+        sources = sorted({found[int(graph.senders[edge])] for edge in edges})
+        if vertex in branches:
+            found[vertex] = STREAM
+        elif names:
+            found[vertex] = " + ".join(names)
+        else:
+            found[vertex] = f"of ({', '.join(sources)})" if sources else "stem"
+    return found
