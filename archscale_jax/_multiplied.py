@@ -10,7 +10,7 @@ from archscale_jax._frameworks import is_static
 from archscale_jax._trees import PyTree
 from archscale_jax.rules._forward import Forward
 from archscale_jax.tracing.multiplied import Place, with_multipliers
-from archscale_jax.tracing.trace import Reading
+from archscale_jax.tracing.trace import Reading, queries_of
 from archscale_jax.tracing.values import TraceError
 
 
@@ -78,7 +78,7 @@ def _logits(reading: Reading, forward: Forward) -> dict[Place, float]:
 
 def _attention(reading: Reading) -> frozenset[Place]:
     """Those that sum products of queries and keys."""
-    logits = reading.state.queries.values()
+    logits = queries_of(reading.state).values()
     sizes = frozenset().union(*(one.sizes for one in logits))
     if len(sizes) != 1:
         raise TraceError(

@@ -608,12 +608,23 @@ def heads_of(x, weight, number):
     return (x @ weight).reshape(*x.shape[:-1], number, -1)
 
 
+def rotated(x):
+    """Rotary positions of [batch, time, heads, features]."""
+    angles = jnp.arange(x.shape[1])[:, None, None] / 10.0 ** jnp.arange(x.shape[-1] // 2)
+    one, other = jnp.split(x, 2, axis=-1)
+    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([one * cosine - other * sine, other * cosine + one * sine], -1)
+
+
 def attention_by(kind):
     """Attention of [batch, time, 4 heads, features], the logits of which are multiplied by c."""
 
     def apply(query, key, value, *, c):
         size = query.shape[-1]
         if kind == "jax.nn":
+            return jax.nn.dot_product_attention(c * query, key, value)
+        if kind == "rotary and normalized":
+            query, key = (rotated(layer_norm(one, 1.0)) for one in (query, key))
             return jax.nn.dot_product_attention(c * query, key, value)
         if kind == "jax.nn, grouped":
             return jax.nn.dot_product_attention(c * query, key[:, :, :2], value[:, :, :2])
@@ -667,6 +678,7 @@ X = jax.ShapeDtypeStruct((2, 5, 6), DTYPE)
 FORMS = [
     ("jax.nn", False, False),
     ("jax.nn", True, True),
+    ("rotary and normalized", False, True),
     ("jax.nn, grouped", False, True),
     ("grouped", False, True),
     ("grouped", True, False),
@@ -678,11 +690,33 @@ FORMS = [
 @pytest.mark.parametrize(("kind", "fused", "scanned"), FORMS)
 def test_every_layer_of_attention_is_multiplied_once(kind, fused, scanned):
     of = attention_model(kind, fused, scanned)
+    plan = plan_of(of(32), of(16), X, form="auto")
+    params, x = drawn(plan), jax.random.normal(random_key(), X.shape, DTYPE)
+    expected = jax.jit(of(32)[0])(params, x, BY.attention)
+    close(plan.apply(params, x), expected)
+    assert not np.allclose(of(32)[0](params, x), expected, rtol=1e-3)
+
+
+def test_shares_of_experts_beside_attention_are_left_alone():
+    """They are features of a router that meet features, but no queries."""
+
+    def apply(params, x, c=1.0):
+        x = x @ params["in"]
+        query, key, value = (heads_of(x, params[name], 4) for name in ("query", "key", "value"))
+        x = x + jax.nn.dot_product_attention(c * query, key, value).reshape(x.shape)
+        shares = jax.nn.softmax(x @ params["router"])
+        experts = jax.nn.relu(jnp.einsum("bti,eij->btej", x, params["experts"]))
+        return (x + jnp.einsum("bte,btej->btj", shares, experts)) @ params["out"]
+
+    def of(width):
+        sizes = dict.fromkeys(("query", "key", "value"), (width, width))
+        sizes |= {"in": (6, width), "router": (width, 3), "experts": (3, width, width),
+                  "out": (width, 3)}  # fmt: skip
+        return apply, {name: jax.ShapeDtypeStruct(one, DTYPE) for name, one in sizes.items()}
+
     plan = plan_of(of(16), of(8), X, form="auto")
     params, x = drawn(plan), jax.random.normal(random_key(), X.shape, DTYPE)
-    expected = jax.jit(of(16)[0])(params, x, BY.attention)
-    close(plan.apply(params, x), expected)
-    assert not np.allclose(of(16)[0](params, x), expected, rtol=1e-3)
+    close(plan.apply(params, x), jax.jit(apply)(params, x, BY.attention))
 
 
 class FlaxAttention(nn.Module):

@@ -35,7 +35,7 @@ from archscale_jax.tracing.binding import Binding, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
 from archscale_jax.tracing.interpreter import Evaluation, Interpreter
 from archscale_jax.tracing.starts import Start, starting_values
-from archscale_jax.tracing.state import State
+from archscale_jax.tracing.state import Logits, State
 from archscale_jax.tracing.structure import Built, Structure, graph_of
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight
 
@@ -123,7 +123,7 @@ def _architecture(
         if use.edge is not None and use.kind in ("weight", "embedding"):
             leaves.setdefault(use.edge, []).append(use.leaf)
 
-    logits = _attention_logits(state)
+    logits, met = _attention_logits(state), queries_of(state)
     shares = _query_shares(logits)
 
     def function(edge: Edge) -> EdgeFunction:
@@ -149,8 +149,7 @@ def _architecture(
         attention={
             built.numbers[vertex]: one._replace(queries=built.numbers[one.queries])
             for vertex, one in logits.items()
-            if vertex in built.numbers and one.queries in built.numbers
-            if not any(_takes_weights(edge) for edge in state.flow.edges if edge.target == vertex)
+            if vertex in met and vertex in built.numbers and one.queries in built.numbers
         },
         notes=tuple(state.notes),
     )
@@ -178,10 +177,29 @@ def _attention_logits(state: State) -> dict[int, AttentionLogits]:
     return found
 
 
+def queries_of(state: State) -> dict[int, Logits]:
+    """Returns the sums of products of queries and keys, without those of a router's shares."""
+    shared = {
+        edge.target
+        for edge in state.flow.edges
+        if edge.target in state.queries
+        and state.flow.kinds[edge.target] == Kind.PRODUCT
+        and _takes_weights(edge)
+    }
+    return {vertex: one for vertex, one in state.queries.items() if vertex not in shared}
+
+
 def _takes_weights(edge: Edge) -> bool:
-    """Whether a product takes a softmax or a choice of its source, as of a router, no features."""
-    factor = slope(edge.before, Variable("vertex", edge.source), lambda variable: 1.0)
-    return factor == 0 or (factor is None and bool(statistics(edge.before)))
+    """Whether a product takes a softmax or a choice of its source, as of a router, no features.
+
+    Of several slices of the source, as those of rotary positions, it must take so of all.
+    """
+    own = [
+        one for one in variables(edge.before) if one.kind == "vertex" and one.source == edge.source
+    ]
+    factors = [slope(edge.before, one, lambda variable: 1.0) for one in own]
+    normalized = bool(statistics(edge.before))
+    return all(one == 0 or (one is None and normalized) for one in factors)
 
 
 def _query_shares(logits: Mapping[int, AttentionLogits]) -> dict[int, float]:
