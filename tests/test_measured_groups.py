@@ -42,6 +42,18 @@ def planned(model, base=None, optimizer="adam", **options):
     return archscale.parametrize(model, X, base=base, optimizer=optimizer, **options)
 
 
+def members_of(plan, groups):
+    return {name: 1.0 for name, group in groups_of(plan.architecture).items() if group in groups}
+
+
+def rms(values):
+    return np.sqrt(np.mean(np.square(values)))
+
+
+def approx(value):
+    return pytest.approx(value, rel=1e-4, abs=1e-9)
+
+
 def matched(model, base, optimizer="adam", **options):
     return planned(model, base, optimizer, learning_rate="measured", loss_fn=loss_of, **options)
 
@@ -66,8 +78,8 @@ def test_effects_are_those_of_small_steps(name, optimizer):
         wide = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plan.init(key))  # noqa: E731
         tx, inputs = plan.optimizer(1.0), (X.astype(jnp.float64),)
         network = Measurable(plan.apply, plan.architecture, wide, tx, inputs)
-        key = jax.random.key(3)
-        found = measurer(network, loss_of)(key, {})
+        key, rows = jax.random.key(3), {**{one: (one,) for one in GROUPS}, "both": GROUPS[:2]}
+        found = measurer(network, loss_of)(key, [members_of(plan, one) for one in rows.values()])
         params = wide(key)
         gradients = jax.grad(lambda params: loss_of(plan.apply(params, *inputs)))(params)
         update, _ = tx.update(gradients, tx.init(params), params)
@@ -81,15 +93,16 @@ def test_effects_are_those_of_small_steps(name, optimizer):
             ]
             params = jax.tree.unflatten(tree, moved)
             features = archscale.vertex_features(plan.apply, params, *inputs)
-            return features[max(features)], plan.apply(params, *inputs)
+            return features, plan.apply(params, *inputs)
 
-        for group, members in {**{one: (one,) for one in GROUPS}, "together": GROUPS[:2]}.items():
+        for row, members in enumerate(rows.values()):
             (z_up, f_up), (z_down, f_down) = (outputs(members, step) for step in (1e-6, -1e-6))
-            z, _ = outputs(members, 0.0)
-            change = np.sqrt(np.mean(((z_up - z_down) / 2e-6) ** 2) / np.mean(z**2))
-            assert found.features[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
-            change = np.sqrt(np.mean(((f_up - f_down) / 2e-6) ** 2))
-            assert found.outputs[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
+            for column, vertex in enumerate(z_up):
+                z = outputs((), 0.0)[0][vertex]
+                change = rms((z_up[vertex] - z_down[vertex]) / 2e-6)
+                assert found.features[row, column] == approx(change / rms(z))
+                assert found.spread[row, column] == approx(change / rms(z - np.mean(z, axis=0)))
+            assert found.outputs[row] == approx(rms((f_up - f_down) / 2e-6))
 
 
 def test_a_network_that_is_the_base_keeps_its_rates():
@@ -105,13 +118,10 @@ def test_groups_do_what_those_of_the_base_do(optimizer):
     found = []
     for one in (plan, base):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
-        draws = [measurer(network, loss_of)(jax.random.key(seed), {}) for seed in range(2)]
-        found.append(
-            [
-                np.exp(np.mean(np.log([draw.features["together"] for draw in draws]))),
-                np.exp(np.mean(np.log([draw.outputs["readout"] for draw in draws]))),
-            ]
-        )
+        rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
+        draws = [measurer(network, loss_of)(jax.random.key(seed), rows) for seed in range(2)]
+        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
+        found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
     assert found[0][1] <= found[1][1] * 1.05
     if optimizer == "adam":
