@@ -51,7 +51,7 @@ def multipliers(
     of = {"outputs": _outputs, "no_joint": _no_joint, "flerm": _by_leaf, "local": _by_vertex}[rule]
     found = [_logs(one, of, loss, draws) for one in (network, base)]
     places = _roles(network) if rule == "flerm" else groups_of(network.architecture)
-    values = {place: math.exp(found[1][place] - found[0][place]) for place in places.values()}
+    values = {place: math.exp(found[1].get(place, 0.0) - found[0][place]) for place in found[0]}
     if is_sgd and rule != "flerm":
         values["readout"] = min(values["readout"], 1.0)
     return {name: values[place] for name, place in places.items()}
@@ -88,13 +88,20 @@ def _roles(network: Measurable) -> dict[str, str]:
 
 
 def _by_leaf(network: Measurable, measure: Callable[..., Effects]) -> dict[str, float]:
-    """By role, the geometric mean of what its leaves do, times their number."""
+    """By role, the geometric mean of what its leaves do, times their number.
+
+    Biases that a normalization removes do nothing, and are not counted.
+    """
     roles = _roles(network)
     outputs = dict(zip(roles, measure([{one: 1.0} for one in roles]).outputs.tolist(), strict=True))
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {role: [] for role in roles.values()}
     for name, role in roles.items():
-        found.setdefault(role, []).append(outputs[name])
-    return {role: len(one) * math.exp(np.mean(np.log(one))) for role, one in found.items()}
+        if outputs[name] > 1e-5 * max(outputs.values()):
+            found[role].append(outputs[name])
+    return {
+        role: len(one) * math.exp(np.mean(np.log(one))) if one else 1.0
+        for role, one in found.items()
+    }
 
 
 def _by_vertex(network: Measurable, measure: Callable[..., Effects]) -> dict[str, float]:

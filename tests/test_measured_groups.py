@@ -11,11 +11,13 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of, measurer
+from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation
 
-X = jax.random.normal(jax.random.key(0), (32, 12))
-LABELS = jax.random.randint(jax.random.key(1), (32,), 0, 5)
+# Of NumPy: a process of several devices imports this module before JAX starts.
+X = np.random.default_rng(0).standard_normal((32, 12), np.float32)
+LABELS = np.random.default_rng(1).integers(0, 5, 32)
 
 
 class Mlp(nn.Module):
@@ -177,3 +179,85 @@ def test_shapes_cannot_be_measured():
 def test_groups_that_do_nothing():
     with pytest.raises(ValueError, match="an update of the stem changes 0 in the network"):
         matched(Mlp(2, 16), Mlp(2, 16), zero_init=("readout",))
+
+
+# Layouts.
+
+LAYERS, WIDTH = 3, 16
+
+
+def slices(scanned, dtype=jnp.float32):
+    """A residual network as a function, with its layers in one leaf or in several, and its draw."""
+
+    def apply(params, x):
+        def block(x, kernel):
+            return x + jax.nn.relu(x) @ kernel, None
+
+        x = x.astype(dtype) @ params["stem"]
+        if scanned:
+            x, _ = jax.lax.scan(block, x, params["layers"])
+        else:
+            for number in range(LAYERS):
+                x, _ = block(x, params[f"layer{number}"])
+        return jax.nn.relu(x) @ params["head"]
+
+    def draw(key):
+        stem, layers, head = (
+            (jax.random.normal(one, shape) / np.sqrt(shape[-2])).astype(dtype)
+            for one, shape in zip(
+                jax.random.split(key, 3), [(12, WIDTH), (LAYERS, WIDTH, WIDTH), (WIDTH, 5)],
+                strict=True,
+            )
+        )  # fmt: skip
+        parts = {"layers": layers} if scanned else {f"layer{n}": layers[n] for n in range(LAYERS)}
+        return {"stem": stem, "head": head, **parts}
+
+    return apply, draw
+
+
+def effects_of(scanned, dtype=jnp.float32):
+    apply, draw = slices(scanned, dtype)
+    plan = archscale.parametrize((apply, jax.eval_shape(draw, jax.random.key(0))), X)
+    network = Measurable(apply, plan.architecture, draw, optax.sgd(1.0), (X,))
+    rows = [members_of(plan, (group,)) for group in GROUPS]
+    measure = measurer(network, lambda logits: loss_of(logits.astype(jnp.float32)))
+    return jax.jit(lambda key: measure(key, rows))(jax.random.key(2))
+
+
+def test_layers_in_one_leaf_and_low_precision():
+    """Scanned and separate layers do the same, in float32 and nearly in bfloat16, under jit."""
+    expected = effects_of(scanned=False)
+    for found, tolerance in ((effects_of(True), 1e-4), (effects_of(True, jnp.bfloat16), 0.03)):
+        assert found.features.dtype == jnp.float32
+        np.testing.assert_allclose(found.features[:2, -1], expected.features[:2, -1], tolerance)
+        np.testing.assert_allclose(found.outputs, expected.outputs, tolerance)
+
+
+def sharded_rates(data, model):
+    """The measured multipliers of a scanned network whose params and batch lie on a mesh."""
+    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    spec = jax.sharding.PartitionSpec
+    places = {"stem": spec(None, "model"), "layers": spec(None, "data", "model"), "head": spec()}
+
+    def on_mesh(width):
+        apply, _ = slices(scanned=True)
+        shapes = {"stem": (12, width), "layers": (LAYERS, width, width), "head": (width, 5)}
+        structs = {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, places[name])
+            )
+            for name, shape in shapes.items()
+        }
+        return apply, structs
+
+    batch = jax.device_put(X, jax.sharding.NamedSharding(mesh, spec("data")))
+    plan = archscale.parametrize(
+        on_mesh(4 * WIDTH), batch, base=on_mesh(WIDTH), learning_rate="measured", loss_fn=loss_of
+    )
+    return jax.device_get(jax.tree.leaves(plan.learning_rate))
+
+
+def test_shards():
+    found = on_devices(sharded_rates, 4, 2)
+    assert found == pytest.approx(sharded_rates(1, 1), rel=1e-3)

@@ -92,30 +92,17 @@ def matched_multipliers(
     Raises:
       ValueError: a group whose update changes nothing in one network and something in the other.
     """
-    logs: dict[str, list[float]] = {group: [] for group in GROUPS}
-    groups = [groups_of(one.architecture) for one in (network, base)]
-    measured = [measurer(one, loss) for one in (network, base)]
+    rows = (("stem",), ("hidden",), ("readout",), GROUPS[:2])
+    measured = []
+    for one in (network, base):
+        groups = groups_of(one.architecture)
+        updates = [{name: 1.0 for name in groups if groups[name] in row} for row in rows]
+        measured.append((measurer(one, loss), updates))
+    logs = []
     for seed in range(seeds):
         key = jax.random.key(seed)
-        ours, theirs = (
-            one(key, [_members(names, {group: 1.0}) for group in GROUPS])
-            for one, names in zip(measured, groups, strict=True)
-        )
-        found = {
-            group: _ratio(group, *(float(_effect(group, one)) for one in (theirs, ours)))
-            for group in GROUPS
-        }
-        inner = {group: value for group, value in found.items() if group != "readout"}
-        together, wanted = (
-            float(one(key, [_members(names, scales)]).features[0, -1])
-            for one, names, scales in zip(
-                measured, groups, (inner, dict.fromkeys(inner, 1.0)), strict=True
-            )
-        )
-        for group, value in found.items():
-            joint = wanted / together if group in inner else 1.0
-            logs[group].append(math.log(value * joint))
-    values = {group: math.exp(float(np.mean(found))) for group, found in logs.items()}
+        logs.append(_log_ratios(*(measure(key, updates) for measure, updates in measured)))
+    values = {group: math.exp(float(np.mean([one[group] for one in logs]))) for group in GROUPS}
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
     return {
@@ -124,14 +111,27 @@ def matched_multipliers(
     }
 
 
-def _members(groups: Mapping[str, str], scales: Mapping[str, float]) -> dict[str, float]:
-    """The update that consists of some groups: by name what each leaf's is multiplied by."""
-    return {name: scales[group] for name, group in groups.items() if group in scales}
-
-
-def _effect(group: str, effects: Effects) -> Any:
-    row = GROUPS.index(group)
-    return effects.outputs[row] if group == "readout" else effects.features[row, -1]
+def _log_ratios(network: Effects, base: Effects) -> dict[str, float]:
+    """The log multiplier of every group, from the effects of the three and of stem and hidden."""
+    ours, theirs = (
+        {
+            "stem": float(one.features[0, -1]),
+            "hidden": float(one.features[1, -1]),
+            "readout": float(one.outputs[2]),
+            "both": float(one.features[3, -1]),
+        }
+        for one in (network, base)
+    )
+    found = {group: _ratio(group, theirs[group], ours[group]) for group in GROUPS}
+    # Derivatives are linear: what both do after their multipliers follows from what they did.
+    mixed = ours["both"] ** 2 - ours["stem"] ** 2 - ours["hidden"] ** 2
+    product = found["stem"] * found["hidden"] * mixed
+    together = math.sqrt(max(theirs["stem"] ** 2 + theirs["hidden"] ** 2 + product, 0.0))
+    joint = _ratio("stem and hidden layers", theirs["both"], together)
+    return {
+        group: math.log(value * (1.0 if group == "readout" else joint))
+        for group, value in found.items()
+    }
 
 
 def _ratio(group: str, base: float, network: float) -> float:
