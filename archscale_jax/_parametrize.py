@@ -36,7 +36,12 @@ from archscale_jax.rules._width import with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
-from archscale_jax.tuning._measured import Measurable, matched_multipliers
+from archscale_jax.tuning._measured import (
+    BATCH_NOTE,
+    Measurable,
+    examples_interact,
+    matched_multipliers,
+)
 
 
 def parametrize(
@@ -252,6 +257,10 @@ def _measured(
         for one, given in zip((plan, base), inputs, strict=True)
     )
     found = matched_multipliers(network, small, loss_fn, cap_readout=plan.optimizer_name == "sgd")
+    if examples_interact(network):
+        notes = (*plan.architecture.notes, BATCH_NOTE)
+        architecture = dataclasses.replace(plan.architecture, notes=notes)
+        plan = dataclasses.replace(plan, architecture=architecture)
     return dataclasses.replace(plan, measured=found)
 
 

@@ -26,7 +26,7 @@ from archscale_jax._spaces import chain_string
 from archscale_jax.tuning._basin import loss_at
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of
 from experiments import matched_rules, transfer_study
-from experiments.lab import common, files, networks, tables
+from experiments.lab import common, files, networks, panels, tables
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
@@ -62,16 +62,14 @@ _MIXED = [*_chains(4, 10), *_dags(_DAGS[:2])]
 _FRESH = [*_chains(6, 14), *_dags(_DAGS[20:22])]
 _WIDE: list[Place] = [(chain_string(4), width) for width in (32, 512)]
 STUDIES = {
-    "chains": Study(_chains(2, 4, 7, 10, 14, 20), _chains(3, 5, 8, 12, 16), {}),
-    "dags": Study(_dags(_DAGS[:8]), _dags(_DAGS[8:16]), {}),
+    "chains": Study(_chains(2, 4, 7, 10, 14, 20), _chains(5, 12, 16), {}),
+    "dags": Study(_dags(_DAGS[:5]), _dags(_DAGS[8:12]), {}),
     "widths": Study(
         [(chain_string(4), width) for width in (32, 64, 256, 512)],
-        [(_DAGS[0], width) for width in (32, 64, 256, 512)],
+        [(_DAGS[0], width) for width in (32, 512)],
         {},
     ),
-    "gelu": Study(
-        _chains(4, 7, 10), [*_chains(3, 5), *_dags(_DAGS[22:24])], {"activation": "gelu"}
-    ),
+    "gelu": Study(_chains(4, 7, 10), _dags(_DAGS[22:24]), {"activation": "gelu"}),
     "adam": Study(
         [*_MIXED, *_chains(20), *_WIDE],
         [*_FRESH, (_DAGS[0], 32), (_DAGS[0], 512)],
@@ -80,11 +78,12 @@ STUDIES = {
     "momentum": Study(_MIXED, _FRESH, {"optimizer": "momentum"}),
     "layer_norm": Study(_MIXED, _FRESH, {"normalization": "layer"}),
     "batch_norm": Study(_MIXED, _FRESH, {"normalization": "batch"}),
-    "cnns": Study(_dags(_CNNS[:5]), _dags(_CNNS[5:10]), {"kernel_size": 3}),
+    "cnns": Study(_dags(_CNNS[:5]), _dags(_CNNS[5:8]), {"kernel_size": 3}),
 }
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
 flags.DEFINE_list("method", ["uniform", "matched", "flerm"], "uniform, and rules of matched_rules.")
-flags.DEFINE_bool("fresh", False, "Take the networks on which no choice was made.")
+flags.DEFINE_bool("chosen", True, "Take the networks that decided which rule is taken.")
+flags.DEFINE_bool("fresh", True, "Take the networks on which no choice was made.")
 flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
@@ -98,6 +97,7 @@ def main() -> None:
     rows = [row for study in FLAGS.study for row in compare(study, workdir / "results.jsonl")]
     table = pd.DataFrame(rows)
     table.to_csv(workdir / "networks.csv", index=False, float_format="%.4g")
+    draw(table, workdir / "matched_groups.png")
     text = tables.markdown(summary(table))
     files.write_text(workdir / "table.md", text)
     print(text)
@@ -109,7 +109,8 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     `nats`: the log of its best rate over the base's. `given_up`: the loss at the base's rate over
     that of the network's best rate for all parameters, less 1; `at_best` at the method's best rate.
     """
-    places = STUDIES[study].fresh if FLAGS.fresh else STUDIES[study].chosen
+    of = STUDIES[study]
+    places = [*(of.chosen if FLAGS.chosen else ()), *(of.fresh if FLAGS.fresh else ())]
     base = trial_of((transfer_study.BASE, None), study, "uniform")
     trials = [base] + [trial_of(one, study, how) for one in places for how in FLAGS.method]
     records = run_study(trials, search, journal, description=study)
@@ -125,7 +126,7 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "study": study,
-                    "fresh": FLAGS.fresh,
+                    "fresh": one in of.fresh,
                     "architecture": one[0],
                     "width": one[1],
                     "method": method,
@@ -157,6 +158,47 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(found)
+
+
+LOOKS = {
+    "uniform": ("one rate for all parameters", panels.GREY, "s"),
+    "flerm": ("every leaf changes the outputs as in the base", panels.COLOURS[4], "^"),
+    "matched": ("rates matched group by group", panels.COLOURS[0], "o"),
+}
+
+
+def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
+    """Draws best rates, in units of the base's, against depth, width and topology."""
+    layers = table["architecture"].map(lambda text: len(text.split("_")))
+    is_chain = table["architecture"].isin([chain_string(depth) for depth in range(2, 21)])
+    deep, wide = (
+        is_chain & table["width"].isna(),
+        table["study"].isin(["adam", "widths"]) & is_chain,
+    )
+    wide = wide & (deep & (layers == 4) | table["width"].notna())
+    chosen = {
+        "depth of chains, SGD": (deep & (table["study"] == "chains"), layers),
+        "depth of chains, Adam": (deep & (table["study"] == "adam"), layers),
+        "depth of chains, GELU": (deep & (table["study"] == "gelu"), layers),
+        "width of a chain, SGD": (wide & (table["study"] == "widths"), table["width"].fillna(128)),
+        "width of a chain, Adam": (wide & (table["study"] == "adam"), table["width"].fillna(128)),
+        "random graphs, by number": (table["study"] == "dags", None),
+    }
+    figure, drawn = panels.create_panels(len(chosen), 2.1, width=2.7, columns=3, sharey=True)
+    for panel, (title, (rows, sizes)) in zip(drawn, chosen.items(), strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.axhline(1, color="black", lw=0.8)
+        for method, (label, colour, marker) in LOOKS.items():
+            found = table[rows & (table["method"] == method)]
+            across = np.arange(len(found)) + 1 if sizes is None else sizes[found.index].to_numpy()
+            order = np.argsort(across)
+            across, rates = across[order], np.exp(found["nats"].to_numpy()[order])
+            style = {"color": colour, "marker": marker, "ms": 4, "label": label}
+            panel.plot(across, rates, lw=0 if sizes is None else 1.3, **style)
+        if "width" in title:
+            panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+    panels.finish(figure, path, up="best rate / best rate of the base", columns=3)
 
 
 def trial_of(place: Place, study: str, method: str) -> dict[str, Any]:

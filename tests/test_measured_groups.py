@@ -181,6 +181,24 @@ def test_groups_that_do_nothing():
         matched(Mlp(2, 16), Mlp(2, 16), zero_init=("readout",))
 
 
+class BatchNormalized(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width)(x))
+        return nn.Dense(5)(nn.relu(x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_normalization_is_said(train):
+    keywords = {"model_kwargs": {"train": train}}
+    plan = matched(BatchNormalized(16), BatchNormalized(8), **keywords)
+    notes = [one for one in plan.architecture.notes if "batch normalization" in one]
+    assert len(notes) == train
+    assert ("measured rates: outputs of an example" in str(plan)) == train
+
+
 # Layouts.
 
 LAYERS, WIDTH = 3, 16

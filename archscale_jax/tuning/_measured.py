@@ -23,6 +23,11 @@ from archscale_jax.tracing.trace import vertex_features
 
 GROUPS = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
+BATCH_NOTE = (
+    "measured rates: outputs of an example depend on the others of its batch, as under batch "
+    "normalization, where a first update overstates what training does: in deep chains measured "
+    "rates are far too small; compare with learning_rate='rules' (docs/results/learning_rates.md)"
+)
 
 
 class Effects(NamedTuple):
@@ -192,6 +197,32 @@ def measurer(
         )
 
     return measured
+
+
+def examples_interact(network: Measurable) -> bool:
+    """Whether outputs of an example depend on the others of its batch, as batch normalization has.
+
+    Tried on one draw: copies of the first half of the batch in the place of the second.
+    """
+    leaves = [one for one in jax.tree.leaves(network.inputs) if jnp.ndim(one)]
+    size = min((len(one) for one in leaves), default=0)
+    if size < 2:
+        return False
+
+    def copied(leaf: Any) -> Any:
+        whole = jnp.ndim(leaf) and len(leaf) == size
+        return jnp.asarray(leaf)[np.arange(size) % (size // 2)] if whole else leaf
+
+    @jax.jit
+    def outputs(key: jax.Array, inputs: tuple[PyTree, ...]) -> list[jax.Array]:
+        found = jax.tree.leaves(network.apply(network.draw(key), *inputs))
+        return [exact(one[: size // 2]) for one in found if one.ndim and len(one) == size]
+
+    key = jax.random.key(0)
+    before = outputs(key, network.inputs)
+    after = outputs(key, jax.tree.map(copied, network.inputs))
+    moved = jax.tree.map(jnp.subtract, before, after)
+    return bool(before) and bool(_rms(moved) > 1e-2 * _rms(before))
 
 
 def _rms(tree: PyTree) -> jax.Array:
