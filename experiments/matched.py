@@ -63,6 +63,7 @@ _FRESH = [*_chains(6, 14), *_dags(_DAGS[20:22])]
 _WIDE: list[Place] = [(chain_string(4), width) for width in (32, 512)]
 STUDIES = {
     "chains": Study(_chains(2, 4, 7, 10, 14, 20), _chains(5, 12, 16), {}),
+    "deeper": Study(_chains(7, 10, 14, 20), (), {"base": chain_string(4)}),
     "dags": Study(_dags(_DAGS[:5]), _dags(_DAGS[8:12]), {}),
     "widths": Study(
         [(chain_string(4), width) for width in (32, 64, 256, 512)],
@@ -111,9 +112,9 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     """
     of = STUDIES[study]
     places = [*(of.chosen if FLAGS.chosen else ()), *(of.fresh if FLAGS.fresh else ())]
-    base = trial_of((transfer_study.BASE, None), study, "uniform")
+    base = trial_of((of.options.get("base", transfer_study.BASE), None), study, "uniform")
     trials = [base] + [trial_of(one, study, how) for one in places for how in FLAGS.method]
-    records = run_study(trials, search, journal, description=study)
+    records = run_study(trials, search, journal, retry_failed=True, description=study)
     found = {_name(one["trial"]): one["result"] for one in records if "result" in one}
     origin, rows = found[_name(base)], []
     for one in places:
@@ -245,7 +246,8 @@ def search(trial: dict[str, Any]) -> dict[str, Any]:
 def measured(trial: dict[str, Any], network: networks.Network) -> dict[str, float]:
     """Returns the multiplier of every leaf by the trial's rule, from the base of its study."""
     width = 8 if trial["kernel_size"] else 128
-    base = transfer_study.build(trial | {"architecture": transfer_study.BASE, "width": width})
+    architecture = trial.get("base", transfer_study.BASE)
+    base = transfer_study.build(trial | {"architecture": architecture, "width": width})
     images, labels = common.first_batch(network.dataset, trial["batch_size"], 0)
     ours, theirs = (
         Measurable(

@@ -4,7 +4,7 @@
 it was chosen among (docs/results/learning_rates.md):
 
   uncapped   as `matched`, without the cap of the readout's multiplier under SGD
-  no_joint   as `matched`, without the step that matches stem and hidden layers together
+  inner      as `matched`, the readout left as it is
   outputs    every group changes the outputs as in the base
   flerm      every leaf changes the outputs as the base's leaves of its role do, which it shares
              with the other leaves of its role [FLeRM]
@@ -44,11 +44,12 @@ def multipliers(
       draws: how many draws are averaged, in log.
       is_sgd: whether the optimizer is SGD, with momentum or without.
     """
-    if rule in ("matched", "uncapped"):
+    if rule in ("matched", "uncapped", "inner"):
         capped = is_sgd and rule == "matched"
         parts = matched_multipliers(network, base, loss, seeds=draws, cap_readout=capped)
-        return {name: float(part.value) for name, part in parts.items()}
-    of = {"outputs": _outputs, "no_joint": _no_joint, "flerm": _by_leaf, "local": _by_vertex}[rule]
+        left = "readout" if rule == "inner" else ""
+        return {name: 1.0 if one.place == left else one.value for name, one in parts.items()}
+    of = {"outputs": _outputs, "flerm": _by_leaf, "local": _by_vertex}[rule]
     found = [_logs(one, of, loss, draws) for one in (network, base)]
     places = _roles(network) if rule == "flerm" else groups_of(network.architecture)
     values = {place: math.exp(found[1].get(place, 0.0) - found[0][place]) for place in found[0]}
@@ -70,12 +71,6 @@ def _group_rows(network: Measurable) -> list[dict[str, float]]:
 
 def _outputs(network: Measurable, measure: Callable[..., Effects]) -> dict[str, float]:
     return dict(zip(GROUPS, measure(_group_rows(network)).outputs.tolist(), strict=True))
-
-
-def _no_joint(network: Measurable, measure: Callable[..., Effects]) -> dict[str, float]:
-    found = measure(_group_rows(network))
-    last = found.features[:, -1].tolist()
-    return {"stem": last[0], "hidden": last[1], "readout": float(found.outputs[2])}
 
 
 def _roles(network: Measurable) -> dict[str, str]:
