@@ -37,16 +37,9 @@ Place = tuple[str, int | None]
 
 
 class Study(NamedTuple):
-    """Networks of one kind.
+    """Networks of one kind, and what differs from the defaults."""
 
-    Attributes:
-      chosen: those that decided which rule is taken.
-      fresh: those on which no choice was made.
-      options: what differs from the defaults.
-    """
-
-    chosen: Sequence[Place]
-    fresh: Sequence[Place]
+    networks: Sequence[Place]
     options: dict[str, Any]
 
 
@@ -58,33 +51,27 @@ def _dags(texts: Sequence[str]) -> list[Place]:
     return [(text, None) for text in texts]
 
 
+_PILOT = [*_chains(4, 10, 20), *_dags(_DAGS[:2]), *((chain_string(4), n) for n in (32, 512))]
+"""Networks on which the rule was chosen; on all others no choice was made."""
 _MIXED = [*_chains(4, 10), *_dags(_DAGS[:2])]
-_FRESH = [*_chains(6, 14), *_dags(_DAGS[20:22])]
-_WIDE: list[Place] = [(chain_string(4), width) for width in (32, 512)]
 STUDIES = {
-    "chains": Study(_chains(2, 4, 7, 10, 14, 20), _chains(5, 12, 16), {}),
-    "deeper": Study(_chains(7, 10, 14, 20), (), {"base": chain_string(4)}),
-    "dags": Study(_dags(_DAGS[:5]), _dags(_DAGS[8:12]), {}),
-    "widths": Study(
-        [(chain_string(4), width) for width in (32, 64, 256, 512)],
-        [(_DAGS[0], width) for width in (32, 512)],
-        {},
-    ),
-    "gelu": Study(_chains(4, 7, 10), _dags(_DAGS[22:24]), {"activation": "gelu"}),
+    "chains": Study(_chains(2, 4, 7, 10, 14, 20), {}),
+    "deeper": Study(_chains(7, 10, 14, 20), {"base": chain_string(4)}),
+    "dags": Study(_dags(_DAGS[:5]), {}),
+    "widths": Study([(chain_string(4), width) for width in (32, 64, 256, 512)], {}),
+    "gelu": Study(_chains(4, 7, 10), {"activation": "gelu"}),
+    "layer_norm": Study(_MIXED, {"normalization": "layer"}),
+    "batch_norm": Study(_MIXED, {"normalization": "batch"}),
+    "cnns": Study(_dags(_CNNS[:5]), {"kernel_size": 3}),
+    "momentum": Study(_MIXED, {"optimizer": "momentum"}),
     "adam": Study(
-        [*_MIXED, *_chains(20), *_WIDE],
-        [*_FRESH, (_DAGS[0], 32), (_DAGS[0], 512)],
+        [*_chains(4, 6, 10, 14, 20), *_dags([*_DAGS[:2], *_DAGS[20:22]])]
+        + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
-    "momentum": Study(_MIXED, _FRESH, {"optimizer": "momentum"}),
-    "layer_norm": Study(_MIXED, _FRESH, {"normalization": "layer"}),
-    "batch_norm": Study(_MIXED, _FRESH, {"normalization": "batch"}),
-    "cnns": Study(_dags(_CNNS[:5]), _dags(_CNNS[5:8]), {"kernel_size": 3}),
 }
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
 flags.DEFINE_list("method", ["uniform", "matched", "flerm"], "uniform, and rules of matched_rules.")
-flags.DEFINE_bool("chosen", True, "Take the networks that decided which rule is taken.")
-flags.DEFINE_bool("fresh", True, "Take the networks on which no choice was made.")
 flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
@@ -111,13 +98,12 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     that of the network's best rate for all parameters, less 1; `at_best` at the method's best rate.
     """
     of = STUDIES[study]
-    places = [*(of.chosen if FLAGS.chosen else ()), *(of.fresh if FLAGS.fresh else ())]
     base = trial_of((of.options.get("base", transfer_study.BASE), None), study, "uniform")
-    trials = [base] + [trial_of(one, study, how) for one in places for how in FLAGS.method]
+    trials = [base] + [trial_of(one, study, how) for one in of.networks for how in FLAGS.method]
     records = run_study(trials, search, journal, retry_failed=True, description=study)
     found = {_name(one["trial"]): one["result"] for one in records if "result" in one}
     origin, rows = found[_name(base)], []
-    for one in places:
+    for one in of.networks:
         truth = found[_name(trial_of(one, study, "uniform"))]
         best = min(networks.mean_losses(truth).values())
         for method in FLAGS.method:
@@ -127,7 +113,7 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "study": study,
-                    "fresh": one in of.fresh,
+                    "fresh": one not in _PILOT,
                     "architecture": one[0],
                     "width": one[1],
                     "method": method,
@@ -197,8 +183,12 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
             style = {"color": colour, "marker": marker, "ms": 4, "label": label}
             panel.plot(across, rates, lw=0 if sizes is None else 1.3, **style)
         if "width" in title:
-            panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
+            panels.plain_sizes(panel, (32, 64, 128, 256, 512))
+        else:
+            panel.set_xticks(range(1, 6) if sizes is None else (2, 4, 7, 10, 14, 20))
+        panel.set_yscale("log")
+        panel.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+        panel.minorticks_off()
     panels.finish(figure, path, up="best rate / best rate of the base", columns=3)
 
 
