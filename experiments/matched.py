@@ -104,6 +104,8 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     found = {_name(one["trial"]): one["result"] for one in records if "result" in one}
     origin, rows = found[_name(base)], []
     for one in of.networks:
+        layers = one[0].count("2")  # the digit of a layer
+        is_chain = one[0] == chain_string(max(layers, 1))
         truth = found[_name(trial_of(one, study, "uniform"))]
         best = min(networks.mean_losses(truth).values())
         for method in FLAGS.method:
@@ -114,7 +116,8 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
                 {
                     "study": study,
                     "fresh": one not in _PILOT,
-                    "architecture": one[0],
+                    "network": f"chain {layers}" if is_chain else one[0],
+                    "layers": layers,
                     "width": one[1],
                     "method": method,
                     "nats": math.log(result["rate"] / origin["rate"]),
@@ -156,13 +159,9 @@ LOOKS = {
 
 def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
     """Draws best rates, in units of the base's, against depth, width and topology."""
-    layers = table["architecture"].map(lambda text: len(text.split("_")))
-    is_chain = table["architecture"].isin([chain_string(depth) for depth in range(2, 21)])
-    deep, wide = (
-        is_chain & table["width"].isna(),
-        table["study"].isin(["adam", "widths"]) & is_chain,
-    )
-    wide = wide & (deep & (layers == 4) | table["width"].notna())
+    is_chain, layers = table["network"].str.startswith("chain"), table["layers"]
+    deep = is_chain & table["width"].isna()
+    wide = is_chain & (layers == 4)
     chosen = {
         "depth of chains, SGD": (deep & (table["study"] == "chains"), layers),
         "depth of chains, Adam": (deep & (table["study"] == "adam"), layers),
