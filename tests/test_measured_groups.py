@@ -11,6 +11,7 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of, measurer
+from experiments import matched_rules
 from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation
@@ -88,19 +89,23 @@ def test_effects_are_those_of_small_steps(name, optimizer):
         groups, (shapes, tree) = groups_of(plan.architecture), jax.tree.flatten(params)
         names = list(named_leaves(params))
 
-        def outputs(members, step):
+        @jax.jit
+        def outputs(steps):
             moved = [
-                leaf + step * change * (groups[name] in members)
-                for name, leaf, change in zip(names, shapes, jax.tree.leaves(update), strict=True)
+                leaf + step * change
+                for step, leaf, change in zip(steps, shapes, jax.tree.leaves(update), strict=True)
             ]
             params = jax.tree.unflatten(tree, moved)
             features = archscale.vertex_features(plan.apply, params, *inputs)
             return features, plan.apply(params, *inputs)
 
+        values, _ = outputs([0.0] * len(names))
         for row, members in enumerate(rows.values()):
-            (z_up, f_up), (z_down, f_down) = (outputs(members, step) for step in (1e-6, -1e-6))
-            for column, vertex in enumerate(z_up):
-                z = outputs((), 0.0)[0][vertex]
+            (z_up, f_up), (z_down, f_down) = (
+                outputs([step * (groups[name] in members) for name in names])
+                for step in (1e-6, -1e-6)
+            )
+            for column, (vertex, z) in enumerate(values.items()):
                 change = rms((z_up[vertex] - z_down[vertex]) / 2e-6)
                 assert found.features[row, column] == approx(change / rms(z))
                 assert found.spread[row, column] == approx(change / rms(z - np.mean(z, axis=0)))
@@ -192,8 +197,8 @@ class BatchNormalized(nn.Module):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_normalization_is_said(train):
-    keywords = {"model_kwargs": {"train": train}}
-    plan = matched(BatchNormalized(16), BatchNormalized(8), **keywords)
+    models = BatchNormalized(16), BatchNormalized(8)
+    plan = matched(*models, model_kwargs={"train": train})
     notes = [one for one in plan.architecture.notes if "batch normalization" in one]
     assert len(notes) == train
     assert ("measured rates: outputs of an example" in str(plan)) == train
@@ -279,3 +284,31 @@ def sharded_rates(data, model):
 def test_shards():
     found = on_devices(sharded_rates, 4, 2)
     assert found == pytest.approx(sharded_rates(1, 1), rel=1e-3)
+
+
+# The rules of the study.
+
+
+def measurable(depth):
+    plan = planned(Mlp(depth, 16), optimizer="sgd")
+    return Measurable(plan.apply, plan.architecture, plan.init, optax.sgd(1.0), (X,))
+
+
+def test_flerm_shares_what_the_base_does():
+    """Hidden kernels together change the outputs as those of the base, one by one."""
+    network, base = measurable(4), measurable(2)
+    options = {"draws": 1, "is_sgd": True}
+    found = matched_rules.multipliers("flerm", network, base, loss_of, **options)
+    same = matched_rules.multipliers("flerm", base, base, loss_of, **options)
+    assert list(same.values()) == pytest.approx([1.0] * len(same), rel=1e-4)
+    sums = []
+    for one, factors in ((network, found), (base, same)):
+        hidden = [
+            leaf.name
+            for leaf in one.architecture.parameters
+            if leaf.layer == "hidden" and leaf.role == "hidden"
+        ]
+        rows = [{name: factors[name]} for name in hidden]
+        outputs = measurer(one, loss_of)(jax.random.key(0), rows).outputs
+        sums.append(len(hidden) * np.exp(np.mean(np.log(outputs))))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-3)
