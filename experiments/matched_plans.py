@@ -47,9 +47,8 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "residual_mlp": Study("residual_mlp", (2, 64), ((16, 64), (2, 256)), "sgd"),
-    "vit": Study("vit", (2, 32), ((8, 32), (2, 128)), "adamw"),
-    "gpt": Study("gpt", (2, 32), ((8, 32), (2, 128)), "adamw"),
+    "residual_mlp": Study("residual_mlp", (2, 64), ((4, 64), (16, 64), (2, 128), (2, 256)), "sgd"),
+    "vit": Study("vit", (2, 32), ((4, 32), (8, 32), (2, 128)), "adamw"),
     "wide_resnet": Study("wide_resnet", (1, 8), ((4, 8), (1, 32)), "sgd"),
 }
 DECAY = 0.01
@@ -150,24 +149,16 @@ def _name(trial: dict[str, Any]) -> str:
 
 
 def family_of(study: str) -> default_networks.Family:
-    """Returns the family on data that are small enough for a search."""
-    found = default_networks.FAMILIES[STUDIES[study].family]
-    if study == "gpt":
-        return found
+    """Returns the family on images that are small enough for a search."""
     pixels = functools.partial(default_networks._images, "fashion_mnist", 4)
-    return found._replace(data=pixels)
-
-
-def _batch(study: str, seed: int, step: int) -> Any:
-    family = family_of(study)
-    found = family.batches(family.data(), seed, step)
-    return tuple(one[:8, :48] for one in found) if study == "gpt" else found
+    return default_networks.FAMILIES[STUDIES[study].family]._replace(data=pixels)
 
 
 def search(trial: dict[str, Any]) -> dict[str, Any]:
     """Searches the best rate of a size under a method."""
     study, seeds = STUDIES[trial["study"]], range(trial["seeds"])
-    family, example = family_of(trial["study"]), _batch(trial["study"], 1000, 0)
+    family = family_of(trial["study"])
+    example = family.batches(family.data(), 1000, 0)
     module = family.build(trial["depth"], trial["width"])
     base = family.build(*study.base) if (trial["depth"], trial["width"]) != study.base else None
     options: dict[str, Any] = {"optimizer": study.optimizer, "model_kwargs": family.arguments}
@@ -216,7 +207,7 @@ def _trainer(trial: dict[str, Any], family: default_networks.Family, apply, star
         state, losses = make(1.0).init(params), []
         for step in range(steps):
             share = min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
-            batch = _batch(trial["study"], seed, step)
+            batch = family.batches(family.data(), seed, step)
             params, state, loss = update(params, state, batch, rate * share)
             losses.append(loss)
             if step % 25 == 24:
