@@ -2,15 +2,12 @@
 
 Networks of `tests/coordinate_networks.py` are drawn and trained for five updates as their
 parametrization says, through `plan.apply`, over width and over depth. The measure is the change,
-over a fixed batch, of the last vertex of every kind and of the residual stream, relative to its
-size, and of the logits: the largest over the smallest of all sizes. Optimizers: AdamW with decay
-0.1; the same with epsilon ten times the root mean square gradient of the base, at ten times the
-rate, where gradients count and not their signs; Muon. Beside it the standard parametrization: the
-framework's weights, one rate for all.
-
-Over depth a network of two blocks is no small copy of a deep one: at the default share its branches
-bring four fifths of the stream, those of a deep network little, as α = 1 says. What the laws of
-rates do is seen at a small share, so that both are measured. A run that was cut off goes on.
+over a fixed batch, of a vertex of every kind relative to its size, and of the logits: the largest
+over the smallest of all sizes. The vertices are the last of their kind in the base, and those at
+the same share of the depth elsewhere. Optimizers: AdamW with decay 0.1; the same with epsilon ten
+times the root mean square gradient of the base, at ten times the rate, where gradients count and
+not their signs; Muon. Beside it the standard parametrization: the framework's weights, one rate for
+all. A run that was cut off goes on.
 """
 
 import math
@@ -36,15 +33,12 @@ flags.DEFINE_list(
 )  # fmt: skip
 flags.DEFINE_string("workdir", "runs/coordinates", "Folder for results.jsonl.")
 FLAT = 1.3
-_SMALL = {"branch_share": 0.25}
 CASES: dict[str, tuple[str, float, float | None, dict[str, Any] | None]] = {
     # optimizer, rate, epsilon over the base's gradient, options of parametrize or None: standard
     "AdamW": ("adamw", 3e-3, None, {}),
     "AdamW, large ε": ("adamw", 3e-2, 10.0, {}),
+    "AdamW, large ε, as gradients": ("adamw", 3e-2, 10.0, {"epsilon_rule": "gradient"}),
     "Muon": ("muon", 2e-2, None, {}),
-    "AdamW, small share": ("adamw", 3e-3, None, _SMALL),
-    "AdamW, large ε, small share": ("adamw", 3e-2, 10.0, _SMALL | {"epsilon_rule": "gradient"}),
-    "Muon, small share": ("muon", 2e-2, None, _SMALL),
     "AdamW, standard": ("adamw", 3e-3, None, None),
 }
 
@@ -58,7 +52,7 @@ def main() -> None:
     trials = [
         {"network": network, "over": over, "sizes": found, "case": case, "seeds": FLAGS.num_seeds}
         for network in networks for over, found in sizes.items() for case in CASES
-        if over == "depth" or "small" not in case
+        if over == "depth" or "as gradients" not in case  # which differs over depth alone
     ]  # fmt: skip
     workdir = pathlib.Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -83,7 +77,7 @@ def _cell(result: dict[str, Any]) -> str:
 
 
 def measure(trial: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes of the last vertex of every kind that all sizes have, by size."""
+    """Returns the changes of a vertex of every kind that all sizes have, by size."""
     optimizer, rate, epsilon, options = CASES[trial["case"]]
     training = Training(optimizer, rate, 0.1, epsilon, options or {}, options is None)
     fixed = {"depth": 1} if trial["over"] == "width" else {"width": 64}
@@ -97,8 +91,13 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
                 draws = [one.gradient(one.draw(seed), *batch)[1] for seed in seeds]
                 eps = epsilon * _mean([root_mean_square(draw) for draw in draws])
         changes = [one.changes(training, eps, seed) for seed in seeds]
-        last = {kind: vertex for vertex, kind in one.kinds.items()}
-        found.append({k: _mean([change[v] for change in changes]) for k, v in last.items()})
+        chosen = {kind: vertices[-1] for kind, vertices in one.kinds.items()}
+        if trial["over"] == "depth":
+            chosen = {
+                kind: vertices[last_of_base(len(base.kinds.get(kind, vertices)), len(vertices))]
+                for kind, vertices in one.kinds.items()
+            }
+        found.append({k: _mean([change[v] for change in changes]) for k, v in chosen.items()})
     kinds = [kind for kind in found[0] if all(kind in one for one in found)]
     return {
         "changes": {
@@ -106,6 +105,14 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
             for kind in kinds if all(math.isfinite(one[kind]) for one in found)
         }
     }  # fmt: skip
+
+
+def last_of_base(base: int, number: int) -> int:
+    """Which of a number of vertices of a kind is as deep as the last of the base's.
+
+    A vertex of block b of n has b - 1 of n blocks before it, and the stream's last all of them.
+    """
+    return (base - 1) * number // base
 
 
 def _mean(values: list[float]) -> float:

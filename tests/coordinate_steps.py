@@ -143,7 +143,7 @@ class Sized:
         }
 
     @functools.cached_property
-    def kinds(self) -> dict[Any, str]:
+    def kinds(self) -> dict[str, list[Any]]:
         return kinds(self.plan.architecture)
 
 
@@ -157,22 +157,25 @@ def root_mean_square(tree: PyTree) -> float:
     return math.sqrt(sum(np.sum(one**2) for one in leaves) / sum(one.size for one in leaves))
 
 
-def kinds(architecture: archscale.Architecture) -> dict[Any, str]:
-    """Names vertices by the layers that end in them, without the numbers of blocks."""
+def kinds(architecture: archscale.Architecture) -> dict[str, list[Any]]:
+    """Vertices by the layers that end in them, without the numbers of blocks; the stream's end."""
     graph = architecture.graph
     branches = residual_branches(architecture)
-    found: dict[Any, str] = {LOGITS: LOGITS}
+    names: dict[Any, str] = {}
     for vertex in range(int(graph.n_node[0])):
         edges = np.flatnonzero(graph.receivers == vertex)
-        names = sorted({
+        layers = sorted({
             re.sub(r"\d+", "", name.removeprefix("params/").removesuffix("/kernel")).strip("/")
             for edge in edges for name in (architecture.functions or ())[edge].weights
         })  # fmt: skip
-        sources = sorted({found[int(graph.senders[edge])] for edge in edges})
+        sources = sorted({names[int(graph.senders[edge])] for edge in edges})
         if vertex in branches:
-            found[vertex] = STREAM
-        elif names:
-            found[vertex] = " + ".join(names)
+            names[vertex] = STREAM
+        elif layers:
+            names[vertex] = " + ".join(layers)
         else:
-            found[vertex] = f"of ({', '.join(sources)})" if sources else "stem"
-    return found
+            names[vertex] = f"of ({', '.join(sources)})" if sources else "stem"
+    found: dict[str, list[Any]] = {LOGITS: [LOGITS]}
+    for vertex, name in names.items():
+        found.setdefault(name, []).append(vertex)
+    return found | {STREAM: found[STREAM][-1:]} if STREAM in found else found

@@ -1,0 +1,1 @@
+"""Models that others wrote, as pip installs them: `python -m benchmarks.public_models`."""
