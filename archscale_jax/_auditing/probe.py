@@ -1,0 +1,381 @@
+"""What an optax chain does, leaf by leaf, asked by gradients that are chosen for the purpose.
+
+A chain is opaque, so that it is fed. A probe of a leaf that holds matrices is, matrix by matrix,
+
+    g = c·(D₁ + κ·D₂),   D₁ = a₁b₁ᵀ, D₂ = a₂b₂ᵀ orthonormal, c differing between matrices,
+
+and the update u tells the optimizer: SGD gives u ∝ g; Adam entries of one size; an orthogonalized
+update has D₁ and D₂ in equal parts, and nothing else, if its axes are those of the probe. Probes of
+three sizes tell how u grows with g, and epsilon: of size 1, of 10⁻⁴, below any clipping, and of
+10⁻¹², below any epsilon. They are given from the state that the chain itself initializes, at params
+that are 0, so that nothing decays; a gradient of 0 at params of size 1 then shows the decay alone.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax.rules._matrix import Matrix
+
+LARGE, SMALL, TINY = 1.0, 1e-4, 1e-12
+KAPPA = 0.25
+LIMIT = 64
+"""Calls of `update` after which a chain that has not moved anything is given up."""
+
+
+class Chain(NamedTuple):
+    """The functions of an optimizer, compiled.
+
+    Attributes:
+      init: `params` to a state.
+      update: `(gradients, state, params)` to updates and the next state.
+    """
+
+    init: Callable[[PyTree], Any]
+    update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
+
+    def respond(self, gradients: PyTree, params: PyTree, calls: int) -> PyTree:
+        """Returns the last update of several calls with one gradient, from a new state."""
+        return self.follow([gradients] * calls, params)
+
+    def follow(self, gradients: list[PyTree], params: PyTree) -> PyTree:
+        """Returns the last update of calls with these gradients, from a new state."""
+        state, updates = self.init(params), None
+        for one in gradients:
+            updates, state = self.update(one, state, params)
+        return updates
+
+
+class Response(NamedTuple):
+    """What a leaf's update looks like, numbers.
+
+    Attributes:
+      size: root mean square.
+      even: mean of the absolute entries.
+      spread: their standard deviation over it.
+      along: <u, g>/<g, g>, g of size 1.
+      rest: what u has beside its part along g, over its size.
+      first: part of D₁ in u, the mean over matrices.
+      lowest: over matrices, the smallest ratio of the parts of D₂ and D₁.
+      highest: the largest.
+      explained: the smallest part of a matrix's u² that lies in D₁ and D₂.
+    """
+
+    size: float
+    even: float
+    spread: float
+    along: float
+    rest: float
+    first: float
+    lowest: float
+    highest: float
+    explained: float
+
+
+class Decay(NamedTuple):
+    """An update without a gradient, at params W of size 1.
+
+    Attributes:
+      size: root mean square.
+      shrinkage: s where the update is -s·W.
+      rest: what it has beside that, over its size.
+    """
+
+    size: float
+    shrinkage: float
+    rest: float
+
+
+Responses = dict[str, Response]
+
+
+class Answers(NamedTuple):
+    """What a chain does.
+
+    Attributes:
+      first: calls of `update` until something moves; 0 where nothing does within `LIMIT`.
+      period: calls between that update and the next.
+      frozen: names of leaves that do not move when others do.
+      counters: largest and smallest counter in the state after the first update.
+      large: responses to gradients of size 1.
+      small: to gradients of size 10⁻⁴.
+      tiny: to gradients of size 10⁻¹².
+      still: to gradients of 0.
+      between: names of leaves that decay in calls that move nothing.
+      alone: where several calls make an update, responses of size 1 to a gradient in the first of
+        them alone.
+    """
+
+    first: int
+    period: int
+    frozen: frozenset[str] = frozenset()
+    counters: tuple[int, int] = (0, 0)
+    large: Responses = {}
+    small: Responses = {}
+    tiny: Responses = {}
+    still: dict[str, Decay] = {}
+    between: frozenset[str] = frozenset()
+    alone: Responses = {}
+
+
+def compiled(optimizer: Any, gradients: PyTree, params: PyTree, loss: Any = 1.0) -> Chain:
+    """Returns an optimizer as compiled functions.
+
+    Args:
+      optimizer: an optax transformation, or what holds one as `tx`.
+      gradients: a tree like params, arrays or shapes.
+      params: a tree of arrays or shapes.
+      loss: of transformations that take `value`.
+
+    Raises:
+      TypeError: something else.
+    """
+    optimizer = getattr(optimizer, "tx", optimizer)
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer must be an optax transformation, as optax.adamw(1e-3), found {optimizer!r}"
+        )
+
+    def update(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
+        return optimizer.update(gradients, state, params)
+
+    def valued(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
+        return optimizer.update(gradients, state, params, value=jnp.asarray(loss, jnp.float32))
+
+    init = jax.jit(optimizer.init)
+    state = jax.eval_shape(optimizer.init, params)
+    try:
+        jax.eval_shape(update, gradients, state, params)
+    except TypeError as error:
+        if "value" not in str(error):
+            raise
+        update = valued
+    return Chain(init, jax.jit(update))
+
+
+def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
+    """Returns the axes of a probe: those of the leaf's matrices, else all axes to the last."""
+    if matrix is not None:
+        return matrix
+    return Matrix(tuple(range(len(shape) - 1)), (len(shape) - 1,) if shape else ())
+
+
+def ask(chain: Chain, probes: "Probes") -> Answers:
+    """Asks a chain."""
+    zeros, large = probes.zeros(), probes.gradients(LARGE)
+    first, updates, state = _until_moved(chain, large, zeros)
+    if not first:
+        return Answers(0, 0)
+    counters = _counters(state)
+    answers = probes.measured(updates)
+    period, later = _until_moved(chain, large, zeros, state)[:2]
+    again = probes.measured(later)
+    frozen = frozenset(
+        name for name, one in answers.items() if one.size == 0 and again[name].size == 0
+    )
+    found = {
+        size: probes.measured(chain.respond(probes.gradients(size), zeros, first))
+        for size in (SMALL, TINY)
+    }
+    weights = probes.weights()
+    still, between, state = {}, frozenset(), chain.init(weights)
+    for call in range(1, first + 1):
+        updates, state = chain.update(zeros, state, weights)
+        if call in (1, first):
+            still = probes.decays(updates)
+        if call == 1 and period > 1:
+            between = frozenset(name for name, one in still.items() if one.size > 0)
+    alone: Responses = {}
+    if period > 1:
+        sequence = [*[large] * (first - period + 1), *[zeros] * (period - 1)]
+        alone = probes.measured(chain.follow(sequence, zeros))
+    return Answers(
+        first, period, frozen, counters, answers, found[SMALL], found[TINY], still, between, alone
+    )
+
+
+def _until_moved(
+    chain: Chain, gradients: PyTree, params: PyTree, state: Any = None
+) -> tuple[int, PyTree, Any]:
+    """Calls `update` with one gradient until something moves; 0 and the last update if nothing."""
+    state, updates = chain.init(params) if state is None else state, None
+    for call in range(1, LIMIT + 1):
+        updates, state = chain.update(gradients, state, params)
+        if bool(_moves(updates)):
+            return call, updates, state
+    return 0, updates, state
+
+
+@jax.jit
+def _moves(updates: PyTree) -> jax.Array:
+    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates)]))
+
+
+def _counters(state: Any) -> tuple[int, int]:
+    """Largest and smallest of what optax calls `count` in a state."""
+    found = [value for _, value in optax.tree.get_all_with_path(state, "count")]
+    counts = [int(one) for one in found if getattr(one, "shape", None) == ()]
+    return (max(counts), min(counts)) if counts else (0, 0)
+
+
+class Vectors(NamedTuple):
+    """What the probe and the weights of a leaf are products of; axes of size 1 broadcast.
+
+    Attributes:
+      a: a₁ and a₂, along the inputs; a₂ is None where a matrix has but one input or output.
+      b: b₁ and b₂, along the outputs.
+      c: along what tells matrices apart, times the root of a matrix's size.
+      weights: along inputs, outputs and matrices.
+    """
+
+    a: tuple[np.ndarray, np.ndarray | None]
+    b: tuple[np.ndarray, np.ndarray | None]
+    c: np.ndarray
+    weights: tuple[np.ndarray, ...]
+
+    @classmethod
+    def drawn(cls, name: str, shape: tuple[int, ...], matrix: Matrix) -> "Vectors":
+        """Draws them, by the leaf's name alone."""
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        axes = matrix.inputs, matrix.outputs, _others(shape, matrix)
+
+        def entries(part: tuple[int, ...]) -> np.ndarray:
+            kept = [size if axis in part else 1 for axis, size in enumerate(shape)]
+            signs = random.choice([-1.0, 1.0], kept)
+            return (random.uniform(0.5, 1.5, kept) * signs).astype(np.float32)
+
+        pairs = [_orthonormal(entries(part), entries(part)) for part in axes[:2]]
+        inputs, outputs = matrix.sizes(shape)
+        if min(inputs, outputs) == 1:
+            pairs = [(one, None) for one, _ in pairs]
+        times = abs(entries(axes[2])) * np.float32(np.sqrt(inputs * outputs))
+        return cls(*pairs, times, tuple(map(entries, axes)))
+
+    def directions(self) -> tuple[jax.Array, jax.Array | None]:
+        """Returns D₁ and D₂, or None."""
+        first = self.a[0] * jnp.asarray(self.b[0])
+        if self.a[1] is None or self.b[1] is None:
+            return first, None
+        return first, self.a[1] * jnp.asarray(self.b[1])
+
+    def gradient(self) -> jax.Array:
+        """Returns the probe of size 1."""
+        first, second = self.directions()
+        return self.c * (first if second is None else first + KAPPA * second)
+
+    def weight(self) -> jax.Array:
+        """Returns the params at which decay is shown."""
+        one, two, three = self.weights
+        return jnp.asarray(one) * two * three
+
+
+def _others(shape: tuple[int, ...], matrix: Matrix) -> tuple[int, ...]:
+    own = (*matrix.inputs, *matrix.outputs)
+    return tuple(axis for axis in range(len(shape)) if axis not in own)
+
+
+def _orthonormal(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    one = one / np.linalg.norm(one)
+    two = two - np.sum(two * one) * one
+    return one, two / max(float(np.linalg.norm(two)), 1e-30)
+
+
+class Probes:
+    """Gradients and params of chosen size like a tree of params, and what updates look like."""
+
+    def __init__(self, params: PyTree, matrices: Mapping[str, Matrix]) -> None:
+        self._params = params
+        self._vectors = {
+            name: Vectors.drawn(name, leaf.shape, matrices[name])
+            for name, leaf in named_leaves(params).items()
+        }
+        self._axes = tuple(sorted(matrices.items()))
+
+    def gradients(self, size: float) -> PyTree:
+        """Returns probes of this size."""
+        return _made(self._params, self._vectors, size, kind="gradient")
+
+    def weights(self) -> PyTree:
+        """Returns params of size 1."""
+        return _made(self._params, self._vectors, 1.0, kind="weight")
+
+    def zeros(self) -> PyTree:
+        """Returns a tree of zeros."""
+        return _made(self._params, self._vectors, 0.0, kind="weight")
+
+    def measured(self, updates: PyTree) -> Responses:
+        """Returns what updates look like beside a probe of size 1."""
+        found = jax.device_get(_measured(named_leaves(updates), self._vectors, self._axes))
+        return {name: Response(*map(float, row)) for name, row in found.items()}
+
+    def decays(self, updates: PyTree) -> dict[str, Decay]:
+        """Returns what updates look like beside the weights."""
+        found = jax.device_get(_decayed(named_leaves(updates), self._vectors))
+        return {name: Decay(*map(float, row)) for name, row in found.items()}
+
+
+# Vectors are arguments: as constants they would be part of every program.
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _made(params: PyTree, vectors: dict[str, Vectors], size: Any, *, kind: str) -> PyTree:
+    def make(name: str, leaf: jax.Array) -> jax.Array:
+        values = size * getattr(vectors[name], kind)()
+        # The sum lets the compiler place the result as the leaf is.
+        return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
+
+    return map_with_names(make, params)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _measured(
+    updates: dict[str, jax.Array], vectors: dict[str, Vectors], axes: tuple[tuple[str, Matrix], ...]
+) -> dict[str, jax.Array]:
+    return {name: _response(updates[name], vectors[name], matrix) for name, matrix in axes}
+
+
+@jax.jit
+def _decayed(
+    updates: dict[str, jax.Array], vectors: dict[str, Vectors]
+) -> dict[str, jax.Array]:
+    found = {}
+    for name, leaf in updates.items():
+        u = leaf.astype(jnp.float32)
+        weight = vectors[name].weight().reshape(u.shape)
+        shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
+        square = jnp.mean(u**2)
+        rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
+        found[name] = jnp.stack([jnp.sqrt(square), shrinkage, rest])
+    return found
+
+
+def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
+    """The fields of a `Response`."""
+    u = update.astype(jnp.float32)
+    peak = jnp.maximum(jnp.max(jnp.abs(u)), jnp.finfo(jnp.float32).tiny)
+    u = u / peak  # squares of the smallest updates would be 0
+    axes = tuple(sorted((*matrix.inputs, *matrix.outputs)))
+    first, second = vectors.directions()
+    gradient = vectors.gradient().reshape(u.shape)
+    square = jnp.mean(u**2)
+    telling = jnp.abs(gradient) > 0.05 * jnp.sqrt(jnp.mean(gradient**2))
+    count = jnp.sum(telling)
+    entries = jnp.where(telling, jnp.abs(u), 0)
+    even = jnp.sum(entries) / count
+    variance = jnp.sum(jnp.where(telling, (entries - even) ** 2, 0)) / count
+    along = jnp.sum(u * gradient) / jnp.sum(gradient**2)
+    rest = jnp.sqrt(jnp.mean((u - along * gradient) ** 2) / square)
+    part = jnp.sum(u * first, axes)
+    other = jnp.zeros_like(part) if second is None else jnp.sum(u * second, axes)
+    ratio, explained = other / part, (part**2 + other**2) / jnp.sum(u**2, axes)
+    return jnp.stack(
+        [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
+         peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained)]
+    )  # fmt: skip
