@@ -175,9 +175,10 @@ def _found(plan: Parametrization, optimizer: Any, asked: _Found) -> _Found:
     step, features = None, Features({}, {}, {})
     if answers.first:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
-        findings += clipped(chain, probes, answers, kinds, gradient.norm)
         step = step_of(chain, probes, answers, gradient, params)
-        findings += checked_epsilon(step, answers, kinds, gradient)
+        faded = list(checked_epsilon(step, answers, kinds, gradient))
+        # Where epsilon exceeds gradients, Adam is no longer what shows clipping.
+        findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
     try:
         findings += losses.checked_multipliers(plan, loss, params, batch)
         updates = probes.zeros() if step is None else step.updates

@@ -108,7 +108,10 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
             "look for a schedule that stays at 0, set_to_zero, or a mask that holds no leaf",
         )
         return Checked([never], {}, [])
-    kinds = {name: kind_of(answers, name, itemsizes[name]) for name in answers.large}
+    kinds = {
+        name: kind_of(answers, name, itemsizes[name], promises.kinds[name])
+        for name in answers.large
+    }
     findings = [*_motionless(answers), *_uphill(answers), *_calls(answers)]
     named = {one.parameter for one in findings}
     findings += _other_kinds(kinds, promises, named)
@@ -116,11 +119,12 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
         name: kind for name, kind in kinds.items()
         if kind == promises.kinds[name] and name not in named
     }  # fmt: skip
-    rates, epsilons = {}, {}
+    rates, epsilons, of_adam = {}, {}, 0.0
     for kind in (Kind.SGD, Kind.ADAM, Kind.MUON):
         names = [name for name, own in rated.items() if own == kind]
         found = {name: rate_of(answers, name, kind) for name in names}
-        judgement, found = _judged_rates(found, promises, kind)
+        judgement, found = _judged_rates(found, promises, kind, of_adam)
+        of_adam = judgement.scale if kind == Kind.ADAM and names else of_adam
         epsilon = _judged_epsilons(answers, names, promises) if kind == Kind.ADAM else None
         findings += _wrong_rates(judgement, promises, epsilon)
         rates |= {name: value / judgement.scale for name, value in found.items()}
@@ -263,9 +267,9 @@ _TOLERANCE = {Kind.SGD: 0.05, Kind.ADAM: 0.05, Kind.MUON: 0.15}
 
 
 def _judged_rates(
-    found: Mapping[str, float], promises: Promises, kind: Kind
+    found: Mapping[str, float], promises: Promises, kind: Kind, of_adam: float
 ) -> tuple[Judgement, Mapping[str, float]]:
-    """What is wrong, and the multipliers that were found, up to η."""
+    """What is wrong, and the multipliers that were found, up to η, which is that of Adam or 0."""
     promised = {name: promises.rates[name] for name in found}
     causes = {
         cause: {name: values[name] for name in found} for cause, values in promises.causes.items()
@@ -279,7 +283,11 @@ def _judged_rates(
             name: found[name] / largest[name] / promises.consistent[name] for name in found
         }
         judgement = judged(consistent, promised, {}, _TOLERANCE[kind])
-        if not judgement.wrong:
+        # The default scaling without multipliers can look like it; its spectral norm tells.
+        plain = of_adam and all(
+            0.6 < found[name] / default[name] / of_adam < 1.3 for name in found
+        )
+        if not judgement.wrong and not plain:
             return judgement, consistent
         causes |= {
             "the scale is that of the transposed matrix": {

@@ -27,6 +27,8 @@ def clipped(
       kinds: of its leaves.
       size: root mean square of the gradient on the batch.
     """
+    if not size > 100 * TINY:
+        return []
     names = {kind: [name for name in kinds if kinds[name] == kind] for kind in Kind}
     if names[Kind.SGD]:
         found = probes.measured(chain.respond(probes.gradients(size), probes.zeros(), answers.first))

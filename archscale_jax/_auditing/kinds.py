@@ -2,7 +2,7 @@
 
 import enum
 
-from archscale_jax._auditing.probe import KAPPA, SMALL, Answers, Response
+from archscale_jax._auditing.probe import KAPPA, SMALL, TINY, Answers, Response
 
 
 class Kind(enum.StrEnum):
@@ -21,39 +21,43 @@ _EXACT = {2: 0.02, 4: 2e-3, 8: 2e-3}
 """By bytes of an entry, what rounding may leave."""
 
 
-def kind_of(answers: Answers, name: str, itemsize: int) -> Kind:
+def kind_of(answers: Answers, name: str, itemsize: int, promised: Kind) -> Kind:
     """Returns the kind of a leaf's updates.
 
     Args:
       answers: of the chain.
       name: of the leaf.
       itemsize: bytes of an entry.
+      promised: which kind is meant. Adam with a huge epsilon and SGD whose entries are clipped are
+        the same but for that.
     """
     large, small = answers.large[name], answers.small[name]
     if large.size == 0 and small.size == 0:
         return Kind.NONE
     exact = _EXACT.get(itemsize, 2e-3)
+    # Newton-Schulz raises what rounding has left, by a factor of 500.
+    if _orthogonal(large, 0.95 if itemsize > 2 else 0.4):
+        return Kind.MUON
     if small.rest < exact and _grows(answers.small[name], answers.tiny[name]):
-        return Kind.SGD
+        bounded = large.rest > exact and promised == Kind.ADAM
+        return Kind.ADAM if bounded else Kind.SGD
     if large.spread < 0.1 + exact:
         return Kind.ADAM
-    if _orthogonal(large):
-        return Kind.MUON
     if small.rest < exact:
         return Kind.NORMALIZED
-    if large.size < 30 * small.size and large.explained < 0.98:
+    if large.size < 30 * small.size and large.explained < 0.98 and itemsize > 2:
         return Kind.OTHER_AXES
     return Kind.UNKNOWN
 
 
 def _grows(small: Response, tiny: Response) -> bool:
-    """Whether a gradient of 10⁻⁴ moves a leaf 10⁸ times as far as one of 10⁻¹²."""
-    return tiny.size > 0 and abs(small.size / tiny.size / 1e8 - 1) < 0.05
+    """Whether the update grows as the gradient does."""
+    return tiny.size > 0 and abs(small.size / tiny.size * (TINY / SMALL) - 1) < 0.05
 
 
-def _orthogonal(one: Response) -> bool:
+def _orthogonal(one: Response, explained: float) -> bool:
     """Whether D₁ and D₂ are there in parts that Newton-Schulz leaves, and little else."""
-    return one.explained > 0.95 and one.lowest > 2 * KAPPA and one.highest < 2
+    return one.explained > explained and one.lowest > 2 * KAPPA and one.highest < 2
 
 
 def rate_of(answers: Answers, name: str, kind: Kind) -> float:

@@ -6,8 +6,8 @@ A chain is opaque, so that it is fed. A probe of a leaf that holds matrices is, 
 
 and the update u tells the optimizer: SGD gives u ∝ g; Adam entries of one size; an orthogonalized
 update has D₁ and D₂ in equal parts, and nothing else, if its axes are those of the probe. Probes of
-three sizes tell how u grows with g, and epsilon: of size 1, of 10⁻⁴, below any clipping, and of
-10⁻¹², below any epsilon. They are given from the state that the chain itself initializes, at params
+three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below any clipping,
+and of 10⁻¹², below any epsilon. They are given from the state that the chain itself initializes, at params
 that are 0, so that nothing decays; a gradient of 0 at params of size 1 then shows the decay alone.
 """
 
@@ -24,7 +24,7 @@ import optax
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._matrix import Matrix
 
-LARGE, SMALL, TINY = 1.0, 1e-4, 1e-12
+LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
 KAPPA = 0.25
 LIMIT = 64
 """Calls of `update` after which a chain that has not moved anything is given up."""
@@ -104,12 +104,12 @@ class Answers(NamedTuple):
       period: calls between that update and the next.
       frozen: names of leaves that do not move when others do.
       counters: largest and smallest counter in the state after the first update.
-      large: responses to gradients of size 1.
-      small: to gradients of size 10⁻⁴.
+      large: responses to gradients of size 10³.
+      small: to gradients of size 10⁻⁶.
       tiny: to gradients of size 10⁻¹².
       still: to gradients of 0.
       between: names of leaves that decay in calls that move nothing.
-      alone: where several calls make an update, responses of size 1 to a gradient in the first of
+      alone: where several calls make an update, responses to a large gradient in the first of
         them alone.
     """
 

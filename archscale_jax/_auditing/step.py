@@ -70,7 +70,7 @@ def checked_epsilon(
     largest = max(gradient.sizes.values())
     for name, kind in kinds.items():
         # Gradients of less than 10⁻⁵ of others are rounding, as those of biases of keys are.
-        if kind != Kind.ADAM or gradient.sizes[name] < 1e-5 * largest:
+        if kind != Kind.ADAM or gradient.sizes[name] <= 1e-5 * largest:
             continue
         part = step.even[name] / answers.large[name].even
         if part < 0.5:

@@ -1,0 +1,175 @@
+"""Does the audit find what is wrong, and nothing else? `python -m benchmarks.audit`, an hour.
+
+Every fault of `tests/audit_faults.py` is made in six networks under three optimizers, where it can
+be made, and the audit is asked. A fault is found if the findings of its kind name all leaves that
+are wrong; it is told exactly if they name no other. Set-ups that are right, of the same networks,
+shall give no finding. Cost is measured for a transformer of a million parameters: seconds of the
+audit, compiling included, and the peak of memory over that of a training step, each in a process of
+its own. The journal in `runs` lets a run that was stopped go on.
+"""
+
+import json
+import pathlib
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import archscale_jax as archscale
+from benchmarks import common
+from tests import audit_faults, audit_networks
+
+JOURNAL = pathlib.Path("runs/audit.jsonl")
+COST = {"million": (128, 4, 2000), "tiny": (32, 1, 100)}
+"""Width, layers and tokens of the transformers whose cost is measured."""
+
+
+def main() -> None:
+    names = common.sized(audit_networks.NAMES, ("mlp",))
+    optimizers = common.sized(audit_networks.OPTIMIZERS, ("adamw",))
+    known = {tuple(one["key"]): one for one in _journal()}
+    faults = [
+        known.get(key) or _fault(key)
+        for key in audit_faults.faulty(names, optimizers)
+    ]
+    faults = [one for one in faults if one["made"]]
+    rights = [
+        known.get(("right", key, name, optimizer)) or _right(key, name, optimizer)
+        for key in audit_faults.RIGHT
+        for name in names
+        for optimizer in optimizers
+    ]
+    rights = [one for one in rights if one["made"]]
+    size = common.sized("million", "tiny")
+    cost = {
+        optimizer: {
+            what: common.in_fresh_process(_cost, what, size, optimizer)
+            for what in ("step", "audit")
+        }
+        for optimizer in optimizers
+    }
+    results = {"faults": _by_fault(faults), "right": _by_right(rights), "cost": cost}
+    common.write_results("audit", results)
+    missed = [one["key"] for one in faults if not one["found"]]
+    print(f"{len(faults) - len(missed)} of {len(faults)} found, missed: {missed}")
+    print(f"not told exactly: {[one['key'] for one in faults if one['found'] and not one['exact']]}")
+    print(f"false alarms: {[one['key'] for one in rights if one['findings']]} of {len(rights)}")
+    print(json.dumps(cost, indent=1))
+
+
+def _journal() -> Iterator[dict[str, Any]]:
+    if JOURNAL.exists() and not common.FLAGS.quick:
+        yield from map(json.loads, JOURNAL.read_text().splitlines())
+
+
+def _noted(record: dict[str, Any]) -> dict[str, Any]:
+    if not common.FLAGS.quick:
+        JOURNAL.parent.mkdir(exist_ok=True)
+        with JOURNAL.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
+
+
+def _fault(key: tuple[str, str, str]) -> dict[str, Any]:
+    """One fault; found if all that is wrong is named, exact if nothing else is."""
+    fault = audit_faults.FAULTS[key[0]]
+    made = fault.make(*key[1:])
+    if made is None:
+        return _noted({"key": key, "made": False})
+    setup, wrong = made
+    audit = archscale.audit(*setup)
+    named = {one.parameter for one in audit.findings if one.kind in fault.kinds}
+    others = sorted({one.kind for one in audit.findings if one.kind not in fault.kinds})
+    return _noted(
+        {
+            "key": key,
+            "made": True,
+            "found": wrong <= named,
+            "exact": wrong == named,
+            "wrong": sorted(wrong),
+            "named": sorted(named),
+            "other kinds": others,
+            "seconds": audit.seconds,
+        }
+    )
+
+
+def _right(key: str, name: str, optimizer: str) -> dict[str, Any]:
+    """One right set-up and what is found of it."""
+    full = ("right", key, name, optimizer)
+    setup = audit_faults.RIGHT[key](name, optimizer)
+    if setup is None:
+        return _noted({"key": full, "made": False})
+    audit = archscale.audit(*setup)
+    findings = [[one.kind, one.parameter] for one in audit.findings]
+    return _noted({"key": full, "made": True, "findings": findings, "seconds": audit.seconds})
+
+
+def _by_fault(records: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in records:
+        key, name, optimizer = one["key"]
+        own = found.setdefault(
+            key, {"source": audit_faults.FAULTS[key].source, "made": 0, "found": 0, "exact": 0,
+                  "missed": [], "inexact": []}
+        )  # fmt: skip
+        own["made"] += 1
+        own["found"] += one["found"]
+        own["exact"] += one["exact"]
+        if not one["found"]:
+            own["missed"].append(f"{name}, {optimizer}")
+        elif not one["exact"]:
+            own["inexact"].append(f"{name}, {optimizer}")
+    return found
+
+
+def _by_right(records: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in records:
+        _, key, name, optimizer = one["key"]
+        own = found.setdefault(key, {"made": 0, "false alarms": []})
+        own["made"] += 1
+        if one["findings"]:
+            own["false alarms"].append({f"{name}, {optimizer}": one["findings"]})
+    return found
+
+
+def _cost(what: str, size: str, optimizer: str) -> dict[str, float]:
+    """Seconds, and the growth of the process's peak memory, of a training step or an audit."""
+    width, depth, words = COST[size]
+    plan, loss, batch = _transformer(width, depth, words, optimizer)
+    params = jax.block_until_ready(plan.init(jax.random.key(0)))
+    tx = plan.optimizer(1e-3, 0.1)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if what == "audit":
+        archscale.audit(plan, tx, loss, params, batch, tuned_here=True)
+    else:
+
+        @jax.jit
+        def step(params, state, batch):
+            gradients = jax.grad(loss)(params, batch)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        jax.block_until_ready(step(params, jax.jit(tx.init)(params), batch))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "seconds": time.perf_counter() - start,
+        "megabytes": (after - before) / 1024,
+        "parameters": count,
+    }
+
+
+def _transformer(width: int, depth: int, words: int, optimizer: str) -> tuple[Any, Any, Any]:
+    from tests.gpts import gpt  # noqa: F401
+
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    common.run(main)
