@@ -2,7 +2,7 @@
 
 from archscale_jax import _deprecated, contrib, rules, tuning
 from archscale_jax._architecture import Architecture, Arrangement, Parameter, Role
-from archscale_jax._audit import Audit, audit
+from archscale_jax._audit import Audit, Finding, audit
 from archscale_jax._draw import draw
 from archscale_jax._graph import Operator, Space, build_graph, in_degrees
 from archscale_jax._initialize import initialize
@@ -35,6 +35,7 @@ __all__ = [
     "Architecture",
     "Arrangement",
     "Audit",
+    "Finding",
     "Operator",
     "Parameter",
     "Parametrization",

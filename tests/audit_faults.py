@@ -215,9 +215,11 @@ def _deviating(one: Setup, tx: Any, ratios: Mapping[str, float]) -> Faulty:
     """What is wrong up to a constant in every group of one kind of update, by the majority."""
     wrong = set()
     for group in _groups(one):
-        values = sorted(ratios[name] for name in group)
+        values = sorted(round(ratios[name], 6) for name in group)
         counts = {value: values.count(value) for value in values}
         right = max(counts, key=lambda value: counts[value])
+        if list(counts.values()).count(counts[right]) > 1:  # nobody can tell which are wrong
+            return None
         wrong |= other_than({name: ratios[name] for name in group}, right)
     return (with_optimizer(one, tx), wrong) if wrong else None
 

@@ -123,7 +123,9 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
     for kind in (Kind.SGD, Kind.ADAM, Kind.MUON):
         names = [name for name, own in rated.items() if own == kind]
         found = {name: rate_of(answers, name, kind) for name in names}
-        judgement, found = _judged_rates(found, promises, kind, of_adam)
+        judgement, found = _judged_rates(
+            found, promises, kind, of_adam, min(itemsizes.values(), default=4)
+        )
         of_adam = judgement.scale if kind == Kind.ADAM and names else of_adam
         epsilon = _judged_epsilons(answers, names, promises) if kind == Kind.ADAM else None
         findings += _wrong_rates(judgement, promises, epsilon)
@@ -263,13 +265,16 @@ def _other_kinds(
 
 # Rates.
 
-_TOLERANCE = {Kind.SGD: 0.05, Kind.ADAM: 0.05, Kind.MUON: 0.15}
+_TOLERANCE = 0.05
+_ROUNDED = 0.15
+"""What Newton-Schulz leaves in half precision."""
 
 
 def _judged_rates(
-    found: Mapping[str, float], promises: Promises, kind: Kind, of_adam: float
+    found: Mapping[str, float], promises: Promises, kind: Kind, of_adam: float, itemsize: int
 ) -> tuple[Judgement, Mapping[str, float]]:
     """What is wrong, and the multipliers that were found, up to η, which is that of Adam or 0."""
+    tolerance = _ROUNDED if kind == Kind.MUON and itemsize < 4 else _TOLERANCE
     promised = {name: promises.rates[name] for name in found}
     causes = {
         cause: {name: values[name] for name in found} for cause, values in promises.causes.items()
@@ -282,7 +287,7 @@ def _judged_rates(
         consistent = {
             name: found[name] / largest[name] / promises.consistent[name] for name in found
         }
-        judgement = judged(consistent, promised, {}, _TOLERANCE[kind])
+        judgement = judged(consistent, promised, {}, tolerance)
         # The default scaling without multipliers can look like it; its spectral norm tells.
         plain = of_adam and all(
             0.6 < found[name] / default[name] / of_adam < 1.3 for name in found
@@ -301,7 +306,7 @@ def _judged_rates(
             },
         }
         found = {name: value / default[name] for name, value in found.items()}
-    return judged(found, promised, causes, _TOLERANCE[kind]), found
+    return judged(found, promised, causes, tolerance), found
 
 
 def _default(inputs: int, outputs: int) -> float:

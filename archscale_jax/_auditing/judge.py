@@ -47,7 +47,7 @@ def judged(
     scale = _common(found, promised, tolerance)
     if scale is not None:
         return Judgement({}, None, scale)
-    for cause, applied in causes.items():
+    for cause, applied in sorted(causes.items(), key=lambda item: _spread(found, item[1])):
         scale = _common(found, applied, tolerance)
         if scale is not None:
             wrong = {
@@ -95,10 +95,15 @@ def causes_of(multipliers: Mapping[str, Explained]) -> dict[str, dict[str, float
 
 def _common(found: Numbers, promised: Numbers, tolerance: float) -> float | None:
     """The constant between them, None where there is none."""
-    logs = [math.log(found[name] / promised[name]) for name in found]
-    if max(logs) - min(logs) > 2 * tolerance:
+    if _spread(found, promised) > 2 * tolerance:
         return None
-    return math.exp(sum(logs) / len(logs))
+    return math.exp(sum(math.log(found[name] / promised[name]) for name in found) / len(found))
+
+
+def _spread(found: Numbers, promised: Numbers) -> float:
+    """Largest over smallest quotient, in log, rounded so that what fits equally well stays."""
+    logs = [math.log(found[name] / promised[name]) for name in found]
+    return round(max(logs) - min(logs), 2)
 
 
 def _most_common(ratios: Numbers, promised: Numbers, tolerance: float) -> float:

@@ -37,7 +37,7 @@ def kind_of(answers: Answers, name: str, itemsize: int, promised: Kind) -> Kind:
     exact = _EXACT.get(itemsize, 2e-3)
     # Newton-Schulz raises what rounding has left, by a factor of 500.
     if _orthogonal(large, 0.95 if itemsize > 2 else 0.4):
-        return Kind.MUON
+        return Kind.MUON if large.uneven < 1.5 else Kind.OTHER_AXES
     if small.rest < exact and _grows(answers.small[name], answers.tiny[name]):
         bounded = large.rest > exact and promised == Kind.ADAM
         return Kind.ADAM if bounded else Kind.SGD

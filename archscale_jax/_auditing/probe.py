@@ -66,6 +66,7 @@ class Response(NamedTuple):
       lowest: over matrices, the smallest ratio of the parts of D₂ and D₁.
       highest: the largest.
       explained: the smallest part of a matrix's u² that lies in D₁ and D₂.
+      uneven: over matrices, the largest part of D₁ over the smallest, in size.
     """
 
     size: float
@@ -77,6 +78,7 @@ class Response(NamedTuple):
     lowest: float
     highest: float
     explained: float
+    uneven: float
 
 
 class Decay(NamedTuple):
@@ -247,9 +249,13 @@ class Vectors(NamedTuple):
         axes = matrix.inputs, matrix.outputs, _others(shape, matrix)
 
         def entries(part: tuple[int, ...]) -> np.ndarray:
+            """Entries of either sign that differ along every axis, so that no two parts agree."""
             kept = [size if axis in part else 1 for axis, size in enumerate(shape)]
-            signs = random.choice([-1.0, 1.0], kept)
-            return (random.uniform(0.5, 1.5, kept) * signs).astype(np.float32)
+            values = random.choice([-1.0, 1.0], kept)
+            for axis in part:
+                ramp = random.permutation(np.linspace(0.5, 1.5, shape[axis] or 1))
+                values = values * np.expand_dims(ramp, _all_but(axis, len(shape)))
+            return values.astype(np.float32)
 
         pairs = [_orthonormal(entries(part), entries(part)) for part in axes[:2]]
         inputs, outputs = matrix.sizes(shape)
@@ -281,6 +287,10 @@ def _others(shape: tuple[int, ...], matrix: Matrix) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis not in own)
 
 
+def _all_but(axis: int, rank: int) -> tuple[int, ...]:
+    return tuple(other for other in range(rank) if other != axis)
+
+
 def _orthonormal(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     one = one / np.linalg.norm(one)
     two = two - np.sum(two * one) * one
@@ -296,66 +306,64 @@ class Probes:
             name: Vectors.drawn(name, leaf.shape, matrices[name])
             for name, leaf in named_leaves(params).items()
         }
-        self._axes = tuple(sorted(matrices.items()))
+        self._matrices = matrices
 
     def gradients(self, size: float) -> PyTree:
         """Returns probes of this size."""
-        return _made(self._params, self._vectors, size, kind="gradient")
+        return self._made(size, "gradient")
 
     def weights(self) -> PyTree:
         """Returns params of size 1."""
-        return _made(self._params, self._vectors, 1.0, kind="weight")
+        return self._made(1.0, "weight")
 
     def zeros(self) -> PyTree:
         """Returns a tree of zeros."""
-        return _made(self._params, self._vectors, 0.0, kind="weight")
+        return self._made(0.0, "weight")
 
     def measured(self, updates: PyTree) -> Responses:
         """Returns what updates look like beside a probe of size 1."""
-        found = jax.device_get(_measured(named_leaves(updates), self._vectors, self._axes))
-        return {name: Response(*map(float, row)) for name, row in found.items()}
+        found = {
+            name: _response(leaf, self._vectors[name], self._matrices[name])
+            for name, leaf in named_leaves(updates).items()
+        }
+        return {name: Response(*map(float, row)) for name, row in jax.device_get(found).items()}
 
     def decays(self, updates: PyTree) -> dict[str, Decay]:
         """Returns what updates look like beside the weights."""
-        found = jax.device_get(_decayed(named_leaves(updates), self._vectors))
-        return {name: Decay(*map(float, row)) for name, row in found.items()}
+        found = {
+            name: _decayed(leaf, self._vectors[name])
+            for name, leaf in named_leaves(updates).items()
+        }
+        return {name: Decay(*map(float, row)) for name, row in jax.device_get(found).items()}
+
+    def _made(self, size: float, kind: str) -> PyTree:
+        make = lambda name, leaf: _made(leaf, self._vectors[name], size, kind)  # noqa: E731
+        return map_with_names(make, self._params)
 
 
-# Vectors are arguments: as constants they would be part of every program.
+# Programs of one leaf, of which there are fewer shapes than leaves. Vectors are arguments: as
+# constants they would be part of every program.
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _made(params: PyTree, vectors: dict[str, Vectors], size: Any, *, kind: str) -> PyTree:
-    def make(name: str, leaf: jax.Array) -> jax.Array:
-        values = size * getattr(vectors[name], kind)()
-        # The sum lets the compiler place the result as the leaf is.
-        return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
-
-    return map_with_names(make, params)
-
-
-@functools.partial(jax.jit, static_argnames="axes")
-def _measured(
-    updates: dict[str, jax.Array], vectors: dict[str, Vectors], axes: tuple[tuple[str, Matrix], ...]
-) -> dict[str, jax.Array]:
-    return {name: _response(updates[name], vectors[name], matrix) for name, matrix in axes}
+def _made(leaf: jax.Array, vectors: Vectors, size: Any, kind: str) -> jax.Array:
+    values = size * getattr(vectors, kind)()
+    # The sum lets the compiler place the result as the leaf is.
+    return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
 
 
 @jax.jit
-def _decayed(
-    updates: dict[str, jax.Array], vectors: dict[str, Vectors]
-) -> dict[str, jax.Array]:
-    found = {}
-    for name, leaf in updates.items():
-        u = leaf.astype(jnp.float32)
-        weight = vectors[name].weight().reshape(u.shape)
-        shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
-        square = jnp.mean(u**2)
-        rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
-        found[name] = jnp.stack([jnp.sqrt(square), shrinkage, rest])
-    return found
+def _decayed(update: jax.Array, vectors: Vectors) -> jax.Array:
+    """The fields of a `Decay`."""
+    u = update.astype(jnp.float32)
+    weight = vectors.weight().reshape(u.shape)
+    shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
+    square = jnp.mean(u**2)
+    rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
+    return jnp.stack([jnp.sqrt(square), shrinkage, rest])
 
 
+@functools.partial(jax.jit, static_argnames="matrix")
 def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     """The fields of a `Response`."""
     u = update.astype(jnp.float32)
@@ -377,5 +385,6 @@ def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     ratio, explained = other / part, (part**2 + other**2) / jnp.sum(u**2, axes)
     return jnp.stack(
         [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
-         peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained)]
+         peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained),
+         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part))]
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The initial weights, against the standard deviations that the plan promises."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -64,12 +65,12 @@ def measured(plan: Parametrization, params: PyTree) -> dict[str, Start]:
     }
     stacked = {one.name: _stacked(one) for one in plan.architecture.parameters}
 
-    def measure(leaves: dict[str, jax.Array], scales: dict[str, Any]) -> dict[str, jax.Array]:
-        return {
-            name: _start(leaf, scales.get(name), stacked[name]) for name, leaf in leaves.items()
+    found = jax.device_get(
+        {
+            name: _start(leaf, scales.get(name), stacked[name])
+            for name, leaf in named_leaves(params).items()
         }
-
-    found = jax.device_get(jax.jit(measure)(named_leaves(params), scales))
+    )
     return {
         name: Start(*map(float, row[:4]), bool(row[4]), bool(row[5])) for name, row in found.items()
     }
@@ -123,6 +124,7 @@ def _stacked(parameter: Parameter) -> tuple[int, ...]:
     return tuple(sorted({axis for use in parameter.uses for axis, _ in use.slices}))
 
 
+@functools.partial(jax.jit, static_argnames="stacked")
 def _start(leaf: jax.Array, scale: Any, stacked: tuple[int, ...]) -> jax.Array:
     w = leaf.astype(jnp.float32)
     z = w if scale is None else w / scale

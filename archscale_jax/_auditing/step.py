@@ -36,8 +36,8 @@ def step_of(
     """Returns the first update on the gradient of the batch."""
     updates = chain.respond(gradient.leaves, params, answers.first)
     bare = chain.respond(gradient.leaves, probes.zeros(), answers.first)
-    trees = (updates, params, bare, gradient.leaves)
-    found = jax.device_get(_sizes(*map(named_leaves, trees)))
+    trees = [named_leaves(one) for one in (updates, params, bare, gradient.leaves)]
+    found = jax.device_get({name: _sizes(*(tree[name] for tree in trees)) for name in trees[0]})
     rows = {name: list(map(float, row)) for name, row in found.items()}
     return Step(
         updates,
@@ -49,18 +49,12 @@ def step_of(
 
 @jax.jit
 def _sizes(
-    updates: dict[str, jax.Array],
-    params: dict[str, jax.Array],
-    bare: dict[str, jax.Array],
-    gradients: dict[str, jax.Array],
-) -> dict[str, jax.Array]:
-    def sizes(name: str) -> jax.Array:
-        u, w, b = (tree[name].astype(jnp.float32) for tree in (updates, params, bare))
-        has = gradients[name] != 0
-        even = jnp.sum(jnp.where(has, jnp.abs(b), 0)) / jnp.maximum(jnp.sum(has), 1)
-        return jnp.stack([jnp.sqrt(jnp.mean(u**2)), jnp.sqrt(jnp.mean(w**2)), even])
-
-    return {name: sizes(name) for name in updates}
+    update: jax.Array, leaf: jax.Array, bare: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    u, w, b = (one.astype(jnp.float32) for one in (update, leaf, bare))
+    has = gradient != 0
+    even = jnp.sum(jnp.where(has, jnp.abs(b), 0)) / jnp.maximum(jnp.sum(has), 1)
+    return jnp.stack([jnp.sqrt(jnp.mean(u**2)), jnp.sqrt(jnp.mean(w**2)), even])
 
 
 def checked_epsilon(
