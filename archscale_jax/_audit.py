@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from archscale_jax._architecture import Role, check_parameters
 from archscale_jax._auditing import chain as chains
@@ -123,16 +124,17 @@ def audit(
         )
     begun = time.perf_counter()
     arrays, whole = _arrays(params)
+    given, batched = _arrays(batch)
     check_parameters(plan.architecture, arrays, masked=(type(None),))
     findings = [*([] if tuned_here else _without_base(plan)), *weights.dtypes(arrays)]
-    found = _Found(arrays, lambda params, batch: loss_fn(whole(params), batch), batch)
+    found = _Found(arrays, lambda params, batch: loss_fn(whole(params), batched(batch)), given)
     if not any(one.kind == "dtype" for one in findings):
         found = _found(plan, optimizer, found)
     return Audit(
         [*findings, *found.findings],
         _records(plan, found),
         found.features,
-        found.notes,
+        list(found.notes),
         time.perf_counter() - begun,
     )
 
@@ -143,8 +145,8 @@ class _Found(NamedTuple):
     params: PyTree
     loss: Callable[[PyTree, Any], Any]
     batch: Any
-    findings: list[Finding] = []
-    notes: list[str] = []
+    findings: Sequence[Finding] = ()
+    notes: Sequence[str] = ()
     starts: Mapping[str, weights.Start] = {}
     gradient: losses.Gradient | None = None
     leaves: Mapping[str, chains.Leaf] = {}
@@ -157,45 +159,68 @@ def _found(plan: Parametrization, optimizer: Any, asked: _Found) -> _Found:
     params, batch = asked.params, asked.batch
     loss = losses.scalar(asked.loss)
     starts = weights.measured(plan, params)
-    findings = weights.checked(plan, params, starts)
     gradient = losses.gradient_of(loss, params, batch)
-    findings += losses.checked_gradient(loss, params, batch, gradient)
+    findings = [
+        *weights.checked(plan, params, starts),
+        *losses.checked_gradient(loss, params, batch, gradient),
+    ]
+    found = asked._replace(findings=findings, starts=starts, gradient=gradient)
+    found = _with_chain(plan, optimizer, found, gradient)
+    return _with_loss(plan, loss, found, gradient) if gradient.is_finite else found
+
+
+def _with_chain(
+    plan: Parametrization, optimizer: Any, found: _Found, gradient: losses.Gradient
+) -> _Found:
+    """Asks the optimizer, with probes and with the gradient of the batch."""
+    params, leaves = found.params, named_leaves(found.params)
     chain = compiled(optimizer, params, params, gradient.loss)
+    if any(leaf.dtype == jnp.float16 for leaf in leaves.values()):
+        return found._replace(notes=["the optimizer was not asked: float16 does not hold probes"])
     probes = Probes(params, _matrices(plan, params))
     answers = ask(chain, probes)
-    sizes = {name: leaf.dtype.itemsize for name, leaf in named_leaves(params).items()}
+    sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
     checked = chains.checked(answers, chains.Promises.of(plan), sizes)
-    findings, notes = [*findings, *checked.findings], checked.notes
-    found = asked._replace(
-        findings=findings, notes=notes, starts=starts, gradient=gradient, leaves=checked.leaves
-    )
-    if not gradient.is_finite:
-        return found
-    findings += losses.doubled(loss, params, batch, gradient.loss)
-    step, features = None, Features({}, {}, {})
-    if answers.first:
+    findings, step = [*found.findings, *checked.findings], None
+    if answers.first and gradient.is_finite:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
         step = step_of(chain, probes, answers, gradient, params)
         faded = list(checked_epsilon(step, answers, kinds, gradient))
         # Where epsilon exceeds gradients, Adam is no longer what shows clipping.
         findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
+    return found._replace(findings=findings, notes=checked.notes, leaves=checked.leaves, step=step)
+
+
+def _with_loss(
+    plan: Parametrization,
+    loss: Callable[[PyTree, Any], Any],
+    found: _Found,
+    gradient: losses.Gradient,
+) -> _Found:
+    """Reads and evaluates the loss."""
+    params, batch = found.params, found.batch
+    findings = [*found.findings, *losses.doubled(loss, params, batch, gradient.loss)]
+    notes, features = [*found.notes], found.features
     try:
         findings += losses.checked_multipliers(plan, loss, params, batch)
-        updates = probes.zeros() if step is None else step.updates
-        features = features_of(plan, loss, params, batch, updates)
-    except TraceError as error:
+        features = features_of(plan, loss, params, batch, found.step and found.step.updates)
+    except (TraceError, TypeError, ValueError) as error:  # of what the loss calls, too
         notes.append(f"features were not looked at, as the loss cannot be read: {error}")
     if not any(one.kind == "start" for one in findings):
         findings += checked_inputs(features)
-    return found._replace(step=step, features=features)
+    return found._replace(findings=findings, notes=notes, features=features)
 
 
 def _arrays(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Params without what is no array, and a function that puts it back."""
+    """A tree without what is no array, and a function that puts it back."""
     is_array = lambda leaf: hasattr(leaf, "dtype") and hasattr(leaf, "shape")  # noqa: E731
-    if shapes := [one for one in jax.tree.leaves(params) if isinstance(one, jax.ShapeDtypeStruct)]:
-        raise TypeError(f"params hold the shape {shapes[0].shape}; pass arrays, as plan.init gives")
     leaves, tree = jax.tree.flatten(params)
+    for leaf in leaves:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params and batch are arrays, found the shape {leaf.shape}; pass params as "
+                "plan.init gives them"
+            )
     if all(map(is_array, leaves)):
         return params, lambda arrays: arrays
     arrays = jax.tree.unflatten(tree, [one if is_array(one) else None for one in leaves])

@@ -34,18 +34,13 @@ def main() -> None:
     names = common.sized(audit_networks.NAMES, ("mlp",))
     optimizers = common.sized(audit_networks.OPTIMIZERS, ("adamw",))
     known = {tuple(one["key"]): one for one in _journal()}
-    faults = [
-        known.get(key) or _fault(key)
-        for key in audit_faults.faulty(names, optimizers)
-    ]
-    faults = [one for one in faults if one["made"]]
-    rights = [
-        known.get(("right", key, name, optimizer)) or _right(key, name, optimizer)
-        for key in audit_faults.RIGHT
-        for name in names
-        for optimizer in optimizers
-    ]
-    rights = [one for one in rights if one["made"]]
+    faults, rights = [], []
+    for name in names:  # of one network after the other, whose programs are compiled already
+        for key in audit_faults.faulty([name], optimizers):
+            faults.append(known.get(key) or _fault(key))
+        for key in audit_faults.rightly(name, optimizers):
+            rights.append(known.get(("right", *key)) or _right(*key))
+    faults, rights = ([one for one in each if one["made"]] for each in (faults, rights))
     size = common.sized("million", "tiny")
     cost = {
         optimizer: {
@@ -57,9 +52,10 @@ def main() -> None:
     results = {"faults": _by_fault(faults), "right": _by_right(rights), "cost": cost}
     common.write_results("audit", results)
     missed = [one["key"] for one in faults if not one["found"]]
-    print(f"{len(faults) - len(missed)} of {len(faults)} found, missed: {missed}")
-    print(f"not told exactly: {[one['key'] for one in faults if one['found'] and not one['exact']]}")
-    print(f"false alarms: {[one['key'] for one in rights if one['findings']]} of {len(rights)}")
+    inexact = [one["key"] for one in faults if one["found"] and not one["exact"]]
+    alarms = [one["key"] for one in rights if one["findings"]]
+    print(f"faults: {len(faults)}, missed: {missed}, not told exactly: {inexact}")
+    print(f"right: {len(rights)}, false alarms: {alarms}")
     print(json.dumps(cost, indent=1))
 
 

@@ -44,8 +44,8 @@ def run() -> None:
     """Audits and prints."""
     dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)
     if FLAGS.family == "transformer":
-        for flag in ("width", "base_width"):
-            families.check_transformer(dataset, FLAGS[flag].value, f"--{flag}")
+        families.check_transformer(dataset, FLAGS.width, "--width")
+        families.check_transformer(dataset, FLAGS.base_width, "--base_width")
     sizes = (FLAGS.width, FLAGS.depth), (FLAGS.base_width, FLAGS.base_depth)
     network, base = (
         families.create_network(FLAGS.family, dataset, *one, seed=FLAGS.seed, abstract=number > 0)

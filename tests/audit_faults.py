@@ -7,6 +7,7 @@ difference, as multipliers that are all 1.
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import archscale_jax as archscale
 from archscale_jax._auditing.findings import ALL
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._matrix import Matrix, matrix_of
-from tests.audit_networks import KEY, SLOW, Setup, loss_of, network, plan_of, setup
+from tests.audit_networks import KEY, NAMES, SLOW, Setup, loss_of, network, plan_of, setup
 
 RATE, DECAY = 1e-2, 0.1
 Faulty = tuple[Setup, set[str]] | None
@@ -362,10 +363,9 @@ def muon_of_transposed_kernels(name: str, optimizer: str) -> Faulty:
         return None
     one = setup(name, optimizer)
     turned = lambda matrix, rank: MuonDimensionNumbers(matrix.outputs, matrix.inputs)  # noqa: E731
-    sizes = {leaf: own.sizes(one.plan.architecture.shapes[leaf]) for leaf, own in matrices(one).items()}
-    ratios = {
-        leaf: math.sqrt(max(1, i / o) / max(1, o / i)) for leaf, (i, o) in sizes.items()
-    }
+    shapes = one.plan.architecture.shapes
+    sizes = {leaf: own.sizes(shapes[leaf]) for leaf, own in matrices(one).items()}
+    ratios = {leaf: math.sqrt(max(1, i / o) / max(1, o / i)) for leaf, (i, o) in sizes.items()}
     if len({round(value, 3) for value in ratios.values()}) < 2:
         return None
     return _muon_with(one, set(ratios), turned), other_than(ratios)
@@ -498,8 +498,9 @@ def weights_of_the_framework(name: str, optimizer: str) -> Faulty:
     wrong = set()
     for leaf in drawn:
         own = float(1 / math.sqrt(parameters[leaf].fan_in))
-        key = jax.random.fold_in(KEY, len(leaf))
-        found = with_leaf(found, leaf, lambda w, own=own, key=key: own * jax.random.normal(key, w.shape))
+        key = jax.random.fold_in(KEY, zlib.crc32(leaf.encode()))
+        values = own * jax.random.normal(key, parameters[leaf].shape)
+        found = with_leaf(found, leaf, lambda w, values=values: values)
         ratio = own / np.asarray(named_leaves(one.plan.init_std)[leaf])
         if np.max(abs(np.log(ratio))) > 0.15:
             wrong.add(leaf)
@@ -527,15 +528,15 @@ def drawn_where_the_plan_has_zeros(name: str, optimizer: str) -> Faulty:
         return None
     plan = plan_of(name, optimizer, zero_init=("readout",))
     loss = loss_of(name, plan.apply)
-    return Setup(plan, plan.optimizer(RATE, **SLOW.get(optimizer, {})), loss, one.params, one.batch), {
-        readouts[0]
-    }
+    tx = plan.optimizer(RATE, **SLOW.get(optimizer, {}))
+    return Setup(plan, tx, loss, one.params, one.batch), {readouts[0]}
 
 
 @fault("google/flax#3019: biases drawn as PyTorch does", "start")
 def drawn_biases(name: str, optimizer: str) -> Faulty:
     one = setup(name, optimizer)
-    return with_leaf(one, a_bias(one), lambda w: w + jax.random.uniform(KEY, w.shape)), {a_bias(one)}
+    leaf = a_bias(one)
+    return with_leaf(one, leaf, lambda w: w + jax.random.uniform(KEY, w.shape)), {leaf}
 
 
 @fault("google/flax#1107: one key for all layers of a stack", "start")
@@ -755,3 +756,12 @@ def the_base_itself(name: str, optimizer: str) -> Setup:
     return with_optimizer(found, _plain(found))
 
 
+def rightly(name: str, optimizers: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Returns right set-ups of a network: the plain one, and of others those of two networks."""
+    number = NAMES.index(name)
+    return [
+        (key, name, optimizer)
+        for place, key in enumerate(RIGHT)
+        for optimizer in optimizers
+        if key == "plain" or (place + number) % 3 == 0
+    ]

@@ -190,9 +190,9 @@ def _calls(answers: Answers) -> Iterator[Finding]:
         yield Finding(
             "accumulation",
             ALL,
-            f"after one update of {answers.first} batches a counter in the state of the optimizer "
-            f"stands at {answers.counters[0]}, another at {answers.counters[1]}",
-            "counters that count updates",
+            f"after one update of {answers.first} batches the counter of a schedule stands at "
+            f"{answers.counters[0]}, another one at {answers.counters[1]}",
+            "schedules that count updates",
             f"a schedule runs {answers.period} times as fast as updates do",
             "put schedules inside of optax.MultiSteps, and let them count updates",
         )
@@ -244,8 +244,8 @@ def _other_kinds(
         if kind in (promised, Kind.NONE, Kind.UNKNOWN) or name in named:
             continue
         remedy = (
-            "parametrize with optimizer= the one that is used, or use the plan's; what plan.scale() "
-            "multiplies belongs behind this kind of optimizer alone"
+            "parametrize with optimizer= the one that is used, or use the plan's; multipliers of "
+            "plan.scale() belong behind this kind of optimizer alone"
         )
         if Kind.MUON in (kind, promised) or kind == Kind.OTHER_AXES:
             remedy = (
@@ -289,9 +289,7 @@ def _judged_rates(
         }
         judgement = judged(consistent, promised, {}, tolerance)
         # The default scaling without multipliers can look like it; its spectral norm tells.
-        plain = of_adam and all(
-            0.6 < found[name] / default[name] / of_adam < 1.3 for name in found
-        )
+        plain = of_adam and all(0.6 < found[name] / default[name] / of_adam < 1.3 for name in found)
         if not judgement.wrong and not plain:
             return judgement, consistent
         causes |= {
@@ -397,11 +395,15 @@ def _decays(
     answers: Answers, kinds: Mapping[str, Kind], promises: Promises, rates: Mapping[str, float]
 ) -> tuple[list[Finding], dict[str, float]]:
     """Findings, and what η·λ was found."""
-    still = {name: answers.still[name] for name in kinds if answers.still[name].size > 0}
-    if not still:
-        return [], {}
-    findings = [_coupled(name) for name, one in still.items() if one.rest > 0.1]
-    plain = {name: one.shrinkage for name, one in still.items() if one.rest <= 0.1}
+    found = {name: answers.still[name] for name in kinds if answers.still[name].size > 0}
+    plain = {name: one.shrinkage for name, one in found.items() if one.rest <= 0.1}
+    # What passes through the optimizer is as large as its updates; what is less is rounding.
+    through = [
+        name
+        for name, one in found.items()
+        if name not in plain and one.size > 0.01 * answers.large[name].size
+    ]
+    findings = [_coupled(name) for name in through]
     if not plain:
         return findings, {}
     largest = max(map(abs, plain.values()))
@@ -410,7 +412,7 @@ def _decays(
             findings.append(_decaying(name))
     weights = {name: one for name, one in promises.decay.items() if one > 0 and name in kinds}
     for name in weights:
-        if name not in still and any(weights.get(one) for one in plain):
+        if name not in (*plain, *through) and any(weights.get(one) for one in plain):
             findings.append(_undecayed(name))
     found = {name: value for name, value in plain.items() if name in weights and value > 0}
     shrinkage: dict[str, float] = {}
@@ -464,7 +466,7 @@ def _coupled(name: str) -> Finding:
         "the optimizer",
         "decay that is added behind the optimizer",
         "the optimizer divides it by its own size, so that small weights decay as fast as large",
-        "put optax.add_decayed_weights behind scale_by_adam, or pass weight_decay to plan.optimizer",
+        "put optax.add_decayed_weights behind scale_by_adam, or give plan.optimizer weight_decay=",
     )
 
 

@@ -31,10 +31,11 @@ def clipped(
         return []
     names = {kind: [name for name in kinds if kinds[name] == kind] for kind in Kind}
     if names[Kind.SGD]:
-        found = probes.measured(chain.respond(probes.gradients(size), probes.zeros(), answers.first))
+        found = probes.measured(
+            chain.respond(probes.gradients(size), probes.zeros(), answers.first)
+        )
         part = statistics.median(
-            found[name].along / size / (answers.tiny[name].along / TINY)
-            for name in names[Kind.SGD]
+            found[name].along / size / (answers.tiny[name].along / TINY) for name in names[Kind.SGD]
         )
         return [_finding(f"{number(part)} of it passes")] if part < _PART else []
     if names[Kind.ADAM] and _alike(chain, probes, answers, names[Kind.ADAM], size):
@@ -42,9 +43,7 @@ def clipped(
     return []
 
 
-def _alike(
-    chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float
-) -> bool:
+def _alike(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> bool:
     """Whether a gradient of this size moves as one that equals the one before it."""
     zeros = probes.zeros()
 

@@ -38,9 +38,9 @@ def features_of(
     loss_fn: Callable[[PyTree, Any], Any],
     params: PyTree,
     batch: Any,
-    updates: PyTree,
+    updates: PyTree | None,
 ) -> Features:
-    """Returns the features that the loss makes.
+    """Returns the features that the loss makes, and what updates change of them.
 
     Raises:
       TraceError: a loss that cannot be read.
@@ -51,7 +51,7 @@ def features_of(
         return vertex_features(loss_fn, params, batch)
 
     before = evaluate(params, batch)
-    after = evaluate(_moved(params, updates), batch)
+    after = before if updates is None else evaluate(_moved(params, updates), batch)
     found = jax.device_get(_moments(before, after))
     measured = {vertex: float(row[0]) for vertex, row in found.items()}
     changes = {

@@ -56,7 +56,9 @@ def judged(
                 if abs(math.log(applied[name] / promised[name])) > tolerance
             }
             return Judgement(wrong, cause, scale)
-    scale = _most_common({name: found[name] / promised[name] for name in found}, promised, tolerance)
+    scale = _most_common(
+        {name: found[name] / promised[name] for name in found}, promised, tolerance
+    )
     wrong = {
         name: value / scale
         for name, value in found.items()

@@ -35,14 +35,15 @@ def kind_of(answers: Answers, name: str, itemsize: int, promised: Kind) -> Kind:
     if large.size == 0 and small.size == 0:
         return Kind.NONE
     exact = _EXACT.get(itemsize, 2e-3)
+    linear = small.rest < exact and _grows(small, answers.tiny[name])
+    if large.spread < 0.1 + exact and not linear:
+        return Kind.ADAM
     # Newton-Schulz raises what rounding has left, by a factor of 500.
     if _orthogonal(large, 0.95 if itemsize > 2 else 0.4):
         return Kind.MUON if large.uneven < 1.5 else Kind.OTHER_AXES
-    if small.rest < exact and _grows(answers.small[name], answers.tiny[name]):
+    if linear:
         bounded = large.rest > exact and promised == Kind.ADAM
         return Kind.ADAM if bounded else Kind.SGD
-    if large.spread < 0.1 + exact:
-        return Kind.ADAM
     if small.rest < exact:
         return Kind.NORMALIZED
     if large.size < 30 * small.size and large.explained < 0.98 and itemsize > 2:

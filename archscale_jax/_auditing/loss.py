@@ -254,4 +254,3 @@ def spread(gradient: Gradient) -> Mapping[str, float]:
     """Returns sizes of leaves that have more than rounding in their gradient."""
     largest = max(gradient.sizes.values(), default=0.0)
     return {name: size for name, size in gradient.sizes.items() if size > 1e-5 * largest}
-

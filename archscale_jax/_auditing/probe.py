@@ -6,9 +6,10 @@ A chain is opaque, so that it is fed. A probe of a leaf that holds matrices is, 
 
 and the update u tells the optimizer: SGD gives u ∝ g; Adam entries of one size; an orthogonalized
 update has D₁ and D₂ in equal parts, and nothing else, if its axes are those of the probe. Probes of
-three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below any clipping,
-and of 10⁻¹², below any epsilon. They are given from the state that the chain itself initializes, at params
-that are 0, so that nothing decays; a gradient of 0 at params of size 1 then shows the decay alone.
+three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below any
+clipping, and of 10⁻¹², below any epsilon. They are given from the state that the chain itself
+initializes, at params that are 0, so that nothing decays; a gradient of 0 at params of size 1 then
+shows the decay alone.
 """
 
 import functools
@@ -26,7 +27,7 @@ from archscale_jax.rules._matrix import Matrix
 
 LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
 KAPPA = 0.25
-LIMIT = 64
+LIMIT = 256
 """Calls of `update` after which a chain that has not moved anything is given up."""
 
 
@@ -95,7 +96,7 @@ class Decay(NamedTuple):
     rest: float
 
 
-Responses = dict[str, Response]
+Responses = Mapping[str, Response]
 
 
 class Answers(NamedTuple):
@@ -105,7 +106,8 @@ class Answers(NamedTuple):
       first: calls of `update` until something moves; 0 where nothing does within `LIMIT`.
       period: calls between that update and the next.
       frozen: names of leaves that do not move when others do.
-      counters: largest and smallest counter in the state after the first update.
+      counters: the largest counter of a schedule in the state after the first update, and the
+        smallest of anything.
       large: responses to gradients of size 10³.
       small: to gradients of size 10⁻⁶.
       tiny: to gradients of size 10⁻¹².
@@ -119,12 +121,12 @@ class Answers(NamedTuple):
     period: int
     frozen: frozenset[str] = frozenset()
     counters: tuple[int, int] = (0, 0)
-    large: Responses = {}
-    small: Responses = {}
-    tiny: Responses = {}
-    still: dict[str, Decay] = {}
+    large: Mapping[str, Response] = {}
+    small: Mapping[str, Response] = {}
+    tiny: Mapping[str, Response] = {}
+    still: Mapping[str, Decay] = {}
     between: frozenset[str] = frozenset()
-    alone: Responses = {}
+    alone: Mapping[str, Response] = {}
 
 
 def compiled(optimizer: Any, gradients: PyTree, params: PyTree, loss: Any = 1.0) -> Chain:
@@ -221,10 +223,14 @@ def _moves(updates: PyTree) -> jax.Array:
 
 
 def _counters(state: Any) -> tuple[int, int]:
-    """Largest and smallest of what optax calls `count` in a state."""
-    found = [value for _, value in optax.tree.get_all_with_path(state, "count")]
-    counts = [int(one) for one in found if getattr(one, "shape", None) == ()]
-    return (max(counts), min(counts)) if counts else (0, 0)
+    """The largest counter of a schedule in a state, and the smallest counter of anything."""
+    schedules, others = [0], []
+    for path, value in optax.tree.get_all_with_path(state, "count"):
+        if getattr(value, "shape", None) == ():
+            others.append(int(value))
+            if getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState":
+                schedules.append(int(value))
+    return max(schedules), min(others, default=0)
 
 
 class Vectors(NamedTuple):
@@ -257,29 +263,29 @@ class Vectors(NamedTuple):
                 values = values * np.expand_dims(ramp, _all_but(axis, len(shape)))
             return values.astype(np.float32)
 
-        pairs = [_orthonormal(entries(part), entries(part)) for part in axes[:2]]
+        a, b = (_orthonormal(entries(part), entries(part)) for part in axes[:2])
         inputs, outputs = matrix.sizes(shape)
         if min(inputs, outputs) == 1:
-            pairs = [(one, None) for one, _ in pairs]
+            a, b = (a[0], None), (b[0], None)
         times = abs(entries(axes[2])) * np.float32(np.sqrt(inputs * outputs))
-        return cls(*pairs, times, tuple(map(entries, axes)))
+        return cls(a, b, times, tuple(map(entries, axes)))
 
     def directions(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns D₁ and D₂, or None."""
-        first = self.a[0] * jnp.asarray(self.b[0])
+        first = jnp.multiply(self.a[0], self.b[0])
         if self.a[1] is None or self.b[1] is None:
             return first, None
-        return first, self.a[1] * jnp.asarray(self.b[1])
+        return first, jnp.multiply(self.a[1], self.b[1])
 
     def gradient(self) -> jax.Array:
         """Returns the probe of size 1."""
         first, second = self.directions()
-        return self.c * (first if second is None else first + KAPPA * second)
+        return jnp.multiply(self.c, first if second is None else first + KAPPA * second)
 
     def weight(self) -> jax.Array:
         """Returns the params at which decay is shown."""
         one, two, three = self.weights
-        return jnp.asarray(one) * two * three
+        return jnp.multiply(jnp.multiply(one, two), three)
 
 
 def _others(shape: tuple[int, ...], matrix: Matrix) -> tuple[int, ...]:

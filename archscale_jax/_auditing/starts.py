@@ -72,7 +72,8 @@ def measured(plan: Parametrization, params: PyTree) -> dict[str, Start]:
         }
     )
     return {
-        name: Start(*map(float, row[:4]), bool(row[4]), bool(row[5])) for name, row in found.items()
+        name: Start(*(float(one) for one in row[:4]), repeated=bool(row[4]), finite=bool(row[5]))
+        for name, row in found.items()
     }
 
 

@@ -48,9 +48,7 @@ def step_of(
 
 
 @jax.jit
-def _sizes(
-    update: jax.Array, leaf: jax.Array, bare: jax.Array, gradient: jax.Array
-) -> jax.Array:
+def _sizes(update: jax.Array, leaf: jax.Array, bare: jax.Array, gradient: jax.Array) -> jax.Array:
     u, w, b = (one.astype(jnp.float32) for one in (update, leaf, bare))
     has = gradient != 0
     even = jnp.sum(jnp.where(has, jnp.abs(b), 0)) / jnp.maximum(jnp.sum(has), 1)
