@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from archscale_jax._architecture import Role, check_parameters
+from archscale_jax._architecture import Architecture, Role, check_parameters
 from archscale_jax._auditing import chain as chains
 from archscale_jax._auditing import loss as losses
 from archscale_jax._auditing import starts as weights
 from archscale_jax._auditing.clipping import clipped
 from archscale_jax._auditing.features import Features, checked_inputs, features_of
 from archscale_jax._auditing.findings import Finding, html_of, text_of
+from archscale_jax._auditing.guess import guesses
 from archscale_jax._auditing.probe import Probes, ask, compiled, matrix_probe
 from archscale_jax._auditing.step import Step, checked_epsilon, step_of
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._reporting.names import count_text
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.rules._matrix import Matrix, matrix_of
+from archscale_jax.tracing.trace import trace
 from archscale_jax.tracing.values import TraceError
 
 LARGE_WIDTH, LARGE_SIZE = 256, 10**6
@@ -80,7 +82,7 @@ class Audit:
 
 
 def audit(
-    plan: Parametrization,
+    plan: Parametrization | None,
     optimizer: Any,
     loss_fn: Callable[[PyTree, Any], Any],
     params: PyTree,
@@ -103,7 +105,8 @@ def audit(
     these. Params, gradients and state are those of one training step, once more.
 
     Args:
-      plan: what the set-up is compared with.
+      plan: what the set-up is compared with. None: nothing is, and the notes say which
+        parametrization it looks like, the records leaf by leaf.
       optimizer: the whole optax transformation, as it is trained with.
       loss_fn: `(params, batch)` to the scalar loss, or to a tuple that starts with it.
       params: the initial params, arrays.
@@ -116,15 +119,20 @@ def audit(
 
     Raises:
       TypeError: a plan or an optimizer of another type, or params that are not arrays.
+      TraceError: without a plan, a loss that cannot be read.
       ValueError: params that are not those of the plan.
     """
-    if not isinstance(plan, Parametrization):
+    if not (plan is None or isinstance(plan, Parametrization)):
         raise TypeError(
-            f"plan must be what archscale_jax.parametrize returns, found {type(plan).__name__}"
+            "plan must be what archscale_jax.parametrize returns, or None, found "
+            f"{type(plan).__name__}"
         )
     begun = time.perf_counter()
     arrays, whole = _arrays(params)
     given, batched = _arrays(batch)
+    if plan is None:
+        loss = losses.scalar(lambda params, batch: loss_fn(whole(params), batched(batch)))
+        return _guessed(optimizer, loss, arrays, given)
     check_parameters(plan.architecture, arrays, masked=(type(None),))
     findings = [*([] if tuned_here else _without_base(plan)), *weights.dtypes(arrays)]
     found = _Found(arrays, lambda params, batch: loss_fn(whole(params), batched(batch)), given)
@@ -137,6 +145,32 @@ def audit(
         list(found.notes),
         time.perf_counter() - begun,
     )
+
+
+def _guessed(
+    optimizer: Any, loss: Callable[[PyTree, Any], Any], params: PyTree, batch: Any
+) -> Audit:
+    """What a set-up without a plan looks like."""
+    begun, leaves = time.perf_counter(), named_leaves(params)
+    architecture = trace(loss, params, batch)
+    chain = compiled(optimizer, params, params)
+    answers = ask(chain, Probes(params, _matrices(architecture, params)))
+    sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
+    found, whole = guesses(architecture, answers, sizes)
+    records = [
+        {
+            "path": one.name,
+            "role": str(one.role),
+            "shape": one.shape,
+            "kind": str(found[one.name].kind),
+            "learning_rate": found[one.name].rate,
+            "looks_like": found[one.name].looks_like,
+        }
+        for one in architecture.parameters
+        if one.name in found
+    ]
+    notes = [whole, *(f"{one['path']}: {one['looks_like']}" for one in records)]
+    return Audit([], records, Features({}, {}, {}), notes, time.perf_counter() - begun)
 
 
 class _Found(NamedTuple):
@@ -177,7 +211,7 @@ def _with_chain(
     chain = compiled(optimizer, params, params, gradient.loss)
     if any(leaf.dtype == jnp.float16 for leaf in leaves.values()):
         return found._replace(notes=["the optimizer was not asked: float16 does not hold probes"])
-    probes = Probes(params, _matrices(plan, params))
+    probes = Probes(params, _matrices(plan.architecture, params))
     answers = ask(chain, probes)
     sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
     checked = chains.checked(answers, chains.Promises.of(plan), sizes)
@@ -232,10 +266,10 @@ def _arrays(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     return arrays, whole
 
 
-def _matrices(plan: Parametrization, params: PyTree) -> dict[str, Matrix]:
+def _matrices(architecture: Architecture, params: PyTree) -> dict[str, Matrix]:
     """The axes of the probe of every leaf."""
     found = {}
-    for one in plan.architecture.parameters:
+    for one in architecture.parameters:
         matrix = matrix_of(one)
         found[one.name] = matrix_probe(one.shape, matrix if isinstance(matrix, Matrix) else None)
     return {name: found[name] for name in named_leaves(params)}

@@ -164,6 +164,19 @@ def test_multipliers_are_judged_up_to_a_constant():
 # What else it takes and says.
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_without_a_plan_it_says_what_a_set_up_looks_like(optimizer):
+    one = setup("mlp", optimizer)
+    audit = archscale.audit(None, *one[1:])
+    assert not audit.findings
+    assert audit.notes[0].startswith("looks like μP by rates, relative to a base 4 times narrower")
+    looks = {record["path"]: record["looks_like"] for record in audit.records}
+    assert looks["first/w"].startswith("μP: × 0.25")
+    assert looks["stem/w"] == "one rate"
+    plain = archscale.audit(None, getattr(optax, optimizer)(0.1), *one[2:])
+    assert plain.notes[0].startswith("looks like the standard parametrization")
+
+
 def test_a_large_plan_without_a_base_is_asked_about():
     setup, readers = audit_faults.missing_base("mlp", "sgd")  # type: ignore[misc]
     audit = archscale.audit(*setup)
@@ -212,7 +225,7 @@ def test_a_whole_equinox_model_and_frozen_parts_as_none():
 def test_errors_say_what_is_accepted():
     one = setup("mlp", "sgd")
     with pytest.raises(TypeError, match="plan must be what archscale_jax.parametrize returns"):
-        archscale.audit(None, *one[1:])  # type: ignore[arg-type]
+        archscale.audit(one.plan.architecture, *one[1:])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be an optax transformation"):
         archscale.audit(one.plan, 0.1, *one[2:])
     with pytest.raises(TypeError, match="params and batch are arrays"):
@@ -227,3 +240,14 @@ def test_sharded_params():
     mesh = jax.make_mesh((1,), ("data",))
     placed = NamedSharding(mesh, PartitionSpec())
     archscale.audit(*one._replace(params=jax.device_put(one.params, placed))).assert_ok()
+
+
+def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_path, run_again):
+    flags = ("--width=16", "--base_width=8", "--depth=1", "--batch_size=8")
+    done = run_again("audit", tmp_path / "right", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "no findings" in done.stdout
+    done = run_again("audit", tmp_path / "wrong", *flags, "--setup=standard")
+    assert done.returncode == 2
+    assert "as if no multiplier is applied" in done.stdout
+    assert "readout/kernel" in (tmp_path / "wrong" / "table.md").read_text()
