@@ -195,6 +195,7 @@ def _found(plan: Parametrization, optimizer: Any, asked: _Found) -> _Found:
     starts = weights.measured(plan, params)
     gradient = losses.gradient_of(loss, params, batch)
     findings = [
+        *weights.mixed_dtypes(plan, params),
         *weights.checked(plan, params, starts),
         *losses.checked_gradient(loss, params, batch, gradient),
     ]

@@ -20,6 +20,8 @@ from archscale_jax._auditing.kinds import Kind, kind_of, rate_of
 from archscale_jax._auditing.probe import Probes, Vectors, ask, compiled, matrix_probe
 from archscale_jax.rules._matrix import Matrix
 from archscale_jax.rules._registry import Explained, Part
+from archscale_jax.tracing.constants import constants_behind
+from experiments.lab import files
 from tests import audit_faults
 from tests.audit_networks import drawn, loss_of, network, plan_of, setup
 
@@ -137,6 +139,20 @@ def test_probes_are_of_rank_two_in_every_matrix():
     np.testing.assert_allclose(values[:, 1] / values[:, 0], 0.25, rtol=1e-4)
 
 
+def test_constants_behind_a_layer():
+    def apply(params, x):
+        y = 3 * jax.nn.relu(x @ params["up"])
+        return (y @ params["down"]).reshape(-1, 5) / 4
+
+    def loss(params, x):
+        return jnp.mean(jax.nn.logsumexp(0.5 * apply(params, x), -1)) / 7
+
+    params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 5))}
+    for function, expected in ((apply, 0.25), (loss, 0.125)):
+        found = constants_behind(function, params, (jnp.ones((2, 4)),), ("down", "up"))
+        assert found == {"down": {expected}, "up": {1.0}}
+
+
 def test_multipliers_are_judged_up_to_a_constant():
     promised = {"a": 1.0, "b": 0.25, "c": 0.5, "d": 0.125}
     explained = {
@@ -243,11 +259,9 @@ def test_sharded_params():
 
 
 def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_path, run_again):
-    flags = ("--width=16", "--base_width=8", "--depth=1", "--batch_size=8")
-    done = run_again("audit", tmp_path / "right", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "no findings" in done.stdout
-    done = run_again("audit", tmp_path / "wrong", *flags, "--setup=standard")
-    assert done.returncode == 2
+    flags = ("--width=16", "--base_width=8", "--depth=1", "--batch_size=8", "--setup=standard")
+    done = run_again("audit", tmp_path, *flags)
+    assert done.returncode == 2, done.stderr
     assert "as if no multiplier is applied" in done.stdout
-    assert "readout/kernel" in (tmp_path / "wrong" / "table.md").read_text()
+    assert "readout/kernel" in (tmp_path / "table.md").read_text()
+    assert len(files.read_records(tmp_path / "results.jsonl")) == 6

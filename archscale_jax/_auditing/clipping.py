@@ -31,28 +31,27 @@ def clipped(
         return []
     names = {kind: [name for name in kinds if kinds[name] == kind] for kind in Kind}
     if names[Kind.SGD]:
-        found = probes.measured(
-            chain.respond(probes.gradients(size), probes.zeros(), answers.first)
-        )
-        part = statistics.median(
-            found[name].along / size / (answers.tiny[name].along / TINY) for name in names[Kind.SGD]
-        )
-        return [_finding(f"{number(part)} of it passes")] if part < _PART else []
+        part = _part(chain, probes, answers, names[Kind.SGD], size)
+        return [_finding(f"{number(part)} passes")] if part < _PART else []
     if names[Kind.ADAM] and _alike(chain, probes, answers, names[Kind.ADAM], size):
         return [_finding("it passes as one that is ten times as small does")]
     return []
 
 
+def _part(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> float:
+    """What part of a gradient of this size passes, next to one that nothing clips."""
+    move = _along(chain, probes, [size] * answers.first, names)
+    return statistics.median(
+        move[name] / size / (answers.tiny[name].along / TINY) for name in names
+    )
+
+
 def _alike(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> bool:
     """Whether a gradient of this size moves as one that equals the one before it."""
-    zeros = probes.zeros()
 
     def second(one: float, other: float) -> float:
-        calls = answers.first, answers.period
-        sizes = [one] * calls[0] + [other] * calls[1]
-        trees = {each: probes.gradients(each) for each in {one, other}}
-        found = probes.measured(chain.follow([trees[each] for each in sizes], zeros))
-        return statistics.median(found[name].even for name in names)
+        sizes = [one] * answers.first + [other] * answers.period
+        return statistics.median(map(abs, _along(chain, probes, sizes, names).values()))
 
     below = 1e-5
     if size < 10 * below:
@@ -61,6 +60,20 @@ def _alike(chain: Chain, probes: Probes, answers: Answers, names: list[str], siz
     if abs(tenfold / equal - 1) < 0.05:
         return False
     return (second(size / 10, size) - tenfold) / (equal - tenfold) > 0.9
+
+
+def _along(chain: Chain, probes: Probes, sizes: list[float], names: list[str]) -> dict[str, float]:
+    """How far probes of these sizes, one after the other, move leaves along the probe.
+
+    At params of size 1, as clipping may be relative to them; what decays is taken off.
+    """
+    weights, zeros = probes.weights(), probes.zeros()
+    trees = {size: probes.gradients(size) for size in set(sizes)}
+    moved, still = (
+        probes.measured(chain.follow(gradients, weights))
+        for gradients in ([trees[size] for size in sizes], [zeros] * len(sizes))
+    )
+    return {name: moved[name].along - still[name].along for name in names}
 
 
 def _finding(found: str) -> Finding:

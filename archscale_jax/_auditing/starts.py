@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from archscale_jax._architecture import Parameter
+from archscale_jax._architecture import Parameter, Role
 from archscale_jax._auditing.findings import Finding, number
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._trees import PyTree, named_leaves
@@ -51,6 +51,34 @@ def dtypes(params: PyTree) -> list[Finding]:
         )
         for name, leaf in named_leaves(params).items()
         if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+
+
+def mixed_dtypes(plan: Parametrization, params: PyTree) -> list[Finding]:
+    """Findings on hidden weights of another dtype than most, where those of the model have one."""
+    own, leaves = named_leaves(plan._model.params), named_leaves(params)
+    names = [
+        one.name
+        for one in plan.architecture.parameters
+        if one.role == Role.HIDDEN and one.name in leaves and not any(use.gates for use in one.uses)
+    ]
+    found = {name: str(leaves[name].dtype) for name in names}
+    if len(names) < 3 or len({str(own[name].dtype) for name in names}) > 1:
+        return []
+    usual = max(found.values(), key=list(found.values()).count)
+    others = [name for name in names if found[name] != usual]
+    if len(others) * 3 > len(names):
+        return []
+    return [
+        Finding(
+            "dtype",
+            name,
+            f"dtype {found[name]}",
+            f"{usual}, as other hidden weights",
+            "its updates are rounded otherwise, and products take the wider dtype",
+            "cast all of them, or none",
+        )
+        for name in others
     ]
 
 
