@@ -18,6 +18,7 @@ from archscale_jax._auditing.features import Features, checked_inputs, features_
 from archscale_jax._auditing.findings import Finding, html_of, text_of
 from archscale_jax._auditing.guess import guesses
 from archscale_jax._auditing.probe import Probes, ask, compiled, matrix_probe
+from archscale_jax._auditing.promises import Promises
 from archscale_jax._auditing.step import Step, checked_epsilon, step_of
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._reporting.names import count_text
@@ -215,7 +216,7 @@ def _with_chain(
     probes = Probes(params, _matrices(plan.architecture, params))
     answers = ask(chain, probes)
     sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
-    checked = chains.checked(answers, chains.Promises.of(plan), sizes)
+    checked = chains.checked(answers, Promises.of(plan), sizes)
     findings, step = [*found.findings, *checked.findings], None
     if answers.first and gradient.is_finite:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
@@ -301,7 +302,7 @@ def _without_base(plan: Parametrization) -> Iterator[Finding]:
 
 
 def _records(plan: Parametrization, found: _Found) -> list[dict[str, Any]]:
-    promises, names = chains.Promises.of(plan), named_leaves(found.params)
+    promises, names = Promises.of(plan), named_leaves(found.params)
     records = []
     for one in plan.architecture.parameters:
         name = one.name

@@ -1,63 +1,19 @@
 """What an optimizer does to every leaf, against what the plan promises."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from archscale_jax._auditing.decay import decays
 from archscale_jax._auditing.findings import ALL, Finding, number
-from archscale_jax._auditing.judge import Judgement, causes_of, judged
 from archscale_jax._auditing.kinds import Kind, kind_of, rate_of
-from archscale_jax._auditing.probe import LIMIT, TINY, Answers
-from archscale_jax._parametrize import Parametrization
-from archscale_jax.rules._matrix import Matrix, matrix_of
-from archscale_jax.rules._optimizer import OPTIMIZERS
-
-BEHIND = "take plan.optimizer(…), or put plan.scale() behind the optimizer, once"
-
-
-class Promises(NamedTuple):
-    """What a plan promises of its optimizer, by name of leaf.
-
-    Attributes:
-      kinds: what the optimizer makes of gradients.
-      rates: multipliers of the learning rate.
-      decay: η·λ over the base's.
-      epsilon: multipliers of epsilon.
-      sizes: of Muon's leaves, inputs and outputs of a matrix.
-      causes: what else may be applied instead of the rates.
-      consistent: by what the rates of Muon's leaves are multiplied under `consistent_rms`.
-    """
-
-    kinds: dict[str, Kind]
-    rates: dict[str, float]
-    decay: dict[str, float]
-    epsilon: dict[str, float]
-    sizes: dict[str, tuple[int, int]]
-    causes: dict[str, dict[str, float]]
-    consistent: dict[str, float]
-
-    @classmethod
-    def of(cls, plan: Parametrization) -> "Promises":
-        """Reads a plan."""
-        found = plan._hyperparameters
-        rates = {name: one.value for name, one in found.rates.items()}
-        kinds, sizes = {}, {}
-        optimizer = OPTIMIZERS[plan.optimizer_name]
-        for one in plan.architecture.parameters:
-            kinds[one.name] = Kind.SGD if optimizer == "sgd" else Kind.ADAM
-            matrix = matrix_of(one) if optimizer == "muon" else ""
-            if isinstance(matrix, Matrix):
-                kinds[one.name] = Kind.MUON
-                sizes[one.name] = matrix.sizes(one.shape)
-        return cls(
-            kinds,
-            rates,
-            {name: rates[name] * one.value for name, one in found.decay.items()},
-            {name: one.value for name, one in found.epsilon.items()},
-            sizes,
-            causes_of(found.rates),
-            plan._rms_multipliers() if optimizer == "muon" else {},
-        )
+from archscale_jax._auditing.probe import LIMIT, Answers
+from archscale_jax._auditing.promises import Promises
+from archscale_jax._auditing.rates import (
+    judged_epsilons,
+    judged_rates,
+    wrong_epsilons,
+    wrong_rates,
+)
 
 
 class Leaf(NamedTuple):
@@ -123,18 +79,18 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
     for kind in (Kind.SGD, Kind.ADAM, Kind.MUON):
         names = [name for name, own in rated.items() if own == kind]
         found = {name: rate_of(answers, name, kind) for name in names}
-        judgement, found = _judged_rates(
+        judgement, found = judged_rates(
             found, promises, kind, of_adam, min(itemsizes.values(), default=4)
         )
         of_adam = judgement.scale if kind == Kind.ADAM and names else of_adam
-        epsilon = _judged_epsilons(answers, names, promises) if kind == Kind.ADAM else None
-        findings += _wrong_rates(judgement, promises, epsilon)
+        epsilon = judged_epsilons(answers, names, promises) if kind == Kind.ADAM else None
+        findings += wrong_rates(judgement, promises, epsilon)
         rates |= {name: value / judgement.scale for name, value in found.items()}
         if epsilon is not None:
-            findings += _wrong_epsilons(epsilon, promises, judgement)
+            findings += wrong_epsilons(epsilon, promises, judgement)
             epsilons = epsilon.found
-    decays, shrinkage = _decays(answers, rated, promises, rates)
-    findings += decays
+    faults, shrinkage = decays(answers, rated, promises, rates)
+    findings += faults
     leaves = {
         name: Leaf(kind, rates.get(name), shrinkage.get(name), epsilons.get(name))
         for name, kind in kinds.items()
@@ -261,232 +217,3 @@ def _other_kinds(
             _CONSEQUENCES[kind],
             remedy,
         )
-
-
-# Rates.
-
-_TOLERANCE = 0.05
-_ROUNDED = 0.15
-"""What Newton-Schulz leaves in half precision."""
-
-
-def _judged_rates(
-    found: Mapping[str, float], promises: Promises, kind: Kind, of_adam: float, itemsize: int
-) -> tuple[Judgement, Mapping[str, float]]:
-    """What is wrong, and the multipliers that were found, up to η, which is that of Adam or 0."""
-    tolerance = _ROUNDED if kind == Kind.MUON and itemsize < 4 else _TOLERANCE
-    promised = {name: promises.rates[name] for name in found}
-    causes = {
-        cause: {name: values[name] for name in found} for cause, values in promises.causes.items()
-    }
-    if kind == Kind.MUON:
-        default, turned, largest = (
-            {name: shape(*promises.sizes[name]) for name in found}
-            for shape in (_default, lambda i, o: _default(o, i), lambda i, o: math.sqrt(max(i, o)))
-        )
-        consistent = {
-            name: found[name] / largest[name] / promises.consistent[name] for name in found
-        }
-        judgement = judged(consistent, promised, {}, tolerance)
-        # The default scaling without multipliers can look like it; its spectral norm tells.
-        plain = of_adam and all(0.6 < found[name] / default[name] / of_adam < 1.3 for name in found)
-        if not judgement.wrong and not plain:
-            return judgement, consistent
-        causes |= {
-            "the scale is that of the transposed matrix": {
-                name: promised[name] * turned[name] / default[name] for name in found
-            },
-            "consistent_rms scales by √max(inputs, outputs), which the multipliers are not for": {
-                name: promised[name] * largest[name] / default[name] for name in found
-            },
-            "updates are not scaled by the shape": {
-                name: promised[name] / default[name] for name in found
-            },
-        }
-        found = {name: value / default[name] for name, value in found.items()}
-    return judged(found, promised, causes, tolerance), found
-
-
-def _default(inputs: int, outputs: int) -> float:
-    return math.sqrt(max(1.0, outputs / inputs))
-
-
-def _wrong_rates(
-    judgement: Judgement, promises: Promises, epsilon: "Epsilons | None"
-) -> Iterator[Finding]:
-    in_front = judgement.cause == "no multiplier is applied" and epsilon and epsilon.in_front
-    cause = "the multipliers stand in front of Adam" if in_front else judgement.cause
-    for name, value in judgement.wrong.items():
-        promised = promises.rates[name]
-        why = f", as if {cause}" if cause else ", other leaves being right"
-        remedy = BEHIND
-        if in_front:
-            remedy = "put the multipliers behind Adam, which divides by the size of the gradient: "
-            remedy += BEHIND
-        elif cause and "transposed" in cause:
-            remedy = "give optax the axes: archscale_jax.muon_dimension_numbers"
-        yield Finding(
-            "rate",
-            name,
-            f"learning rate × {number(value)}{why}",
-            f"× {number(promised)}",
-            f"it moves {number(value / promised)} times as far as on the base, relative to the "
-            "other leaves: the rate that was tuned there is not this network's",
-            remedy,
-        )
-
-
-# Epsilon.
-
-
-class Epsilons(NamedTuple):
-    """Multipliers of epsilon.
-
-    Attributes:
-      found: by name, up to the base's value.
-      wrong: those that deviate.
-      in_front: whether they are what multipliers of the rate in front of Adam make.
-    """
-
-    found: dict[str, float]
-    wrong: dict[str, float]
-    in_front: bool
-
-
-def _judged_epsilons(answers: Answers, names: list[str], promises: Promises) -> Epsilons:
-    values = {}
-    for name in names:
-        tiny, large = answers.tiny[name], answers.large[name]
-        if 0 < tiny.even < 0.2 * large.even:
-            values[name] = -TINY * large.even / tiny.along if tiny.along else math.inf
-    values = {name: value for name, value in values.items() if 0 < value < math.inf}
-    promised = {name: promises.epsilon[name] for name in values}
-    causes = {
-        "none": dict.fromkeys(values, 1.0),
-        "in front": {name: 1 / promises.rates[name] for name in values},
-        "in front, both": {name: promised[name] / promises.rates[name] for name in values},
-    }
-    found = judged(values, promised, causes, 0.3)
-    wrong = {} if found.cause else found.wrong
-    front = found.cause in ("in front", "in front, both")
-    return Epsilons({name: one / found.scale for name, one in values.items()}, wrong, front)
-
-
-def _wrong_epsilons(
-    epsilons: Epsilons, promises: Promises, judgement: Judgement
-) -> Iterator[Finding]:
-    for name, value in epsilons.wrong.items():
-        if name in judgement.wrong:
-            continue  # what is in front of Adam is that leaf's fault already
-        yield Finding(
-            "epsilon",
-            name,
-            f"epsilon × {number(value)}, other leaves being right",
-            f"× {number(promises.epsilon[name])}",
-            "its updates fade at gradients of another size than those of the base",
-            "take plan.optimizer, which divides the gradient by the multiplier in front of Adam",
-        )
-
-
-# Decay.
-
-
-def _decays(
-    answers: Answers, kinds: Mapping[str, Kind], promises: Promises, rates: Mapping[str, float]
-) -> tuple[list[Finding], dict[str, float]]:
-    """Findings, and what η·λ was found."""
-    found = {name: answers.still[name] for name in kinds if answers.still[name].size > 0}
-    plain = {name: one.shrinkage for name, one in found.items() if one.rest <= 0.1}
-    # What passes through the optimizer is as large as its updates; what is less is rounding.
-    through = [
-        name
-        for name, one in found.items()
-        if name not in plain and one.size > 0.01 * answers.large[name].size
-    ]
-    findings = [_coupled(name) for name in through]
-    if not plain:
-        return findings, {}
-    largest = max(map(abs, plain.values()))
-    for name, value in plain.items():
-        if promises.decay[name] == 0 and abs(value) > 1e-3 * largest:
-            findings.append(_decaying(name))
-    weights = {name: one for name, one in promises.decay.items() if one > 0 and name in kinds}
-    for name in weights:
-        if name not in (*plain, *through) and any(weights.get(one) for one in plain):
-            findings.append(_undecayed(name))
-    found = {name: value for name, value in plain.items() if name in weights and value > 0}
-    shrinkage: dict[str, float] = {}
-    for group in ({Kind.MUON}, {Kind.SGD, Kind.ADAM}):
-        own = {name: value for name, value in found.items() if kinds[name] in group}
-        judgement = judged(own, weights, _decay_causes(own, promises), 0.05)
-        shrinkage |= {name: value / judgement.scale for name, value in own.items()}
-        for name, value in judgement.wrong.items():
-            # A rate that is wrong makes the decay wrong with it: that is said of the rate.
-            excess = rates.get(name, promises.rates[name]) / promises.rates[name]
-            if abs(math.log(value / weights[name] / excess)) > 0.1 or abs(math.log(excess)) < 0.05:
-                findings.append(_wrong_decay(name, value, weights[name], judgement.cause))
-    return findings, shrinkage
-
-
-def _decay_causes(names: Mapping[str, float], promises: Promises) -> dict[str, dict[str, float]]:
-    rates = {name: promises.rates[name] for name in names}
-    decay = {name: promises.decay[name] / rates[name] for name in names}
-    return {
-        "weight_decay is multiplied by the multiplier of the rate, and by none of its own": rates,
-        "the multiplier of the decay is applied twice": {
-            name: rates[name] * decay[name] ** 2 for name in names
-        },
-        "the multiplier of the decay is applied, and none of the rate": decay,
-        "the multiplier of the rate is applied twice": {
-            name: rates[name] ** 2 * decay[name] for name in names
-        },
-        "no multiplier is applied": dict.fromkeys(names, 1.0),
-    }
-
-
-def _wrong_decay(name: str, found: float, promised: float, cause: str | None) -> Finding:
-    why = f", as if {cause}" if cause else ", other leaves being right"
-    return Finding(
-        "decay",
-        name,
-        f"a step takes off {number(found)}·η·λ of the weight{why}",
-        f"{number(promised)}·η·λ, as in the base",
-        f"the weight decays {number(found / promised)} times as fast as on the base, relative to "
-        "the other leaves",
-        "pass weight_decay to plan.optimizer, which multiplies it by plan.weight_decay; "
-        "plan.scale() behind optax.adamw scales the decay with the rate",
-    )
-
-
-def _coupled(name: str) -> Finding:
-    return Finding(
-        "decay",
-        name,
-        "without a gradient the update is not proportional to the weight: the decay passes through "
-        "the optimizer",
-        "decay that is added behind the optimizer",
-        "the optimizer divides it by its own size, so that small weights decay as fast as large",
-        "put optax.add_decayed_weights behind scale_by_adam, or give plan.optimizer weight_decay=",
-    )
-
-
-def _decaying(name: str) -> Finding:
-    return Finding(
-        "decay",
-        name,
-        "it decays",
-        "no decay of gains and biases",
-        "a gain is drawn to 0 and scales its layer down, a bias forgets its offset",
-        "mask the decay, as optax.adamw(…, mask=…) does, or pass weight_decay to plan.optimizer",
-    )
-
-
-def _undecayed(name: str) -> Finding:
-    return Finding(
-        "decay",
-        name,
-        "it does not decay, where other weights do",
-        "decay with η·λ as in the base",
-        "its norm grows where that of the base's stays",
-        "look for names that the mask of the decay misses, or pass weight_decay to plan.optimizer",
-    )
