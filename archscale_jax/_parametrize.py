@@ -52,6 +52,7 @@ def parametrize(
     attention_scale: Literal["1/d"] | None = None,
     epsilon_rule: Literal["completep", "gradient"] = "completep",
     initialization: str | None = None,
+    branch_share: float | None = None,
     zero_init: Collection[str] = (),
     width_rule: str | None = "auto",
     depth_rule: str | None = "auto",
@@ -96,6 +97,9 @@ def parametrize(
         differ outside of residual branches.
       initialization: initialization rule, see `archscale_jax.initialize`; None takes the one that
         fits the graph.
+      branch_share: what all residual branches of the base add to the second moment of their stream,
+        over its own; None takes 2 where branches normalize what they read, and 0.25 elsewhere. A
+        smaller one makes a shallow base more like a deep network.
       zero_init: what starts at zero: `branch_ends`, `readout`, `queries`, or several of them.
       width_rule: `auto`, None, or a rule of `archscale_jax.rules.WIDTH_RULES`.
       depth_rule: `auto`, None, `residual` (depth multipliers of residual stacks), or a rule of
@@ -140,6 +144,7 @@ def parametrize(
         compared,
         OPTIMIZERS[optimizer],
         initialization=initialization,
+        branch_share=branch_share,
         width_rule=width_rule,
         depth_rule=depth_rule,
         depth_exponent=depth_exponent,
@@ -159,6 +164,7 @@ def parametrize(
             "learning_rate='measured' and loss_fn belong together: loss_fn takes the outputs of "
             "the model, as lambda logits: cross_entropy(logits, labels)"
         )
+    options["branch_share"] = branch_share
     return _measured(plan, base, (inputs, of_base), loss_fn, keywords, options)
 
 

@@ -1,23 +1,28 @@
 """Does an update change features as much at every size? `python -m benchmarks.coordinates`
 
 Networks of `tests/coordinate_networks.py` are drawn and trained for five updates as their
-parametrization says, through `plan.apply`, over width and over depth. The measure is the root mean
-square change of the features, over a fixed batch, of the last vertex of every kind, of the residual
-stream and of the logits: the largest over the smallest of all sizes. Optimizers: AdamW with decay
+parametrization says, through `plan.apply`, over width and over depth. The measure is the change,
+over a fixed batch, of the last vertex of every kind and of the residual stream, relative to its
+size, and of the logits: the largest over the smallest of all sizes. Optimizers: AdamW with decay
 0.1; the same with epsilon ten times the root mean square gradient of the base, at ten times the
 rate, where gradients count and not their signs; Muon. Beside it the standard parametrization: the
 framework's weights, one rate for all.
+
+Over depth a network of two blocks is no small copy of a deep one: at the default share its branches
+bring four fifths of the stream, those of a deep network little, as α = 1 says. What the laws of
+rates do is seen at a small share, so that both are measured. A run that was cut off goes on.
 """
 
-import json
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from benchmarks import common
-from tests.coordinate_steps import LOGITS, STREAM, Sized, Training, root_mean_square
+from experiments.lab.sweeps import run_study
+from tests.coordinate_steps import LOGITS, Sized, Training, root_mean_square
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("widths", ["64", "256", "1024"], "Widths, at depth 1; the first is the base's.")
@@ -29,86 +34,82 @@ flags.DEFINE_list(
      "mixture of experts", "state space", "GPT", "GPT, tied"],
     "Networks, see tests/coordinate_networks.py.",
 )  # fmt: skip
+flags.DEFINE_string("workdir", "runs/coordinates", "Folder for results.jsonl.")
 FLAT = 1.3
-CASES = {  # optimizer, rate, epsilon over the base's gradient, options of parametrize
+_SMALL = {"branch_share": 0.25}
+CASES: dict[str, tuple[str, float, float | None, dict[str, Any] | None]] = {
+    # optimizer, rate, epsilon over the base's gradient, options of parametrize or None: standard
     "AdamW": ("adamw", 3e-3, None, {}),
-    "AdamW, large ε, as published": ("adamw", 3e-2, 10.0, {}),
-    "AdamW, large ε, as gradients": ("adamw", 3e-2, 10.0, {"epsilon_rule": "gradient"}),
-    "Muon": ("muon", 3e-3, None, {}),
+    "AdamW, large ε": ("adamw", 3e-2, 10.0, {}),
+    "Muon": ("muon", 2e-2, None, {}),
+    "AdamW, small share": ("adamw", 3e-3, None, _SMALL),
+    "AdamW, large ε, small share": ("adamw", 3e-2, 10.0, _SMALL | {"epsilon_rule": "gradient"}),
+    "Muon, small share": ("muon", 2e-2, None, _SMALL),
     "AdamW, standard": ("adamw", 3e-3, None, None),
 }
 
 
 def main() -> None:
-    axes = {
-        "width": ([*map(int, FLAGS.widths)], {"depth": 1}),
-        "depth": ([*map(int, FLAGS.depths)], {"width": 64}),
-    }
-    axes = common.sized(axes, {"width": ([16, 32], {"depth": 1})})
     networks = common.sized(FLAGS.network, FLAGS.network[:1])
-    rows, lines = [], [["network", "over", *CASES]]
-    for network in networks:
-        for axis, (sizes, fixed) in axes.items():
-            found = {}
-            for case in CASES:
-                if axis == "width" and "published" in case:
-                    continue  # the rules of epsilon differ over depth alone
-                found[case] = ratios(network, axis, sizes, fixed, case)
-                print(
-                    network,
-                    axis,
-                    case,
-                    json.dumps(found[case]["largest over smallest"]),
-                    flush=True,
-                )
-            rows.append({"network": network, "over": axis, "sizes": sizes, "cases": found})
-            lines.append([network, f"{axis} {'…'.join(map(str, (sizes[0], sizes[-1])))}",
-                          *(_cell(found.get(case)) for case in CASES)])  # fmt: skip
+    sizes = {
+        "width": common.sized([*map(int, FLAGS.widths)], [16, 32]),
+        "depth": common.sized([*map(int, FLAGS.depths)], [1, 2]),
+    }
+    trials = [
+        {"network": network, "over": over, "sizes": found, "case": case, "seeds": FLAGS.num_seeds}
+        for network in networks for over, found in sizes.items() for case in CASES
+        if over == "depth" or "small" not in case
+    ]  # fmt: skip
+    workdir = pathlib.Path(FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    records = run_study(trials, measure, workdir / "results.jsonl", description="coordinates")
+    lines, rows = [["network", "over", *CASES]], []
+    for record in records:
+        trial, result = record["trial"], record.get("result", {})
+        rows.append(trial | result | {key: record[key] for key in ("error",) if key in record})
+        where = [trial["network"], f"{trial['over']} {trial['sizes'][0]}…{trial['sizes'][-1]}"]
+        if lines[-1][:2] != where:
+            lines.append([*where, *[""] * len(CASES)])
+        lines[-1][2 + list(CASES).index(trial["case"])] = _cell(result)
     common.show(
         f"Change in five updates, largest over smallest: logits, worst vertex (flat: {FLAT})", lines
     )
-    common.write_results("coordinates", {"flat": FLAT, "seeds": FLAGS.num_seeds, "rows": rows})
+    common.write_results("coordinates", {"flat": FLAT, "rows": rows})
 
 
-def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    ratio = found["largest over smallest"]
-    return f"{ratio[LOGITS]:.2f}, {max(ratio.values()):.2f}"
+def _cell(result: dict[str, Any]) -> str:
+    ratios = {name: max(one) / min(one) for name, one in result.get("changes", {}).items()}
+    return f"{ratios.pop(LOGITS):.2f}, {max(ratios.values()):.2f}" if ratios else "failed"
 
 
-def ratios(
-    network: str, axis: str, sizes: list[int], fixed: dict[str, int], case: str
-) -> dict[str, Any]:
-    """Returns the changes of the last vertex of every kind by size, and their ratios."""
-    optimizer, rate, epsilon, options = CASES[case]
+def measure(trial: dict[str, Any]) -> dict[str, Any]:
+    """Returns the changes of the last vertex of every kind that all sizes have, by size."""
+    optimizer, rate, epsilon, options = CASES[trial["case"]]
     training = Training(optimizer, rate, 0.1, epsilon, options or {}, options is None)
-    changes: dict[str, list[float]] = {}
-    base: Sized | None = None
-    eps = 1e-8
-    for size in sizes:
-        one = Sized(network, {**fixed, axis: size}, base, training)
+    fixed = {"depth": 1} if trial["over"] == "width" else {"width": 64}
+    seeds, found, base, eps = range(trial["seeds"]), [], None, 1e-8
+    for size in trial["sizes"]:
+        one = Sized(trial["network"], {**fixed, trial["over"]: size}, base, training)
         if base is None:
             base = one
             if epsilon is not None:
-                gradients = [
-                    root_mean_square(one.gradient(one.draw(seed), *one.family.batch(0))[1]) ** 2
-                    for seed in range(FLAGS.num_seeds)
-                ]
-                eps = epsilon * math.sqrt(np.mean(gradients))
-        draws = [one.changes(training, eps, seed) for seed in range(FLAGS.num_seeds)]
-        last = {kind: vertex for vertex, kind in one.kinds.items()}  # the last of its kind
-        for kind, vertex in last.items():
-            change = math.sqrt(np.mean([draw[vertex][0] ** 2 for draw in draws]))
-            changes.setdefault(kind, []).append(change)
-    complete = {kind: found for kind, found in changes.items() if len(found) == len(sizes)}
+                batch = one.family.batch(0)
+                draws = [one.gradient(one.draw(seed), *batch)[1] for seed in seeds]
+                eps = epsilon * _mean([root_mean_square(draw) for draw in draws])
+        changes = [one.changes(training, eps, seed) for seed in seeds]
+        last = {kind: vertex for vertex, kind in one.kinds.items()}
+        found.append({k: _mean([change[v] for change in changes]) for k, v in last.items()})
+    kinds = [kind for kind in found[0] if all(kind in one for one in found)]
     return {
-        "changes": complete,
-        "largest over smallest": {
-            kind: round(max(found) / min(found), 3) for kind, found in complete.items()
-        },
-        "stream": STREAM in complete,
-    }
+        "changes": {
+            kind: [float(f"{one[kind]:.4g}") for one in found]
+            for kind in kinds if all(math.isfinite(one[kind]) for one in found)
+        }
+    }  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return math.sqrt(np.mean(np.square(values)))
 
 
 if __name__ == "__main__":

@@ -173,3 +173,24 @@ def test_an_update_is_scaled_as_the_parametrization_says(parametrization):
     ends = {"blocks/0/1/kernel": -0.25 if parametrization == "factors" else -1.0}
     for name, value in {"stem/kernel": -1.0, "blocks/0/0/kernel": -1.0, **ends}.items():
         np.testing.assert_allclose(found[name], value)
+
+
+def test_the_study_of_defaults_compares_at_three_sizes_and_goes_on(tmp_path, run_again):
+    flags = ("--family=graph", "--steps=20", "--num_seeds=1", "--growth=2", "--quiet")
+    done = run_again("defaults", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()]
+    assert [row[1].strip() for row in rows[-3:]] == ["base", "deep", "wide"]
+    trained = files.read_records(tmp_path / "results.jsonl")
+    losses: dict[str, dict[float, float]] = {"base": {}, "deep": {}, "wide": {}}
+    for trial, result in ((one["trial"], one["result"]) for one in trained):
+        if trial["method"] == "plan":
+            losses[trial["size"]][trial["rate"]] = result["loss"]
+    # Large networks are trained once, at the rate that was best for the small one.
+    best = min(losses["base"], key=losses["base"].__getitem__)
+    assert losses["deep"].keys() == losses["wide"].keys() == {best}
+    kept = (tmp_path / "results.jsonl").read_bytes()
+    assert run_again("defaults", tmp_path, *flags).stdout.endswith(
+        (tmp_path / "table.md").read_text() + "\n"
+    )
+    assert (tmp_path / "results.jsonl").read_bytes() == kept

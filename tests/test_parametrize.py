@@ -436,6 +436,17 @@ def test_residual_stacks_get_multipliers_by_place():
     assert "8 residual blocks, 2 in the base" in str(stack(8, base=2))
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_branches_of_the_base_add_the_share_that_is_asked_for(exponent):
+    """Each of n blocks 1/n of it; those of a network m times as deep 1/m^(2α) of theirs."""
+    options = {"branch_share": 0.8, "depth_exponent": exponent}
+    base, deep = stack(4, **options), stack(16, base=4, **options)
+    for plan, share in ((base, 0.2), (deep, 0.2 / 4 ** (2 * exponent))):
+        for block in plan.init_std["blocks"]:
+            added = 16 * block["in"] ** 2 / 2 * 16 * block["out"] ** 2  # over what the stream has
+            assert added == pytest.approx(share, rel=1e-5)
+
+
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "another optimizer": (
         lambda: archscale.parametrize(LinenMlp(8), X, optimizer="adamx"),
@@ -491,6 +502,16 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: archscale.parametrize(LinenMlp(8), X, depth_rule="path"),
         ValueError,
         "unknown depth_rule 'path'",
+    ),
+    "a negative branch share": (
+        lambda: stack(2, branch_share=-1.0),
+        ValueError,
+        "branch_share is -1.0; accepted are",
+    ),
+    "a branch share of a rule that has none": (
+        lambda: stack(2, branch_share=1.0, initialization="he_normal"),
+        ValueError,
+        "'he_normal' has none",
     ),
     "a missing argument": (
         lambda: archscale.parametrize(Regularized(8), X),

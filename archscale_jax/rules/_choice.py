@@ -63,6 +63,7 @@ def chosen(
     kind: Optimizer,
     *,
     initialization: str | None,
+    branch_share: float | None,
     width_rule: str | None,
     depth_rule: str | None,
     depth_exponent: float | None,
@@ -77,6 +78,7 @@ def chosen(
       base: the network on which the rate is tuned; None where this is it.
       kind: `sgd`, `adam` or `muon`.
       initialization: name of an initialization rule, or None.
+      branch_share: what the residual branches of the base add to their streams, or None.
       width_rule: name of a width rule, `auto` or None.
       depth_rule: `auto`, None, `residual`, or the name of a learning-rate rule.
       depth_exponent: α, or None.
@@ -85,7 +87,8 @@ def chosen(
       epsilon_rule: see `rules._optimizer`.
 
     Raises:
-      ValueError: a rule that there is not, or one that is asked for without a base.
+      ValueError: a rule that there is not, or one that is asked for without a base; a branch share
+        that is not above 0, or of a rule that has none.
     """
     reasons: list[str] = []
     exponent = _depth_exponent(architecture) if depth_exponent is None else depth_exponent
@@ -101,7 +104,11 @@ def chosen(
     if "depth_exponent" in rule.parameters:
         options["depth_exponent"] = exponent
     if "branch_share" in rule.parameters:
-        options["branch_share"] = _branch_share(smallest, exponent)
+        options["branch_share"] = _branch_share(smallest, exponent, branch_share)
+    elif branch_share is not None:
+        raise ValueError(
+            f"branch_share is of the initialization 'second_moment'; {initialization!r} has none"
+        )
     if "readout_gain" in rule.parameters and (fan := _base_readout(smallest)):
         options["readout_gain"] = math.sqrt(fan)
         reasons.append(f"readout: 1/√n at the base's n = {fan}, and 1/n beyond it [μP]")
@@ -209,12 +216,15 @@ def _base_readout(base: Architecture) -> int:
     return max((features(one)[0] for one in base.parameters if one.role == Role.READOUT), default=0)
 
 
-def _branch_share(base: Architecture, exponent: float) -> float:
+def _branch_share(base: Architecture, exponent: float, share: float | None) -> float:
     """What residual branches add to their streams in a base, see `second_moment`.
 
-    Twice the stream in all where branches normalize what they read, as frameworks' own weights do;
-    a quarter where a larger stream makes the next branch larger too (measured on twelve families).
+    If the user names no share: twice the stream in all where branches normalize what they read, as
+    frameworks' own weights do; a quarter where a larger stream makes the next branch larger too
+    (measured on twelve families).
     """
+    if share is not None and not 0 < share < math.inf:
+        raise ValueError(f"branch_share is {share}; accepted are finite numbers above 0")
     branches, propagation = residual_branches(base), Propagation(base)
     if not branches:
         return _SHARE
@@ -226,7 +236,8 @@ def _branch_share(base: Architecture, exponent: float) -> float:
         and propagation.senders[edge] not in {propagation.receivers[one] for one in edges}
     ]
     normalized = all(propagation.normalizes(propagation.functions[one].before) for one in entries)
-    share = _SHARE_OF_NORMALIZED if entries and normalized else _SHARE
+    if share is None:
+        share = _SHARE_OF_NORMALIZED if entries and normalized else _SHARE
     return share * len(branches) ** (2 * exponent - 1)
 
 
