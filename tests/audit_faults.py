@@ -125,6 +125,11 @@ def chained(
     )
 
 
+def _given(tree: PyTree) -> Callable[[PyTree], PyTree]:
+    """A function that gives a tree: optax would call a tree that is a module of Equinox."""
+    return lambda params: tree
+
+
 def with_optimizer(one: Setup, tx: Any) -> Setup:
     return one._replace(optimizer=tx)
 
@@ -396,7 +401,7 @@ def frozen_leaf(name: str, optimizer: str) -> Faulty:
     one = setup(name, optimizer)
     leaf = a_hidden(one)
     labels = map_with_names(lambda own, _: "off" if own == leaf else "on", one.params)
-    tx = optax.partition({"on": one.optimizer, "off": optax.set_to_zero()}, labels)
+    tx = optax.partition({"on": one.optimizer, "off": optax.set_to_zero()}, _given(labels))
     return with_optimizer(one, tx), {leaf}
 
 
@@ -405,7 +410,7 @@ def masked_leaf(name: str, optimizer: str) -> Faulty:
     one = setup(name, optimizer)
     leaf = a_hidden(one)
     mask = map_with_names(lambda own, _: own != leaf, one.params)
-    return with_optimizer(one, optax.masked(one.optimizer, mask)), {leaf}
+    return with_optimizer(one, optax.masked(one.optimizer, _given(mask))), {leaf}
 
 
 @fault("google-deepmind/optax#1780: a chain of scale_by_… without its last part", "direction")
@@ -664,7 +669,7 @@ def masked(name: str, optimizer: str) -> Setup:
     one = setup(name, optimizer)
     some = map_with_names(lambda own, _: "bias" in own, one.params)
     rest = jax.tree.map(lambda flag: not flag, some)
-    parts = [optax.masked(_plain(one), mask) for mask in (some, rest)]
+    parts = [optax.masked(_plain(one), _given(mask)) for mask in (some, rest)]
     return with_optimizer(one, optax.chain(*parts))
 
 
@@ -674,7 +679,7 @@ def partitioned(name: str, optimizer: str) -> Setup:
     one = setup(name, optimizer)
     labels = map_with_names(lambda own, _: "all" if decays(one)[own] else "none", one.params)
     parts = {"all": _plain(one), "none": _plain(one, RATE, 0.0)}
-    return with_optimizer(one, optax.partition(parts, labels))
+    return with_optimizer(one, optax.partition(parts, _given(labels)))
 
 
 @right

@@ -3,7 +3,9 @@
 `python -m benchmarks.audit` does the same for all networks, optimizers and faults.
 """
 
+import json
 import math
+import pathlib
 from typing import Any
 
 import equinox as eqx
@@ -24,6 +26,8 @@ from archscale_jax.tracing.constants import constants_behind
 from experiments.lab import files
 from tests import audit_faults
 from tests.audit_networks import drawn, loss_of, network, plan_of, setup
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -256,6 +260,19 @@ def test_sharded_params():
     mesh = jax.make_mesh((1,), ("data",))
     placed = NamedSharding(mesh, PartitionSpec())
     archscale.audit(*one._replace(params=jax.device_put(one.params, placed))).assert_ok()
+
+
+def test_the_page_says_what_was_measured():
+    """All faults were found, and no right set-up gave a finding."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "audit.json").read_text())["results"]
+    page = " ".join((ROOT / "docs" / "audit.md").read_text().split())
+    faults, rights = record["faults"].values(), record["right"].values()
+    made, found, exact = (sum(one[key] for one in faults) for key in ("made", "found", "exact"))
+    alarms = sum(len(one["false alarms"]) for one in rights)
+    assert set(record["faults"]) == set(audit_faults.FAULTS)
+    assert f"Of {made} faults {found} were found, {exact} of them" in page
+    assert f"Of {sum(one['made'] for one in rights)} set-ups that are right" in page
+    assert f"{alarms} give a finding" in page
 
 
 def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_path, run_again):
