@@ -61,6 +61,7 @@ bench: $(READY_TO_TEST)  ## the benchmarks; tables and benchmarks/results/*.json
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.initialization
 	$(PY) -m benchmarks.lr_cost
+	$(PY) -m benchmarks.measured_groups
 	$(PY) -m benchmarks.cell_cost
 	$(PY) -m benchmarks.gradinit_cost
 	$(PY) -m benchmarks.trace

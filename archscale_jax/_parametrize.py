@@ -36,7 +36,12 @@ from archscale_jax.rules._width import with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
 from archscale_jax.tracing.trace import trace_with_starts
 from archscale_jax.tracing.values import TraceError
-from archscale_jax.tuning._measured import Measurable, matched_multipliers
+from archscale_jax.tuning._measured import (
+    BATCH_NOTE,
+    Measurable,
+    examples_interact,
+    matched_multipliers,
+)
 
 
 def parametrize(
@@ -108,7 +113,8 @@ def parametrize(
       model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
       learning_rate: `rules`, or `measured`: the rates of stem, hidden layers and readout are
         multiplied further so that the first update of each does what it does in the base, measured
-        on `inputs`, which are arrays then (theory §14); see `archscale_jax.tuning`.
+        on `inputs`, which are arrays then (theory §14). It helps MLPs of any kind; it misleads
+        graphs of convolutions, and batch normalization without skips.
       loss_fn: of `measured`, the outputs to the loss.
       roles: roles of leaves that the function does not tell, by name.
       unknown: see `archscale_jax.trace`.
@@ -260,6 +266,10 @@ def _measured(
         for one, given in zip((plan, base), inputs, strict=True)
     )
     found = matched_multipliers(network, small, loss_fn, cap_readout=plan.optimizer_name == "sgd")
+    if examples_interact(network):
+        notes = (*plan.architecture.notes, BATCH_NOTE)
+        architecture = dataclasses.replace(plan.architecture, notes=notes)
+        plan = dataclasses.replace(plan, architecture=architecture)
     return dataclasses.replace(plan, measured=found)
 
 

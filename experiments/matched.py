@@ -3,17 +3,17 @@
     python -m experiments.matched --workdir=runs/matched
 
 Networks of `experiments.transfer`, and their ground truth: the best rate of every network by
-search, once with one rate for all parameters (`uniform`), once with the rates of stem, hidden
-layers and readout matched to the base's by what one update of each does (`matched`). Where the
-match is right, the base's best rate is the best of every network. Writes results.jsonl (a line a
-search) and table.md; a run that was cut off goes on.
+search, once with one rate for all parameters (`uniform`), then with rates that are multiplied as
+the rules of `experiments.matched_rules` say from what updates do in the network and in its base.
+Where a rule is right, the base's best rate is the best of every network. Writes results.jsonl (a
+line a search), networks.csv and table.md; a run that was cut off goes on.
 """
 
 import functools
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -24,32 +24,54 @@ import archscale_jax as archscale
 from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._spaces import chain_string
 from archscale_jax.tuning._basin import loss_at
-from archscale_jax.tuning._measured import Measurable, matched_multipliers
-from experiments import transfer_study
-from experiments.lab import common, files, networks, tables
+from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of
+from experiments import matched_rules, transfer_study
+from experiments.lab import common, files, networks, panels, tables
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
-METHODS = ("uniform", "matched")
 _DAGS, _CNNS = transfer_study._DAGS, transfer_study._CNNS
-_SMALL = [chain_string(depth) for depth in (4, 10)] + _DAGS[:2]
-STUDIES: dict[str, tuple[Sequence[tuple[str, int | None, int | None]], dict[str, Any]]] = {
-    # (architecture, width or the default, kernel size), and what differs from the defaults
-    "chains": ([(chain_string(depth), None, None) for depth in (2, 4, 7, 10, 14, 20)], {}),
-    "dags": ([(text, None, None) for text in _DAGS[:8]], {}),
-    "widths": ([(chain_string(4), width, None) for width in (32, 64, 256, 512)], {}),
-    "gelu": ([(chain_string(depth), None, None) for depth in (4, 7, 10)], {"activation": "gelu"}),
-    "adam": (
-        [(text, None, None) for text in [*_SMALL, chain_string(20)]]
-        + [(chain_string(4), width, None) for width in (32, 512)],
+
+Place = tuple[str, int | None]
+"""Architecture, and width or None for the default."""
+
+
+class Study(NamedTuple):
+    """Networks of one kind, and what differs from the defaults."""
+
+    networks: Sequence[Place]
+    options: dict[str, Any]
+
+
+def _chains(*depths: int) -> list[Place]:
+    return [(chain_string(depth), None) for depth in depths]
+
+
+def _dags(texts: Sequence[str]) -> list[Place]:
+    return [(text, None) for text in texts]
+
+
+_PILOT = [*_chains(4, 10, 20), *_dags(_DAGS[:2]), *((chain_string(4), n) for n in (32, 512))]
+"""Networks on which the rule was chosen; on all others no choice was made."""
+_MIXED = [*_chains(4, 10), *_dags(_DAGS[:2])]
+STUDIES = {
+    "chains": Study(_chains(2, 4, 7, 10, 14, 20), {}),
+    "deeper": Study(_chains(7, 10, 14, 20), {"base": chain_string(4)}),
+    "dags": Study(_dags(_DAGS[:5]), {}),
+    "widths": Study([(chain_string(4), width) for width in (32, 64, 256, 512)], {}),
+    "gelu": Study(_chains(4, 7, 10), {"activation": "gelu"}),
+    "layer_norm": Study(_MIXED, {"normalization": "layer"}),
+    "batch_norm": Study(_MIXED, {"normalization": "batch"}),
+    "cnns": Study(_dags(_CNNS[:5]), {"kernel_size": 3}),
+    "momentum": Study(_MIXED, {"optimizer": "momentum"}),
+    "adam": Study(
+        [*_chains(4, 6, 10, 14, 20), *_dags([*_DAGS[:2], *_DAGS[20:22]])]
+        + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
-    "momentum": ([(text, None, None) for text in _SMALL], {"optimizer": "momentum"}),
-    "layer_norm": ([(text, None, None) for text in _SMALL], {"normalization": "layer"}),
-    "batch_norm": ([(text, None, None) for text in _SMALL], {"normalization": "batch"}),
-    "cnns": ([(text, None, 3) for text in _CNNS[:5]], {}),
 }
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
+flags.DEFINE_list("method", ["uniform", "matched", "flerm"], "uniform, and rules of matched_rules.")
 flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
@@ -61,120 +83,182 @@ def main() -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = [row for study in FLAGS.study for row in compare(study, workdir / "results.jsonl")]
-    text = "\n".join(map(tables.markdown, (summary(rows), pd.DataFrame(rows))))
+    table = pd.DataFrame(rows)
+    table.to_csv(workdir / "networks.csv", index=False, float_format="%.4g")
+    draw(table, workdir / "matched_groups.png")
+    text = tables.markdown(summary(table))
     files.write_text(workdir / "table.md", text)
     print(text)
 
 
 def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row a network: distances in nats from the base's best rate, and losses at it."""
-    chosen, options = STUDIES[study]
-    base = trial_of((transfer_study.BASE, None, chosen[0][2]), options, "uniform")
-    trials = [base] + [trial_of(one, options, method) for one in chosen for method in METHODS]
-    records = run_study(trials, search, journal, description=study)
-    found = {name(one["trial"]): one["result"] for one in records if "result" in one}
-    rate, rows = found[name(base)]["rate"], []
-    for one in chosen:
-        row: dict[str, Any] = {"study": study, "network": f"{one[0][:24]} {one[1] or ''}".strip()}
-        pair = [found[name(trial_of(one, options, method))] for method in METHODS]
-        best = min(networks.mean_losses(pair[0]).values())  # of the best rate for all parameters
-        for method, result in zip(METHODS, pair, strict=True):
+    """Returns a row for every network and method.
+
+    `nats`: the log of its best rate over the base's. `given_up`: the loss at the base's rate over
+    that of the network's best rate for all parameters, less 1; `at_best` at the method's best rate.
+    """
+    of = STUDIES[study]
+    base = trial_of((of.options.get("base", transfer_study.BASE), None), study, "uniform")
+    trials = [base] + [trial_of(one, study, how) for one in of.networks for how in FLAGS.method]
+    records = run_study(trials, search, journal, retry_failed=True, description=study)
+    found = {_name(one["trial"]): one["result"] for one in records if "result" in one}
+    origin, rows = found[_name(base)], []
+    for one in of.networks:
+        layers = one[0].count("2")  # the digit of a layer
+        is_chain = one[0] == chain_string(max(layers, 1))
+        truth = found[_name(trial_of(one, study, "uniform"))]
+        best = min(networks.mean_losses(truth).values())
+        for method in FLAGS.method:
+            result = found[_name(trial_of(one, study, method))]
             losses = networks.mean_losses(result)
-            row[f"{method}, nats"] = math.log(result["rate"] / rate)
-            row[f"{method} at base's rate, %"] = 100 * (loss_at(rate, losses) / best - 1)
-            row[f"{method} at its best, %"] = 100 * (min(losses.values()) / best - 1)
-        row["noise"] = math.hypot(
-            *(one["uncertainty"] or math.nan for one in (pair[0], found[name(base)]))
-        )
-        row["multipliers"] = " ".join(f"{one:.3g}" for one in pair[1]["multipliers"].values())
-        rows.append(row)
+            noise = (result["uncertainty"] or math.nan, origin["uncertainty"] or math.nan)
+            rows.append(
+                {
+                    "study": study,
+                    "fresh": one not in _PILOT,
+                    "network": f"chain {layers}" if is_chain else one[0],
+                    "layers": layers,
+                    "width": one[1],
+                    "method": method,
+                    "nats": math.log(result["rate"] / origin["rate"]),
+                    "noise": math.hypot(*noise),
+                    "given_up": loss_at(origin["rate"], losses) / best - 1,
+                    "at_best": min(losses.values()) / best - 1,
+                    **{group: result["multipliers"].get(group, 1.0) for group in GROUPS},
+                }
+            )
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Returns a row a study: RMS distances, and the median and largest loss given up."""
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row for every study and method: RMS distance, and the loss given up."""
     found = []
-    for study, group in pd.DataFrame(rows).groupby("study", sort=False):
-        row = {"study": study, "networks": len(group)}
-        for method in METHODS:
-            error = np.sqrt(np.mean(group[f"{method}, nats"] ** 2))
-            given_up = group[f"{method} at base's rate, %"]
-            row |= {
-                f"{method}, nats": f"{error:.2f}",
-                f"{method}: loss given up, % (median, most)": (
-                    f"{given_up.median():+.1f}, {given_up.max():+.1f}"
-                ),
+    for (study, method), group in rows.groupby(["study", "method"], sort=False):
+        lost = 100 * group["given_up"]
+        found.append(
+            {
+                "study": study,
+                "method": method,
+                "networks": len(group),
+                "nats": f"{np.sqrt(np.mean(group['nats'] ** 2)):.2f}",
+                "noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}",
+                "given up, %: median": f"{lost.median():+.1f}",
+                "most": f"{lost.max():+.1f}",
+                "at its best, %": f"{100 * group['at_best'].median():+.1f}",
             }
-        found.append(row | {"noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}"})
+        )
     return pd.DataFrame(found)
 
 
-def trial_of(
-    network: tuple[str, int | None, int | None], options: dict[str, Any], method: str
-) -> dict[str, Any]:
+LOOKS = {
+    "uniform": ("one rate for all parameters", panels.GREY, "s"),
+    "flerm": ("every leaf changes the outputs as in the base", panels.COLOURS[4], "^"),
+    "matched": ("rates matched group by group", panels.COLOURS[0], "o"),
+}
+
+
+def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
+    """Draws best rates, in units of the base's, against depth, width and topology."""
+    is_chain, layers = table["network"].str.startswith("chain"), table["layers"]
+    deep = is_chain & table["width"].isna()
+    wide = is_chain & (layers == 4)
+    chosen = {
+        "depth of chains, SGD": (deep & (table["study"] == "chains"), layers),
+        "depth of chains, Adam": (deep & (table["study"] == "adam"), layers),
+        "depth of chains, GELU": (deep & (table["study"] == "gelu"), layers),
+        "width of a chain, SGD": (wide & (table["study"] == "widths"), table["width"].fillna(128)),
+        "width of a chain, Adam": (wide & (table["study"] == "adam"), table["width"].fillna(128)),
+        "random graphs, by number": (table["study"] == "dags", None),
+    }
+    figure, drawn = panels.create_panels(len(chosen), 2.1, width=2.7, columns=3, sharey=True)
+    for panel, (title, (rows, sizes)) in zip(drawn, chosen.items(), strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.axhline(1, color="black", lw=0.8)
+        for method, (label, colour, marker) in LOOKS.items():
+            found = table[rows & (table["method"] == method)]
+            across = np.arange(len(found)) + 1 if sizes is None else sizes[found.index].to_numpy()
+            order = np.argsort(across)
+            across, rates = across[order], np.exp(found["nats"].to_numpy()[order])
+            style = {"color": colour, "marker": marker, "ms": 4, "label": label}
+            panel.plot(across, rates, lw=0 if sizes is None else 1.3, **style)
+        if "width" in title:
+            panels.plain_sizes(panel, (32, 64, 128, 256, 512))
+        else:
+            panel.set_xticks(range(1, 6) if sizes is None else (2, 4, 7, 10, 14, 20))
+        panel.set_yscale("log")
+        panel.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+        panel.minorticks_off()
+    panels.finish(figure, path, up="best rate / best rate of the base", columns=3)
+
+
+def trial_of(place: Place, study: str, method: str) -> dict[str, Any]:
     """Returns a trial: a network under a method."""
-    architecture, width, kernel_size = network
-    sizes = (
-        {"width": width or 128, "batch_size": 256, "steps": FLAGS.steps, "downscale": 1}
-        if kernel_size is None
-        else {"width": width or 8, "batch_size": 64, "steps": min(FLAGS.steps, 100), "downscale": 2}
-    )
-    return (
-        transfer_study.DEFAULTS
-        | sizes
-        | options
-        | {
-            "dataset": FLAGS.dataset,
-            "seeds": FLAGS.num_seeds,
-            "architecture": architecture,
-            "kernel_size": kernel_size,
-            "method": method,
-            "draws": FLAGS.draws if method == "matched" else 0,
-        }
-    )
+    architecture, width = place
+    options = STUDIES[study].options
+    mlp = {"width": width or 128, "batch_size": 256, "steps": FLAGS.steps, "downscale": 1}
+    cnn = {"width": width or 8, "batch_size": 64, "steps": min(FLAGS.steps, 100), "downscale": 2}
+    return {
+        **transfer_study.DEFAULTS,
+        **(cnn if "kernel_size" in options else mlp),
+        "kernel_size": None,
+        **options,
+        "dataset": FLAGS.dataset,
+        "seeds": FLAGS.num_seeds,
+        "architecture": architecture,
+        "method": method,
+        "draws": 0 if method == "uniform" else FLAGS.draws,
+    }
 
 
-def name(trial: dict[str, Any]) -> str:
+def _name(trial: dict[str, Any]) -> str:
     return repr(sorted(trial.items(), key=str))
 
 
 def search(trial: dict[str, Any]) -> dict[str, Any]:
     """Searches the best rate of a network under a method."""
-    network, multipliers = transfer_study.build(trial), {}
-    if trial["method"] == "matched":
-        parts = matched(trial, network)
-        multipliers = {part.place: part.value for part in parts.values()}
-        scale = scale_by_multipliers(
-            network.architecture, {leaf: part.value for leaf, part in parts.items()}
-        )
-        plain = network.optimizer
+    network, by_group = transfer_study.build(trial), {}
+    if trial["method"] != "uniform":
+        found = measured(trial, network)
+        scale = scale_by_multipliers(network.architecture, found)
+        groups, plain = groups_of(network.architecture), network.optimizer
+        by_group = {
+            group: math.exp(
+                np.mean([math.log(found[one]) for one in found if groups[one] == group])
+            )
+            for group in GROUPS
+        }
         network = network._replace(optimizer=lambda rate: optax.chain(plain(rate), scale))
     found = networks.search_rate(network, trial, refine=0 if trial["kernel_size"] else 1)
-    return found | {"multipliers": multipliers}
+    return found | {"multipliers": by_group}
 
 
-def matched(trial: dict[str, Any], network: networks.Network) -> dict[str, Any]:
-    """Returns what `archscale_jax.tuning` measures between a network and the base of its study."""
+def measured(trial: dict[str, Any], network: networks.Network) -> dict[str, float]:
+    """Returns the multiplier of every leaf by the trial's rule, from the base of its study."""
     width = 8 if trial["kernel_size"] else 128
-    base = transfer_study.build(trial | {"architecture": transfer_study.BASE, "width": width})
+    architecture = trial.get("base", transfer_study.BASE)
+    base = transfer_study.build(trial | {"architecture": architecture, "width": width})
     images, labels = common.first_batch(network.dataset, trial["batch_size"], 0)
-    draw = functools.partial(_draw, rule=trial["initialization"])
     ours, theirs = (
         Measurable(
-            one.apply, one.architecture, functools.partial(draw, one), one.optimizer(1.0), (images,)
+            one.apply,
+            one.architecture,
+            functools.partial(_draw, one, trial["initialization"]),
+            one.optimizer(1.0),
+            (images,),
         )
         for one in (network, base)
     )
-    return matched_multipliers(
+    return matched_rules.multipliers(
+        trial["method"],
         ours,
         theirs,
         lambda logits: networks.cross_entropy(logits, labels),
-        seeds=trial["draws"],
-        cap_readout=trial["optimizer"] != "adam",
+        draws=trial["draws"],
+        is_sgd=trial["optimizer"] != "adam",
     )
 
 
-def _draw(network: networks.Network, key: Any, rule: str) -> Any:
+def _draw(network: networks.Network, rule: str, key: Any) -> Any:
     return archscale.initialize(key, network.params, network.architecture, rule)
 
 

@@ -11,11 +11,14 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of, measurer
+from experiments import matched_rules
+from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation
 
-X = jax.random.normal(jax.random.key(0), (32, 12))
-LABELS = jax.random.randint(jax.random.key(1), (32,), 0, 5)
+# Of NumPy: a process of several devices imports this module before JAX starts.
+X = np.random.default_rng(0).standard_normal((32, 12), np.float32)
+LABELS = np.random.default_rng(1).integers(0, 5, 32)
 
 
 class Mlp(nn.Module):
@@ -42,6 +45,18 @@ def planned(model, base=None, optimizer="adam", **options):
     return archscale.parametrize(model, X, base=base, optimizer=optimizer, **options)
 
 
+def members_of(plan, groups):
+    return {name: 1.0 for name, group in groups_of(plan.architecture).items() if group in groups}
+
+
+def rms(values):
+    return np.sqrt(np.mean(np.square(values)))
+
+
+def approx(value):
+    return pytest.approx(value, rel=1e-4, abs=1e-9)
+
+
 def matched(model, base, optimizer="adam", **options):
     return planned(model, base, optimizer, learning_rate="measured", loss_fn=loss_of, **options)
 
@@ -66,30 +81,35 @@ def test_effects_are_those_of_small_steps(name, optimizer):
         wide = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plan.init(key))  # noqa: E731
         tx, inputs = plan.optimizer(1.0), (X.astype(jnp.float64),)
         network = Measurable(plan.apply, plan.architecture, wide, tx, inputs)
-        key = jax.random.key(3)
-        found = measurer(network, loss_of)(key, {})
+        key, rows = jax.random.key(3), {**{one: (one,) for one in GROUPS}, "both": GROUPS[:2]}
+        found = measurer(network, loss_of)(key, [members_of(plan, one) for one in rows.values()])
         params = wide(key)
         gradients = jax.grad(lambda params: loss_of(plan.apply(params, *inputs)))(params)
         update, _ = tx.update(gradients, tx.init(params), params)
         groups, (shapes, tree) = groups_of(plan.architecture), jax.tree.flatten(params)
         names = list(named_leaves(params))
 
-        def outputs(members, step):
+        @jax.jit
+        def outputs(steps):
             moved = [
-                leaf + step * change * (groups[name] in members)
-                for name, leaf, change in zip(names, shapes, jax.tree.leaves(update), strict=True)
+                leaf + step * change
+                for step, leaf, change in zip(steps, shapes, jax.tree.leaves(update), strict=True)
             ]
             params = jax.tree.unflatten(tree, moved)
             features = archscale.vertex_features(plan.apply, params, *inputs)
-            return features[max(features)], plan.apply(params, *inputs)
+            return features, plan.apply(params, *inputs)
 
-        for group, members in {**{one: (one,) for one in GROUPS}, "together": GROUPS[:2]}.items():
-            (z_up, f_up), (z_down, f_down) = (outputs(members, step) for step in (1e-6, -1e-6))
-            z, _ = outputs(members, 0.0)
-            change = np.sqrt(np.mean(((z_up - z_down) / 2e-6) ** 2) / np.mean(z**2))
-            assert found.features[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
-            change = np.sqrt(np.mean(((f_up - f_down) / 2e-6) ** 2))
-            assert found.outputs[group] == pytest.approx(change, rel=1e-4, abs=1e-9)
+        values, _ = outputs([0.0] * len(names))
+        for row, members in enumerate(rows.values()):
+            (z_up, f_up), (z_down, f_down) = (
+                outputs([step * (groups[name] in members) for name in names])
+                for step in (1e-6, -1e-6)
+            )
+            for column, (vertex, z) in enumerate(values.items()):
+                change = rms((z_up[vertex] - z_down[vertex]) / 2e-6)
+                assert found.features[row, column] == approx(change / rms(z))
+                assert found.spread[row, column] == approx(change / rms(z - np.mean(z, axis=0)))
+            assert found.outputs[row] == approx(rms((f_up - f_down) / 2e-6))
 
 
 def test_a_network_that_is_the_base_keeps_its_rates():
@@ -105,13 +125,10 @@ def test_groups_do_what_those_of_the_base_do(optimizer):
     found = []
     for one in (plan, base):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
-        draws = [measurer(network, loss_of)(jax.random.key(seed), {}) for seed in range(2)]
-        found.append(
-            [
-                np.exp(np.mean(np.log([draw.features["together"] for draw in draws]))),
-                np.exp(np.mean(np.log([draw.outputs["readout"] for draw in draws]))),
-            ]
-        )
+        rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
+        draws = [measurer(network, loss_of)(jax.random.key(seed), rows) for seed in range(2)]
+        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
+        found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
     assert found[0][1] <= found[1][1] * 1.05
     if optimizer == "adam":
@@ -167,3 +184,131 @@ def test_shapes_cannot_be_measured():
 def test_groups_that_do_nothing():
     with pytest.raises(ValueError, match="an update of the stem changes 0 in the network"):
         matched(Mlp(2, 16), Mlp(2, 16), zero_init=("readout",))
+
+
+class BatchNormalized(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width)(x))
+        return nn.Dense(5)(nn.relu(x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_normalization_is_said(train):
+    models = BatchNormalized(16), BatchNormalized(8)
+    plan = matched(*models, model_kwargs={"train": train})
+    notes = [one for one in plan.architecture.notes if "batch normalization" in one]
+    assert len(notes) == train
+    assert ("measured rates: outputs of an example" in str(plan)) == train
+
+
+# Layouts.
+
+LAYERS, WIDTH = 3, 16
+
+
+def slices(scanned, dtype=jnp.float32):
+    """A residual network as a function, with its layers in one leaf or in several, and its draw."""
+
+    def apply(params, x):
+        def block(x, kernel):
+            return x + jax.nn.relu(x) @ kernel, None
+
+        x = x.astype(dtype) @ params["stem"]
+        if scanned:
+            x, _ = jax.lax.scan(block, x, params["layers"])
+        else:
+            for number in range(LAYERS):
+                x, _ = block(x, params[f"layer{number}"])
+        return jax.nn.relu(x) @ params["head"]
+
+    def draw(key):
+        stem, layers, head = (
+            (jax.random.normal(one, shape) / np.sqrt(shape[-2])).astype(dtype)
+            for one, shape in zip(
+                jax.random.split(key, 3), [(12, WIDTH), (LAYERS, WIDTH, WIDTH), (WIDTH, 5)],
+                strict=True,
+            )
+        )  # fmt: skip
+        parts = {"layers": layers} if scanned else {f"layer{n}": layers[n] for n in range(LAYERS)}
+        return {"stem": stem, "head": head, **parts}
+
+    return apply, draw
+
+
+def effects_of(scanned, dtype=jnp.float32):
+    apply, draw = slices(scanned, dtype)
+    plan = archscale.parametrize((apply, jax.eval_shape(draw, jax.random.key(0))), X)
+    network = Measurable(apply, plan.architecture, draw, optax.sgd(1.0), (X,))
+    rows = [members_of(plan, (group,)) for group in GROUPS]
+    measure = measurer(network, lambda logits: loss_of(logits.astype(jnp.float32)))
+    return jax.jit(lambda key: measure(key, rows))(jax.random.key(2))
+
+
+def test_layers_in_one_leaf_and_low_precision():
+    """Scanned and separate layers do the same, in float32 and nearly in bfloat16, under jit."""
+    expected = effects_of(scanned=False)
+    for found, tolerance in ((effects_of(True), 1e-4), (effects_of(True, jnp.bfloat16), 0.03)):
+        assert found.features.dtype == jnp.float32
+        np.testing.assert_allclose(found.features[:2, -1], expected.features[:2, -1], tolerance)
+        np.testing.assert_allclose(found.outputs, expected.outputs, tolerance)
+
+
+def sharded_rates(data, model):
+    """The measured multipliers of a scanned network whose params and batch lie on a mesh."""
+    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    spec = jax.sharding.PartitionSpec
+    places = {"stem": spec(None, "model"), "layers": spec(None, "data", "model"), "head": spec()}
+
+    def on_mesh(width):
+        apply, _ = slices(scanned=True)
+        shapes = {"stem": (12, width), "layers": (LAYERS, width, width), "head": (width, 5)}
+        structs = {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, places[name])
+            )
+            for name, shape in shapes.items()
+        }
+        return apply, structs
+
+    batch = jax.device_put(X, jax.sharding.NamedSharding(mesh, spec("data")))
+    plan = archscale.parametrize(
+        on_mesh(4 * WIDTH), batch, base=on_mesh(WIDTH), learning_rate="measured", loss_fn=loss_of
+    )
+    return jax.device_get(jax.tree.leaves(plan.learning_rate))
+
+
+def test_shards():
+    found = on_devices(sharded_rates, 4, 2)
+    assert found == pytest.approx(sharded_rates(1, 1), rel=1e-3)
+
+
+# The rules of the study.
+
+
+def measurable(depth):
+    plan = planned(Mlp(depth, 16), optimizer="sgd")
+    return Measurable(plan.apply, plan.architecture, plan.init, optax.sgd(1.0), (X,))
+
+
+def test_flerm_shares_what_the_base_does():
+    """Hidden kernels together change the outputs as those of the base, one by one."""
+    network, base = measurable(4), measurable(2)
+    options = {"draws": 1, "is_sgd": True}
+    found = matched_rules.multipliers("flerm", network, base, loss_of, **options)
+    same = matched_rules.multipliers("flerm", base, base, loss_of, **options)
+    assert list(same.values()) == pytest.approx([1.0] * len(same), rel=1e-4)
+    sums = []
+    for one, factors in ((network, found), (base, same)):
+        hidden = [
+            leaf.name
+            for leaf in one.architecture.parameters
+            if leaf.layer == "hidden" and leaf.role == "hidden"
+        ]
+        rows = [{name: factors[name]} for name in hidden]
+        outputs = measurer(one, loss_of)(jax.random.key(0), rows).outputs
+        sums.append(len(hidden) * np.exp(np.mean(np.log(outputs))))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-3)

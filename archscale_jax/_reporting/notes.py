@@ -190,7 +190,7 @@ def _rate_notes(subject: Subject) -> Iterator[str]:
             "'adam' or 'muon' and initialization='second_moment'"
         )
     sizes = _kernel_sizes(architecture)
-    if len(sizes) > 1 and not rates.kernel_per_layer:
+    if len(sizes) > 1 and rates.rule != "none" and not rates.kernel_per_layer:
         yield (
             f"kernel sizes {' and '.join(map(str, sizes))} are mixed: rules take the largest, "
             f"{network_kernel_size(architecture.graph):g}, for the whole network, unless "

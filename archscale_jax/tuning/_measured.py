@@ -6,34 +6,42 @@ features and of the outputs along the part of u that is a group's tells what tha
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._precision import exact
-from archscale_jax._trees import PyTree, map_with_names
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._registry import Part
 from archscale_jax.tracing.trace import vertex_features
 
 GROUPS = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
+BATCH_NOTE = (
+    "measured rates: outputs of an example depend on the others of its batch, as under batch "
+    "normalization, where a first update overstates what training does: in deep chains measured "
+    "rates are far too small; compare with learning_rate='rules' (docs/results/learning_rates.md)"
+)
 
 
-class GroupEffects(NamedTuple):
-    """What one update of every group of parameters does, at learning rate 1.
+class Effects(NamedTuple):
+    """What R updates do at learning rate 1, to first order; V vertices.
 
     Attributes:
-      features: by group, the RMS change of the last features over their RMS.
-      outputs: by group, the RMS change of the outputs.
+      features: the RMS change of the features of every vertex over their RMS, [R, V].
+      spread: the same change over the standard deviation of the features over examples, [R, V].
+      outputs: the RMS change of the outputs, [R].
     """
 
-    features: Mapping[str, float]
-    outputs: Mapping[str, float]
+    features: Float[Array, "r v"]
+    spread: Float[Array, "r v"]
+    outputs: Float[Array, " r"]
 
 
 class Measurable(NamedTuple):
@@ -89,24 +97,17 @@ def matched_multipliers(
     Raises:
       ValueError: a group whose update changes nothing in one network and something in the other.
     """
-    logs: dict[str, list[float]] = {group: [] for group in GROUPS}
-    measured = [measurer(one, loss) for one in (network, base)]
+    rows = (("stem",), ("hidden",), ("readout",), GROUPS[:2])
+    measured = []
+    for one in (network, base):
+        groups = groups_of(one.architecture)
+        updates = [{name: 1.0 for name in groups if groups[name] in row} for row in rows]
+        measured.append((measurer(one, loss), updates))
+    logs = []
     for seed in range(seeds):
         key = jax.random.key(seed)
-        ours, theirs = (one(key, {}) for one in measured)
-        found = {
-            "stem": _ratio("stem", theirs.features, ours.features),
-            "hidden": _ratio("hidden", theirs.features, ours.features),
-            "readout": _ratio("readout", theirs.outputs, ours.outputs),
-        }
-        together = [
-            one(key, by_group).features["together"]
-            for one, by_group in zip(measured, (found, {}), strict=True)
-        ]
-        joint = together[1] / together[0]
-        for group, value in found.items():
-            logs[group].append(math.log(value * (1.0 if group == "readout" else joint)))
-    values = {group: math.exp(float(np.mean(found))) for group, found in logs.items()}
+        logs.append(_log_ratios(*(measure(key, updates) for measure, updates in measured)))
+    values = {group: math.exp(float(np.mean([one[group] for one in logs]))) for group in GROUPS}
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
     return {
@@ -115,61 +116,113 @@ def matched_multipliers(
     }
 
 
-def _ratio(group: str, base: Mapping[str, float], network: Mapping[str, float]) -> float:
-    if not base[group] and not network[group]:
+def _log_ratios(network: Effects, base: Effects) -> dict[str, float]:
+    """The log multiplier of every group, from the effects of the three and of stem and hidden."""
+    ours, theirs = (
+        {
+            "stem": float(one.features[0, -1]),
+            "hidden": float(one.features[1, -1]),
+            "readout": float(one.outputs[2]),
+            "both": float(one.features[3, -1]),
+        }
+        for one in (network, base)
+    )
+    found = {group: _ratio(group, theirs[group], ours[group]) for group in GROUPS}
+    # Derivatives are linear: what both do after their multipliers follows from what they did.
+    mixed = ours["both"] ** 2 - ours["stem"] ** 2 - ours["hidden"] ** 2
+    product = found["stem"] * found["hidden"] * mixed
+    together = math.sqrt(max(theirs["stem"] ** 2 + theirs["hidden"] ** 2 + product, 0.0))
+    joint = _ratio("stem and hidden layers", theirs["both"], together)
+    return {
+        group: math.log(value * (1.0 if group == "readout" else joint))
+        for group, value in found.items()
+    }
+
+
+def _ratio(group: str, base: float, network: float) -> float:
+    if not base and not network:
         return 1.0  # neither has such a group
-    if not (base[group] and network[group]) or not math.isfinite(base[group] / network[group]):
+    if not (base and network) or not math.isfinite(base / network):
         raise ValueError(
-            f"learning_rate='measured': an update of the {group} changes {network[group]:.3g} in "
-            f"the network and {base[group]:.3g} in the base; groups that one of them lacks, or "
+            f"learning_rate='measured': an update of the {group} changes {network:.3g} in "
+            f"the network and {base:.3g} in the base; groups that one of them lacks, or "
             "weights that start at 0 behind them, cannot be matched: take the closed forms"
         )
-    return base[group] / network[group]
+    return base / network
 
 
 def measurer(
     network: Measurable, loss: Callable[[Any], jax.Array]
-) -> Callable[[jax.Array, Mapping[str, float]], GroupEffects]:
-    """Returns a jitted function of a key and multipliers of groups to what the groups do.
+) -> Callable[[jax.Array, Sequence[Mapping[str, float]]], Effects]:
+    """Returns a function of a key and R updates to what the updates do.
 
-    `features["together"]` is the effect of stem and hidden layers in one update. It costs about a
-    training step and one more pass forward a group.
+    An update is told by what it multiplies the optimizer's first update of every leaf with, by
+    name; a leaf that is not named stays. Costs about a training step and one more pass forward an
+    update.
     """
-    groups = groups_of(network.architecture)
 
-    def last_features_and_outputs(params: PyTree) -> tuple[jax.Array, Any]:
+    def features_and_outputs(params: PyTree) -> tuple[list[jax.Array], Any]:
         features = vertex_features(network.apply, params, *network.inputs)
-        return exact(features[max(features)]), network.apply(params, *network.inputs)
+        return [exact(features[one]) for one in sorted(features)], network.apply(
+            params, *network.inputs
+        )
 
     @jax.jit
-    def effects(key: jax.Array, scales: Mapping[str, Any]) -> Any:
+    def effects(key: jax.Array, rows: jax.Array) -> Effects:
         params = network.draw(key)
         gradients = jax.grad(lambda params: loss(network.apply(params, *network.inputs)))(params)
         optimizer = network.optimizer
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
-        values, pull = jax.vjp(last_features_and_outputs, params)
+        values, pull = jax.vjp(features_and_outputs, params)
         # As in `measure_update`: no forward mode, which functions with a `jax.custom_vjp` lack.
         _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
-        size = _rms(values[0])
-        found = {}
-        for name, members in {**{one: (one,) for one in GROUPS}, "together": GROUPS[:2]}.items():
-            part = map_with_names(
-                lambda leaf, value, members=members: value * (groups[leaf] in members)
-                * scales.get(groups[leaf], 1.0),
-                update,
-            )  # fmt: skip
-            change, outputs = push(part)[0]
-            found[name] = _rms(change) / size, _rms(outputs)
-        return found
+        order = {name: index for index, name in enumerate(named_leaves(params))}
+        size = jnp.stack([_rms(one) for one in values[0]])
+        spread = jnp.stack([jnp.sqrt(jnp.mean(jnp.var(one, axis=0))) for one in values[0]])
 
-    def measured(key: jax.Array, scales: Mapping[str, float]) -> GroupEffects:
-        found = effects(key, dict(scales))
-        return GroupEffects(
-            {name: float(one[0]) for name, one in found.items()},
-            {name: float(one[1]) for name, one in found.items()},
+        def effect(row: jax.Array) -> Effects:
+            part = map_with_names(
+                lambda name, leaf: leaf * row[order[name]].astype(leaf.dtype), update
+            )
+            changes, outputs = push(part)[0]
+            change = jnp.stack([_rms(one) for one in changes])
+            return Effects(change / size, change / spread, _rms(outputs))
+
+        return jax.lax.map(effect, rows)
+
+    def measured(key: jax.Array, updates: Sequence[Mapping[str, float]]) -> Effects:
+        names = list(named_leaves(jax.eval_shape(network.draw, key)))
+        return effects(
+            key, np.array([[one.get(name, 0.0) for name in names] for one in updates], np.float32)
         )
 
     return measured
+
+
+def examples_interact(network: Measurable) -> bool:
+    """Whether outputs of an example depend on the others of its batch, as batch normalization has.
+
+    Tried on one draw: copies of the first half of the batch in the place of the second.
+    """
+    leaves = [one for one in jax.tree.leaves(network.inputs) if jnp.ndim(one)]
+    size = min((len(one) for one in leaves), default=0)
+    if size < 2:
+        return False
+
+    def copied(leaf: Any) -> Any:
+        whole = jnp.ndim(leaf) and len(leaf) == size
+        return jnp.asarray(leaf)[np.arange(size) % (size // 2)] if whole else leaf
+
+    @jax.jit
+    def outputs(key: jax.Array, inputs: tuple[PyTree, ...]) -> list[jax.Array]:
+        found = jax.tree.leaves(network.apply(network.draw(key), *inputs))
+        return [exact(one[: size // 2]) for one in found if one.ndim and len(one) == size]
+
+    key = jax.random.key(0)
+    before = outputs(key, network.inputs)
+    after = outputs(key, jax.tree.map(copied, network.inputs))
+    moved = jax.tree.map(jnp.subtract, before, after)
+    return bool(before) and bool(_rms(moved) > 1e-2 * _rms(before))
 
 
 def _rms(tree: PyTree) -> jax.Array:

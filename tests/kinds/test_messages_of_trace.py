@@ -184,3 +184,21 @@ def test_an_error_of_the_function_says_how_it_was_called():
     with pytest.raises(TypeError) as caught:
         archscale.trace(apply, x, shapes)
     assert any("function(params, *inputs)" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("function", [jax.nn.gelu, jnp.tanh, lambda h: h])
+@pytest.mark.parametrize("centred", [True, False])
+def test_what_is_added_behind_a_normalization_starts_at_zero(function, centred):
+    """Whatever stands before it; what is added behind a gate alone may be anything."""
+
+    def apply(params, x):
+        h = function(x @ params["a"])
+        if centred:
+            h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt((h**2).mean(-1, keepdims=True) + 1e-6) * params["scale"]
+        h = jax.nn.sigmoid((h + params["offset"]) @ params["b"]) + params["floor"]
+        return h @ params["c"]
+
+    shapes = specs(a=(8, 16), scale=(16,), offset=(16,), b=(16, 16), floor=(16,), c=(16, 3))
+    found = archscale.trace(apply, shapes, spec(4, 8))
+    assert {one.name for one in found.parameters if not one.start_known} == {"floor"}

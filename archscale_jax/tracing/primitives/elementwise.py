@@ -1,5 +1,6 @@
 """Operations on entries: activations, sums and products of features, biases and scales."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from archscale_jax._expressions import (
     times,
     variables,
 )
-from archscale_jax._quadrature import slope
+from archscale_jax._quadrature import moments, slope
 from archscale_jax.tracing.axes import joined
 from archscale_jax.tracing.flow import Kind, standard
 from archscale_jax.tracing.primitives.gates import note_gates
@@ -286,9 +287,8 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     kind = "offset" if scaled else "bias"
     layer = state.layers.get(feature.vertex, ()) if feature.bare else ()
     where = state.kind(feature)
-    known = where in (Kind.LAYER, Kind.SUM) and bool(
-        slope(feature.expression, _variable(feature), standard)
-    )
+    linear = slope(feature.expression, _variable(feature), standard)
+    known = where in (Kind.LAYER, Kind.SUM) and bool(linear or _is_normalized(feature.expression))
     options: dict[str, Any] = {"known": known}
     positions = any(
         state.shapes[leaf][axis] > 1
@@ -307,6 +307,12 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     if feature.plain and feature.vertex not in state.flow.read:
         return result
     return changed(result, passed=feature.passed | frozenset(numbers))
+
+
+def _is_normalized(expression: Expression) -> bool:
+    """Whether features leave a normalization, whatever functions stand before it."""
+    second = moments(expression, standard).second if statistics(expression) else 0.0
+    return math.isclose(second, 1.0, rel_tol=1e-3)
 
 
 def _with_start(state: State, call: Call, weight: Weight, feature: Feature) -> Feature:
@@ -416,6 +422,7 @@ def _scale(state: State, call: Call, weight: Weight, feature: Feature) -> tuple[
     multiplies = call.name in PRODUCTS
     normalized = bool(statistics(feature.expression)) and (
         slope(feature.expression, _variable(feature), standard) is not None
+        or _is_normalized(feature.expression)
     )
     neutral = neutral_value(weight.expression, weight.leaves[0]) if multiplies else None
     numbers = state.use(
