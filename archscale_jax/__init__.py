@@ -2,7 +2,7 @@
 
 from archscale_jax import _deprecated, contrib, rules, tuning
 from archscale_jax._architecture import Architecture, Arrangement, Parameter, Role
-from archscale_jax._audit import Audit, Finding, audit
+from archscale_jax._audit import audit
 from archscale_jax._draw import draw
 from archscale_jax._graph import Operator, Space, build_graph, in_degrees
 from archscale_jax._initialize import initialize
@@ -34,8 +34,6 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "Architecture",
     "Arrangement",
-    "Audit",
-    "Finding",
     "Operator",
     "Parameter",
     "Parametrization",

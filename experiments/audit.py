@@ -16,6 +16,8 @@ import optax
 from absl import flags
 
 import archscale_jax as archscale
+from archscale_jax._audit import Audit
+from archscale_jax._auditing.findings import Finding
 from experiments.lab import common, families, files, networks, page, ranges, tables
 from experiments.lab.data_flags import define_data_flags
 from experiments.lab.recipe import load_dataset
@@ -64,7 +66,7 @@ def run() -> None:
         __doc__,
         remarks=[str(audit)],
         tables={
-            "What was found.": [list(archscale.Finding._fields), *found],
+            "What was found.": [list(Finding._fields), *found],
             "What was measured, multipliers up to one constant.": [
                 [name.replace("_", " ") for name in names], *rows
             ],
@@ -75,7 +77,7 @@ def run() -> None:
         sys.exit(2)
 
 
-def audited(network: networks.Network, base: networks.Network, batch: tuple) -> archscale.Audit:
+def audited(network: networks.Network, base: networks.Network, batch: tuple) -> Audit:
     """Audits a network as the flags say."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), network.params)
     plan = archscale.parametrize(
