@@ -2,6 +2,7 @@
 
 from archscale_jax import _deprecated, contrib, rules, tuning
 from archscale_jax._architecture import Architecture, Arrangement, Parameter, Role
+from archscale_jax._audit import audit
 from archscale_jax._draw import draw
 from archscale_jax._graph import Operator, Space, build_graph, in_degrees
 from archscale_jax._initialize import initialize
@@ -41,6 +42,7 @@ __all__ = [
     "Role",
     "Space",
     "TraceError",
+    "audit",
     "bottleneck",
     "build_graph",
     "cell_graph",

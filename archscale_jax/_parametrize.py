@@ -158,7 +158,9 @@ def parametrize(
         attention_scale=attention_scale,
         epsilon_rule=epsilon_rule,
     )
-    plan = Parametrization(architecture, compared, optimizer, choice, duration, zeros, pure)
+    plan = Parametrization(
+        architecture, compared, optimizer, choice, duration, zeros, pure, _inputs=_shapes(inputs)
+    )
     if learning_rate == "rules" and loss_fn is None:
         return plan
     if learning_rate not in ("rules", "measured"):
@@ -296,6 +298,7 @@ class Parametrization:
     zeros: frozenset[str]
     _model: PureModel
     measured: Mapping[str, Part] = dataclasses.field(default_factory=dict)
+    _inputs: tuple[PyTree, ...] = ()
 
     def __post_init__(self) -> None:
         # What a rule cannot do raises here, where the model and its base are given.
@@ -585,6 +588,17 @@ class Parametrization:
 
     def _of_leaves(self, values: Mapping[str, Any]) -> PyTree:
         return map_with_names(lambda name, leaf: values[name], self._model.params)
+
+
+def _shapes(inputs: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """Shapes of what are arrays, and the rest as it is."""
+
+    def shape(leaf: Any) -> Any:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(shape, inputs)
 
 
 def _values(found: Mapping[str, Explained]) -> dict[str, float]:

@@ -54,6 +54,10 @@ ERRORS = {  # by the binary: flags, and what is said of them
         "--width=": "accepted are 1 to 1000 items",
         "--axis=size": "unknown axis 'size'",
     },
+    "audit": {
+        "--width=0": "accepted is an integer from 1 to 16384",
+        "--family=rnn": "value should be one of",
+    },
     "gradinit": {"--network=plain_99999999": "of DEPTH 1 to 256 and the families plain"},
     "size_transfer": {"--study=": "accepted are 1 to 1000 items between commas, found 0"},
     "transfer": {"--max_networks=1": "accepted is an integer from 2"},

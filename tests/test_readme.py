@@ -17,6 +17,7 @@ PAGES = {
     "docs/your_model.md": "",
     "docs/which_parametrization.md": "True",
     "docs/checks.md": "'output': 1.",
+    "docs/audit.md": "behind optax.adamw scales the decay with the rate",
     "docs/running.md": "",
     "docs/faq.md": "",
     "docs/contrib.md": "restored: True",

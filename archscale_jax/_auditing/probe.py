@@ -1,0 +1,396 @@
+"""What an optax chain does, leaf by leaf, asked by gradients that are chosen for the purpose.
+
+A chain is opaque, so that it is fed. A probe of a leaf that holds matrices is, matrix by matrix,
+
+    g = c·(D₁ + κ·D₂),   D₁ = a₁b₁ᵀ, D₂ = a₂b₂ᵀ orthonormal, c differing between matrices,
+
+and the update u tells the optimizer: SGD gives u ∝ g; Adam entries of one size; an orthogonalized
+update has D₁ and D₂ in equal parts, and nothing else, if its axes are those of the probe. Probes of
+three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below any
+clipping, and of 10⁻¹², below any epsilon. They are given from the state that the chain itself
+initializes, at params that are 0, so that nothing decays; a gradient of 0 at params of size 1 then
+shows the decay alone.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax.rules._matrix import Matrix
+
+LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
+KAPPA = 0.25
+LIMIT = 256
+"""Calls of `update` after which a chain that has not moved anything is given up."""
+
+
+class Chain(NamedTuple):
+    """The functions of an optimizer, compiled.
+
+    Attributes:
+      init: `params` to a state.
+      update: `(gradients, state, params)` to updates and the next state.
+    """
+
+    init: Callable[[PyTree], Any]
+    update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
+
+    def respond(self, gradients: PyTree, params: PyTree, calls: int) -> PyTree:
+        """Returns the last update of several calls with one gradient, from a new state."""
+        return self.follow([gradients] * calls, params)
+
+    def follow(self, gradients: list[PyTree], params: PyTree) -> PyTree:
+        """Returns the last update of calls with these gradients, from a new state."""
+        state, updates = self.init(params), None
+        for one in gradients:
+            updates, state = self.update(one, state, params)
+        return updates
+
+
+class Response(NamedTuple):
+    """What a leaf's update looks like, numbers.
+
+    Attributes:
+      size: root mean square.
+      even: mean of the absolute entries.
+      spread: their standard deviation over it.
+      along: <u, g>/<g, g>, g of size 1.
+      rest: what u has beside its part along g, over its size.
+      first: part of D₁ in u, the mean over matrices.
+      lowest: over matrices, the smallest ratio of the parts of D₂ and D₁.
+      highest: the largest.
+      explained: the smallest part of a matrix's u² that lies in D₁ and D₂.
+      uneven: over matrices, the largest part of D₁ over the smallest, in size.
+    """
+
+    size: float
+    even: float
+    spread: float
+    along: float
+    rest: float
+    first: float
+    lowest: float
+    highest: float
+    explained: float
+    uneven: float
+
+
+class Decay(NamedTuple):
+    """An update without a gradient, at params W of size 1.
+
+    Attributes:
+      size: root mean square.
+      shrinkage: s where the update is -s·W.
+      rest: what it has beside that, over its size.
+    """
+
+    size: float
+    shrinkage: float
+    rest: float
+
+
+Responses = Mapping[str, Response]
+
+
+class Answers(NamedTuple):
+    """What a chain does.
+
+    Attributes:
+      first: calls of `update` until something moves; 0 where nothing does within `LIMIT`.
+      period: calls between that update and the next.
+      frozen: names of leaves that do not move when others do.
+      counters: the largest counter of a schedule in the state after the first update, and the
+        smallest of anything.
+      large: responses to gradients of size 10³.
+      small: to gradients of size 10⁻⁶.
+      tiny: to gradients of size 10⁻¹².
+      still: to gradients of 0.
+      between: names of leaves that decay in calls that move nothing.
+      alone: where several calls make an update, responses to a large gradient in the first of
+        them alone.
+    """
+
+    first: int
+    period: int
+    frozen: frozenset[str] = frozenset()
+    counters: tuple[int, int] = (0, 0)
+    large: Mapping[str, Response] = {}
+    small: Mapping[str, Response] = {}
+    tiny: Mapping[str, Response] = {}
+    still: Mapping[str, Decay] = {}
+    between: frozenset[str] = frozenset()
+    alone: Mapping[str, Response] = {}
+
+
+def compiled(optimizer: Any, gradients: PyTree, params: PyTree, loss: Any = 1.0) -> Chain:
+    """Returns an optimizer as compiled functions.
+
+    Args:
+      optimizer: an optax transformation, or what holds one as `tx`.
+      gradients: a tree like params, arrays or shapes.
+      params: a tree of arrays or shapes.
+      loss: of transformations that take `value`.
+
+    Raises:
+      TypeError: something else.
+    """
+    optimizer = getattr(optimizer, "tx", optimizer)
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer must be an optax transformation, as optax.adamw(1e-3), found {optimizer!r}"
+        )
+
+    def update(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
+        return optimizer.update(gradients, state, params)
+
+    def valued(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
+        return optimizer.update(gradients, state, params, value=jnp.asarray(loss, jnp.float32))
+
+    init = jax.jit(optimizer.init)
+    state = jax.eval_shape(optimizer.init, params)
+    try:
+        jax.eval_shape(update, gradients, state, params)
+    except TypeError as error:
+        if "value" not in str(error):
+            raise
+        update = valued
+    return Chain(init, jax.jit(update))
+
+
+def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
+    """Returns the axes of a probe: those of the leaf's matrices, else all axes to the last."""
+    if matrix is not None:
+        return matrix
+    return Matrix(tuple(range(len(shape) - 1)), (len(shape) - 1,) if shape else ())
+
+
+def ask(chain: Chain, probes: "Probes") -> Answers:
+    """Asks a chain."""
+    zeros, large = probes.zeros(), probes.gradients(LARGE)
+    first, updates, state = _until_moved(chain, large, zeros)
+    if not first:
+        return Answers(0, 0)
+    counters = _counters(state)
+    answers = probes.measured(updates)
+    period, later = _until_moved(chain, large, zeros, state)[:2]
+    again = probes.measured(later)
+    frozen = frozenset(
+        name for name, one in answers.items() if one.size == 0 and again[name].size == 0
+    )
+    found = {
+        size: probes.measured(chain.respond(probes.gradients(size), zeros, first))
+        for size in (SMALL, TINY)
+    }
+    weights = probes.weights()
+    still, between, state = {}, frozenset(), chain.init(weights)
+    for call in range(1, first + 1):
+        updates, state = chain.update(zeros, state, weights)
+        if call in (1, first):
+            still = probes.decays(updates)
+        if call == 1 and period > 1:
+            between = frozenset(name for name, one in still.items() if one.size > 0)
+    alone: Responses = {}
+    if period > 1:
+        sequence = [*[large] * (first - period + 1), *[zeros] * (period - 1)]
+        alone = probes.measured(chain.follow(sequence, zeros))
+    return Answers(
+        first, period, frozen, counters, answers, found[SMALL], found[TINY], still, between, alone
+    )
+
+
+def _until_moved(
+    chain: Chain, gradients: PyTree, params: PyTree, state: Any = None
+) -> tuple[int, PyTree, Any]:
+    """Calls `update` with one gradient until something moves; 0 and the last update if nothing."""
+    state, updates = chain.init(params) if state is None else state, None
+    for call in range(1, LIMIT + 1):
+        updates, state = chain.update(gradients, state, params)
+        if bool(_moves(updates)):
+            return call, updates, state
+    return 0, updates, state
+
+
+@jax.jit
+def _moves(updates: PyTree) -> jax.Array:
+    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates)]))
+
+
+def _counters(state: Any) -> tuple[int, int]:
+    """The largest counter of a schedule in a state, and the smallest counter of anything."""
+    schedules, others = [0], []
+    for path, value in optax.tree.get_all_with_path(state, "count"):
+        if getattr(value, "shape", None) == ():
+            others.append(int(value))
+            if getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState":
+                schedules.append(int(value))
+    return max(schedules), min(others, default=0)
+
+
+class Vectors(NamedTuple):
+    """What the probe and the weights of a leaf are products of; axes of size 1 broadcast.
+
+    Attributes:
+      a: a₁ and a₂, along the inputs; a₂ is None where a matrix has but one input or output.
+      b: b₁ and b₂, along the outputs.
+      c: along what tells matrices apart, times the root of a matrix's size.
+      weights: along inputs, outputs and matrices.
+    """
+
+    a: tuple[np.ndarray, np.ndarray | None]
+    b: tuple[np.ndarray, np.ndarray | None]
+    c: np.ndarray
+    weights: tuple[np.ndarray, ...]
+
+    @classmethod
+    def drawn(cls, name: str, shape: tuple[int, ...], matrix: Matrix) -> "Vectors":
+        """Draws them, by the leaf's name alone."""
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        axes = matrix.inputs, matrix.outputs, _others(shape, matrix)
+
+        def entries(part: tuple[int, ...]) -> np.ndarray:
+            """Entries of either sign that differ along every axis, so that no two parts agree."""
+            kept = [size if axis in part else 1 for axis, size in enumerate(shape)]
+            values = random.choice([-1.0, 1.0], kept)
+            for axis in part:
+                ramp = random.permutation(np.linspace(0.5, 1.5, shape[axis] or 1))
+                values = values * np.expand_dims(ramp, _all_but(axis, len(shape)))
+            return values.astype(np.float32)
+
+        a, b = (_orthonormal(entries(part), entries(part)) for part in axes[:2])
+        inputs, outputs = matrix.sizes(shape)
+        if min(inputs, outputs) == 1:
+            a, b = (a[0], None), (b[0], None)
+        times = abs(entries(axes[2])) * np.float32(np.sqrt(inputs * outputs))
+        return cls(a, b, times, tuple(map(entries, axes)))
+
+    def directions(self) -> tuple[jax.Array, jax.Array | None]:
+        """Returns D₁ and D₂, or None."""
+        first = jnp.multiply(self.a[0], self.b[0])
+        if self.a[1] is None or self.b[1] is None:
+            return first, None
+        return first, jnp.multiply(self.a[1], self.b[1])
+
+    def gradient(self) -> jax.Array:
+        """Returns the probe of size 1."""
+        first, second = self.directions()
+        return jnp.multiply(self.c, first if second is None else first + KAPPA * second)
+
+    def weight(self) -> jax.Array:
+        """Returns the params at which decay is shown."""
+        one, two, three = self.weights
+        return jnp.multiply(jnp.multiply(one, two), three)
+
+
+def _others(shape: tuple[int, ...], matrix: Matrix) -> tuple[int, ...]:
+    own = (*matrix.inputs, *matrix.outputs)
+    return tuple(axis for axis in range(len(shape)) if axis not in own)
+
+
+def _all_but(axis: int, rank: int) -> tuple[int, ...]:
+    return tuple(other for other in range(rank) if other != axis)
+
+
+def _orthonormal(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    one = one / np.linalg.norm(one)
+    two = two - np.sum(two * one) * one
+    return one, two / max(float(np.linalg.norm(two)), 1e-30)
+
+
+class Probes:
+    """Gradients and params of chosen size like a tree of params, and what updates look like."""
+
+    def __init__(self, params: PyTree, matrices: Mapping[str, Matrix]) -> None:
+        self._params = params
+        self._vectors = {
+            name: Vectors.drawn(name, leaf.shape, matrices[name])
+            for name, leaf in named_leaves(params).items()
+        }
+        self._matrices = matrices
+
+    def gradients(self, size: float) -> PyTree:
+        """Returns probes of this size."""
+        return self._made(size, "gradient")
+
+    def weights(self) -> PyTree:
+        """Returns params of size 1."""
+        return self._made(1.0, "weight")
+
+    def zeros(self) -> PyTree:
+        """Returns a tree of zeros."""
+        return self._made(0.0, "weight")
+
+    def measured(self, updates: PyTree) -> Responses:
+        """Returns what updates look like beside a probe of size 1."""
+        found = {
+            name: _response(leaf, self._vectors[name], self._matrices[name])
+            for name, leaf in named_leaves(updates).items()
+        }
+        return {name: Response(*map(float, row)) for name, row in jax.device_get(found).items()}
+
+    def decays(self, updates: PyTree) -> dict[str, Decay]:
+        """Returns what updates look like beside the weights."""
+        found = {
+            name: _decayed(leaf, self._vectors[name])
+            for name, leaf in named_leaves(updates).items()
+        }
+        return {name: Decay(*map(float, row)) for name, row in jax.device_get(found).items()}
+
+    def _made(self, size: float, kind: str) -> PyTree:
+        make = lambda name, leaf: _made(leaf, self._vectors[name], size, kind)  # noqa: E731
+        return map_with_names(make, self._params)
+
+
+# Programs of one leaf, of which there are fewer shapes than leaves. Vectors are arguments: as
+# constants they would be part of every program.
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _made(leaf: jax.Array, vectors: Vectors, size: Any, kind: str) -> jax.Array:
+    values = size * getattr(vectors, kind)()
+    # The sum lets the compiler place the result as the leaf is.
+    return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
+
+
+@jax.jit
+def _decayed(update: jax.Array, vectors: Vectors) -> jax.Array:
+    """The fields of a `Decay`."""
+    u = update.astype(jnp.float32)
+    weight = vectors.weight().reshape(u.shape)
+    shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
+    square = jnp.mean(u**2)
+    rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
+    return jnp.stack([jnp.sqrt(square), shrinkage, rest])
+
+
+@functools.partial(jax.jit, static_argnames="matrix")
+def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
+    """The fields of a `Response`."""
+    u = update.astype(jnp.float32)
+    peak = jnp.maximum(jnp.max(jnp.abs(u)), jnp.finfo(jnp.float32).tiny)
+    u = u / peak  # squares of the smallest updates would be 0
+    axes = tuple(sorted((*matrix.inputs, *matrix.outputs)))
+    first, second = vectors.directions()
+    gradient = vectors.gradient().reshape(u.shape)
+    square = jnp.mean(u**2)
+    telling = jnp.abs(gradient) > 0.05 * jnp.sqrt(jnp.mean(gradient**2))
+    count = jnp.sum(telling)
+    entries = jnp.where(telling, jnp.abs(u), 0)
+    even = jnp.sum(entries) / count
+    variance = jnp.sum(jnp.where(telling, (entries - even) ** 2, 0)) / count
+    along = jnp.sum(u * gradient) / jnp.sum(gradient**2)
+    rest = jnp.sqrt(jnp.mean((u - along * gradient) ** 2) / square)
+    part = jnp.sum(u * first, axes)
+    other = jnp.zeros_like(part) if second is None else jnp.sum(u * second, axes)
+    ratio, explained = other / part, (part**2 + other**2) / jnp.sum(u**2, axes)
+    return jnp.stack(
+        [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
+         peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained),
+         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part))]
+    )  # fmt: skip
