@@ -3,11 +3,11 @@
 Networks of `tests/coordinate_networks.py` are drawn and trained for five updates as their
 parametrization says, through `plan.apply`, over width and over depth. The measure is the change,
 over a fixed batch, of a vertex of every kind relative to its size, and of the logits: the largest
-over the smallest of all sizes. The vertices are the last of their kind in the base, and those at
-the same share of the depth elsewhere. Optimizers: AdamW with decay 0.1; the same with epsilon ten
-times the root mean square gradient of the base, at ten times the rate, where gradients count and
-not their signs; Muon. Beside it the standard parametrization: the framework's weights, one rate for
-all. A run that was cut off goes on.
+over the smallest of all sizes. The vertices are the last of their kind in the base, and elsewhere
+those before which the same share of the branches has been added. Optimizers: AdamW with decay 0.1;
+the same with epsilon ten times the root mean square gradient of the base, at ten times the rate,
+where gradients count and not their signs; Muon. Beside it the standard parametrization: the
+framework's weights, one rate for all. A run that was cut off goes on.
 """
 
 import math
@@ -91,12 +91,10 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
                 draws = [one.gradient(one.draw(seed), *batch)[1] for seed in seeds]
                 eps = epsilon * _mean([root_mean_square(draw) for draw in draws])
         changes = [one.changes(training, eps, seed) for seed in seeds]
-        chosen = {kind: vertices[-1] for kind, vertices in one.kinds.items()}
-        if trial["over"] == "depth":
-            chosen = {
-                kind: vertices[last_of_base(len(base.kinds.get(kind, vertices)), len(vertices))]
-                for kind, vertices in one.kinds.items()
-            }
+        chosen = {
+            kind: as_deep(base.progress[base.kinds.get(kind, [LOGITS])[-1]], vertices, one.progress)
+            for kind, vertices in one.kinds.items()
+        }
         found.append({k: _mean([change[v] for change in changes]) for k, v in chosen.items()})
     kinds = [kind for kind in found[0] if all(kind in one for one in found)]
     return {
@@ -107,12 +105,9 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def last_of_base(base: int, number: int) -> int:
-    """Which of a number of vertices of a kind is as deep as the last of the base's.
-
-    A vertex of block b of n has b - 1 of n blocks before it, and the stream's last all of them.
-    """
-    return (base - 1) * number // base
+def as_deep(share: float, vertices: list[Any], progress: dict[Any, float]) -> Any:
+    """The last vertex before which about this share of the branches has been added."""
+    return min(reversed(vertices), key=lambda one: abs(progress[one] - share))
 
 
 def _mean(values: list[float]) -> float:

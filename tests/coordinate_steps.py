@@ -6,6 +6,7 @@ mean square change since initialization: of every vertex over its root mean squa
 the logits as it is (theory §14).
 """
 
+import bisect
 import functools
 import math
 import re
@@ -146,6 +147,14 @@ class Sized:
     def kinds(self) -> dict[str, list[Any]]:
         return kinds(self.plan.architecture)
 
+    @functools.cached_property
+    def progress(self) -> dict[Any, float]:
+        """Of every vertex, the share of all branches that has been added before it."""
+        added = sorted(residual_branches(self.plan.architecture))
+        vertices = range(int(self.plan.architecture.graph.n_node[0]))
+        whole = max(len(added), 1)
+        return {LOGITS: 1.0} | {one: bisect.bisect(added, one) / whole for one in vertices}
+
 
 def rms(values: Any) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(values, np.float64)))))
@@ -158,7 +167,7 @@ def root_mean_square(tree: PyTree) -> float:
 
 
 def kinds(architecture: archscale.Architecture) -> dict[str, list[Any]]:
-    """Vertices by the layers that end in them, without the numbers of blocks; the stream's end."""
+    """Vertices by the layers that end in them, without the numbers of blocks."""
     graph = architecture.graph
     branches = residual_branches(architecture)
     names: dict[Any, str] = {}
@@ -178,4 +187,4 @@ def kinds(architecture: archscale.Architecture) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {LOGITS: [LOGITS]}
     for vertex, name in names.items():
         found.setdefault(name, []).append(vertex)
-    return found | {STREAM: found[STREAM][-1:]} if STREAM in found else found
+    return found

@@ -62,9 +62,11 @@ def test_results_are_written_but_for_tiny_sizes(tmp_path, monkeypatch, quick):
 
 
 def test_a_benchmark_says_how_it_is_run_and_results_are_of_one():
-    names = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    modules = {one.name: one.ispkg for one in pkgutil.iter_modules(benchmarks.__path__)}
+    names = modules.keys()
     for name in names - {"common", "torch_mup"}:
-        text = pathlib.Path(benchmarks.__path__[0], f"{name}.py").read_text()
+        file = f"{name}/__main__.py" if modules[name] else f"{name}.py"
+        text = pathlib.Path(benchmarks.__path__[0], file).read_text()
         assert f"python -m benchmarks.{name}" in text.split('"""')[1]
         assert "common.run(main)" in text
     assert RESULTS

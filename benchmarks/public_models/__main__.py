@@ -79,7 +79,9 @@ def main() -> None:
         subprocess.run(command, check=True, cwd=common.ROOT, env=os.environ | {"PYTHONPATH": paths})
     golden = json.loads(ROLES.read_text())
     rows = [judged(json.loads(line), golden) for line in journal.read_text().splitlines()]
-    common.show("Public models", [COLUMNS, *([str(row[one]) for one in COLUMNS] for row in rows)])
+    common.show(
+        "Public models", [list(COLUMNS), *([str(row[one]) for one in COLUMNS] for row in rows)]
+    )
     common.write_results("public_models", {"rows": rows})
 
 

@@ -1,5 +1,9 @@
 """Equinox models of equimo and jaxonmodels, flows of flowjax."""
 
+# Its packages are in an environment of its own.
+# pyright: reportMissingImports=false
+
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +23,7 @@ def _equimo(name: str, side: int, small: dict[str, Any], real: dict[str, Any] | 
     def build(size: str) -> Subject:
         import equimo.models
 
-        given = real if size == "real" and real is not None else small
+        given = copy.deepcopy(real if size == "real" and real is not None else small)
         make = getattr(equimo.models, name)
         model = _shapes(lambda key: make(in_channels=3, num_classes=10, key=key, **given))
         length = given.get("img_size", side)

@@ -1,11 +1,16 @@
 """Flax models of transformers 4.57."""
 
+# Its packages are in an environment of its own.
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import transformers
 from flax.core import unfreeze
 
+from archscale_jax._trees import map_with_names
 from benchmarks.public_models.subject import Build, Subject, floats, tokens
 
 _ENCODER = {
@@ -121,7 +126,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any
         {"input_features": floats(2, 8, 32), "decoder_input_ids": tokens(2, 8)}),
 }  # fmt: skip
 
-_REAL_INPUTS = {
+_REAL_INPUTS: dict[str, Any] = {
     "pixel_values": floats(2, 3, 224, 224),
     "input_features": floats(2, 80, 3000),
     "input_values": floats(2, 16000),
@@ -146,7 +151,10 @@ def _build(name: str, size: str) -> Subject:
 
     def apply(params: Any, *arrays: jax.Array) -> jax.Array:
         if stateful:
-            averages = jax.tree.map(lambda one: jax.numpy.ones(one.shape), shapes["batch_stats"])
+            averages = map_with_names(
+                lambda leaf, one: (jnp.zeros if leaf.endswith("mean") else jnp.ones)(one.shape),
+                shapes["batch_stats"],
+            )
             variables = {"params": params, "batch_stats": averages}
             outputs = model(*arrays, params=variables, train=True)[0]
         else:

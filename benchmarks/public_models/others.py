@@ -1,5 +1,8 @@
 """dm-haiku's networks, diffusion models of flaxdiff and diffusers, Mamba 2 in JAX."""
 
+# Its packages are in an environment of its own.
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import haiku as hk

@@ -374,3 +374,32 @@ def test_matrices_chosen_by_an_index_raise_with_a_way_on(how):
         archscale.trace(apply, shapes, *inputs)
     found = archscale.weight_standard_deviations(archscale.trace(one_hot, shapes, *inputs))
     np.testing.assert_allclose(found["tasks"], (2 / 32) ** 0.5)
+
+
+@pytest.mark.parametrize("spelling", ["einsum", "multiply"])
+def test_a_product_that_sums_nothing_scales_features(spelling):
+    """Decays of a selective scan, an outer product over states: no layer, kept from the start."""
+
+    def steps(p, h):
+        decay = -jnp.exp(p["decay"])
+        if spelling == "einsum":
+            return jnp.einsum("td,ds->tds", h, decay)
+        return h[..., None] * decay
+
+    def apply(p, x):
+        h = x @ p["stem"]
+        moved = jnp.exp(steps(p, jax.nn.softplus(h @ p["step"])))
+        states = jnp.cumsum(moved * h[..., None], axis=0)
+        return (h + states.sum(-1) @ p["out"]) @ p["readout"]
+
+    def plan(width, base=None):
+        shapes = specs(stem=(8, width), step=(width, width), decay=(width, 4), out=(width, width),
+                       readout=(width, 3))  # fmt: skip
+        return archscale.parametrize(apply, spec(5, 8), params=shapes, base=base, optimizer="adam")
+
+    base = plan(16)
+    found = {one.name: one for one in base.architecture.parameters}
+    assert str(found["decay"].role) == "scale"
+    assert not found["decay"].start_known
+    assert plan(64, base).learning_rate["decay"] == 1
+    assert 1e-3 < float(np.max(base.init_std["out"])) < 1

@@ -65,8 +65,9 @@ def _weighted(state: State, call: Call, side: int, axes: Axes) -> Value:
     assert isinstance(weight, Weight)
     contracted, batch = (pair[side] for pair in call.parameters["dimension_numbers"])
     free = free_axes(len(weight.axes), contracted, batch)
-    alone = not contracted and all(call.shapes[side][axis] == 1 for axis in free)
-    if alone and isinstance(source, Feature):  # every entry has a weight of its own: a scale
+    single = all(call.shapes[side][axis] == 1 for axis in free)
+    # Nothing is summed, and every feature has weights of its own: a scale, as h[..., None] * w.
+    if not contracted and (batch or single) and isinstance(source, Feature):
         return _scaled(state, call, weight, source, tuple(batch), axes)
     other_contracted = call.parameters["dimension_numbers"][0][1 - side]
     chosen = len(other_contracted) == 1 and source.axes[other_contracted[0]] & _hot(source)
