@@ -2,12 +2,13 @@
 
 Networks of `tests/coordinate_networks.py` are drawn and trained for five updates as their
 parametrization says, through `plan.apply`, over width and over depth. The measure is the change,
-over a fixed batch, of a vertex of every kind relative to its size, and of the logits: the largest
-over the smallest of all sizes. The vertices are the last of their kind in the base, and elsewhere
-those before which the same share of the branches has been added. Optimizers: AdamW with decay 0.1;
-the same with epsilon ten times the root mean square gradient of the base, at ten times the rate,
-where gradients count and not their signs; Muon. Beside it the standard parametrization: the
-framework's weights, one rate for all. A run that was cut off goes on.
+over a fixed batch, of a vertex of every kind and of the logits: the largest over the smallest of
+all sizes. Over depth it is relative to the size of the vertex at initialization, as the stream of
+a deep network starts smaller than that of two blocks. The vertices are the last of their kind in
+the base, and elsewhere those before which the same share of the branches has been added.
+Optimizers: AdamW with decay 0.1; the same with epsilon ten times the root mean square gradient of
+the base, at ten times the rate, where gradients count and not their signs; Muon. Beside it the
+standard parametrization: the framework's weights, one rate for all. A run that was cut off goes on.
 """
 
 import math
@@ -72,7 +73,12 @@ def main() -> None:
 
 
 def _cell(result: dict[str, Any]) -> str:
-    ratios = {name: max(one) / min(one) for name, one in result.get("changes", {}).items()}
+    """Of the logits, and the worst of the stream and of what layers end in."""
+    ratios = {
+        name: max(one) / min(one)
+        for name, one in result.get("changes", {}).items()
+        if not name.startswith("of (")
+    }
     return f"{ratios.pop(LOGITS):.2f}, {max(ratios.values()):.2f}" if ratios else "failed"
 
 
@@ -95,7 +101,18 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
             kind: as_deep(base.progress[base.kinds.get(kind, [LOGITS])[-1]], vertices, one.progress)
             for kind, vertices in one.kinds.items()
         }
-        found.append({k: _mean([change[v] for change in changes]) for k, v in chosen.items()})
+        relative = trial["over"] == "depth"
+        found.append(
+            {
+                kind: _mean(
+                    [
+                        one[vertex][0] / (one[vertex][1] if relative and kind != LOGITS else 1.0)
+                        for one in changes
+                    ]
+                )
+                for kind, vertex in chosen.items()
+            }
+        )
     kinds = [kind for kind in found[0] if all(kind in one for one in found)]
     return {
         "changes": {

@@ -2,8 +2,7 @@
 
 Every network is drawn and trained as its parametrization says, through `plan.apply`, or as the
 framework draws it with one rate for all leaves. What is measured, over a fixed batch, is the root
-mean square change since initialization: of every vertex over its root mean square there, and of
-the logits as it is (theory §14).
+mean square change of every vertex and of the logits since initialization, and their size there.
 """
 
 import bisect
@@ -120,8 +119,8 @@ class Sized:
 
     def changes(
         self, training: Training, eps: float, seed: int, steps: int = 5
-    ) -> dict[Any, float]:
-        """Trains, and returns the change of every vertex and of the logits."""
+    ) -> dict[Any, tuple[float, float]]:
+        """Trains, and returns the change and the first size of every vertex and of the logits."""
         params = self.draw(seed)
         fixed, _ = self.family.batch(0)
         before, logits = jax.device_get(self.features(params, fixed))
@@ -134,13 +133,9 @@ class Sized:
             )
         after, logits = jax.device_get(self.features(params, fixed))
         after = {**after, LOGITS: logits}
-        changes = {
-            vertex: rms(np.asarray(after[vertex], np.float64) - one)
-            for vertex, one in before.items()
-        }
         return {
-            vertex: change if vertex == LOGITS else change / (rms(before[vertex]) or math.nan)
-            for vertex, change in changes.items()
+            vertex: (rms(np.asarray(after[vertex], np.float64) - one), rms(one))
+            for vertex, one in before.items()
         }
 
     @functools.cached_property

@@ -82,7 +82,8 @@ def _mamba(size: str) -> Subject:
              "num_hidden_layers": 2}  # fmt: skip
     config = Mamba2Config(**({} if size == "real" else small))
     model = nnx.eval_shape(lambda: Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)))
-    return Subject(model, (tokens(2, 256 if size == "real" else 16),))
+    ids = tokens(2, 256 if size == "real" else 16)
+    return Subject(model, (ids,), outputs=lambda out: out["logits"])
 
 
 def _flaxdiff(make: Any, side: int, *context: int) -> Subject:
