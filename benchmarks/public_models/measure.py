@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
                 try:
                     row |= function(models[name])
                 except Exception as error:  # what a stranger's model does is a row, not the end
-                    message = f"{type(error).__name__}: {error}"
+                    message = re.sub(r"/\S*site-packages/", "", f"{type(error).__name__}: {error}")
                     row |= {column: "failed", f"{column} error": message[:300]}
                     if column == "small":
                         break
