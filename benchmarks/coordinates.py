@@ -11,16 +11,14 @@ the base, at ten times the rate, where gradients count and not their signs; Muon
 standard parametrization: the framework's weights, one rate for all. A run that was cut off goes on.
 """
 
-import math
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from benchmarks import common
 from experiments.lab.sweeps import run_study
-from tests.coordinate_steps import LOGITS, Sized, Training, root_mean_square
+from tests.coordinate_steps import CASES, LOGITS, measure
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("widths", ["64", "256", "1024"], "Widths, at depth 1; the first is the base's.")
@@ -34,14 +32,6 @@ flags.DEFINE_list(
 )  # fmt: skip
 flags.DEFINE_string("workdir", "runs/coordinates", "Folder for results.jsonl.")
 FLAT = 1.3
-CASES: dict[str, tuple[str, float, float | None, dict[str, Any] | None]] = {
-    # optimizer, rate, epsilon over the base's gradient, options of parametrize or None: standard
-    "AdamW": ("adamw", 3e-3, None, {}),
-    "AdamW, large ε": ("adamw", 3e-2, 10.0, {}),
-    "AdamW, large ε, as gradients": ("adamw", 3e-2, 10.0, {"epsilon_rule": "gradient"}),
-    "Muon": ("muon", 2e-2, None, {}),
-    "AdamW, standard": ("adamw", 3e-3, None, None),
-}
 
 
 def main() -> None:
@@ -80,55 +70,6 @@ def _cell(result: dict[str, Any]) -> str:
         if not name.startswith("of (")
     }
     return f"{ratios.pop(LOGITS):.2f}, {max(ratios.values()):.2f}" if ratios else "failed"
-
-
-def measure(trial: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes of a vertex of every kind that all sizes have, by size."""
-    optimizer, rate, epsilon, options = CASES[trial["case"]]
-    training = Training(optimizer, rate, 0.1, epsilon, options or {}, options is None)
-    fixed = {"depth": 1} if trial["over"] == "width" else {"width": 64}
-    seeds, found, base, eps = range(trial["seeds"]), [], None, 1e-8
-    for size in trial["sizes"]:
-        one = Sized(trial["network"], {**fixed, trial["over"]: size}, base, training)
-        if base is None:
-            base = one
-            if epsilon is not None:
-                batch = one.family.batch(0)
-                draws = [one.gradient(one.draw(seed), *batch)[1] for seed in seeds]
-                eps = epsilon * _mean([root_mean_square(draw) for draw in draws])
-        changes = [one.changes(training, eps, seed) for seed in seeds]
-        chosen = {
-            kind: as_deep(base.progress[base.kinds.get(kind, [LOGITS])[-1]], vertices, one.progress)
-            for kind, vertices in one.kinds.items()
-        }
-        relative = trial["over"] == "depth"
-        found.append(
-            {
-                kind: _mean(
-                    [
-                        one[vertex][0] / (one[vertex][1] if relative and kind != LOGITS else 1.0)
-                        for one in changes
-                    ]
-                )
-                for kind, vertex in chosen.items()
-            }
-        )
-    kinds = [kind for kind in found[0] if all(kind in one for one in found)]
-    return {
-        "changes": {
-            kind: [float(f"{one[kind]:.4g}") for one in found]
-            for kind in kinds if all(math.isfinite(one[kind]) for one in found)
-        }
-    }  # fmt: skip
-
-
-def as_deep(share: float, vertices: list[Any], progress: dict[Any, float]) -> Any:
-    """The last vertex before which about this share of the branches has been added."""
-    return min(reversed(vertices), key=lambda one: abs(progress[one] - share))
-
-
-def _mean(values: list[float]) -> float:
-    return math.sqrt(np.mean(np.square(values)))
 
 
 if __name__ == "__main__":

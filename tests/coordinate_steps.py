@@ -46,6 +46,16 @@ class Training(NamedTuple):
     standard: bool = False
 
 
+CASES: dict[str, tuple[str, float, float | None, dict[str, Any] | None]] = {
+    # optimizer, rate, epsilon over the base's gradient, options of parametrize or None: standard
+    "AdamW": ("adamw", 3e-3, None, {}),
+    "AdamW, large ε": ("adamw", 3e-2, 10.0, {}),
+    "AdamW, large ε, as gradients": ("adamw", 3e-2, 10.0, {"epsilon_rule": "gradient"}),
+    "Muon": ("muon", 2e-2, None, {}),
+    "AdamW, standard": ("adamw", 3e-3, None, None),
+}
+
+
 class Sized:
     """A network of one size, compiled once for all trainings of one parametrization."""
 
@@ -183,3 +193,52 @@ def kinds(architecture: archscale.Architecture) -> dict[str, list[Any]]:
     for vertex, name in names.items():
         found.setdefault(name, []).append(vertex)
     return found
+
+
+def measure(trial: dict[str, Any]) -> dict[str, Any]:
+    """Returns the changes of a vertex of every kind that all sizes have, by size."""
+    optimizer, rate, epsilon, options = CASES[trial["case"]]
+    training = Training(optimizer, rate, 0.1, epsilon, options or {}, options is None)
+    fixed = {"depth": 1} if trial["over"] == "width" else {"width": 64}
+    seeds, found, base, eps = range(trial["seeds"]), [], None, 1e-8
+    for size in trial["sizes"]:
+        one = Sized(trial["network"], {**fixed, trial["over"]: size}, base, training)
+        if base is None:
+            base = one
+            if epsilon is not None:
+                batch = one.family.batch(0)
+                draws = [one.gradient(one.draw(seed), *batch)[1] for seed in seeds]
+                eps = epsilon * _mean([root_mean_square(draw) for draw in draws])
+        changes = [one.changes(training, eps, seed) for seed in seeds]
+        chosen = {
+            kind: as_deep(base.progress[base.kinds.get(kind, [LOGITS])[-1]], vertices, one.progress)
+            for kind, vertices in one.kinds.items()
+        }
+        relative = trial["over"] == "depth"
+        found.append(
+            {
+                kind: _mean(
+                    [
+                        one[vertex][0] / (one[vertex][1] if relative and kind != LOGITS else 1.0)
+                        for one in changes
+                    ]
+                )
+                for kind, vertex in chosen.items()
+            }
+        )
+    kinds = [kind for kind in found[0] if all(kind in one for one in found)]
+    return {
+        "changes": {
+            kind: [float(f"{one[kind]:.4g}") for one in found]
+            for kind in kinds if all(math.isfinite(one[kind]) for one in found)
+        }
+    }  # fmt: skip
+
+
+def as_deep(share: float, vertices: list[Any], progress: dict[Any, float]) -> Any:
+    """The last vertex before which about this share of the branches has been added."""
+    return min(reversed(vertices), key=lambda one: abs(progress[one] - share))
+
+
+def _mean(values: list[float]) -> float:
+    return math.sqrt(np.mean(np.square(values)))

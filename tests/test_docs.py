@@ -98,7 +98,8 @@ def test_commands_name_binaries_and_flags_that_exist():
     texts = {"README.md": (ROOT / "README.md").read_text(), **PAGES}
     for page, text in texts.items():
         for package, name, given in command.findall(text):
-            source = ROOT / package / f"{name.replace('.', '/')}.py"
+            path = ROOT / package / name.replace(".", "/")
+            source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
             assert source.exists(), f"{page}: {package}.{name}"
             unknown = set(re.findall(r"--(\w+)", given)) - flags(source) - {"help"}
             assert not unknown, f"{page}: {name} has no flag {unknown}"

@@ -5,7 +5,7 @@ All sizes, networks and optimizers: `python -m benchmarks.coordinates`.
 
 import pytest
 
-from benchmarks.coordinates import measure
+from tests.coordinate_steps import measure
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -21,8 +21,8 @@ def worst(network: str, over: str, sizes: list[int], case: str) -> float:
     [
         ("transformer", "width", [32, 256], "AdamW"),
         ("residual MLP", "width", [64, 512], "Muon"),
-        ("residual MLP", "depth", [2, 16], "AdamW"),
-        ("residual MLP", "depth", [2, 16], "AdamW, large ε, as gradients"),
+        ("residual MLP", "depth", [2, 8], "AdamW"),
+        ("residual MLP", "depth", [2, 8], "AdamW, large ε, as gradients"),
     ],
 )
 def test_updates_change_features_as_much_at_every_size(network, over, sizes, case):
