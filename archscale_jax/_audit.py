@@ -222,7 +222,7 @@ def _with_chain(
         kinds = {name: one.kind for name, one in checked.leaves.items()}
         step = step_of(chain, probes, answers, gradient, params)
         faded = list(checked_epsilon(step, answers, kinds, gradient))
-        # Where epsilon exceeds gradients, Adam is no longer what shows clipping.
+        # Where epsilon exceeds gradients, updates under Adam do not show clipping.
         findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
     return found._replace(findings=findings, notes=checked.notes, leaves=checked.leaves, step=step)
 
@@ -248,7 +248,7 @@ def _with_loss(
 
 
 def _arrays(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """A tree without what is no array, and a function that puts it back."""
+    """Returns the arrays of a tree, and a function that puts the other leaves back."""
     is_array = lambda leaf: hasattr(leaf, "dtype") and hasattr(leaf, "shape")  # noqa: E731
     leaves, tree = jax.tree.flatten(params)
     for leaf in leaves:

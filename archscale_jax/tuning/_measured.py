@@ -25,8 +25,8 @@ GROUPS = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
 BATCH_NOTE = (
     "measured rates: outputs of an example depend on the others of its batch, as under batch "
-    "normalization, where a first update overstates what training does: in deep chains measured "
-    "rates are far too small; compare with learning_rate='rules' (docs/results/learning_rates.md)"
+    "normalization, where measured rates of deep chains are far too small; compare with "
+    "learning_rate='rules' (docs/results/learning_rates.md)"
 )
 
 

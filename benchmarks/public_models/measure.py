@@ -3,7 +3,6 @@
 Run by `benchmarks.public_models` in the environment that has the packages.
 """
 
-import functools
 import importlib
 import json
 import pathlib
@@ -163,4 +162,4 @@ COLUMNS = {"small": small, "audit": audited, "muon": muon, "real": real}
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["module", "journal"])
-    functools.partial(app.run, main)()
+    app.run(main)

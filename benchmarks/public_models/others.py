@@ -18,24 +18,17 @@ def _haiku(make: Any, *inputs: jax.ShapeDtypeStruct, **keywords: Any) -> Subject
     return Subject(model, inputs)
 
 
-def _resnet(size: str) -> Subject:
-    if size == "real":
-        return _haiku(lambda: hk.nets.ResNet50(1000), floats(2, 224, 224, 3), is_training=True)
-    options = {"blocks_per_group": (1, 1, 1, 1), "channels_per_group": (16, 32, 32, 64)}
-    return _haiku(
-        lambda: hk.nets.ResNet(num_classes=10, bottleneck=True, **options),
-        floats(4, 32, 32, 3), is_training=True,
-    )  # fmt: skip
+def _resnet(make: Any, bottleneck: bool, *channels: int) -> Build:
+    def build(size: str) -> Subject:
+        if size == "real":
+            return _haiku(lambda: make(1000), floats(2, 224, 224, 3), is_training=True)
+        options = {"blocks_per_group": (1, 1, 1, 1), "channels_per_group": channels}
+        return _haiku(
+            lambda: hk.nets.ResNet(num_classes=10, bottleneck=bottleneck, **options),
+            floats(4, 32, 32, 3), is_training=True,
+        )  # fmt: skip
 
-
-def _resnet18(size: str) -> Subject:
-    if size == "real":
-        return _haiku(lambda: hk.nets.ResNet18(1000), floats(2, 224, 224, 3), is_training=True)
-    options = {"blocks_per_group": (1, 1, 1, 1), "channels_per_group": (8, 16, 16, 32)}
-    return _haiku(
-        lambda: hk.nets.ResNet(num_classes=10, bottleneck=False, **options),
-        floats(4, 32, 32, 3), is_training=True,
-    )  # fmt: skip
+    return build
 
 
 def _graph_network(size: str) -> Subject:
@@ -169,8 +162,8 @@ def _controlnet(size: str) -> Subject:
 
 MODELS: dict[str, Build] = {
     "haiku MLP": _mlp,
-    "haiku ResNet-18": _resnet18,
-    "haiku ResNet-50": _resnet,
+    "haiku ResNet-18": _resnet(hk.nets.ResNet18, False, 8, 16, 16, 32),
+    "haiku ResNet-50": _resnet(hk.nets.ResNet50, True, 16, 32, 32, 64),
     "haiku MobileNet": _mobilenet,
     "jraph graph convolution": _graph_network,
     "Mamba 2": _mamba,

@@ -30,7 +30,7 @@ class Subject(NamedTuple):
 
 
 Build = Callable[[str], Subject]
-"""From a size, `small`, `wide` (twice the features) or `real`, to a model."""
+"""From a size, `small` or `real`, to a model."""
 
 
 def tokens(*shape: int) -> jax.ShapeDtypeStruct:

@@ -196,9 +196,9 @@ def test_what_is_added_behind_a_normalization_starts_at_zero(function, centred):
         if centred:
             h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt((h**2).mean(-1, keepdims=True) + 1e-6) * params["scale"]
-        h = jax.nn.sigmoid((h + params["offset"]) @ params["b"]) + params["floor"]
+        h = jax.nn.sigmoid((h + params["offset"]) @ params["b"]) + params["shift"]
         return h @ params["c"]
 
-    shapes = specs(a=(8, 16), scale=(16,), offset=(16,), b=(16, 16), floor=(16,), c=(16, 3))
+    shapes = specs(a=(8, 16), scale=(16,), offset=(16,), b=(16, 16), shift=(16,), c=(16, 3))
     found = archscale.trace(apply, shapes, spec(4, 8))
-    assert {one.name for one in found.parameters if not one.start_known} == {"floor"}
+    assert {one.name for one in found.parameters if not one.start_known} == {"shift"}
