@@ -17,9 +17,10 @@ from archscale_jax._auditing.clipping import clipped
 from archscale_jax._auditing.features import Features, checked_inputs, features_of
 from archscale_jax._auditing.findings import Finding, html_of, text_of
 from archscale_jax._auditing.guess import guesses
+from archscale_jax._auditing.kinds import Kind
 from archscale_jax._auditing.probe import Probes, ask, compiled, matrix_probe
 from archscale_jax._auditing.promises import Promises
-from archscale_jax._auditing.step import Step, checked_epsilon, step_of
+from archscale_jax._auditing.step import Step, checked_epsilon, even_of, step_of
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._reporting.names import count_text
 from archscale_jax._trees import PyTree, named_leaves
@@ -220,10 +221,13 @@ def _with_chain(
     findings, step = [*found.findings, *checked.findings], None
     if answers.first and gradient.is_finite:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
-        step = step_of(chain, probes, answers, gradient, params)
-        faded = list(checked_epsilon(step, answers, kinds, gradient))
+        faded = []
+        if Kind.ADAM in kinds.values():
+            even = even_of(chain, probes, answers, gradient)
+            faded = list(checked_epsilon(even, answers, kinds, gradient))
         # Where epsilon exceeds gradients, updates under Adam do not show clipping.
         findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
+        step = step_of(chain, answers, gradient, params)
     return found._replace(findings=findings, notes=checked.notes, leaves=checked.leaves, step=step)
 
 

@@ -1,7 +1,7 @@
 """The loss and its gradient: what they are finite of, depend on, and are multiplied by."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,32 +19,30 @@ from archscale_jax.tracing.trace import trace
 
 Loss = Callable[[PyTree, Any], Any]
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""What `jax_disable_most_optimizations` sets: for programs that are run once or twice."""
+
 
 class Gradient(NamedTuple):
     """The loss and its gradient on the batch.
 
     Attributes:
       loss: the value.
-      leaves: a tree like params.
       sizes: root mean square by name; 0 where no entry is other than 0, NaN where one is not
         finite.
+      norm: root mean square of all entries.
+      leaves: evaluates it again, a tree like params, which is not kept.
     """
 
     loss: float
-    leaves: PyTree
     sizes: dict[str, float]
+    norm: float
+    leaves: Callable[[], PyTree]
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss and every entry of the gradient are."""
         return all(map(math.isfinite, (self.loss, *self.sizes.values())))
-
-    @property
-    def norm(self) -> float:
-        """Root mean square of all entries."""
-        counts = {name: leaf.size for name, leaf in named_leaves(self.leaves).items()}
-        total = sum(self.sizes[name] ** 2 * count for name, count in counts.items())
-        return math.sqrt(total / sum(counts.values()))
 
 
 def scalar(loss_fn: Loss) -> Loss:
@@ -59,19 +57,18 @@ def scalar(loss_fn: Loss) -> Loss:
 
 def gradient_of(loss_fn: Loss, params: PyTree, batch: Any) -> Gradient:
     """Returns the loss and its gradient."""
-
-    @jax.jit
-    def evaluate(params: PyTree, batch: Any) -> tuple[jax.Array, PyTree, dict[str, jax.Array]]:
-        loss, gradient = jax.value_and_grad(loss_fn)(params, batch)
-        sizes = {name: _size(leaf) for name, leaf in named_leaves(gradient).items()}
-        return loss, gradient, sizes
-
-    loss, gradient, sizes = evaluate(params, batch)
-    return Gradient(
-        float(loss), gradient, {name: float(one) for name, one in jax.device_get(sizes).items()}
-    )
+    evaluate = jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICKLY)
+    loss, leaves = evaluate(params, batch)
+    leaves = named_leaves(leaves)
+    sizes = jax.device_get({name: _size(leaf) for name, leaf in leaves.items()})
+    sizes = {name: float(one) for name, one in sizes.items()}
+    counts = {name: leaf.size for name, leaf in leaves.items()}
+    total = sum(sizes[name] ** 2 * count for name, count in counts.items())
+    norm = math.sqrt(total / sum(counts.values()))
+    return Gradient(float(loss), sizes, norm, lambda: evaluate(params, batch)[1])
 
 
+@jax.jit
 def _size(leaf: jax.Array) -> jax.Array:
     g = leaf.astype(jnp.float32)
     peak = jnp.maximum(jnp.max(jnp.abs(g)), jnp.finfo(jnp.float32).tiny)
@@ -154,7 +151,9 @@ def doubled(loss_fn: Loss, params: PyTree, batch: Any, loss: float) -> list[Find
         return jnp.concatenate([leaf, leaf]) if getattr(leaf, "ndim", 0) else leaf
 
     try:
-        double = float(jax.jit(loss_fn)(params, jax.tree.map(twice, batch)))
+        double = float(
+            jax.jit(loss_fn, compiler_options=QUICKLY)(params, jax.tree.map(twice, batch))
+        )
     except Exception:  # a loss that is made for one size of batch
         return []
     if abs(double / loss - 2) > 1e-3:
@@ -248,9 +247,3 @@ def _multiplied(name: str, what: str, found: set[float], promised: float) -> lis
             "train through plan.apply, or parametrize with form='folded'",
         )
     ]
-
-
-def spread(gradient: Gradient) -> Mapping[str, float]:
-    """Returns sizes of leaves that have more than rounding in their gradient."""
-    largest = max(gradient.sizes.values(), default=0.0)
-    return {name: size for name, size in gradient.sizes.items() if size > 1e-5 * largest}

@@ -14,7 +14,7 @@ shows the decay alone.
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,21 +36,19 @@ class Chain(NamedTuple):
 
     Attributes:
       init: `params` to a state.
-      update: `(gradients, state, params)` to updates and the next state.
+      update: `(gradients, state, params)` to updates and the next state, in the buffers of
+        gradients and state, which are given away.
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
 
-    def respond(self, gradients: PyTree, params: PyTree, calls: int) -> PyTree:
-        """Returns the last update of several calls with one gradient, from a new state."""
-        return self.follow([gradients] * calls, params)
-
-    def follow(self, gradients: list[PyTree], params: PyTree) -> PyTree:
-        """Returns the last update of calls with these gradients, from a new state."""
+    def follow(self, gradients: Iterable[Callable[[], PyTree]], params: PyTree) -> PyTree:
+        """Returns the last update of calls with gradients that are made here, from a new state."""
         state, updates = self.init(params), None
-        for one in gradients:
-            updates, state = self.update(one, state, params)
+        for made in gradients:
+            updates = None  # its memory is the next one's
+            updates, state = jax.block_until_ready(self.update(made(), state, params))
         return updates
 
 
@@ -153,15 +151,23 @@ def compiled(optimizer: Any, gradients: PyTree, params: PyTree, loss: Any = 1.0)
     def valued(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
         return optimizer.update(gradients, state, params, value=jnp.asarray(loss, jnp.float32))
 
-    init = jax.jit(optimizer.init)
+    # Copies, since states that hold params, as averages of them do, would give these away.
+    init = jax.jit(lambda params: jax.tree.map(jnp.copy, optimizer.init(params)))
     state = jax.eval_shape(optimizer.init, params)
     try:
-        jax.eval_shape(update, gradients, state, params)
+        updates, _ = jax.eval_shape(update, gradients, state, params)
     except TypeError as error:
         if "value" not in str(error):
             raise
         update = valued
-    return Chain(init, jax.jit(update))
+        updates, _ = jax.eval_shape(update, gradients, state, params)
+    same = jax.tree.map(_placed_alike, gradients, updates)
+    given = (0, 1) if all(jax.tree.leaves(same)) else (1,)
+    return Chain(init, jax.jit(update, donate_argnums=given))
+
+
+def _placed_alike(one: Any, other: Any) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
@@ -173,45 +179,50 @@ def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
 
 def ask(chain: Chain, probes: "Probes") -> Answers:
     """Asks a chain."""
-    zeros, large = probes.zeros(), probes.gradients(LARGE)
+    zeros, large = probes.zeros(), functools.partial(probes.gradients, LARGE)
     first, updates, state = _until_moved(chain, large, zeros)
     if not first:
         return Answers(0, 0)
     counters = _counters(state)
     answers = probes.measured(updates)
-    period, later = _until_moved(chain, large, zeros, state)[:2]
-    again = probes.measured(later)
+    del updates
+    period, updates, state = _until_moved(chain, large, zeros, state)
+    again = probes.measured(updates)
+    del updates, state
     frozen = frozenset(
         name for name, one in answers.items() if one.size == 0 and again[name].size == 0
     )
-    found = {
-        size: probes.measured(chain.respond(probes.gradients(size), zeros, first))
-        for size in (SMALL, TINY)
-    }
-    weights = probes.weights()
-    still, between, state = {}, frozenset(), chain.init(weights)
-    for call in range(1, first + 1):
-        updates, state = chain.update(zeros, state, weights)
-        if call in (1, first):
-            still = probes.decays(updates)
-        if call == 1 and period > 1:
-            between = frozenset(name for name, one in still.items() if one.size > 0)
+    small, tiny = (probes.asked(chain, [size] * first, zeros) for size in (SMALL, TINY))
     alone: Responses = {}
     if period > 1:
-        sequence = [*[large] * (first - period + 1), *[zeros] * (period - 1)]
-        alone = probes.measured(chain.follow(sequence, zeros))
-    return Answers(
-        first, period, frozen, counters, answers, found[SMALL], found[TINY], still, between, alone
-    )
+        sizes = [*[LARGE] * (first - period + 1), *[0.0] * (period - 1)]
+        alone = probes.asked(chain, sizes, zeros)
+    del zeros
+    still, between = _still(chain, probes, first, period)
+    return Answers(first, period, frozen, counters, answers, small, tiny, still, between, alone)
+
+
+def _still(
+    chain: Chain, probes: "Probes", first: int, period: int
+) -> tuple[dict[str, Decay], frozenset[str]]:
+    """Decay in the call that moves something, and which leaves decay in one that does not."""
+    weights = probes.weights()
+    zero = functools.partial(probes.gradients, 0.0)
+    still = between = probes.decays(chain.follow([zero], weights))
+    if first > 1:
+        still = probes.decays(chain.follow([zero] * first, weights))
+    names = {name for name, one in between.items() if one.size > 0} if period > 1 else ()
+    return still, frozenset(names)
 
 
 def _until_moved(
-    chain: Chain, gradients: PyTree, params: PyTree, state: Any = None
+    chain: Chain, gradients: Callable[[], PyTree], params: PyTree, state: Any = None
 ) -> tuple[int, PyTree, Any]:
     """Calls `update` with one gradient until something moves; 0 and the last update if nothing."""
     state, updates = chain.init(params) if state is None else state, None
     for call in range(1, LIMIT + 1):
-        updates, state = chain.update(gradients, state, params)
+        updates = None
+        updates, state = chain.update(gradients(), state, params)
         if bool(_moves(updates)):
             return call, updates, state
     return 0, updates, state
@@ -316,63 +327,62 @@ class Probes:
 
     def gradients(self, size: float) -> PyTree:
         """Returns probes of this size."""
-        return self._made(size, "gradient")
+        return self._made(size, 0.0)
 
     def weights(self) -> PyTree:
         """Returns params of size 1."""
-        return self._made(1.0, "weight")
+        return self._made(0.0, 1.0)
 
     def zeros(self) -> PyTree:
         """Returns a tree of zeros."""
-        return self._made(0.0, "weight")
+        return self._made(0.0, 0.0)
+
+    def asked(self, chain: Chain, sizes: Iterable[float], params: PyTree) -> Responses:
+        """Returns the response of a chain to the last of probes of these sizes."""
+        made = [functools.partial(self.gradients, size) for size in sizes]
+        return self.measured(chain.follow(made, params))
 
     def measured(self, updates: PyTree) -> Responses:
         """Returns what updates look like beside a probe of size 1."""
+        count = len(Response._fields)
+        return {name: Response(*row[:count]) for name, row in self._rows(updates).items()}
+
+    def decays(self, updates: PyTree) -> dict[str, Decay]:
+        """Returns what updates look like beside the weights."""
+        count = len(Response._fields)
+        return {name: Decay(row[0], *row[count:]) for name, row in self._rows(updates).items()}
+
+    def _rows(self, updates: PyTree) -> dict[str, list[float]]:
         found = {
             name: _response(leaf, self._vectors[name], self._matrices[name])
             for name, leaf in named_leaves(updates).items()
         }
-        return {name: Response(*map(float, row)) for name, row in jax.device_get(found).items()}
+        return {name: row.tolist() for name, row in jax.device_get(found).items()}
 
-    def decays(self, updates: PyTree) -> dict[str, Decay]:
-        """Returns what updates look like beside the weights."""
-        found = {
-            name: _decayed(leaf, self._vectors[name])
-            for name, leaf in named_leaves(updates).items()
-        }
-        return {name: Decay(*map(float, row)) for name, row in jax.device_get(found).items()}
-
-    def _made(self, size: float, kind: str) -> PyTree:
-        make = lambda name, leaf: _made(leaf, self._vectors[name], size, kind)  # noqa: E731
-        return map_with_names(make, self._params)
+    def _made(self, gradient: float, weight: float) -> PyTree:
+        return map_with_names(
+            lambda name, leaf: _made(leaf, self._vectors[name], gradient, weight), self._params
+        )
 
 
 # Programs of one leaf, of which there are fewer shapes than leaves. Vectors are arguments: as
 # constants they would be part of every program.
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _made(leaf: jax.Array, vectors: Vectors, size: Any, kind: str) -> jax.Array:
-    values = size * getattr(vectors, kind)()
+@jax.jit
+def _made(leaf: jax.Array, vectors: Vectors, gradient: Any, weight: Any) -> jax.Array:
+    values = gradient * vectors.gradient() + weight * vectors.weight()
     # The sum lets the compiler place the result as the leaf is.
     return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
 
 
-@jax.jit
-def _decayed(update: jax.Array, vectors: Vectors) -> jax.Array:
-    """The fields of a `Decay`."""
+@functools.partial(jax.jit, static_argnames="matrix")
+def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
+    """The fields of a `Response`, and of a `Decay` those but the size."""
     u = update.astype(jnp.float32)
     weight = vectors.weight().reshape(u.shape)
     shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
-    square = jnp.mean(u**2)
-    rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
-    return jnp.stack([jnp.sqrt(square), shrinkage, rest])
-
-
-@functools.partial(jax.jit, static_argnames="matrix")
-def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
-    """The fields of a `Response`."""
-    u = update.astype(jnp.float32)
+    coupled = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / jnp.mean(u**2))
     peak = jnp.maximum(jnp.max(jnp.abs(u)), jnp.finfo(jnp.float32).tiny)
     u = u / peak  # squares of the smallest updates would be 0
     axes = tuple(sorted((*matrix.inputs, *matrix.outputs)))
@@ -392,5 +402,5 @@ def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     return jnp.stack(
         [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
          peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained),
-         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part))]
+         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part)), shrinkage, coupled]
     )  # fmt: skip
