@@ -5,7 +5,8 @@ be made, and the audit is asked. A fault is found if the findings of its kind na
 are wrong; it is told exactly if they name no other. Set-ups that are right, of the same networks,
 shall give no finding. Cost is measured for transformers of one and of a hundred million parameters:
 seconds, wall and processor, of the audit, compiling included, and the peak of memory over that of a
-training step, each in a process of its own. The journal in `runs` lets a run that was stopped go on.
+training step, each in a process of its own. The journal in `runs` lets a run that was stopped go
+on.
 """
 
 import dataclasses

@@ -29,20 +29,22 @@ class Step(NamedTuple):
 def step_of(chain: Chain, answers: Answers, gradient: Gradient, params: PyTree) -> Step:
     """Returns the first update on the gradient of the batch; every call evaluates it."""
     updates = chain.follow([gradient.leaves] * answers.first, params)
-    sizes, weights = (_numbers(one) for one in (updates, params))
-    return Step(
-        updates,
-        {
-            name: row[0] / weights[name][0] if weights[name][0] else math.inf
-            for name, row in sizes.items()
-        },
-    )
+    sizes, weights = sizes_of(updates), sizes_of(params)
+    relative = {
+        name: one / weights[name] if weights[name] else math.inf for name, one in sizes.items()
+    }
+    return Step(updates, relative)
 
 
 def even_of(chain: Chain, probes: Probes, answers: Answers, gradient: Gradient) -> dict[str, float]:
     """Returns how far entries that have a gradient move at params that are 0, the mean by leaf."""
     updates = chain.follow([gradient.leaves] * answers.first, probes.zeros())
     return {name: row[1] for name, row in _numbers(updates).items()}
+
+
+def sizes_of(params: PyTree) -> dict[str, float]:
+    """Returns the root mean square of every leaf."""
+    return {name: row[0] for name, row in _numbers(params).items()}
 
 
 def _numbers(tree: PyTree) -> dict[str, list[float]]:
