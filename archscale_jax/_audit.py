@@ -194,6 +194,7 @@ class _Found(NamedTuple):
     gradient: losses.Gradient | None = None
     leaves: Mapping[str, chains.Leaf] = {}
     step: Step | None = None
+    period: int = 1
     features: Features = Features({}, {}, {})
 
 
@@ -235,7 +236,13 @@ def _with_chain(
         # Where epsilon exceeds gradients, updates under Adam do not show clipping.
         findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
         step = step_of(chain, answers, gradient, params)
-    return found._replace(findings=findings, notes=checked.notes, leaves=checked.leaves, step=step)
+    return found._replace(
+        findings=findings,
+        notes=checked.notes,
+        leaves=checked.leaves,
+        step=step,
+        period=answers.period,
+    )
 
 
 def _with_loss(
@@ -246,7 +253,10 @@ def _with_loss(
 ) -> _Found:
     """Reads and evaluates the loss."""
     params, batch = found.params, found.batch
-    findings = [*found.findings, *losses.doubled(loss, params, batch, gradient.loss)]
+    summed = losses.doubled(loss, params, batch, gradient.loss)
+    findings = [*found.findings, *summed]
+    if not summed:
+        findings += losses.multiplied(plan, loss, params, batch, found.period)
     notes, features = [*found.notes], found.features
     try:
         findings += losses.checked_multipliers(plan, loss, params, batch)

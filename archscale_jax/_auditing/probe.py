@@ -14,7 +14,7 @@ shows the decay alone.
 
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,8 @@ from archscale_jax.rules._matrix import Matrix
 
 LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
 KAPPA = 0.25
+PLACED = 8.0
+"""Size of params at which updates relative to them show; of size 1 they may look as Adam's."""
 LIMIT = 256
 """Calls of `update` after which a chain that has not moved anything is given up."""
 
@@ -66,6 +68,8 @@ class Response(NamedTuple):
       highest: the largest.
       explained: the smallest part of a matrix's u² that lies in D₁ and D₂.
       uneven: over matrices, the largest part of D₁ over the smallest, in size.
+      shrinkage: s where the update is -s·W, of params W of size 1.
+      beside: what it has beside that, over its size.
     """
 
     size: float
@@ -78,20 +82,8 @@ class Response(NamedTuple):
     highest: float
     explained: float
     uneven: float
-
-
-class Decay(NamedTuple):
-    """An update without a gradient, at params W of size 1.
-
-    Attributes:
-      size: root mean square.
-      shrinkage: s where the update is -s·W.
-      rest: what it has beside that, over its size.
-    """
-
-    size: float
     shrinkage: float
-    rest: float
+    beside: float
 
 
 Responses = Mapping[str, Response]
@@ -109,8 +101,10 @@ class Answers(NamedTuple):
       large: responses to gradients of size 10³.
       small: to gradients of size 10⁻⁶.
       tiny: to gradients of size 10⁻¹².
-      still: to gradients of 0.
+      still: to gradients of 0 at params of size 1.
       between: names of leaves that decay in calls that move nothing.
+      placed: to gradients of size 10³ at params of size `PLACED`, without what decays.
+      half: to gradients of size 10³ in the smaller half of the leaves alone, of these.
       alone: where several calls make an update, responses to a large gradient in the first of
         them alone.
     """
@@ -122,8 +116,10 @@ class Answers(NamedTuple):
     large: Mapping[str, Response] = {}
     small: Mapping[str, Response] = {}
     tiny: Mapping[str, Response] = {}
-    still: Mapping[str, Decay] = {}
+    still: Mapping[str, Response] = {}
     between: frozenset[str] = frozenset()
+    placed: Mapping[str, float] = {}
+    half: Mapping[str, Response] = {}
     alone: Mapping[str, Response] = {}
 
 
@@ -197,22 +193,31 @@ def ask(chain: Chain, probes: "Probes") -> Answers:
     if period > 1:
         sizes = [*[LARGE] * (first - period + 1), *[0.0] * (period - 1)]
         alone = probes.asked(chain, sizes, zeros)
+    half = probes.measured(
+        chain.follow([lambda: probes.gradients(LARGE, probes.smaller)] * first, zeros)
+    )
+    half = {name: half[name] for name in probes.smaller}
     del zeros
-    still, between = _still(chain, probes, first, period)
-    return Answers(first, period, frozen, counters, answers, small, tiny, still, between, alone)
-
-
-def _still(
-    chain: Chain, probes: "Probes", first: int, period: int
-) -> tuple[dict[str, Decay], frozenset[str]]:
-    """Decay in the call that moves something, and which leaves decay in one that does not."""
     weights = probes.weights()
-    zero = functools.partial(probes.gradients, 0.0)
-    still = between = probes.decays(chain.follow([zero], weights))
+    still = between = probes.asked(chain, [0.0], weights)
     if first > 1:
-        still = probes.decays(chain.follow([zero] * first, weights))
-    names = {name for name, one in between.items() if one.size > 0} if period > 1 else ()
-    return still, frozenset(names)
+        still = probes.asked(chain, [0.0] * first, weights)
+    weights = probes.weights(PLACED)
+    moved = probes.asked(chain, [LARGE] * first, weights)
+    return Answers(
+        first,
+        period,
+        frozen,
+        counters,
+        answers,
+        small,
+        tiny,
+        still,
+        frozenset(name for name, one in between.items() if one.size > 0 and period > 1),
+        {name: one.along - PLACED * still[name].along for name, one in moved.items()},
+        half,
+        alone,
+    )
 
 
 def _until_moved(
@@ -315,7 +320,11 @@ def _orthonormal(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class Probes:
-    """Gradients and params of chosen size like a tree of params, and what updates look like."""
+    """Gradients and params of chosen size like a tree of params, and what updates look like.
+
+    Attributes:
+      smaller: names of the smaller half of the leaves.
+    """
 
     def __init__(self, params: PyTree, matrices: Mapping[str, Matrix]) -> None:
         self._params = params
@@ -324,14 +333,16 @@ class Probes:
             for name, leaf in named_leaves(params).items()
         }
         self._matrices = matrices
+        sizes = {name: leaf.size for name, leaf in named_leaves(params).items()}
+        self.smaller = sorted(sizes, key=lambda name: sizes[name])[: len(sizes) // 2]
 
-    def gradients(self, size: float) -> PyTree:
-        """Returns probes of this size."""
-        return self._made(size, 0.0)
+    def gradients(self, size: float, names: Collection[str] | None = None) -> PyTree:
+        """Returns probes of this size, 0 in leaves of other names."""
+        return self._made(size, 0.0, names)
 
-    def weights(self) -> PyTree:
-        """Returns params of size 1."""
-        return self._made(0.0, 1.0)
+    def weights(self, size: float = 1.0) -> PyTree:
+        """Returns params of this size."""
+        return self._made(0.0, size)
 
     def zeros(self) -> PyTree:
         """Returns a tree of zeros."""
@@ -343,26 +354,19 @@ class Probes:
         return self.measured(chain.follow(made, params))
 
     def measured(self, updates: PyTree) -> Responses:
-        """Returns what updates look like beside a probe of size 1."""
-        count = len(Response._fields)
-        return {name: Response(*row[:count]) for name, row in self._rows(updates).items()}
-
-    def decays(self, updates: PyTree) -> dict[str, Decay]:
-        """Returns what updates look like beside the weights."""
-        count = len(Response._fields)
-        return {name: Decay(row[0], *row[count:]) for name, row in self._rows(updates).items()}
-
-    def _rows(self, updates: PyTree) -> dict[str, list[float]]:
+        """Returns what updates look like beside a probe of size 1 and the weights."""
         found = {
             name: _response(leaf, self._vectors[name], self._matrices[name])
             for name, leaf in named_leaves(updates).items()
         }
-        return {name: row.tolist() for name, row in jax.device_get(found).items()}
+        return {name: Response(*row.tolist()) for name, row in jax.device_get(found).items()}
 
-    def _made(self, gradient: float, weight: float) -> PyTree:
-        return map_with_names(
-            lambda name, leaf: _made(leaf, self._vectors[name], gradient, weight), self._params
-        )
+    def _made(self, gradient: float, weight: float, names: Collection[str] | None = None) -> PyTree:
+        def make(name: str, leaf: jax.Array) -> jax.Array:
+            own = gradient if names is None or name in names else 0.0
+            return _made(leaf, self._vectors[name], own, weight)
+
+        return map_with_names(make, self._params)
 
 
 # Programs of one leaf, of which there are fewer shapes than leaves. Vectors are arguments: as
@@ -378,11 +382,11 @@ def _made(leaf: jax.Array, vectors: Vectors, gradient: Any, weight: Any) -> jax.
 
 @functools.partial(jax.jit, static_argnames="matrix")
 def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
-    """The fields of a `Response`, and of a `Decay` those but the size."""
+    """The fields of a `Response`."""
     u = update.astype(jnp.float32)
     weight = vectors.weight().reshape(u.shape)
     shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
-    coupled = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / jnp.mean(u**2))
+    beside = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / jnp.mean(u**2))
     peak = jnp.maximum(jnp.max(jnp.abs(u)), jnp.finfo(jnp.float32).tiny)
     u = u / peak  # squares of the smallest updates would be 0
     axes = tuple(sorted((*matrix.inputs, *matrix.outputs)))
@@ -402,5 +406,5 @@ def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     return jnp.stack(
         [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
          peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained),
-         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part)), shrinkage, coupled]
+         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part)), shrinkage, beside]
     )  # fmt: skip
