@@ -104,12 +104,12 @@ def audit(
 
     The optimizer is opaque, so it is fed: gradients of 0 show the decay of every leaf, gradients of
     several sizes which optimizer it has, its rate and its epsilon, pairs of directions whether and
-    along which axes its updates are made orthogonal, further calls schedules and accumulation. The
-    loss is read and evaluated. Base values are not known, so that multipliers are compared between
-    leaves. Masks, partitions, clipping, schedules, `optax.MultiSteps`,
-    `optax.inject_hyperparams` and shardings are those of the chain.
+    along which axes its updates are made orthogonal, larger params whether updates are relative to
+    them, further calls schedules and accumulation. The loss is read and evaluated. Base values are
+    not known, so that multipliers are compared between leaves. Masks, partitions, clipping,
+    schedules, `optax.MultiSteps`, `optax.inject_hyperparams` and shardings are those of the chain.
 
-    Costs about a dozen updates of the optimizer, two evaluations of the gradient, and compiling
+    Costs about twenty updates of the optimizer, a few evaluations of the gradient, and compiling
     these. Params, gradients and state are those of one training step, once more.
 
     Args:
