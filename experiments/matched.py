@@ -23,7 +23,6 @@ from absl import flags
 import archscale_jax as archscale
 from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._spaces import chain_string
-from archscale_jax.tuning._basin import loss_at
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of
 from experiments import matched_rules, transfer_study
 from experiments.lab import common, files, networks, panels, tables
@@ -69,6 +68,12 @@ STUDIES = {
         + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
+    # Networks that were added when the rule was fixed.
+    "more_dags": Study(_dags(_DAGS[5:22]), {}),
+    "more_chains": Study(_chains(1, 3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
+    "more_adam": Study(_dags(_DAGS[2:16]), {"optimizer": "adam"}),
+    "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),
+    "more_widths": Study([(text, n) for text in _DAGS[2:5] for n in (32, 64, 256, 512)], {}),
 }
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
 flags.DEFINE_list("method", ["uniform", "matched", "flerm"], "uniform, and rules of matched_rules.")
@@ -86,17 +91,13 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.to_csv(workdir / "networks.csv", index=False, float_format="%.4g")
     draw(table, workdir / "matched_groups.png")
-    text = tables.markdown(summary(table))
+    text = tables.markdown(networks.transfer_summary(table, ("study", "method")))
     files.write_text(workdir / "table.md", text)
     print(text)
 
 
 def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row for every network and method.
-
-    `nats`: the log of its best rate over the base's. `given_up`: the loss at the base's rate over
-    that of the network's best rate for all parameters, less 1; `at_best` at the method's best rate.
-    """
+    """Returns a row for every network and method; see `networks.transfer_row`."""
     of = STUDIES[study]
     base = trial_of((of.options.get("base", transfer_study.BASE), None), study, "uniform")
     trials = [base] + [trial_of(one, study, how) for one in of.networks for how in FLAGS.method]
@@ -107,11 +108,8 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
         layers = one[0].count("2")  # the digit of a layer
         is_chain = one[0] == chain_string(max(layers, 1))
         truth = found[_name(trial_of(one, study, "uniform"))]
-        best = min(networks.mean_losses(truth).values())
         for method in FLAGS.method:
             result = found[_name(trial_of(one, study, method))]
-            losses = networks.mean_losses(result)
-            noise = (result["uncertainty"] or math.nan, origin["uncertainty"] or math.nan)
             rows.append(
                 {
                     "study": study,
@@ -120,34 +118,11 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
                     "layers": layers,
                     "width": one[1],
                     "method": method,
-                    "nats": math.log(result["rate"] / origin["rate"]),
-                    "noise": math.hypot(*noise),
-                    "given_up": loss_at(origin["rate"], losses) / best - 1,
-                    "at_best": min(losses.values()) / best - 1,
+                    **networks.transfer_row(result, origin, truth),
                     **{group: result["multipliers"].get(group, 1.0) for group in GROUPS},
                 }
             )
     return rows
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every study and method: RMS distance, and the loss given up."""
-    found = []
-    for (study, method), group in rows.groupby(["study", "method"], sort=False):
-        lost = 100 * group["given_up"]
-        found.append(
-            {
-                "study": study,
-                "method": method,
-                "networks": len(group),
-                "nats": f"{np.sqrt(np.mean(group['nats'] ** 2)):.2f}",
-                "noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}",
-                "given up, %: median": f"{lost.median():+.1f}",
-                "most": f"{lost.max():+.1f}",
-                "at its best, %": f"{100 * group['at_best'].median():+.1f}",
-            }
-        )
-    return pd.DataFrame(found)
 
 
 LOOKS = {
