@@ -351,10 +351,10 @@ def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     assert same.multipliers == pytest.approx(np.ones(3), rel=1e-4)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b), before, after)))
     _, state = trained(plans[0], 1, base=record.effects)
-    measured = [
+    ours, theirs = (
         Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
-    ]
-    parts = matched_multipliers(*measured, loss_of, seeds=1)
+    )
+    parts = matched_multipliers(ours, theirs, loss_of, seeds=1)
     expected = {part.place: part.value for part in parts.values()}
     found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-4)
