@@ -135,9 +135,12 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> dict[pathlib.Path, str]:
                        fontweight="bold", va="center")  # fmt: skip
         panel.axhline(line - 0.5, color=panels.GREY, linewidth=0.4)
     panels.finish(figure, path, across="measured / promised, up to one constant", columns=2)
-    return {path: "Measured over promised, a line a leaf: at 1 it is as the plan promises. Base "
-            "values are not known, so each quantity is shown up to one constant. One epsilon for "
-            "all leaves lies beside 1, and is a finding only where it exceeds gradients."}  # fmt: skip
+    caption = (
+        "Measured over promised, a line a leaf: at 1 it is as the plan promises. Base values are "
+        "not known, so each quantity is shown up to one constant. One epsilon for all leaves lies "
+        "beside 1, and is a finding only where it exceeds gradients."
+    )
+    return {path: caption}
 
 
 def _cell(value: object) -> str:
