@@ -118,6 +118,9 @@ class Parameter:
       start_known: whether that value is plain from what it does. Of a slope, a temperature or a
         decay it is not: `initialize` keeps the value that the model gave.
       filled: its shape without the unused capacity of a network that grows; None without such.
+      trained: False where no gradient of the result comes to it, as behind `stop_gradient`, or
+        where it does nothing to the result. It is kept as it is: it does not decay, and what arrays
+        or the framework hold of it is not drawn anew.
 
     Raises:
       ValueError: an unknown role or layer, or a fan or size below 1.
@@ -139,6 +142,7 @@ class Parameter:
     start_known: bool = True
     given: float | Moments | None = None
     filled: tuple[int, ...] | None = None
+    trained: bool = True
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -326,7 +326,7 @@ class Parametrization:
         names = [
             one.name
             for one in self.architecture.parameters
-            if not one.is_drawn
+            if not (one.is_drawn and one.trained)
             and not isinstance(self._model.starts.get(one.name), float)
             and one.name not in self.zeros
         ]

@@ -324,7 +324,7 @@ class State:
         weight: Weight,
         kind: str,
         vertex: int,
-        roles_of_axes: Mapping[str, Sequence[int]],
+        roles_of_axes: Mapping[str, Collection[int]],
         **options: Any,
     ) -> tuple[int, ...]:
         """Notes what the leaves of a value do; returns the numbers of the uses.
