@@ -336,3 +336,25 @@ def test_the_state_of_a_scan_is_no_head():
     traced = trace(apply, params, X)
     assert not traced.attention
     assert {one.name: str(one.role) for one in traced.parameters}["log"] == "scale"
+
+
+def folded_norm(p):
+    table = p["table"]
+    factor = p["gain"] / jnp.sqrt(table.var(-1, keepdims=True) + 1e-6)
+    return table * factor + (p["bias"] - table.mean(-1, keepdims=True) * factor)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda p: layer_norm(p["table"]) * p["gain"] + p["bias"], folded_norm]
+)
+def test_a_norm_of_a_table_that_layers_read(norm):
+    """As the relative positions of DeBERTa, and latents behind a norm."""
+
+    def between(p, h):
+        keys = norm(p) @ p["k"]
+        weights = jax.nn.softmax(jnp.einsum("bnd,md->bnm", h @ p["q"], keys) / D**0.5)
+        return h + weights @ (h @ p["v"])[:, :4]
+
+    found = read(between, table=(4, D), gain=(D,), bias=(D,), k=(D, D), q=(D, D), v=(D, D))
+    assert {name: str(found[name].role) for name in ("table", "gain", "bias", "k")} == {
+        "table": "embedding", "gain": "scale", "bias": "bias", "k": "hidden"}  # fmt: skip

@@ -14,6 +14,7 @@ from archscale_jax._expressions import (
     Statistic,
     Unknown,
     Variable,
+    is_factor,
 )
 from archscale_jax._graph import Operator
 from archscale_jax.tracing.axes import shape_of
@@ -296,10 +297,23 @@ class State:
             "positions": [place for place in range(len(axes)) if place not in last],
         }
         own = {one for place in last for one in value.axes[place]}
-        first = value.leaves[0]
+        # A table whose rows a norm has changed brings the gain and the bias of that norm.
+        along = {
+            leaf: {(place, axis) for place, labels in enumerate(value.axes)
+                   for name, axis in labels if name == leaf and self.shapes[leaf][axis] > 1}
+            for leaf in value.leaves
+        }  # fmt: skip
+        first = max(value.leaves, key=lambda leaf: len(along[leaf]))
         fan = math.prod(self.shapes[name][axis] for name, axis in own if name == first)
-        self.use(call, value, "features", feature.vertex, roles, fan_in=fan, fan_out=fan,
-                 expression=value.expression)  # fmt: skip
+        for leaf in value.leaves:
+            mine = changed(value, leaves=(leaf,))
+            if len(along[leaf]) == len(along[first]):
+                self.use(call, mine, "features", feature.vertex, roles, fan_in=fan, fan_out=fan,
+                         expression=value.expression)  # fmt: skip
+                continue
+            variables = Variable("leaf", leaf), Variable("leaf", first)
+            kind = "scale" if is_factor(value.expression, *variables) else "offset"
+            self.use(call, mine, kind, feature.vertex, {**roles, "output": (), "batch": last})
         self.note(
             f"{', '.join(value.leaves)} at {call.line}: read as learned features, to which layers "
             "are applied"

@@ -10,6 +10,7 @@ from archscale_jax._expressions import (
     Expression,
     Variable,
     apply,
+    is_factor,
     variables,
 )
 from archscale_jax._graph import Operator
@@ -197,22 +198,12 @@ def _scales_kernel(expression: Expression, leaf: str, held: Mapping[str, _Held])
     That is what a factor does that sums nothing with the others: the gain of a weight
     normalization along any axes, the step of a discretized state space, the logarithm of a scale.
     """
-    others = (one for one in held if one != leaf and _is_factor(expression, leaf, one))
+    others = (
+        one
+        for one in held
+        if one != leaf and is_factor(expression, Variable("leaf", leaf), Variable("leaf", one))
+    )
     return held[leaf].places < set().union(*(held[one].places for one in others))
-
-
-def _is_factor(expression: Expression, leaf: str, other: str) -> bool:
-    """Whether a leaf stands in a factor of a product in which another leaf does not."""
-    if not isinstance(expression, Apply):
-        return False
-    product = expression.name in ("mul", "div")
-    mine, others = Variable("leaf", leaf), Variable("leaf", other)
-    held = [one for one in expression.operands if mine in variables(one)]
-    if len(held) != 1 or not (product or len(expression.operands) == 1):
-        return False
-    if others not in variables(held[0]):
-        return product
-    return _is_factor(held[0], leaf, other)
 
 
 def own_part(expression: Expression, leaf: str) -> Expression:
