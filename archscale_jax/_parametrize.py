@@ -31,6 +31,7 @@ from archscale_jax.rules._optimizer import (
     optimizer_lines,
 )
 from archscale_jax.rules._registry import Explained, Part
+from archscale_jax.rules._tables import with_rows
 from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
@@ -145,6 +146,8 @@ def parametrize(
         base_inputs = (base_inputs,)
     of_base = inputs if base_inputs is None else base_inputs
     compared = _base_architecture(base, architecture, optimizer, of_base, keywords, options)
+    if compared is not None and width_rule is not None:
+        architecture = with_rows(architecture, compared, folded=form == "folded")
     choice = chosen(
         architecture,
         compared,

@@ -204,7 +204,11 @@ def _rate_notes(subject: Subject) -> Iterator[str]:
             "kernel_per_layer=True"
         )
     ratios = _ratios(architecture, base)
-    stem = [one.name for one in architecture.parameters if one.role == Role.INPUT]
+    stem = [
+        one.name
+        for one in architecture.parameters
+        if one.role == Role.INPUT and not any(use.made for use in one.uses)
+    ]
     frozen = [name for name in stem if name in ratios and ratios[name][0] != 1]
     if frozen and rates.width_rule is not None:
         yield (

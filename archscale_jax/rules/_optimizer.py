@@ -148,7 +148,7 @@ def hyperparameters(
     found = Hyperparameters({}, {}, {})
     for one in architecture.parameters:
         place, share = depth.places(one)
-        a = forward.leaves.get(one.name, 1.0)
+        a = forward.leaves.get(one.name, 1.0) * forward.lookups.get(one.name, 1.0)
         taken = forward.rate(one.name, kind)
         parts = [*rates[one.name].parts]
         if taken != 1:

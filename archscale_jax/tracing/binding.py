@@ -182,6 +182,7 @@ def _place(
         expression=expression,
         source=use.source,
         gates=weight and use.vertex in binding.gates,
+        made=use.made,
     )
 
 

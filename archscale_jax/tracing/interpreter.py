@@ -114,6 +114,7 @@ class Interpreter:
         if state.data is None:
             state.data = state.flow.add_vertex(Kind.DATA)
         axes = tuple(frozenset([state.fresh()]) for _ in shape_of(variable))
+        state.given.update(*axes)
         expression = Variable("vertex", state.data, (number,))
         return Feature(state.data, expression, axes, inputs=frozenset([number]), array=array)
 

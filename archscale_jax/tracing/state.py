@@ -128,6 +128,7 @@ class State:
       uses: what the parameters do.
       data: number of the vertex that holds all inputs, once there is one.
       inputs_read: numbers of the inputs that layers read.
+      given: labels of the axes of inputs.
       units: labels of the axes that are features of layers; the others are positions.
       own: labels of the axes that the layer of a vertex writes.
       constants: vertices of values that no input reaches.
@@ -157,6 +158,7 @@ class State:
     uses: list[Use] = dataclasses.field(default_factory=list)
     data: int | None = None
     inputs_read: set[int] = dataclasses.field(default_factory=set)
+    given: set[Hashable] = dataclasses.field(default_factory=set)
     units: set[Hashable] = dataclasses.field(default_factory=set)
     own: dict[int, Labels] = dataclasses.field(default_factory=dict)
     constants: dict[Value, int] = dataclasses.field(default_factory=dict)

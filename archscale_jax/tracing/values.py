@@ -158,6 +158,7 @@ class Use:
       known: whether its value before training is plain from what it does.
       expression: of a weight, what it makes of the leaf before it is applied.
       table: of a bias, whether it is a table with a row of features for every position.
+      made: of a layer that reads inputs, whether the function makes the features that it sums.
     """
 
     leaf: str
@@ -178,6 +179,7 @@ class Use:
     known: bool = True
     expression: Expression | None = None
     table: bool = False
+    made: bool = False
 
 
 def features_of(values: Sequence[Value]) -> list[Feature]:

@@ -124,6 +124,13 @@ def _changes(subject: Subject, plan: archscale.Parametrization) -> dict[Any, flo
         hidden = archscale.vertex_features(plan._model.apply, params, *inputs)
         return hidden, outputs(params, inputs)
 
+    # Rows that the model multiplies by so much more than the base does are read so.
+    read = {
+        use.vertex or 0: 1 / one.rows
+        for one in plan.architecture.parameters if one.rows != 1 for use in one.uses
+        if use.kind == "embedding"
+    }  # fmt: skip
+
     def once(seed: int) -> dict[Any, float]:
         params, inputs = plan.init(jax.random.key(seed)), batch(subject, seed)
         target = _target(subject, jax.eval_shape(outputs, params, inputs).shape, seed)
@@ -131,7 +138,10 @@ def _changes(subject: Subject, plan: archscale.Parametrization) -> dict[Any, flo
         for _ in range(STEPS):
             params, state = step(params, state, inputs, target)
         after = jax.device_get(features(params, inputs))
-        hidden = {vertex: rms(after[0][vertex] - one) for vertex, one in before[0].items()}
+        hidden = {
+            vertex: rms(after[0][vertex] - one) * read.get(vertex, 1.0)
+            for vertex, one in before[0].items()
+        }
         return {**hidden, LOGITS: rms(after[1] - before[1])}
 
     changes = [once(seed) for seed in range(FLAGS.seeds)]

@@ -119,6 +119,8 @@ def layer(
     state.keep_apart(how.along)
     roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
     positions = how.positions if not mixes else (*how.contracted, *how.free)
+    # As the sines and cosines of a time, of which there are as many as the model wants.
+    made = state.is_data(source) and not contracted_labels & state.given
     numbers = []
     held = {leaf: _held(state, weight, leaf, how) for leaf in weight.leaves}
     for leaf, (mine, summed, written, inner, _) in held.items():
@@ -139,6 +141,7 @@ def layer(
             "spatial": how.spatial,
             "groups": how.groups,
             "expression": own_part(weight.expression, leaf),
+            "made": made,
         }
         if inner and not (summed and written):
             options |= {"output" if summed else "contracted": tuple(sorted(inner))}
