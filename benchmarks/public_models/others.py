@@ -153,11 +153,13 @@ def _controlnet(size: str) -> Subject:
     pixels = 8 * side
 
     def apply(params: Any, *inputs: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, *inputs).mid_block_res_sample
+        found = model.apply({"params": params}, *inputs)
+        return [*found.down_block_res_samples, found.mid_block_res_sample]
 
     inputs = (floats(2, 4, side, side), tokens(2), floats(2, 7, width),
               floats(2, 3, pixels, pixels))  # fmt: skip
-    return Subject(apply, inputs, shapes)
+    joined: Any = lambda parts: jnp.concatenate([one.reshape(2, -1) for one in parts], -1)  # noqa: E731
+    return Subject(apply, inputs, shapes, outputs=joined)
 
 
 def _sized_resnet(ratio: int) -> Subject:
