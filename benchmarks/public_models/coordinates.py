@@ -25,9 +25,8 @@ import optax
 from absl import app, flags
 
 import archscale_jax as archscale
+from archscale_jax.rules._residual import residual_branches
 from benchmarks.public_models.subject import Subject, batch
-from tests.coordinate_steps import LOGITS, STREAM, rms
-from tests.coordinate_steps import kinds as kinds_of
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("module", None, "Module of benchmarks.public_models with SIZED.")
@@ -36,6 +35,7 @@ flags.DEFINE_string("journal", None, "File to which a line a model is added.")
 flags.DEFINE_integer("seeds", 3, "Seeds of weights.", lower_bound=1)
 flags.DEFINE_bool("standard", False, "One rate for all leaves, and no forward multipliers.")
 RATIOS, STEPS, RATE, DECAY = (1, 2, 4), 5, 3e-3, 0.1
+LOGITS = "outputs"
 
 
 def main(arguments: list[str]) -> None:
@@ -74,10 +74,7 @@ def measured(build: Callable[[int], Subject]) -> dict[str, Any]:
             )  # fmt: skip
         found.append(_changes(subject, plan))
     assert base is not None
-    names = {
-        vertex: name for name, own in kinds_of(base.architecture).items() for vertex in own
-        if not name.startswith("of (") and name != LOGITS
-    }  # fmt: skip
+    names = _vertices(base.architecture)
     shared = [one for one in names if all(one in sizes for sizes in found)]
     changes = {vertex: [sizes[vertex] for sizes in found] for vertex in [LOGITS, *shared]}
     ratios = {vertex: max(one) / min(one) if min(one) else math.inf
@@ -86,15 +83,26 @@ def measured(build: Callable[[int], Subject]) -> dict[str, Any]:
     return {
         "outputs": _numbers(changes[LOGITS]), "outputs ratio": round(ratios[LOGITS], 2),
         "hidden": _numbers(changes[worst]), "hidden ratio": round(ratios[worst], 2),
-        "worst": _readable(names[worst]), "vertices": len(shared),
+        "worst": names[worst], "vertices": len(shared),
         "flat": sum(ratios[vertex] <= 1.5 for vertex in shared),
-        "all": {f"{vertex} {_readable(names[vertex])}": _numbers(changes[vertex])
-                for vertex in shared},
+        "all": {f"{vertex} {names[vertex]}": _numbers(changes[vertex]) for vertex in shared},
     }  # fmt: skip
 
 
-def _readable(name: str) -> str:
-    return name if name == STREAM else re.sub(r"\s+", " ", name)[-60:]
+def _vertices(architecture: archscale.Architecture) -> dict[int, str]:
+    """Vertices that layers or residual sums end in, by what ends there."""
+    found = {0: "stem"} if architecture.stems else {}
+    functions = architecture.functions or ()
+    for edge, vertex in enumerate(architecture.graph.receivers.tolist()):
+        for name in functions[edge].weights:
+            short = re.sub(r"\d+", "", name.removesuffix("/kernel"))[-60:]
+            found[vertex] = found.get(vertex, short)
+    return found | dict.fromkeys(residual_branches(architecture), "stream")
+
+
+def rms(values: Any) -> float:
+    """The root mean square of all entries."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(values, np.float64)))))
 
 
 def _numbers(values: list[float]) -> list[float]:
