@@ -29,7 +29,7 @@ from archscale_jax.rules._residual import residual_branches
 from benchmarks.public_models.subject import Subject, batch
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("module", None, "Module of benchmarks.public_models with SIZED.")
+flags.DEFINE_string("module", None, "Module of benchmarks.public_models, maybe with SIZED.")
 flags.DEFINE_list("only", [], "Names of models; all by default.")
 flags.DEFINE_string("journal", None, "File to which a line a model is added.")
 flags.DEFINE_integer("seeds", 3, "Seeds of weights.", lower_bound=1)
@@ -41,7 +41,8 @@ LOGITS = "outputs"
 def main(arguments: list[str]) -> None:
     del arguments
     warnings.filterwarnings("ignore")
-    models = importlib.import_module(f"benchmarks.public_models.{FLAGS.module}").SIZED
+    module = importlib.import_module(f"benchmarks.public_models.{FLAGS.module}")
+    models = getattr(module, "SIZED", {})
     journal = pathlib.Path(FLAGS.journal)
     lines = journal.read_text().splitlines() if journal.exists() else []
     done = {json.loads(line)["model"] for line in lines}

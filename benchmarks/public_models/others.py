@@ -154,12 +154,12 @@ def _controlnet(size: str) -> Subject:
 
     def apply(params: Any, *inputs: jax.Array) -> jax.Array:
         found = model.apply({"params": params}, *inputs)
-        return [*found.down_block_res_samples, found.mid_block_res_sample]
+        parts = [*found.down_block_res_samples, found.mid_block_res_sample]
+        return jnp.concatenate([one.reshape(2, -1) for one in parts], -1)
 
     inputs = (floats(2, 4, side, side), tokens(2), floats(2, 7, width),
               floats(2, 3, pixels, pixels))  # fmt: skip
-    joined: Any = lambda parts: jnp.concatenate([one.reshape(2, -1) for one in parts], -1)  # noqa: E731
-    return Subject(apply, inputs, shapes, outputs=joined)
+    return Subject(apply, inputs, shapes)
 
 
 def _sized_resnet(ratio: int) -> Subject:
