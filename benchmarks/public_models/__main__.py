@@ -78,7 +78,7 @@ PACKAGES = {
     "more_models": (
         "brax==0.14.2",
         "mujoco==4.0.0",
-        "mujoco-core==4.0.1",
+        "mujoco-core==4.0.0",
         "mujoco-studio==4.0.0",
         "mujoco-mjx==3.17.0",
         "flask",

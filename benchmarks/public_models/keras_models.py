@@ -1,4 +1,4 @@
-"""Models of keras-hub and Keras' applications on JAX."""
+"""Models of keras-hub on JAX."""
 
 # Its packages are in an environment of its own.
 # pyright: reportMissingImports=false
@@ -87,19 +87,6 @@ def _siglip(hidden: int, heads: int, **options: Any) -> Subject:
     return subject(model, _IMAGE, **options)
 
 
-def _application(name: str, **sizes: Any) -> Build:
-    def build(size: str) -> Subject:
-        import keras
-
-        shape = (224, 224, 3) if size == "real" else (32, 32, 3)
-        model = getattr(keras.applications, name)(
-            weights=None, input_shape=shape, classes=10, classifier_activation=None, **sizes
-        )
-        return subject(model, {"images": floats(2, *shape)})
-
-    return build
-
-
 def _small(make: Callable[[int, int], Subject]) -> Build:
     def build(size: str) -> Subject:
         _only_small(size)
@@ -125,7 +112,6 @@ MODELS: dict[str, Build] = {
         "MixtralBackbone", num_query_heads=2, num_key_value_heads=1, num_experts=4),
     "keras-hub DeBERTa 3": _language(
         "DebertaV3Backbone", num_heads=2, max_sequence_length=32, bucket_size=8),
-    "keras MobileNet 3": _application("MobileNetV3Small"),
 }  # fmt: skip
 _LAST: dict[str, Any] = {"outputs": lambda logits: logits[:, -1], "classes": True}
 SIZED: dict[str, Sized] = {
