@@ -196,6 +196,7 @@ def test_what_has_no_gradient_is_kept_and_does_not_decay(spelling):
     assert "no gradient" in str(plan) and "table" in str(plan)
     drawn = plan.init(jax.random.key(0))
     np.testing.assert_array_equal(drawn["table"], params["table"])
+    assert plan.init_std["table"] is None
     tx = plan.optimizer(0.1, weight_decay=0.5)
     x = jax.random.normal(jax.random.key(1), X.shape)
     gradients = jax.grad(lambda p: jnp.mean(apply(p, x) ** 2))(drawn)
