@@ -61,6 +61,7 @@ RIGHTS = [
     ("mlp", "adamw", "half_precision"),
     ("nnx", "adamw", "masked"),
     ("decoder", "muon", "plain"),
+    ("equinox", "muon", "clipped_relative_to_weights"),
 ]
 
 
@@ -109,6 +110,7 @@ def matrix_response(name: str, shape: tuple[int, ...], matrix: Matrix | None, tx
         (optax.rmsprop(0.1), Kind.ADAM),
         (optax.adam(0.1, eps=1e-2), Kind.ADAM),
         (optax.contrib.muon(0.1), Kind.MUON),
+        (optax.chain(optax.clip(1.0), optax.contrib.muon(0.1)), Kind.MUON),
         (optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)), Kind.NORMALIZED),
         (optax.set_to_zero(), None),
     ],
@@ -129,6 +131,15 @@ def rate_of_one_step(tx: Any, kind: Kind) -> float:
     zeros = {"w": jnp.zeros(1)}
     updates, _ = tx.update(gradient, tx.init(zeros), zeros)
     return abs(float(updates["w"][0])) / (1e-4 if kind == Kind.SGD else 1)
+
+
+def test_clipping_unit_by_unit_does_not_turn_what_muon_is_judged_by():
+    muon, shape = optax.contrib.muon(0.1), (400, 30)
+    clipped = optax.chain(optax.adaptive_grad_clip(0.01), muon)
+    plain, found = (matrix_response("w", shape, None, tx) for tx in (muon, clipped))
+    assert kind_of(found, "w", 4, Kind.MUON) == Kind.MUON
+    rates = (rate_of(answers, "w", Kind.MUON) for answers in (plain, found))
+    assert next(rates) == pytest.approx(next(rates), rel=1e-3)
 
 
 def test_calls_that_move_nothing_are_counted():
