@@ -1,9 +1,10 @@
-"""What does GradInit cost? `python -m benchmarks.gradinit_cost`, several minutes.
+"""What do GradInit and NIO cost? `python -m benchmarks.gradinit_cost`, several minutes.
 
 An iteration against a training step: time, compiling and memory, of both branches and of the
 variants. A gradient is one training step, so that lowering the objective should cost two. Lowering
 the norm takes a gradient, and then its derivative in forward mode. γ forces the branch: above every
-norm the objective is lowered, below every norm the norm.
+norm the objective is lowered, below every norm the norm. NIO takes two gradients and a product with
+the Hessian of each, whatever it lowers.
 """
 
 import functools
@@ -90,6 +91,7 @@ def cost_of_network(text: str, size: Size) -> dict[str, Any]:
             programs[label], costs[label] = iterations(
                 network, params, triples, way, name.optimizer
             )
+    programs["nio"], costs["nio"] = agreements(network, params, triples)
     times = common.alternate(programs, rounds=size.rounds)
     found = {
         label: costs[label]
@@ -173,6 +175,27 @@ def iterations(
         "temporary_bytes": max(one["temporary_bytes"] for one in costs),
         "after_measuring": costs[1],
     }
+
+
+def agreements(
+    network: Network, params: PyTree, triples: list[Any]
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Returns a program of iterations of NIO, and what compiling it costs."""
+    count = len(named_leaves(params))
+    variant = gradinit_step.Variant(network.loss, tuple(range(count)))
+    settings = {"limit": 5.0, "scale_rate": 1e-3, "clip": 1.0, "bounds": (0.01, math.inf)}
+    start = gradinit_step.initial_state(count)
+    run = functools.partial(gradinit_step.agreement_step, variant=variant)
+
+    def iterate() -> gradinit_step.State:
+        state = start
+        for triple in triples:
+            state, _ = run(state, params, triple, settings)
+        return state
+
+    lower = gradinit_step.agreement_step.lower
+    lower = functools.partial(lower, start, params, triples[0], settings, variant=variant)
+    return iterate, common.compiled(lower)[1]
 
 
 def whole_runs(programs: Mapping[str, Any], epoch_steps: int) -> dict[str, float]:
