@@ -1,0 +1,490 @@
+"""Do learning rate and weight decay of a small language model serve one that is deeper and wider?
+
+    python -m experiments.language_transfer --workdir=runs/language_transfer
+
+Both are searched at the base, `--base_depth` × `--base_width`, and used at `--depth` × `--width`
+under several methods, see METHODS. At the target, the rate is searched at the transferred decay,
+and the decay at the transferred rate, by factors of 2: how far the best ones lie from the
+transferred, and what those give up. Two more sizes are the base at four times the batch, and for
+four times the updates. Writes results.jsonl (a line a training), language.csv, a figure, table.md
+and report.html. Killed and started again it goes on; with --only_finished it shows what there is.
+Flags beside these are those of experiments.language.
+"""
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pandas as pd
+from absl import flags
+
+import archscale_jax as archscale
+from archscale_jax._trees import PyTree, map_with_names
+from experiments import language
+from experiments.lab import common, files, page, panels, ranges, runners
+from experiments.lab.sweeps import run_study, trial_hash
+from experiments.lab.tables import number
+from experiments.language import Parametrized, Trial
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(language)
+ranges.define("num_seeds", 3, "Seeds of every point.")
+flags.DEFINE_bool("only_finished", False, "Train nothing more; show what is finished.")
+
+TARGET = {"depth": 8, "width": 128}
+RATE, DECAY = 2**-7, 0.1
+"""Where searches begin."""
+RATIO = 4
+"""Of batch, and of updates."""
+
+FEW_SEEDS = 2
+"""Beside the transferred values, of methods that are no end in themselves."""
+
+Point = tuple[int, int]
+"""Rate and decay as powers of 2 beside `RATE` and `DECAY`."""
+RATES, DECAYS = (1, 0), (0, 1)
+"""Directions in which points are searched."""
+Losses = dict[Point, list[float]]
+"""Held-out losses of seeds 0, 1, … by point, infinite where one diverged."""
+
+
+class Method(NamedTuple):
+    """A way to train at the target what was tuned at the base.
+
+    Attributes:
+      label: in tables.
+      base: method under which the base was tuned.
+      direction: of the search for the best rate, as a step of `Point`.
+    """
+
+    label: str
+    base: str
+    direction: Point = RATES
+
+
+METHODS = {
+    "standard": Method("optax defaults", "standard"),
+    "plan": Method("parametrize", "plan"),
+    "embedding": Method("optax defaults, embedding's rate × width", "standard"),
+    "decay_before": Method("parametrize, decay × the rate's multipliers", "plan"),
+    "decay_root": Method("parametrize, decay ∝ √width", "plan"),
+    "half": Method("parametrize, α = ½", "plan"),
+    "warmup": Method("optax defaults, warm-up × width", "standard"),
+    "independent": Method("optax defaults, decay independent of the rate", "standard", (1, -1)),
+    "sde": Method("parametrize, SDE rule", "plan"),
+}
+
+
+def run() -> None:
+    """Searches what is missing, prints and draws."""
+    settings = language.resolved(**TARGET)
+    del settings["parametrization"], settings["base_batch_size"], settings["base_steps"]
+    with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings)
+        study = Study(settings, workdir / "results.jsonl", options)
+        try:
+            study.run()
+        except UnfinishedError:
+            print("not finished; what is shown is of the trainings that are")
+    study.frame().to_csv(workdir / "language.csv", index=False, float_format="%.6g")
+    figure = workdir / "language_transfer.png"
+    draw(study, figure)
+    page.publish(
+        workdir,
+        f"{language.title(settings)}, tuned at {settings['base_depth']} × {settings['base_width']}",
+        __doc__,
+        tables={
+            "Best rate and decay at the base, by search.": base_table(study),
+            "At larger sizes: nats from the base's best values to those of the target, what the "
+            "transferred values give up, and the lowest loss that was found (± standard error "
+            "over seeds).": target_table(study),
+        },
+        figures={figure: "Held-out loss over the learning rate in units of the base's best."},
+    )
+
+
+# What is trained, in order.
+
+
+class UnfinishedError(Exception):
+    """A training is missing, and none is to be run."""
+
+
+class Study:
+    """The trainings of a study, by method, size and point; run as they are asked for.
+
+    Attributes:
+      best: base's best point by method.
+      losses: by method and size.
+    """
+
+    def __init__(self, settings: Trial, journal: pathlib.Path, options: Mapping[str, Any]) -> None:
+        self._settings, self._journal, self._options = settings, journal, options
+        self._records = {one["hash"]: one for one in files.read_records(journal)}
+        self.best: dict[str, Point] = {}
+        self.losses: dict[tuple[str, str], Losses] = {}
+
+    def run(self) -> None:
+        """Runs all, what matters most first."""
+        for method in ("standard", "plan"):
+            measure = functools.partial(self.measure, method, "base")
+            self.best[method] = descend(measure, self.losses.setdefault((method, "base"), {}))
+        for method in ("standard", "plan"):
+            self.at_transferred(method)
+        for method in ("plan", "standard"):
+            self.along(method, "target", RATES, FLAGS.num_seeds)
+        self.along("embedding", "target", RATES)
+        for method in ("decay_before", "decay_root"):
+            self.at_transferred(method)
+        self.along("plan", "target", DECAYS)
+        for method in ("half", "warmup"):
+            self.at_transferred(method)
+        for size in ("batch", "updates"):
+            for method in ("plan", "sde"):
+                self.along(method, size, RATES, FLAGS.num_seeds)
+        for method in ("standard", "plan"):
+            line = [shift(self.best[method], RATES, step) for step in range(-3, 4)]
+            self.measure(method, "base", line)
+        self.along("standard", "target", DECAYS)
+        self.along("independent", "target", METHODS["independent"].direction)
+        for method in ("half", "decay_before", "warmup"):
+            self.along(method, "target", RATES)
+
+    def at_transferred(self, method: str, size: str = "target") -> None:
+        self.measure(method, size, [self.best[METHODS[method].base]])
+
+    def along(self, method: str, size: str, direction: Point, seeds: int = FEW_SEEDS) -> None:
+        """Measures points on both sides of the transferred one until the best lies between."""
+        self.at_transferred(method, size)
+        seeds = min(seeds, FLAGS.num_seeds)
+        measure = functools.partial(self.measure, method, size, seeds=seeds)
+        found = self.losses[method, size]
+        bracket(measure, found, self.best[METHODS[method].base], direction)
+
+    def measure(
+        self, method: str, size: str, points: Sequence[Point], *, seeds: int | None = None
+    ) -> None:
+        """Trains seeds at points, all by default; see `losses`."""
+        number_of_seeds = FLAGS.num_seeds if seeds is None else seeds
+        trials = {
+            point: [self.trial(method, size, point, seed) for seed in range(number_of_seeds)]
+            for point in points
+        }
+        missing = [
+            one
+            for of_point in trials.values()
+            for one in of_point
+            if trial_hash(one) not in self._records
+        ]
+        if missing and FLAGS.only_finished:
+            raise UnfinishedError
+        if missing:
+            name = f"{method} at {size}"
+            found = run_study(missing, train, self._journal, description=name, **self._options)
+            runners.check_finished(found, self._journal)
+            self._records |= {one["hash"]: one for one in found}
+        of_size = self.losses.setdefault((method, size), {})
+        for point, of_point in trials.items():
+            of_size[point] = [_loss(self._records[trial_hash(one)]) for one in of_point]
+
+    def trial(self, method: str, size: str, point: Point, seed: int) -> dict[str, Any]:
+        """Returns the settings of a training."""
+        settings = dict(self._settings)
+        if size != "target":
+            settings |= {"depth": settings["base_depth"], "width": settings["base_width"]}
+        base = {"base_batch_size": settings["batch_size"], "base_steps": settings["steps"]}
+        if size == "batch":
+            settings["batch_size"] *= RATIO
+            settings["steps"] //= RATIO
+        if size == "updates":
+            settings["steps"] *= RATIO
+        if method != "sde":  # nothing is known of batch and duration
+            base = {"base_batch_size": settings["batch_size"], "base_steps": settings["steps"]}
+        if method == "warmup":
+            settings["warmup"] *= settings["width"] / settings["base_width"]
+        named = {"method": "standard" if method == "independent" else method, "size": size}
+        rate, decay = RATE * 2.0 ** point[0], DECAY * 2.0 ** point[1]
+        return settings | base | named | {"rate": rate, "weight_decay": decay, "seed": seed}
+
+    def frame(self) -> pd.DataFrame:
+        """Returns a row for every training of the journal."""
+        rows = []
+        for one in self._records.values():
+            trial, result = one["trial"], one.get("result")
+            names = ("method", "size", "depth", "width", "batch_size", "steps", *language.LISTS)
+            row = {name: trial[name] for name in names}
+            if result is not None:
+                row |= {"training": result["losses"][-1], "held_out": result["validation"][-1]}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    found = record["result"]["validation"][-1]
+    return math.inf if found is None else found
+
+
+def shift(point: Point, direction: Point, step: int) -> Point:
+    return point[0] + step * direction[0], point[1] + step * direction[1]
+
+
+def common_seeds(losses: Mapping[Any, Sequence[float]]) -> dict[Any, np.ndarray]:
+    """Returns the losses of the seeds that all have."""
+    seeds = min(map(len, losses.values()))
+    return {key: np.asarray(one[:seeds]) for key, one in losses.items()}
+
+
+def lowest_of(losses: Mapping[Any, Sequence[float]]) -> Any:
+    """Returns the key of the lowest mean."""
+    means = {key: float(np.mean(one)) for key, one in common_seeds(losses).items()}
+    return min(means, key=means.__getitem__)
+
+
+def descend(
+    measure: Callable[[Sequence[Point]], None], losses: Losses, start: Point = (0, 0)
+) -> Point:
+    """Returns the best point: better than its four neighbours."""
+    best = start
+    while True:
+        around = [shift(best, axis, step) for axis in (RATES, DECAYS) for step in (-1, 1)]
+        measure([point for point in (best, *around) if point not in losses])
+        lowest = lowest_of({point: losses[point] for point in (best, *around)})
+        if lowest == best:
+            return best
+        best = lowest
+
+
+def bracket(
+    measure: Callable[[Sequence[Point]], None],
+    losses: Losses,
+    start: Point,
+    direction: Point,
+    most: int = 5,
+) -> None:
+    """Measures steps from a point until the best has worse neighbours on both sides."""
+    low, high = -1, 1
+    while True:
+        line = [shift(start, direction, step) for step in range(low, high + 1)]
+        measure([point for point in line if point not in losses])
+        best = line.index(lowest_of({point: losses[point] for point in line}))
+        if 0 < best < len(line) - 1 or max(-low, high) == most:
+            return
+        low, high = low - (best == 0), high + (best > 0)
+
+
+# Methods.
+
+
+def train(trial: Trial) -> dict[str, Any]:
+    return language.train(trial, parametrize=parametrized)
+
+
+def parametrized(trial: Trial) -> Parametrized:
+    """Returns how the decoder of a trial is trained under its method."""
+    method = trial["method"]
+    if METHODS[method].base == "standard":
+        how = language.standard(trial)
+        if method != "embedding":
+            return how
+        ratio = trial["width"] / trial["base_width"]
+        return how._replace(optimizer=with_embedding_rate(how.optimizer, ratio))
+    plan = language.plan_of(trial, depth_exponent=0.5 if method == "half" else None)
+    if method in ("decay_before", "decay_root"):
+        width = trial["width"] / trial["base_width"]
+        return Parametrized(plan.init, plan.apply, with_decay(plan, method, width))
+    return Parametrized(plan.init, plan.apply, plan.optimizer)
+
+
+def with_embedding_rate(make: Callable[..., Any], ratio: float) -> Callable[..., Any]:
+    """Multiplies the rate of the embedding, and so its decay, by a ratio."""
+
+    def optimizer(rate: Any, decay: Any) -> optax.GradientTransformation:
+        def update(updates: PyTree, state: Any, params: Any = None):
+            del params
+            return map_with_names(
+                lambda name, leaf: leaf * ratio if "table" in name else leaf, updates
+            ), state
+
+        scale = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        return optax.chain(make(rate, decay), scale)
+
+    return optimizer
+
+
+def decay_multipliers(plan: archscale.Parametrization, method: str, width: float) -> PyTree:
+    """Returns what decays are multiplied by instead of the plan's multipliers.
+
+    `decay_before`: 1, as `optax.adamw` in front of the multipliers of the rate has it.
+    `decay_root`: those of the plan, whose part of the width is the square root.
+    """
+    if method == "decay_before":
+        return jax.tree.map(lambda own: float(own > 0), plan.weight_decay)
+    return jax.tree.map(lambda own: own / width**0.5 if own > 1 else own, plan.weight_decay)
+
+
+def with_decay(plan: archscale.Parametrization, method: str, width: float) -> Callable[..., Any]:
+    """The optimizer of a plan with other multipliers of the decay."""
+    multipliers = decay_multipliers(plan, method, width)
+
+    def optimizer(rate: Any, decay: Any) -> optax.GradientTransformation:
+        def update(updates: PyTree, step: Any, params: Any = None):
+            share = rate(step) * decay
+            decayed = jax.tree.map(
+                lambda one, weight, own, lr: one - share * lr * own * weight,
+                *(updates, params, multipliers, plan.learning_rate),
+            )
+            return decayed, step + 1
+
+        late = optax.GradientTransformation(lambda params: jax.numpy.int32(0), update)
+        return optax.chain(plan.optimizer(rate), late)
+
+    return optimizer
+
+
+# What they say.
+
+
+class Found(NamedTuple):
+    """What a line of points says.
+
+    Attributes:
+      drift: nats from the start to the best point, by a parabola through three, one a seed.
+      best: the lowest mean loss's point.
+    """
+
+    drift: np.ndarray
+    best: Point
+
+
+def vertex(losses: Losses, start: Point, direction: Point) -> Found | None:
+    """Finds the best point of a line; None where its neighbours were not measured."""
+    steps = {
+        step: losses[point]
+        for step in range(-9, 10)
+        if (point := shift(start, direction, step)) in losses
+    }
+    best = lowest_of(steps) if steps else 0
+    if not {best - 1, best, best + 1} <= steps.keys():
+        return None
+    low, middle, high = common_seeds({one: steps[best + one] for one in (-1, 0, 1)}).values()
+    with np.errstate(invalid="ignore"):
+        moved = (low - high) / (2 * (low - 2 * middle + high))
+    moved = np.where(np.isfinite(moved), np.clip(moved, -1, 1), 0.0)
+    return Found((best + moved) * math.log(2), shift(start, direction, best))
+
+
+def error(values: Iterable[float]) -> float:
+    """Standard error of a mean."""
+    values = np.asarray(list(values))
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def drift(study: Study, method: str, size: str, direction: Point) -> tuple[float, float]:
+    """Returns the nats from the base's best value to the target's, and the standard error."""
+    base = METHODS[method].base
+    start = study.best[base]
+    ends = [
+        vertex(study.losses.get(key, {}), start, direction)
+        for key in ((method, size), (base, "base"))
+    ]
+    if direction not in (RATES, DECAYS):  # along which the base was not searched
+        ends[1] = vertex(study.losses[base, "base"], start, RATES)
+    if ends[0] is None or ends[1] is None:
+        return math.nan, math.nan
+    target, origin = (one.drift for one in ends if one is not None)
+    return float(target.mean() - origin.mean()), math.hypot(error(target), error(origin))
+
+
+def base_table(study: Study) -> pd.DataFrame:
+    rows = []
+    for method, best in study.best.items():
+        losses = study.losses[method, "base"][best]
+        rows.append(
+            {
+                "base": METHODS[method].label,
+                "rate": f"{RATE * 2.0 ** best[0]:.4g}",
+                "decay": f"{DECAY * 2.0 ** best[1]:.4g}",
+                "loss": _plus_minus(np.mean(losses), error(losses), ".4f"),
+                "points": str(len(study.losses[method, "base"])),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def target_table(study: Study) -> pd.DataFrame:
+    """Returns a row for every method and size that was trained."""
+    rows = []
+    for size in ("target", "batch", "updates"):
+        for method, of in METHODS.items():
+            losses = study.losses.get((method, size))
+            if not losses:
+                continue
+            start = study.best[of.base]
+            best = lowest_of(losses)
+            same = common_seeds({point: losses[point] for point in (start, best)})
+            paired = same[start] / same[best] - 1
+            searched = len(losses) > 1
+            rows.append(
+                {
+                    "method": of.label,
+                    "size": size,
+                    "rate, nats": _plus_minus(*drift(study, method, size, of.direction)),
+                    "decay, nats": _plus_minus(*drift(study, method, size, DECAYS)),
+                    "transferred": _plus_minus(np.mean(losses[start]), error(losses[start]), ".4f"),
+                    "given up, %": _plus_minus(100 * paired.mean(), 100 * error(paired))
+                    if searched
+                    else "–",
+                    "best": _plus_minus(np.mean(losses[best]), error(losses[best]), ".4f")
+                    if searched
+                    else "–",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _plus_minus(value: Any, margin: float, spec: str = ".2f") -> str:
+    shown = number(float(value), spec)
+    return shown if not math.isfinite(margin) else f"{shown} ± {margin:{spec}}"
+
+
+def draw(study: Study, path: pathlib.Path) -> None:
+    """Draws losses over the rate at base and target, standard beside ours, on shared axes."""
+    settings = study._settings
+    sizes = {
+        "base": f"{settings['base_depth']} blocks, width {settings['base_width']}",
+        "target": f"{settings['depth']} blocks, width {settings['width']}",
+    }
+    titles = {"standard": "optax.adamw", "plan": "archscale.parametrize"}
+    figure, drawn = panels.create_panels(2, 3.0, width=3.4, columns=2, sharex=True, sharey=True)
+    for panel, (method, title) in zip(drawn, titles.items(), strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.axvline(1.0, color=panels.GREY, lw=1, ls=":", label="the base's best")
+        if method not in study.best:
+            continue
+        start = study.best[method]
+        for (size, label), colour in zip(sizes.items(), panels.COLOURS, strict=False):
+            losses = study.losses.get((method, size), {})
+            steps = [one for one in range(-9, 10) if shift(start, RATES, one) in losses]
+            values = [losses[shift(start, RATES, one)] for one in steps]
+            across = [2.0**one for one in steps]
+            panel.plot(across, [np.mean(one) for one in values], "o-", ms=4, lw=1.4,
+                       color=colour, label=label)  # fmt: skip
+            for x, one in zip(across, values, strict=True):
+                panel.plot([x] * len(one), one, ".", ms=3, color=colour, alpha=0.5)
+        panel.set_xscale("log", base=2)
+    panels.finish(
+        figure,
+        path,
+        across="learning rate over the base's best",
+        up="held-out loss (nats a byte)",
+        columns=3,
+    )
+
+
+if __name__ == "__main__":
+    common.run_binary(run)
