@@ -27,7 +27,6 @@ from archscale_jax._trees import PyTree
 from experiments.lab import (
     checkpoints,
     common,
-    display,
     page,
     panels,
     ranges,
@@ -284,7 +283,6 @@ def train(
     log: dict[str, list] = {"steps": [], "losses": [], "validation": []}
     if folder is not None and (found := checkpoints.restore_checkpoint(folder, state, trial)):
         _, state, log = found
-        display.note(f"resumed after {state.step} updates")
     part = training.part_length(trial["steps"])
     while state.step < trial["steps"] and (not log["losses"] or log["losses"][-1] is not None):
         length = min(part, trial["steps"] - state.step)
