@@ -46,10 +46,10 @@ Trial = Mapping[str, Any]
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"depth": 2, "width": 32, "base_depth": 2, "base_width": 32, "head_size": 16,
              "context": 64, "batch_size": 16, "steps": 300},
-    "paper": {"depth": 24, "width": 1024, "base_depth": 2, "base_width": 256, "head_size": 64,
-              "context": 1024, "batch_size": 256, "steps": 20_000},
+    "paper": {"depth": 12, "width": 768, "base_depth": 2, "base_width": 256, "head_size": 64,
+              "context": 1024, "batch_size": 32, "steps": 5000},
 }  # fmt: skip
-"""Sizes by name: for a core of a CPU in seconds, and for accelerators."""
+"""Sizes by name: for a core of a CPU, and for an accelerator."""
 
 flags.DEFINE_enum("preset", "tiny", list(PRESETS), "Sizes of what is not given.")
 flags.DEFINE_enum("kind", "llama", list(KINDS), "What the decoder is like.")

@@ -2,11 +2,10 @@
 
     python -m experiments.language_transfer --workdir=runs/language_transfer
 
-Both are searched at the base, `--base_depth` × `--base_width`, and used at `--depth` × `--width`
-under several methods, see METHODS. At the target, the rate is searched at the transferred decay,
-and the decay at the transferred rate, by factors of 2: how far the best ones lie from the
-transferred, and what those give up. Two more sizes are the base at four times the batch, and for
-four times the updates. Writes results.jsonl (a line a training), language.csv, a figure, table.md
+Both are searched at the base, `--base_depth` × `--base_width`, and used under several methods, see
+METHODS, at larger sizes, see SIZES. There the rate is searched at the transferred decay, and the
+decay at the transferred rate, by factors of 2: how far the best ones lie from the transferred, and
+what those give up. Writes results.jsonl (a line a training), language.csv, a figure, table.md
 and report.html. Killed and started again it goes on; with --only_finished it shows what there is.
 Flags beside these are those of experiments.language.
 """
@@ -43,7 +42,16 @@ RATIO = 4
 """Of batch, and of updates."""
 
 FEW_SEEDS = 2
-"""Beside the transferred values, of methods that are no end in themselves."""
+"""Of every point beside the transferred one."""
+
+SIZES = {
+    "target": "deep and wide",
+    "wide": "wide",
+    "deep": "deep",
+    "batch": f"batch × {RATIO}, updates ÷ {RATIO}",
+    "updates": f"updates × {RATIO}",
+}
+"""Sizes at which the base's values are used; the last two are the base's network."""
 
 Point = tuple[int, int]
 """Rate and decay as powers of 2 beside `RATE` and `DECAY`."""
@@ -87,9 +95,7 @@ def run() -> None:
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, settings)
         study = Study(settings, workdir / "results.jsonl", options)
-        try:
-            study.run()
-        except UnfinishedError:
+        if not study.run():
             print("not finished; what is shown is of the trainings that are")
     study.frame().to_csv(workdir / "language.csv", index=False, float_format="%.6g")
     figure = workdir / "language_transfer.png"
@@ -111,6 +117,45 @@ def run() -> None:
 # What is trained, in order.
 
 
+STAGES: tuple[tuple[str, str, Point | None], ...] = (
+    ("standard", "target", None),
+    ("plan", "target", None),
+    ("plan", "target", RATES),
+    ("standard", "target", RATES),
+    ("embedding", "wide", None),
+    ("decay_before", "wide", None),
+    ("decay_root", "wide", None),
+    ("plan", "wide", RATES),
+    ("standard", "wide", RATES),
+    ("embedding", "wide", RATES),
+    ("plan", "deep", RATES),
+    ("standard", "deep", RATES),
+    ("half", "deep", RATES),
+    ("plan", "batch", RATES),
+    ("sde", "batch", RATES),
+    ("plan", "updates", RATES),
+    ("sde", "updates", RATES),
+    ("plan", "wide", DECAYS),
+    ("standard", "base", RATES),
+    ("plan", "base", RATES),
+    ("warmup", "wide", None),
+    ("decay_before", "wide", RATES),
+    ("independent", "wide", (1, -1)),
+    ("standard", "wide", DECAYS),
+    ("embedding", "target", None),
+    ("decay_before", "target", None),
+    ("half", "target", None),
+    ("decay_root", "target", None),
+    ("warmup", "target", None),
+    ("plan", "target", DECAYS),
+    ("standard", "target", DECAYS),
+    ("half", "target", RATES),
+    ("embedding", "target", RATES),
+)
+"""Method, size, and the direction in which is searched, none for the transferred values alone; what
+matters most first."""
+
+
 class UnfinishedError(Exception):
     """A training is missing, and none is to be run."""
 
@@ -129,42 +174,38 @@ class Study:
         self.best: dict[str, Point] = {}
         self.losses: dict[tuple[str, str], Losses] = {}
 
-    def run(self) -> None:
-        """Runs all, what matters most first."""
+    def run(self) -> bool:
+        """Runs all, what matters most first; returns whether all is finished."""
         for method in ("standard", "plan"):
             measure = functools.partial(self.measure, method, "base")
             self.best[method] = descend(measure, self.losses.setdefault((method, "base"), {}))
-        for method in ("standard", "plan"):
-            self.at_transferred(method)
-        for method in ("plan", "standard"):
-            self.along(method, "target", RATES, FLAGS.num_seeds)
-        self.along("embedding", "target", RATES)
-        for method in ("decay_before", "decay_root"):
-            self.at_transferred(method)
-        self.along("plan", "target", DECAYS)
-        for method in ("half", "warmup"):
-            self.at_transferred(method)
-        for size in ("batch", "updates"):
-            for method in ("plan", "sde"):
-                self.along(method, size, RATES, FLAGS.num_seeds)
-        for method in ("standard", "plan"):
-            line = [shift(self.best[method], RATES, step) for step in range(-3, 4)]
-            self.measure(method, "base", line)
-        self.along("standard", "target", DECAYS)
-        self.along("independent", "target", METHODS["independent"].direction)
-        for method in ("half", "decay_before", "warmup"):
-            self.along(method, "target", RATES)
+        finished = True
+        for method, size, direction in STAGES:
+            try:
+                if direction is None:
+                    self.at_transferred(method, size)
+                else:
+                    self.along(method, size, direction)
+            except UnfinishedError:
+                finished = False
+        return finished
 
-    def at_transferred(self, method: str, size: str = "target") -> None:
+    def at_transferred(self, method: str, size: str) -> None:
+        """Measures all seeds at the transferred values."""
         self.measure(method, size, [self.best[METHODS[method].base]])
 
-    def along(self, method: str, size: str, direction: Point, seeds: int = FEW_SEEDS) -> None:
+    def along(self, method: str, size: str, direction: Point) -> None:
         """Measures points on both sides of the transferred one until the best lies between."""
         self.at_transferred(method, size)
-        seeds = min(seeds, FLAGS.num_seeds)
-        measure = functools.partial(self.measure, method, size, seeds=seeds)
-        found = self.losses[method, size]
-        bracket(measure, found, self.best[METHODS[method].base], direction)
+        measure = functools.partial(
+            self.measure, method, size, seeds=min(FEW_SEEDS, FLAGS.num_seeds)
+        )
+        start, found = self.best[METHODS[method].base], self.losses[method, size]
+        if size == "base":  # for the figure
+            line = [shift(start, direction, step) for step in range(-3, 4)]
+            measure([point for point in line if point not in found])
+        else:
+            bracket(measure, found, start, direction)
 
     def measure(
         self, method: str, size: str, points: Sequence[Point], *, seeds: int | None = None
@@ -181,22 +222,26 @@ class Study:
             for one in of_point
             if trial_hash(one) not in self._records
         ]
-        if missing and FLAGS.only_finished:
-            raise UnfinishedError
-        if missing:
+        if missing and not FLAGS.only_finished:
             name = f"{method} at {size}"
             found = run_study(missing, train, self._journal, description=name, **self._options)
             runners.check_finished(found, self._journal)
             self._records |= {one["hash"]: one for one in found}
         of_size = self.losses.setdefault((method, size), {})
         for point, of_point in trials.items():
-            of_size[point] = [_loss(self._records[trial_hash(one)]) for one in of_point]
+            done = [self._records.get(trial_hash(one)) for one in of_point]
+            if None not in done:
+                of_size[point] = [_loss(one) for one in done if one is not None]
+        if any(point not in of_size for point in points):
+            raise UnfinishedError
 
     def trial(self, method: str, size: str, point: Point, seed: int) -> dict[str, Any]:
         """Returns the settings of a training."""
         settings = dict(self._settings)
-        if size != "target":
-            settings |= {"depth": settings["base_depth"], "width": settings["base_width"]}
+        if size not in ("target", "deep"):
+            settings["depth"] = settings["base_depth"]
+        if size not in ("target", "wide"):
+            settings["width"] = settings["base_width"]
         base = {"base_batch_size": settings["batch_size"], "base_steps": settings["steps"]}
         if size == "batch":
             settings["batch_size"] *= RATIO
@@ -419,7 +464,7 @@ def base_table(study: Study) -> pd.DataFrame:
 def target_table(study: Study) -> pd.DataFrame:
     """Returns a row for every method and size that was trained."""
     rows = []
-    for size in ("target", "batch", "updates"):
+    for size, described in SIZES.items():
         for method, of in METHODS.items():
             losses = study.losses.get((method, size))
             if not losses:
@@ -432,7 +477,7 @@ def target_table(study: Study) -> pd.DataFrame:
             rows.append(
                 {
                     "method": of.label,
-                    "size": size,
+                    "size": described,
                     "rate, nats": _plus_minus(*drift(study, method, size, of.direction)),
                     "decay, nats": _plus_minus(*drift(study, method, size, DECAYS)),
                     "transferred": _plus_minus(np.mean(losses[start]), error(losses[start]), ".4f"),
@@ -468,9 +513,9 @@ def draw(study: Study, path: pathlib.Path) -> None:
             continue
         start = study.best[method]
         for (size, label), colour in zip(sizes.items(), panels.COLOURS, strict=False):
-            losses = study.losses.get((method, size), {})
+            losses = study.losses.get((method, size), {start: [math.nan]})
             steps = [one for one in range(-9, 10) if shift(start, RATES, one) in losses]
-            values = [losses[shift(start, RATES, one)] for one in steps]
+            values = common_seeds({one: losses[shift(start, RATES, one)] for one in steps}).values()
             across = [2.0**one for one in steps]
             panel.plot(across, [np.mean(one) for one in values], "o-", ms=4, lw=1.4,
                        color=colour, label=label)  # fmt: skip

@@ -345,6 +345,9 @@ class TestTransfer:
         blind = study.trial("plan", "updates", (0, 0), 0)
         assert (blind["steps"], blind["base_steps"], blind["base_batch_size"]) == (80, 80, 4)
         assert study.trial("warmup", "target", (0, 0), 0)["warmup"] == pytest.approx(0.2)
+        for size, sizes in {"target": (4, 32), "wide": (2, 32), "deep": (4, 16)}.items():
+            found = study.trial("plan", size, (0, 0), 0)
+            assert (found["depth"], found["width"]) == sizes
         # Where the decay is not multiplied by the rate, what changes is η at the same η·λ.
         assert language_transfer.METHODS["independent"].direction == (1, -1)
 
