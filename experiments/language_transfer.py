@@ -35,6 +35,8 @@ flags.adopt_module_key_flags(language)
 ranges.define("num_seeds", 3, "Seeds of every point.")
 flags.DEFINE_bool("only_finished", False, "Train nothing more; show what is finished.")
 
+SEARCHED = (*language.LISTS, "parametrization", "base_batch_size", "base_steps", "cost_only")
+"""Flags of `language` that say what the study decides."""
 TARGET = {"depth": 8, "width": 128}
 RATE, DECAY = 2**-7, 0.1
 """Where searches begin."""
@@ -90,6 +92,8 @@ METHODS = {
 
 def run() -> None:
     """Searches what is missing, prints and draws."""
+    if given := [name for name in SEARCHED if FLAGS[name].present]:
+        raise ValueError(f"--{given[0]} has no effect here: this study sets it itself, see --help")
     settings = language.resolved(**TARGET)
     del settings["parametrization"], settings["base_batch_size"], settings["base_steps"]
     with runners.runner() as options:
@@ -532,4 +536,5 @@ def draw(study: Study, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    FLAGS.set_default("workdir", "runs/language_transfer")
     common.run_binary(run)

@@ -245,6 +245,8 @@ class TestTraining:
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") and "gpt2" in done.stderr
         assert not (tmp_path / "x").exists()
+        done = run_again("language_transfer", tmp_path / "x", "--rate=0.1")
+        assert "--rate has no effect here" in done.stderr and done.returncode == 1
 
     def test_a_larger_batch_follows_the_sde_rule(self, trial):
         plan = language.plan_of(trial | {"batch_size": 16, "steps": 5})
