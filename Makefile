@@ -24,8 +24,8 @@ FAST_TESTS := $(wildcard $(patsubst %,tests/test_%.py,$(FAST)))
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
 
-run: $(READY)  ## the scaling study on the embedded data: a table and a figure
-	$(PY) -m experiments.scaling --workdir=runs/scaling
+run: $(READY)  ## rates tuned on a small network, at a deep and a wide one: a table and a figure
+	$(PY) -m experiments.tune_small --workdir=runs/tune_small
 
 test: $(READY_TO_TEST) chromium  ## lint, types, the docs and the whole test suite
 	$(MAKE) --jobs=2 --output-sync --no-print-directory lint docs

@@ -15,11 +15,13 @@ from archscale_jax._auditing import loss as losses
 from archscale_jax._auditing import starts as weights
 from archscale_jax._auditing.clipping import clipped
 from archscale_jax._auditing.features import Features, checked_inputs, features_of
+from archscale_jax._auditing.figure import Row, rows_of, svg_of
 from archscale_jax._auditing.findings import Finding, html_of, text_of
 from archscale_jax._auditing.guess import guesses
+from archscale_jax._auditing.kinds import Kind
 from archscale_jax._auditing.probe import Probes, ask, compiled, matrix_probe
 from archscale_jax._auditing.promises import Promises
-from archscale_jax._auditing.step import Step, checked_epsilon, step_of
+from archscale_jax._auditing.step import Step, checked_epsilon, even_of, sizes_of, step_of
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._reporting.names import count_text
 from archscale_jax._trees import PyTree, named_leaves
@@ -33,7 +35,7 @@ LARGE_WIDTH, LARGE_SIZE = 256, 10**6
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
-    """What `audit` found. Printed it is text; notebooks show a table.
+    """What `audit` found. Printed it is text; notebooks show a table and a figure.
 
     Attributes:
       findings: what is not as the plan promises, one for each parameter; empty where all is well.
@@ -43,6 +45,7 @@ class Audit:
         learning_rate, weight_decay, epsilon: multipliers that were measured, of the decay η·λ over
           the base's, each up to one constant; None where they do not show;
         learning_rate_promised, weight_decay_promised, epsilon_promised: those of the plan;
+        drawn: whether the plan draws it;
         deviation: standard deviation over the plan's, of what is drawn; else the root mean square;
         gradient: root mean square of its gradient on the batch;
         relative_update: root mean square of the first update over that of the leaf, inf of zeros.
@@ -74,7 +77,11 @@ class Audit:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_of(self.findings, self.notes, self._header())
+        return html_of(self.findings, self.notes, self._header()) + svg_of(self.rows())
+
+    def rows(self) -> list[Row]:
+        """Returns measured over promised, a row a leaf, as the figure shows them."""
+        return rows_of(self.records, self.findings)
 
     def _header(self) -> str:
         kinds = len({(one.kind, *one[2:]) for one in self.findings})
@@ -97,12 +104,12 @@ def audit(
 
     The optimizer is opaque, so it is fed: gradients of 0 show the decay of every leaf, gradients of
     several sizes which optimizer it has, its rate and its epsilon, pairs of directions whether and
-    along which axes its updates are made orthogonal, further calls schedules and accumulation. The
-    loss is read and evaluated. Base values are not known, so that multipliers are compared between
-    leaves. Masks, partitions, clipping, schedules, `optax.MultiSteps`,
-    `optax.inject_hyperparams` and shardings are those of the chain.
+    along which axes its updates are made orthogonal, larger params whether updates are relative to
+    them, further calls schedules and accumulation. The loss is read and evaluated. Base values are
+    not known, so that multipliers are compared between leaves. Masks, partitions, clipping,
+    schedules, `optax.MultiSteps`, `optax.inject_hyperparams` and shardings are those of the chain.
 
-    Costs about a dozen updates of the optimizer, two evaluations of the gradient, and compiling
+    Costs about twenty updates of the optimizer, a few evaluations of the gradient, and compiling
     these. Params, gradients and state are those of one training step, once more.
 
     Args:
@@ -157,7 +164,7 @@ def _guessed(
     chain = compiled(optimizer, params, params)
     answers = ask(chain, Probes(params, _matrices(architecture, params)))
     sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
-    found, whole = guesses(architecture, answers, sizes)
+    found, whole = guesses(architecture, answers, sizes, sizes_of(params))
     records = [
         {
             "path": one.name,
@@ -165,12 +172,13 @@ def _guessed(
             "shape": one.shape,
             "kind": str(found[one.name].kind),
             "learning_rate": found[one.name].rate,
+            "drawn_by_fan_in": found[one.name].drawn,
             "looks_like": found[one.name].looks_like,
         }
         for one in architecture.parameters
         if one.name in found
     ]
-    notes = [whole, *(f"{one['path']}: {one['looks_like']}" for one in records)]
+    notes = [*whole, *(f"{one['path']}: {one['looks_like']}" for one in records)]
     return Audit([], records, Features({}, {}, {}), notes, time.perf_counter() - begun)
 
 
@@ -186,6 +194,7 @@ class _Found(NamedTuple):
     gradient: losses.Gradient | None = None
     leaves: Mapping[str, chains.Leaf] = {}
     step: Step | None = None
+    period: int = 1
     features: Features = Features({}, {}, {})
 
 
@@ -220,11 +229,20 @@ def _with_chain(
     findings, step = [*found.findings, *checked.findings], None
     if answers.first and gradient.is_finite:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
-        step = step_of(chain, probes, answers, gradient, params)
-        faded = list(checked_epsilon(step, answers, kinds, gradient))
+        faded = []
+        if Kind.ADAM in kinds.values():
+            even = even_of(chain, probes, answers, gradient)
+            faded = list(checked_epsilon(even, answers, kinds, gradient))
         # Where epsilon exceeds gradients, updates under Adam do not show clipping.
         findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
-    return found._replace(findings=findings, notes=checked.notes, leaves=checked.leaves, step=step)
+        step = step_of(chain, answers, gradient, params)
+    return found._replace(
+        findings=findings,
+        notes=checked.notes,
+        leaves=checked.leaves,
+        step=step,
+        period=answers.period,
+    )
 
 
 def _with_loss(
@@ -235,7 +253,10 @@ def _with_loss(
 ) -> _Found:
     """Reads and evaluates the loss."""
     params, batch = found.params, found.batch
-    findings = [*found.findings, *losses.doubled(loss, params, batch, gradient.loss)]
+    summed = losses.doubled(loss, params, batch, gradient.loss)
+    findings = [*found.findings, *summed]
+    if not summed:
+        findings += losses.multiplied(plan, loss, params, batch, found.period)
     notes, features = [*found.notes], found.features
     try:
         findings += losses.checked_multipliers(plan, loss, params, batch)
@@ -321,6 +342,7 @@ def _records(plan: Parametrization, found: _Found) -> list[dict[str, Any]]:
                 "weight_decay_promised": promises.decay[name],
                 "epsilon": leaf.epsilon if leaf else None,
                 "epsilon_promised": promises.epsilon[name],
+                "drawn": name in plan._deviations,
                 "deviation": start.deviation if start else None,
                 "gradient": found.gradient.sizes[name] if found.gradient else None,
                 "relative_update": step.relative[name] if step else None,

@@ -3,9 +3,10 @@
 Every fault of `tests/audit_faults.py` is made in six networks under three optimizers, where it can
 be made, and the audit is asked. A fault is found if the findings of its kind name all leaves that
 are wrong; it is told exactly if they name no other. Set-ups that are right, of the same networks,
-shall give no finding. Cost is measured for a transformer of a million parameters: seconds of the
-audit, compiling included, and the peak of memory over that of a training step, each in a process of
-its own. The journal in `runs` lets a run that was stopped go on.
+shall give no finding. Cost is measured for transformers of one and of a hundred million parameters:
+seconds, wall and processor, of the audit, compiling included, and the peak of memory over that of a
+training step, each in a process of its own. The journal in `runs` lets a run that was stopped go
+on.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from benchmarks import common
 from tests import audit_faults, audit_networks, gpts
 
 JOURNAL = pathlib.Path("runs/audit.jsonl")
-SIZES = {"million": (128, 4, 1024), "tiny": (32, 1, 100)}
+SIZES = {"million": (128, 4, 1024), "hundred million": (768, 12, 8192), "tiny": (32, 1, 100)}
 """Width, layers and tokens of the transformers whose cost is measured."""
 
 
@@ -41,13 +42,16 @@ def main() -> None:
         for key in audit_faults.rightly(name, optimizers):
             rights.append(known.get(("right", *key)) or _right(*key))
     faults, rights = ([one for one in each if one["made"]] for each in (faults, rights))
-    size = common.sized("million", "tiny")
+    sizes = common.sized(
+        [*(("million", one) for one in optimizers), ("hundred million", "adamw")],
+        [("tiny", "adamw")],
+    )
     cost = {
-        optimizer: {
+        f"{size}, {optimizer}": {
             what: common.in_fresh_process(_cost, what, size, optimizer)
             for what in ("step", "audit")
         }
-        for optimizer in optimizers
+        for size, optimizer in sizes
     }
     results = {"faults": _by_fault(faults), "right": _by_right(rights), "cost": cost}
     common.write_results("audit", results)
@@ -141,7 +145,7 @@ def _cost(what: str, size: str, optimizer: str) -> dict[str, float]:
     plan, loss, batch = _transformer(*SIZES[size], optimizer)
     params = jax.block_until_ready(plan.init(jax.random.key(0)))
     tx = plan.optimizer(1e-3, 0.1)
-    before, start = common.peak_memory(), time.perf_counter()
+    before, start, busy = common.peak_memory(), time.perf_counter(), time.process_time()
     if what == "audit":
         audit = archscale.audit(plan, tx, loss, params, batch, tuned_here=True)
         assert not audit.findings, audit
@@ -156,6 +160,7 @@ def _cost(what: str, size: str, optimizer: str) -> dict[str, float]:
         jax.block_until_ready(step(params, jax.jit(tx.init)(params), batch))
     return {
         "seconds": time.perf_counter() - start,
+        "processor seconds": time.process_time() - busy,
         "megabytes": (common.peak_memory() - before) / 2**20,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }

@@ -5,11 +5,13 @@
 Builds a network of a family and its base, draws the weights, makes the optimizer, and asks
 `archscale_jax.audit` on one batch of the data set. `--setup=standard` audits one rate for all
 parameters instead of the plan's, and weights as the framework draws them, to show what is found
-there. Writes config.json, results.jsonl (a line a parameter), table.md and report.html, prints the
-audit, and ends with 2 where something is found.
+there. Writes config.json, results.jsonl (a line a parameter), table.md, leaves.png (measured over
+promised, leaf by leaf) and report.html, prints the audit, and ends with 2 where something is found.
 """
 
+import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -17,8 +19,9 @@ from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._audit import Audit
+from archscale_jax._auditing.figure import FARTHEST, QUANTITIES, Row, placed, reach
 from archscale_jax._auditing.findings import Finding
-from experiments.lab import common, families, files, networks, page, ranges, tables
+from experiments.lab import common, families, files, networks, page, panels, ranges, tables
 from experiments.lab.data_flags import define_data_flags
 from experiments.lab.recipe import load_dataset
 
@@ -71,7 +74,7 @@ def run() -> None:
                 [name.replace("_", " ") for name in names], *rows
             ],
         },
-        figures={},
+        figures=draw(audit.rows(), workdir / "leaves.png"),
     )  # fmt: skip
     if audit.findings:
         sys.exit(2)
@@ -102,6 +105,42 @@ def standard(name: str, rate: float) -> optax.GradientTransformation:
     if name in ("adamw", "lion"):
         return getattr(optax, name)(rate, weight_decay=FLAGS.weight_decay)
     return getattr(optax, name)(rate)
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path) -> dict[pathlib.Path, str]:
+    """Draws measured over promised, a line a leaf, by role; returns the caption by path."""
+    lines, roles = placed(rows)
+    count = len(rows) + len(roles)
+    figure, (panel,) = panels.create_panels(1, 0.17 * count + 0.3, width=4.6, columns=1)
+    for number, quantity in enumerate(QUANTITIES):
+        colour = panels.COLOURS[number]
+        shown = [(row.ratios[quantity], line) for row, line in lines if quantity in row.ratios]
+        heights = [line + (number - 1.5) * 0.16 for _, line in shown]
+        values = [min(max(value, 1 / FARTHEST), FARTHEST) for value, _ in shown]
+        panel.plot(values, heights, ".", markersize=4.5, color=colour, label=quantity)
+    edge = reach(rows)
+    panel.set(xscale="log", xlim=(1 / edge, edge), ylim=(count - 0.5, -0.5))
+    sizes = (0.02, 0.1, 0.5, 1, 2, 10, 50)
+    panels.plain_sizes(panel, [one for one in sizes if 1 / edge <= one <= edge])
+    panel.axvline(1, color=panels.GREY, linewidth=0.8, zorder=0)
+    panel.set_yticks([line for _, line in lines], [row.name for row, _ in lines], fontsize=7)
+    for (row, line), label in zip(lines, panel.get_yticklabels(), strict=True):
+        if row.kinds:
+            label.set_color("#C00000")
+            text = "✗ " + ", ".join(row.kinds)
+            panel.annotate(text, (1.01, line), xycoords=panel.get_yaxis_transform(), fontsize=7,
+                           color="#C00000", va="center")  # fmt: skip
+    for role, line in roles.items():
+        panel.annotate(role, (0.01, line), xycoords=panel.get_yaxis_transform(), fontsize=7.5,
+                       fontweight="bold", va="center")  # fmt: skip
+        panel.axhline(line - 0.5, color=panels.GREY, linewidth=0.4)
+    panels.finish(figure, path, across="measured / promised, up to one constant", columns=2)
+    caption = (
+        "Measured over promised, a line a leaf: at 1 it is as the plan promises. Base values are "
+        "not known, so each quantity is shown up to one constant. One epsilon for all leaves lies "
+        "beside 1, and is a finding only where it exceeds gradients."
+    )
+    return {path: caption}
 
 
 def _cell(value: object) -> str:

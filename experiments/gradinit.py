@@ -1,4 +1,4 @@
-"""Does learning the scale of every tensor before training help? GradInit against analytic rules.
+"""Does learning the scale of every tensor before training help? GradInit and NIO, and rules.
 
     python -m experiments.gradinit --workdir=runs/gradinit
 
@@ -42,6 +42,12 @@ ranges.define_list(
     f"FAMILY_DEPTH, or FAMILY_DEPTH_norm, of {', '.join(gradinit_study.NETWORKS)}.",
     ranges.Checked(gradinit_study.parse_name, "FAMILY_DEPTH"),
 )
+ranges.define_list(
+    "learned",
+    list(gradinit_study.LEARNED),
+    f"What is learned before training, of {', '.join(gradinit_study.LEARNED)}.",
+    ranges.name_of("method", gradinit_study.LEARNED),
+)
 define_data_flags("fashion_mnist")
 ranges.define("images_width", 8, "Channels of a convolution's first stage.", "width")
 ranges.define("images_downscale", 2, "Side of the squares averaged first.", "downscale")
@@ -61,7 +67,7 @@ ranges.define("num_seeds", 3, "Seeds.")
 flags.DEFINE_string("workdir", "runs/gradinit", "Folder for config, results and figures.")
 runners.define_flags(workers=1)
 
-NOT_SETTINGS = ("data_dir", "network", "num_seeds", "workdir")
+NOT_SETTINGS = ("data_dir", "learned", "network", "num_seeds", "workdir")
 
 
 def run() -> None:

@@ -21,7 +21,12 @@ from archscale_jax.contrib._gradinit_step import Update
 from experiments.lab import common, families, networks, ranges, studies, training
 from experiments.lab.datasets import Dataset
 from experiments.lab.models import create_network
-from experiments.lab.models.images import PlainNetwork, PostNormTransformer, ResidualStages
+from experiments.lab.models.images import (
+    PlainNetwork,
+    PostNormTransformer,
+    ResidualStages,
+    VisionTransformer,
+)
 from experiments.lab.networks import Network
 
 Trial = Mapping[str, Any]
@@ -42,12 +47,20 @@ def complete_network(image, width: int, depth: int, classes: int, normalized: bo
     )
 
 
+def pre_norm_transformer(image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+    """A Pre-LN transformer."""
+    del normalized  # it always is
+    return VisionTransformer(image, width, depth, classes, rngs=rngs)
+
+
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "plain": PlainNetwork,
     "residual": ResidualStages,
     "dag": complete_network,
     "transformer": PostNormTransformer,
+    "pre_ln": pre_norm_transformer,
 }
+TRANSFORMERS = ("transformer", "pre_ln")
 
 
 # Trials.
@@ -58,8 +71,9 @@ LEARNED: dict[str, dict[str, Any]] = {
     "second_order": {"second_order": True},
     "penalty": {},
     "vertices": {},
+    "nio": {},
 }
-"""No GradInit, the paper's, and its variants; `learn` adds the penalty's weight and the groups."""
+"""No GradInit, the paper's, its variants, and NIO; `learn` adds the penalty's weight and groups."""
 
 RATES = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
@@ -72,6 +86,7 @@ DEFAULT_STARTS = {
     "residual": ("he", "topology"),
     "dag": ("he", "topology"),
     "transformer": ("flax", "topology"),
+    "pre_ln": ("flax", "topology"),
 }
 """Initializations by family: Flax's own, He's for every layer by itself, and this library's, the
 topology; in a plain network every layer has one input, and topology is He."""
@@ -81,6 +96,7 @@ BASES = {
     "residual": "residual_3",
     "dag": "dag_1",
     "transformer": "transformer_2",
+    "pre_ln": "pre_ln_2",
 }
 """Networks whose best rate is taken as known when others are predicted."""
 
@@ -117,7 +133,7 @@ class Name(NamedTuple):
     @property
     def optimizer(self) -> Update:
         """What trains it, and whose update GradInit looks at."""
-        return "adam" if self.family == "transformer" else "sgd"
+        return "adam" if self.family in TRANSFORMERS else "sgd"
 
 
 def parse_name(text: str) -> Name:
@@ -126,7 +142,8 @@ def parse_name(text: str) -> Name:
     Raises:
       ValueError: another form, or an unknown family.
     """
-    family, *rest = text.split("_")
+    family, *rest = text.replace("pre_ln", "pre-ln").split("_")
+    family = family.replace("-", "_")
     depth = int(rest[0]) if rest and rest[0].isdecimal() and len(rest[0]) < 9 else 0
     known = family in NETWORKS and rest[1:] in ([], ["norm"])
     if not known or not 1 <= depth <= ranges.MOST_LAYERS:
@@ -135,12 +152,12 @@ def parse_name(text: str) -> Name:
             f"normalization, of DEPTH 1 to {ranges.MOST_LAYERS} and the families "
             f"{', '.join(NETWORKS)}"
         )
-    normalized = rest[1:] == ["norm"] or family == "transformer"
+    normalized = rest[1:] == ["norm"] or family in TRANSFORMERS
     return Name(family, depth, normalized)
 
 
 def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
-    """Returns the trials of networks: every start with and without GradInit, variants, seeds.
+    """Returns the trials of networks: every start with what is learned on it, variants, seeds.
 
     Raises:
       ValueError: see `parse_name`; an odd batch, or a rate or norm that is not positive.
@@ -154,15 +171,16 @@ def all_trials(names: list[str], settings: Mapping[str, Any]) -> list[Trial]:
     for text in dict.fromkeys(names):
         name = parse_name(text)
         starts = DEFAULT_STARTS[name.family]
-        methods = [(start, learned) for start in starts for learned in ("none", "gradinit")]
+        methods = [(start, learned) for start in starts for learned in ("none", "gradinit", "nio")]
         if text == BASES[name.family]:
             methods = [(starts[-1], "none")]
         if text in VARIANT_NETWORKS:
-            variants = [one for one in LEARNED if one not in ("none", "gradinit")]
+            variants = [one for one in LEARNED if one not in ("none", "gradinit", "nio")]
             if name.optimizer == "adam":
                 variants.remove("second_order")  # changes nothing there
             methods += [(starts[0], one) for one in variants]
-        sizes = "patches" if name.family == "transformer" else "images"
+        sizes = "patches" if name.family in TRANSFORMERS else "images"
+        methods = [one for one in methods if one[1] in settings["learned"]]
         shared = {key: settings[key] for key in SHARED}
         shared |= {key: settings[f"{sizes}_{key}"] for key in ("width", "downscale")}
         for start, learned in methods:
@@ -178,7 +196,7 @@ def check_trials(trials: Sequence[Trial], data_dir: str | None) -> None:
         mine = [
             trial
             for trial in trials
-            if (parse_name(trial["network"]).family == "transformer") == (sizes == "patches")
+            if (parse_name(trial["network"]).family in TRANSFORMERS) == (sizes == "patches")
         ]
         studies.check_trials(mine, data_dir, f"--{sizes}_downscale")
         for trial in mine if sizes == "patches" else ():
@@ -214,7 +232,7 @@ def draw(network: Network, start: str, seed: int, family: str = "plain") -> PyTr
     params = network.draw(seed)
     if start == "flax":
         return params
-    residual = family in ("residual", "transformer")
+    residual = family in ("residual", *TRANSFORMERS)
     rule = "he_normal" if start == "he" else "second_moment" if residual else "target_in_degree"
     return archscale.initialize(jax.random.key(seed), params, network.architecture, rule)
 
@@ -231,8 +249,11 @@ def halves(dataset: Dataset, size: int, seed: int) -> Iterator[tuple[jax.Array, 
 
 def learn(
     network: Network, params: PyTree, trial: Trial
-) -> tuple[PyTree, archscale.contrib.GradInitRecord]:
-    """GradInit as a trial has it."""
+) -> tuple[PyTree, archscale.contrib.GradInitRecord | archscale.contrib.NioRecord]:
+    """GradInit or NIO as a trial has it."""
+    if trial["learned"] == "nio":
+        batches = halves(network.dataset, trial["batch_size"] // 2, trial["seed"])
+        return archscale.contrib.nio(network.loss, params, batches)
     optimizer = parse_name(trial["network"]).optimizer
     options = dict(LEARNED[trial["learned"]])
     if trial["learned"] == "penalty":
@@ -270,14 +291,15 @@ def run(trial: Trial, data_dir: str | None = None) -> dict[str, Any]:
     return found
 
 
-def summary(record: archscale.contrib.GradInitRecord) -> dict[str, Any]:
+def summary(
+    record: archscale.contrib.GradInitRecord | archscale.contrib.NioRecord,
+) -> dict[str, Any]:
     """What is kept of a record: the last multipliers, and every iteration's scalars."""
+    kept = set(record._fields) & {"gradient_norm", "loss", "updated_loss", "cosine"}
     return {
         "multipliers": {name: float(one[-1]) for name, one in record.multipliers.items()},
         "constrained": record.constrained.astype(int).tolist(),
-        "gradient_norm": record.gradient_norm.astype(float).tolist(),
-        "loss": record.loss.astype(float).tolist(),
-        "updated_loss": record.updated_loss.astype(float).tolist(),
+        **{name: getattr(record, name).astype(float).tolist() for name in sorted(kept)},
     }
 
 

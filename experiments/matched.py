@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 import pandas as pd
@@ -23,10 +24,9 @@ from absl import flags
 import archscale_jax as archscale
 from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._spaces import chain_string
-from archscale_jax.tuning._basin import loss_at
 from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of
-from experiments import matched_rules, transfer_study
-from experiments.lab import common, files, networks, panels, tables
+from experiments import matched_again, matched_rules, transfer_study
+from experiments.lab import common, files, networks, panels, tables, training
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
@@ -69,12 +69,21 @@ STUDIES = {
         + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
+    # Networks that were added when the rule was fixed.
+    "more_dags": Study(_dags(_DAGS[5:22]), {}),
+    "more_chains": Study(_chains(1, 3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
+    "more_adam": Study(_dags(_DAGS[2:16]), {"optimizer": "adam"}),
+    "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),
+    "more_widths": Study([(text, n) for text in _DAGS[2:5] for n in (32, 64, 256, 512)], {}),
 }
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
-flags.DEFINE_list("method", ["uniform", "matched", "flerm"], "uniform, and rules of matched_rules.")
+flags.DEFINE_list(
+    "method", ["uniform", "matched", "flerm"], "uniform, rules of matched_rules, again."
+)
 flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
+flags.DEFINE_integer("every", 39, "Updates between measurements of --method=again.", lower_bound=1)
 flags.DEFINE_integer("draws", 2, "Draws that a measurement averages.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/matched", "Folder for results and the table.")
 
@@ -86,17 +95,13 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.to_csv(workdir / "networks.csv", index=False, float_format="%.4g")
     draw(table, workdir / "matched_groups.png")
-    text = tables.markdown(summary(table))
+    text = tables.markdown(networks.transfer_summary(table, ("study", "method")))
     files.write_text(workdir / "table.md", text)
     print(text)
 
 
 def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row for every network and method.
-
-    `nats`: the log of its best rate over the base's. `given_up`: the loss at the base's rate over
-    that of the network's best rate for all parameters, less 1; `at_best` at the method's best rate.
-    """
+    """Returns a row for every network and method; see `networks.transfer_row`."""
     of = STUDIES[study]
     base = trial_of((of.options.get("base", transfer_study.BASE), None), study, "uniform")
     trials = [base] + [trial_of(one, study, how) for one in of.networks for how in FLAGS.method]
@@ -107,11 +112,8 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
         layers = one[0].count("2")  # the digit of a layer
         is_chain = one[0] == chain_string(max(layers, 1))
         truth = found[_name(trial_of(one, study, "uniform"))]
-        best = min(networks.mean_losses(truth).values())
         for method in FLAGS.method:
             result = found[_name(trial_of(one, study, method))]
-            losses = networks.mean_losses(result)
-            noise = (result["uncertainty"] or math.nan, origin["uncertainty"] or math.nan)
             rows.append(
                 {
                     "study": study,
@@ -120,34 +122,11 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
                     "layers": layers,
                     "width": one[1],
                     "method": method,
-                    "nats": math.log(result["rate"] / origin["rate"]),
-                    "noise": math.hypot(*noise),
-                    "given_up": loss_at(origin["rate"], losses) / best - 1,
-                    "at_best": min(losses.values()) / best - 1,
+                    **networks.transfer_row(result, origin, truth),
                     **{group: result["multipliers"].get(group, 1.0) for group in GROUPS},
                 }
             )
     return rows
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every study and method: RMS distance, and the loss given up."""
-    found = []
-    for (study, method), group in rows.groupby(["study", "method"], sort=False):
-        lost = 100 * group["given_up"]
-        found.append(
-            {
-                "study": study,
-                "method": method,
-                "networks": len(group),
-                "nats": f"{np.sqrt(np.mean(group['nats'] ** 2)):.2f}",
-                "noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}",
-                "given up, %: median": f"{lost.median():+.1f}",
-                "most": f"{lost.max():+.1f}",
-                "at its best, %": f"{100 * group['at_best'].median():+.1f}",
-            }
-        )
-    return pd.DataFrame(found)
 
 
 LOOKS = {
@@ -207,6 +186,7 @@ def trial_of(place: Place, study: str, method: str) -> dict[str, Any]:
         "architecture": architecture,
         "method": method,
         "draws": 0 if method == "uniform" else FLAGS.draws,
+        **({"every": FLAGS.every} if method == "again" else {}),
     }
 
 
@@ -217,7 +197,9 @@ def _name(trial: dict[str, Any]) -> str:
 def search(trial: dict[str, Any]) -> dict[str, Any]:
     """Searches the best rate of a network under a method."""
     network, by_group = transfer_study.build(trial), {}
-    if trial["method"] != "uniform":
+    if trial["method"] == "again":
+        network = network._replace(optimizer=_matched_again(trial, network))
+    elif trial["method"] != "uniform":
         found = measured(trial, network)
         scale = scale_by_multipliers(network.architecture, found)
         groups, plain = groups_of(network.architecture), network.optimizer
@@ -256,6 +238,45 @@ def measured(trial: dict[str, Any], network: networks.Network) -> dict[str, floa
         draws=trial["draws"],
         is_sgd=trial["optimizer"] != "adam",
     )
+
+
+def _matched_again(trial: dict[str, Any], network: networks.Network) -> Any:
+    """From a rate to an optimizer that is matched to a training of the base at its best rate."""
+    base = trial | {"architecture": trial.get("base", transfer_study.BASE), "method": "uniform"}
+    base |= {"width": 8 if trial["kernel_size"] else 128, "draws": 0}
+    effects = _effects_of_base(tuple(sorted(base.items(), key=str)), trial["every"])
+    return _matching_optimizer(
+        trial, network, base=effects, cap_readout=trial["optimizer"] != "adam"
+    )
+
+
+@functools.cache
+def _effects_of_base(items: tuple[tuple[str, Any], ...], every: int) -> np.ndarray:
+    """What updates of the base do at every measurement, mean of the logs of two seeds."""
+    trial = dict(items)
+    network = transfer_study.build(trial)
+    rate = networks.search_rate(network, trial, refine=0 if trial["kernel_size"] else 1)["rate"]
+    length = math.ceil(trial["steps"] / every)
+    make = _matching_optimizer(trial | {"every": every}, network, length=length)
+    options = {"graphdef": network.graphdef, "optimizer": make(rate)}
+    options |= {"batch_size": trial["batch_size"], "total_steps": trial["steps"]}
+    logs = []
+    for seed in range(2):
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        state = training.create_train_state(
+            network.draw(seed), network.model_state, make(rate), key
+        )
+        *_, (last, _) = training.train_parts(state, network.dataset, **options)
+        logs.append(np.log(np.asarray(last.optimizer_state[1].effects) + 1e-12))
+    return np.exp(np.mean(logs, axis=0))
+
+
+def _matching_optimizer(trial: dict[str, Any], network: networks.Network, **options: Any) -> Any:
+    images, _ = common.first_batch(network.dataset, trial["batch_size"], 123)
+    match = matched_again.match_updates(
+        network.apply, network.architecture, (images,), every=trial["every"], **options
+    )
+    return lambda rate: optax.chain(network.optimizer(1.0), match, optax.scale(rate))
 
 
 def _draw(network: networks.Network, rule: str, key: Any) -> Any:

@@ -28,7 +28,6 @@ import pandas as pd
 from absl import flags
 
 import archscale_jax as archscale
-from archscale_jax.tuning._basin import loss_at
 from experiments import default_networks
 from experiments.lab import common, files, networks, tables
 from experiments.lab.sweeps import run_study
@@ -50,8 +49,23 @@ STUDIES = {
     "residual_mlp": Study("residual_mlp", (2, 64), ((4, 64), (16, 64), (2, 128), (2, 256)), "sgd"),
     "vit": Study("vit", (2, 32), ((4, 32), (8, 32), (2, 64), (2, 128)), "adamw"),
     "wide_resnet": Study("wide_resnet", (1, 8), ((4, 8), (1, 32)), "sgd"),
+    "gpt": Study("gpt", (2, 32), ((8, 32), (2, 128)), "adamw"),
+    "gpt_muon": Study("gpt", (2, 32), ((8, 32), (2, 128)), "muon"),
 }
-DECAY = 0.01
+
+
+class Optimizer(NamedTuple):
+    """Options beside the learning rate, and the smallest, first and largest rate of a search."""
+
+    options: dict[str, float]
+    rates: tuple[float, float, float]
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer({"momentum": 0.9}, (2**-12, 2**-3, 4.0)),
+    "adamw": Optimizer({"weight_decay": 0.01}, (2**-14, 2**-8, 0.25)),
+    "muon": Optimizer({"weight_decay": 0.01}, (2**-12, 2**-6, 1.0)),
+}
 flags.DEFINE_list("study", list(STUDIES), "Studies, see STUDIES.")
 flags.DEFINE_list("method", list(METHODS), "See the module.")
 flags.DEFINE_integer("steps", 100, "Updates of every training.", lower_bound=25)
@@ -65,13 +79,13 @@ def main() -> None:
     rows = [row for study in FLAGS.study for row in compare(study, workdir / "results.jsonl")]
     table = pd.DataFrame(rows)
     table.to_csv(workdir / "plans.csv", index=False, float_format="%.4g")
-    text = tables.markdown(summary(table))
+    text = tables.markdown(networks.transfer_summary(table, ("study", "grows", "method")))
     files.write_text(workdir / "table.md", text)
     print(text)
 
 
 def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row for every size and method; columns as in `experiments.matched`."""
+    """Returns a row for every size and method; see `networks.transfer_row`."""
     of = STUDIES[study]
     base = {method: trial_of(study, of.base, _on_base(method)) for method in FLAGS.method}
     trials = [trial_of(study, size, method) for size in of.sizes for method in FLAGS.method]
@@ -81,50 +95,22 @@ def compare(study: str, journal: pathlib.Path) -> list[dict[str, Any]]:
     found = {_name(one["trial"]): one["result"] for one in records if "result" in one}
     rows = []
     for size in of.sizes:
-        best = min(networks.mean_losses(found[_name(trial_of(study, size, "uniform"))]).values())
+        truth = found[_name(trial_of(study, size, "uniform"))]
         for method in FLAGS.method:
             origin = found[_name(base[method])]
             result = found[_name(trial_of(study, size, method))]
-            losses = networks.mean_losses(result)
-            noise = (result["uncertainty"] or math.nan, origin["uncertainty"] or math.nan)
             rows.append(
                 {
                     "study": study,
+                    "grows": "depth" if size[0] != of.base[0] else "width",
                     "depth": size[0],
                     "width": size[1],
                     "method": method,
-                    "nats": math.log(result["rate"] / origin["rate"]),
-                    "noise": math.hypot(*noise),
-                    "given_up": loss_at(origin["rate"], losses) / best - 1,
-                    "at_best": min(losses.values()) / best - 1,
+                    **networks.transfer_row(result, origin, truth),
                     **result["multipliers"],
                 }
             )
     return rows
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every study, what grows, and method."""
-    found = []
-    grows = np.where(
-        rows["depth"] != rows["study"].map(lambda one: STUDIES[one].base[0]), "depth", "width"
-    )
-    for (study, axis, method), group in rows.groupby(["study", grows, "method"], sort=False):
-        lost = 100 * group["given_up"]
-        found.append(
-            {
-                "study": study,
-                "grows": axis,
-                "method": method,
-                "networks": len(group),
-                "nats": f"{np.sqrt(np.mean(group['nats'] ** 2)):.2f}",
-                "noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}",
-                "given up, %: median": f"{lost.median():+.1f}",
-                "most": f"{lost.max():+.1f}",
-                "at its best, %": f"{100 * group['at_best'].median():+.1f}",
-            }
-        )
-    return pd.DataFrame(found)
 
 
 def trial_of(study: str, size: tuple[int, int], method: str) -> dict[str, Any]:
@@ -149,9 +135,10 @@ def _name(trial: dict[str, Any]) -> str:
 
 
 def family_of(study: str) -> default_networks.Family:
-    """Returns the family on images that are small enough for a search."""
+    """Returns the family; images are small enough for a search."""
+    family = default_networks.FAMILIES[STUDIES[study].family]
     pixels = functools.partial(default_networks._images, "fashion_mnist", 4)
-    return default_networks.FAMILIES[STUDIES[study].family]._replace(data=pixels)
+    return family._replace(data=pixels) if family.data is default_networks._FASHION else family
 
 
 def search(trial: dict[str, Any]) -> dict[str, Any]:
@@ -168,17 +155,17 @@ def search(trial: dict[str, Any]) -> dict[str, Any]:
         options |= {"width_rule": None, "depth_rule": None}
     plan = archscale.parametrize(module, *family.inputs(example), base=base, **options)
     inputs = family.inputs(example)
-    extra = {"sgd": {"momentum": 0.9}, "adamw": {"weight_decay": DECAY}}[study.optimizer]
+    extra, (low, first, high) = OPTIMIZERS[study.optimizer]
     make, start = functools.partial(plan.optimizer, **extra), plan.init
     if trial["method"] == "uniform":
-        make = functools.partial(getattr(optax, study.optimizer), **extra)
+        of = optax.contrib if study.optimizer == "muon" else optax
+        make = functools.partial(getattr(of, study.optimizer), **extra)
         start = lambda key: {"params": module.init(key, *inputs, **family.arguments)["params"]}  # noqa: E731
-    low, high = {"sgd": (2**-12, 4.0), "adamw": (2**-14, 0.25)}[study.optimizer]
     result = archscale.find_learning_rate(
         _trainer(trial, family, plan.apply, start, make),
         np.geomspace(low, high, round(math.log2(high / low)) + 1).tolist(),
         seeds=seeds,
-        start=math.sqrt(low * high) * (1 if study.optimizer == "adamw" else 4),
+        start=first,
         refine=1,
         max_loss=100.0,
     )

@@ -21,7 +21,7 @@ import archscale_jax as archscale
 from archscale_jax._auditing.findings import ALL
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._matrix import Matrix, matrix_of
-from tests.audit_networks import KEY, NAMES, SLOW, Setup, loss_of, network, plan_of, setup
+from tests.audit_networks import KEY, NAMES, SLOW, WIDTH, Setup, loss_of, network, plan_of, setup
 
 RATE, DECAY = 1e-2, 0.1
 Faulty = tuple[Setup, set[str]] | None
@@ -626,6 +626,224 @@ def inputs_that_are_not_normalized(name: str, optimizer: str) -> Faulty:
     return one._replace(batch=(255 * one.batch[0], one.batch[1])), EVERY
 
 
+# More of what people do.
+
+
+def _decay_where(one: Setup, decayed: Callable[[str], bool]) -> optax.GradientTransformation:
+    values = decays(one)
+    own = {leaf: (value or 1.0) if decayed(leaf) else 0.0 for leaf, value in values.items()}
+    return chained(one, rates(one), own)
+
+
+@fault(f"{OWN}: decay by the name of a leaf", "decay")
+def decay_mask_by_name(name: str, optimizer: str) -> Faulty:
+    """Whatever is not called bias decays."""
+    one = setup(name, optimizer)
+    if not (wrong := set(those(one, "scale"))):
+        return None
+    biases = set(those(one, "bias"))
+    return with_optimizer(one, _decay_where(one, lambda leaf: leaf not in biases)), wrong
+
+
+@fault(f"{OWN}: a mask of decay the other way round", "decay")
+def decay_mask_inverted(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    tx = _decay_where(one, lambda leaf: not decays(one)[leaf])
+    return with_optimizer(one, tx), set(decays(one))
+
+
+@fault(f"{OWN}: add_decayed_weights behind the rate, which has the sign", "decay")
+def decay_behind_the_rate(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer, 0.0)
+    weights = {leaf for leaf, value in decays(one).items() if value}
+    mask = map_with_names(lambda leaf, _: leaf in weights, one.params)
+    tx = optax.chain(one.optimizer, optax.add_decayed_weights(1e-3, _given(mask)))
+    return with_optimizer(one, tx), weights
+
+
+@fault("arXiv 1711.05101: decay as a penalty of the loss", "decay")
+def penalty_in_the_loss(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer, 0.0)
+    weights = {leaf for leaf, value in decays(one).items() if value}
+    loss = one.loss_fn
+
+    def penalized(params: PyTree, batch: Any) -> jax.Array:
+        leaves = named_leaves(params)
+        return loss(params, batch) + 1e-3 * sum(jnp.sum(leaves[leaf] ** 2) for leaf in weights)
+
+    return one._replace(loss_fn=penalized), weights
+
+
+@fault(f"{OWN}: a table with the rate of hidden weights", "rate")
+def table_with_the_rate_of_hidden(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    tables, own = those(one, "embedding", "input"), rates(one)
+    usual = own[a_hidden(one)] if optimizer != "muon" else 0.25
+    applied = {leaf: usual if leaf in tables else value for leaf, value in own.items()}
+    tx = chained(one, applied, dict.fromkeys(own, 0.0))
+    return _deviating(one, tx, {leaf: applied[leaf] / value for leaf, value in own.items()})
+
+
+@fault(f"{OWN}: multipliers of a layer on its bias", "rate")
+def biases_with_the_rate_of_their_weights(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    own, biases = rates(one), set(those(one, "bias"))
+    applied = {leaf: value * (0.25 if leaf in biases else 1) for leaf, value in own.items()}
+    tx = chained(one, applied, dict.fromkeys(own, 0.0))
+    return _deviating(one, tx, {leaf: applied[leaf] / value for leaf, value in own.items()})
+
+
+@fault(f"{OWN}: base and target swapped", "rate")
+def base_and_target_swapped(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    applied = {leaf: 1 / value for leaf, value in rates(one).items()}
+    tx = chained(one, applied, dict.fromkeys(applied, 0.0))
+    return _rated(one, tx, rates(one))
+
+
+@fault(f"{OWN}: base shapes of an older model", "rate")
+def stale_base(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    target = network(name)
+    other = archscale.parametrize(
+        target.model(WIDTH), target.inputs, base=target.model(24), optimizer=optimizer
+    )
+    applied = named_leaves(other.learning_rate)
+    ratios = {leaf: applied[leaf] / own for leaf, own in rates(one).items()}
+    return _deviating(one, chained(one, applied, dict.fromkeys(applied, 0.0)), ratios)
+
+
+@fault(f"{OWN}: a label that sends a leaf to another group", "rate")
+def label_of_another_group(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer, 0.0)
+    leaf = those(one, "bias")[0]
+    labels = map_with_names(lambda own, _: "slow" if own == leaf else "usual", one.params)
+    options = SLOW.get(optimizer, {})
+    parts = {"slow": one.plan.optimizer(RATE / 5, 0.0, **options), "usual": one.optimizer}
+    return with_optimizer(one, optax.partition(parts, _given(labels))), {leaf}
+
+
+@fault(f"{OWN}: norms that labels freeze", "frozen")
+def frozen_norms(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    if not (wrong := set(those(one, "scale"))):
+        return None
+    labels = map_with_names(lambda own, _: "off" if own in wrong else "on", one.params)
+    parts = {"on": one.optimizer, "off": optax.set_to_zero()}
+    return with_optimizer(one, optax.partition(parts, _given(labels))), wrong
+
+
+@fault(f"{OWN}: what is clipped, and when", "clipping")
+def updates_clipped_instead_of_gradients(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer, 0.0)
+    if optimizer == "sgd":  # whose updates are small
+        return None
+    return with_optimizer(one, optax.chain(one.optimizer, optax.clip_by_global_norm(1e-2))), EVERY
+
+
+@fault(f"{OWN}: entries of updates clipped below the rate", "rate", "clipping", "optimizer")
+def entries_of_updates_clipped(name: str, optimizer: str) -> Faulty:
+    if optimizer != "adamw":
+        return None
+    one = setup(name, optimizer, 0.0)
+    small = min(rates(one).values())
+    wrong = other_than(rates(one))  # as if no multiplier is applied
+    tx = optax.chain(one.optimizer, optax.clip(0.9 * RATE * small))
+    return (with_optimizer(one, tx), wrong) if wrong else None
+
+
+@fault(f"{OWN}: updates relative to the weights", "optimizer")
+def trust_ratio(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer, 0.0)
+    tx = optax.chain(bare(one), optax.scale_by_trust_ratio(), one.plan.scale(),
+                     optax.scale_by_learning_rate(RATE))  # fmt: skip
+    return with_optimizer(one, tx), set(rates(one))
+
+
+@fault(f"{OWN}: a hyperparameter that is injected with another value", "epsilon")
+def injected_epsilon(name: str, optimizer: str) -> Faulty:
+    if optimizer != "adamw":
+        return None
+    one = setup(name, optimizer)
+    tx = optax.inject_hyperparams(one.plan.optimizer)(learning_rate=RATE, eps=3.0)
+    return with_optimizer(one, tx), {leaf for leaf in rates(one) if "key/bias" not in leaf}
+
+
+@fault(f"{OWN}: a loss that is scaled, and gradients that are not unscaled", "loss")
+def scaled_loss(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    loss = one.loss_fn
+    return one._replace(loss_fn=lambda params, batch: 1024.0 * loss(params, batch)), EVERY
+
+
+@fault(f"{OWN}: a loss divided by the batches that are accumulated",
+       "accumulation")  # fmt: skip
+def loss_divided_by_accumulated_batches(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    loss = one.loss_fn
+    tx = optax.MultiSteps(one.optimizer, 4)
+    divided = lambda params, batch: loss(params, batch) / 4  # noqa: E731
+    return one._replace(loss_fn=divided, optimizer=tx), EVERY
+
+
+@fault(f"{OWN}: a readout that is multiplied in the model, and in its draw", "multipliers")
+def readout_multiplied_in_the_loss_too(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    evaluate = one.plan.apply
+    scaled = lambda params, *inputs: 0.25 * evaluate(params, *inputs)  # noqa: E731
+    readouts = set(those(one, "readout")) or {"table"}
+    return one._replace(loss_fn=loss_of(name, scaled)), readouts
+
+
+@fault(f"{OWN}: a draw by the outputs", "start")
+def drawn_by_outputs(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    own = {each.name: each for each in one.plan.architecture.parameters}
+    factors = {}
+    for leaf in those(one, "hidden"):
+        matrix = matrix_of(own[leaf])
+        if isinstance(matrix, Matrix):
+            inputs, outputs = matrix.sizes(own[leaf].shape)
+            factors[leaf] = math.sqrt(inputs / outputs)
+    wrong = other_than(factors)
+    change = lambda leaf, w: w * factors[leaf] if leaf in wrong else w  # noqa: E731
+    return (one._replace(params=map_with_names(change, one.params)), wrong) if wrong else None
+
+
+@fault(f"{OWN}: a uniform draw whose bound is the deviation", "start")
+def uniform_by_its_bound(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    leaf = a_hidden(one)
+    draw = lambda w: jnp.std(w) * jax.random.uniform(KEY, w.shape, minval=-1, maxval=1)  # noqa: E731
+    return with_leaf(one, leaf, draw), {leaf}
+
+
+@fault(f"{OWN}: gains that start at 0 as biases do", "start")
+def gains_at_zero(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    if not (gains := those(one, "scale")):
+        return None
+    return with_leaf(one, gains[-1], jnp.zeros_like), {gains[-1]}
+
+
+@fault(f"{OWN}: a tied table that is drawn as a readout", "start")
+def table_drawn_as_readout(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    if not (tables := those(one, "embedding")):
+        return None
+    width = one.plan.architecture.shapes[tables[-1]][-1]
+    return with_leaf(one, tables[-1], lambda w: w / math.sqrt(width)), {tables[-1]}
+
+
+@fault(f"{OWN}: a leaf that half precision misses", "dtype")
+def leaf_of_another_precision(name: str, optimizer: str) -> Faulty:
+    one = setup(name, optimizer)
+    if len(those(one, "hidden")) < 3:
+        return None
+    half = lambda w: w.astype(jnp.bfloat16)  # noqa: E731
+    return with_leaf(one, a_hidden(one), half), {a_hidden(one)}
+
+
 def faulty(names: Iterable[str], optimizers: Iterable[str]) -> dict[tuple[str, str, str], Any]:
     """Returns functions that make the faults which there are, by fault, network and optimizer."""
     return {
@@ -759,6 +977,28 @@ def the_base_itself(name: str, optimizer: str) -> Setup:
     plan = archscale.parametrize(one.model(8), one.inputs, optimizer=optimizer)
     found = Setup(plan, None, loss_of(name, plan.apply), plan.init(KEY), one.batch)
     return with_optimizer(found, _plain(found))
+
+
+@right
+def clipped_relative_to_weights(name: str, optimizer: str) -> Setup | None:
+    if optimizer == "muon":  # clipping unit by unit changes the directions that are probed
+        return None
+    one = setup(name, optimizer)
+    return with_optimizer(one, optax.chain(optax.adaptive_grad_clip(0.1), _plain(one)))
+
+
+@right
+def half_a_masked_mean(name: str, optimizer: str) -> Setup:
+    """Half of the mean over the examples that count, and two batches an update."""
+    one = setup(name, optimizer)
+    loss = one.loss_fn
+
+    def masked(params: PyTree, batch: Any) -> jax.Array:
+        each = jax.vmap(lambda *example: loss(params, jax.tree.map(lambda e: e[None], example)))
+        mask = jnp.arange(len(batch[1])) % 4 > 0
+        return 0.5 * jnp.sum(mask * each(*batch)) / jnp.sum(mask)
+
+    return with_optimizer(one._replace(loss_fn=masked), optax.MultiSteps(_plain(one), 2))
 
 
 def rightly(name: str, optimizers: Iterable[str]) -> list[tuple[str, str, str]]:

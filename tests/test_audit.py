@@ -3,6 +3,7 @@
 `python -m benchmarks.audit` does the same for all networks, optimizers and faults.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -20,11 +21,13 @@ import archscale_jax as archscale
 from archscale_jax._auditing.judge import causes_of, judged
 from archscale_jax._auditing.kinds import Kind, kind_of, rate_of
 from archscale_jax._auditing.probe import Probes, Vectors, ask, compiled, matrix_probe
+from archscale_jax._trees import named_leaves
 from archscale_jax.rules._matrix import Matrix
 from archscale_jax.rules._registry import Explained, Part
 from archscale_jax.tracing.constants import constants_behind
+from archscale_jax.tracing.losses import factor_of, squared_leaves
 from experiments.lab import files
-from tests import audit_faults
+from tests import audit_faults, audit_guesses
 from tests.audit_networks import drawn, loss_of, network, plan_of, setup
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,11 +37,15 @@ pytestmark = pytest.mark.quick_compilation
 PLACES = {
     "adamw": ("no_multipliers", "multipliers_before_adam", "decay_scaled_by_the_rate",
               "decay_through_adam", "masked_leaf", "updates_accumulated", "large_epsilon",
-              "clipping_always", "zero_where_the_plan_draws", "detached_leaf"),
+              "clipping_always", "zero_where_the_plan_draws", "detached_leaf",
+              "decay_mask_inverted", "decay_behind_the_rate", "penalty_in_the_loss", "trust_ratio",
+              "readout_multiplied_in_the_loss_too", "loss_divided_by_accumulated_batches"),
     "sgd": ("wrong_rate_of_one_leaf", "decay_of_gains_and_biases", "frozen_leaf",
             "schedule_from_zero", "weights_of_the_framework", "summed_loss", "not_a_number",
-            "clipping_always", "another_optimizer", "inputs_that_are_not_normalized"),
-    "muon": ("muon_of_tables_and_readouts", "multipliers_twice"),
+            "clipping_always", "another_optimizer", "inputs_that_are_not_normalized",
+            "scaled_loss", "stale_base"),
+    "muon": ("muon_of_tables_and_readouts", "multipliers_twice",
+             "updates_clipped_instead_of_gradients"),
 }  # fmt: skip
 FAULTS = [("mlp", optimizer, fault) for optimizer, faults in PLACES.items() for fault in faults]
 FAULTS += [
@@ -48,6 +55,8 @@ FAULTS += [
 RIGHTS = [
     ("mlp", "adamw", "accumulated"),
     ("mlp", "sgd", "guarded_and_clipped"),
+    ("mlp", "sgd", "clipped_relative_to_weights"),
+    ("mlp", "adamw", "half_a_masked_mean"),
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
     ("nnx", "adamw", "masked"),
@@ -157,6 +166,29 @@ def test_constants_behind_a_layer():
         assert found == {"down": {expected}, "up": {1.0}}
 
 
+def test_what_a_loss_is_multiplied_by_and_squares():
+    def loss(params, x):
+        return jnp.mean(jax.nn.relu(x @ params["w"]) ** 2)
+
+    params, x = {"w": jnp.ones((3, 4)), "v": jnp.ones(4)}, jnp.ones((5, 3))
+    half = lambda params, x: jax.jit(loss)(params, x) / 2  # noqa: E731
+    total = lambda params, x: jnp.sum(x @ params["w"])  # noqa: E731
+    penalized = lambda params, x: 3 * loss(params, x) + jnp.sum(params["v"].ravel() ** 2)  # noqa: E731
+    for function, factor, squared in (
+        (loss, 1, set()), (half, 0.5, set()), (total, 1, set()), (penalized, 3, {"v"}),
+        (lambda params, x: optax.tree.norm(params) + loss(params, x), 1, {"w", "v"}),
+    ):  # fmt: skip
+        assert factor_of(function, params, x) == pytest.approx(factor)
+        assert squared_leaves(function, params, x) == squared
+
+
+def test_states_that_hold_params_are_not_given_away():
+    one = setup("mlp", "adamw")
+    tx = optax.contrib.schedule_free(one.optimizer, 1e-2)
+    archscale.audit(*one._replace(optimizer=tx))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(one.params))
+
+
 def test_multipliers_are_judged_up_to_a_constant():
     promised = {"a": 1.0, "b": 0.25, "c": 0.5, "d": 0.125}
     explained = {
@@ -197,6 +229,44 @@ def test_without_a_plan_it_says_what_a_set_up_looks_like(optimizer):
     assert plain.notes[0].startswith("looks like the standard parametrization")
 
 
+LOOKS = {
+    ("gpt", "mup", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
+    ("gpt", "completep", "adam"): "looks like μP with a readout that is multiplied in the model",
+    ("gpt", "fan_in", "adam"): "looks like rates in proportion to 1/fan-in",
+    ("gpt", "muon", "muon"): "looks like Muon for 12 matrices: at any width one spectral norm",
+    ("decoder", "standard", "sgd"): "looks like the standard parametrization",
+    ("decoder", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower; × "
+    "0.5 of that for layers/down, as rules of depth may have it",
+    ("resnet", "mup", "sgd"): "looks like μP by rates, relative to a base 4 times narrower",
+    ("resnet", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
+}
+
+
+@pytest.mark.parametrize(("name", "how", "optimizer"), LOOKS)
+def test_what_set_ups_by_hand_look_like(name, how, optimizer):
+    audit = archscale.audit(None, *audit_guesses.setup(name, how, optimizer))
+    assert audit.notes[0].startswith(LOOKS[name, how, optimizer])
+    rates = {record["path"]: record["learning_rate"] for record in audit.records}
+    if how in ("mup", "completep", "fan_in", "standard"):
+        architecture = audit_guesses.plan_of(name, optimizer).architecture
+        applied = audit_guesses.by_tables(architecture, how, optimizer)
+        unit = audit_guesses.WIDER if (how, optimizer) == ("mup", "sgd") else 1
+        assert rates == pytest.approx({leaf: one / unit for leaf, one in applied.items()}, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("gpt", "standard", "one network does not tell this from μP at its own base"),
+        ("gpt", "completep", "rates do not show whether the model multiplies its readout"),
+        ("resnet", "mup", "all hidden weights have 288 inputs: one network does not tell"),
+        ("decoder", "plan", "one network does not tell multipliers of width from those of depth"),
+    ],
+)
+def test_what_one_network_does_not_tell_is_said(name, how, said):
+    assert said in str(archscale.audit(None, *audit_guesses.setup(name, how, "adam")).notes)
+
+
 def test_a_large_plan_without_a_base_is_asked_about():
     setup, readers = audit_faults.missing_base("mlp", "sgd")  # type: ignore[misc]
     audit = archscale.audit(*setup)
@@ -221,6 +291,25 @@ def test_text_and_html_say_what_to_do():
     assert audit._repr_html_().count("<tr>") == 2
     assert max(map(len, text.splitlines())) <= 100
     assert {one["path"] for one in audit.records} == set(made[0].plan.architecture.shapes)
+
+
+def test_the_figure_has_a_row_a_leaf_by_role_and_marks_what_is_wrong():
+    made = audit_faults.decay_scaled_by_the_rate("transformer", "adamw")
+    assert made is not None
+    audit = archscale.audit(*made[0])
+    rows = {row.name: row for row in audit.rows()}
+    assert {row.name for row in rows.values() if row.kinds} == made[1]
+    roles = [row.role for row in audit.rows()]
+    assert len(list(itertools.groupby(roles))) == len(set(roles))
+    decays = named_leaves(made[0].plan.weight_decay)
+    for name, row in rows.items():
+        assert row.ratios["learning rate"] == pytest.approx(1, rel=0.05)
+        if decays[name]:  # what was applied is the rate's multiplier, without the decay's
+            assert row.ratios["decay"] == pytest.approx(1 / decays[name], rel=0.05)
+            assert row.ratios["initial deviation"] == pytest.approx(1, rel=0.1)
+    svg = audit._repr_html_().partition("<svg")[2]
+    assert all(f">{name}<" in svg for name in rows if len(name) < 32)
+    assert svg.count("<circle") == 4 + sum(len(row.ratios) for row in rows.values())
 
 
 def test_features_are_measured_and_promised():
@@ -269,7 +358,9 @@ def test_the_page_says_what_was_measured():
     faults, rights = record["faults"].values(), record["right"].values()
     made, found, exact = (sum(one[key] for one in faults) for key in ("made", "found", "exact"))
     alarms = sum(len(one["false alarms"]) for one in rights)
-    assert set(record["faults"]) == set(audit_faults.FAULTS)
+    assert set(record["faults"]) <= set(audit_faults.FAULTS)
+    assert f"makes {len(audit_faults.FAULTS)} kinds of faults" in page
+    assert f"{len(record['faults'])} kinds in the recorded run" in page
     assert f"Of {made} faults {found} were found, {exact} of them" in page
     assert f"Of {sum(one['made'] for one in rights)} set-ups that are right" in page
     assert f"{alarms} give a finding" in page
@@ -281,4 +372,5 @@ def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_p
     assert done.returncode == 2, done.stderr
     assert "as if no multiplier is applied" in done.stdout
     assert "readout/kernel" in (tmp_path / "table.md").read_text()
+    assert "readout/kernel" in (tmp_path / "leaves.svg").read_text()
     assert len(files.read_records(tmp_path / "results.jsonl")) == 6

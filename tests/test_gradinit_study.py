@@ -31,7 +31,9 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
     assert (tmp_path / "report.html").read_text().count("<svg") == 4
     records = files.read_records(tmp_path / "results.jsonl")
     methods = {(one["trial"]["start"], one["trial"]["learned"]) for one in records}
-    assert methods == {(start, how) for start in ("flax", "he") for how in ("none", "gradinit")}
+    assert methods == {
+        (start, how) for start in ("flax", "he") for how in ("none", "gradinit", "nio")
+    }
 
     # The multipliers, from the file, are those of the library's own function.
     trial = next(one["trial"] for one in records if one["trial"]["learned"] == "gradinit")
@@ -177,6 +179,7 @@ def test_variants_are_trials_of_their_networks():
     settings |= {
         f"{kind}_{key}": 1 for kind in ("images", "patches") for key in ("width", "downscale")
     }
+    settings |= {"learned": list(gradinit_study.LEARNED)}
     trials = gradinit_study.all_trials(["plain_12", "transformer_6", "plain_6"], settings)
     learned = {
         name: {one["learned"] for one in trials if one["network"] == name}

@@ -10,8 +10,14 @@ from flax import nnx
 
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
-from archscale_jax.tuning._measured import GROUPS, Measurable, groups_of, measurer
-from experiments import matched_rules
+from archscale_jax.tuning._measured import (
+    GROUPS,
+    Measurable,
+    groups_of,
+    matched_multipliers,
+    measurer,
+)
+from experiments import matched_again, matched_rules
 from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation
@@ -312,3 +318,43 @@ def test_flerm_shares_what_the_base_does():
         outputs = measurer(one, loss_of)(jax.random.key(0), rows).outputs
         sums.append(len(hidden) * np.exp(np.mean(np.log(outputs))))
     assert sums[0] == pytest.approx(sums[1], rel=1e-3)
+
+
+@pytest.mark.quick_compilation
+def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
+    """The first measurement gives the plan's multipliers; a network that is its base keeps all."""
+    network, base = Mlp(3, 16), Mlp(1, 16)
+    plans = [planned(one, optimizer="sgd") for one in (network, base)]
+
+    def trained(plan, steps, **options):
+        tx = optax.chain(
+            optax.sgd(1.0),
+            matched_again.match_updates(plan.apply, plan.architecture, (X,), every=2, **options),
+            optax.scale(0.05),
+        )
+
+        @jax.jit
+        def step(params, state):
+            gradients = jax.grad(lambda params: loss_of(plan.apply(params, X)))(params)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = plan.init(jax.random.key(0))
+        state = tx.init(params)
+        for _ in range(steps):
+            params, state = step(params, state)
+        return params, state[1]
+
+    before, record = trained(plans[1], 6, length=3)
+    assert record.multipliers.tolist() == [1, 1, 1] and record.effects.shape == (3, 4)
+    after, same = trained(plans[1], 6, base=record.effects)
+    assert same.multipliers == pytest.approx(np.ones(3), rel=1e-4)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b), before, after)))
+    _, state = trained(plans[0], 1, base=record.effects)
+    ours, theirs = (
+        Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
+    )
+    parts = matched_multipliers(ours, theirs, loss_of, seeds=1)
+    expected = {part.place: part.value for part in parts.values()}
+    found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
+    assert found == pytest.approx(expected, rel=1e-4)

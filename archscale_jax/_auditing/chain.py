@@ -1,12 +1,13 @@
 """What an optimizer does to every leaf, against what the plan promises."""
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from archscale_jax._auditing.decay import decays
 from archscale_jax._auditing.findings import ALL, Finding, number
 from archscale_jax._auditing.kinds import Kind, kind_of, rate_of
-from archscale_jax._auditing.probe import LIMIT, Answers
+from archscale_jax._auditing.probe import LARGE, LIMIT, PLACED, TINY, Answers
 from archscale_jax._auditing.promises import Promises
 from archscale_jax._auditing.rates import (
     judged_epsilons,
@@ -71,6 +72,9 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
     findings = [*_motionless(answers), *_uphill(answers), *_calls(answers)]
     named = {one.parameter for one in findings}
     findings += _other_kinds(kinds, promises, named)
+    relative = list(_relative(answers, kinds, named))
+    named |= {one.parameter for one in relative}
+    findings += [*relative, *_clipped_together(answers, kinds)]
     rated = {
         name: kind for name, kind in kinds.items()
         if kind == promises.kinds[name] and name not in named
@@ -176,6 +180,57 @@ def _calls(answers: Answers) -> Iterator[Finding]:
             "updates are accumulated instead of gradients: the step is as many times as large, and "
             "moments are those of single batches",
             "accumulate gradients with optax.MultiSteps, not updates with optax.apply_every",
+        )
+
+
+def _relative(answers: Answers, kinds: Mapping[str, Kind], named: set[str]) -> Iterator[Finding]:
+    """Updates whose size follows that of the weights."""
+    for name, moved in answers.placed.items():
+        large, tiny = answers.large[name], answers.tiny[name]
+        whole = kinds[name] in (Kind.ADAM, Kind.MUON)
+        if kinds[name] == Kind.SGD:  # what is clipped may be clipped relative to weights
+            whole = tiny.along != 0 and _linear(large.along / LARGE, tiny.along / TINY)
+        still = answers.still[name]
+        linear = still.size == 0 or still.beside < 0.1  # decay that was taken off
+        if name in named or not (whole and linear and large.along):
+            continue
+        ratio = moved / large.along
+        if not 0.8 < ratio < 1.25:
+            yield Finding(
+                "optimizer",
+                name,
+                f"at weights of size {PLACED:g} it moves {number(ratio)} times as far as at 0",
+                "the same: rates of a plan are absolute",
+                "the step follows the size of the weight, which the multipliers of the rate are "
+                "not for",
+                "drop what divides by the norm of updates or multiplies by that of weights, as "
+                "scale_by_trust_ratio",
+            )
+
+
+def _linear(one: float, other: float) -> bool:
+    return abs(one / other - 1) < 0.05
+
+
+def _clipped_together(answers: Answers, kinds: Mapping[str, Kind]) -> Iterator[Finding]:
+    """Updates that grow when others are 0."""
+    own = [name for name in answers.half if kinds[name] in (Kind.ADAM, Kind.MUON)]
+    ratios = [rate_of(answers, name, kinds[name]) for name in own]
+    ratios = [
+        rate_of(answers._replace(large=answers.half), name, kinds[name]) / one
+        for name, one in zip(own, ratios, strict=True)
+        if one
+    ]
+    if ratios and statistics.median(ratios) > 1.1:
+        yield Finding(
+            "clipping",
+            ALL,
+            f"where the larger half of the leaves has no gradient the others move "
+            f"{number(statistics.median(ratios))} times as far",
+            "the same",
+            "updates are clipped or normalized together: the step is the threshold's, however the "
+            "rate is tuned",
+            "put clipping in front of the optimizer, where it sees gradients",
         )
 
 

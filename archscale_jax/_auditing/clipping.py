@@ -40,7 +40,7 @@ def clipped(
 
 def _part(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> float:
     """What part of a gradient of this size passes, next to one that nothing clips."""
-    move = _along(chain, probes, [size] * answers.first, names)
+    (move,) = _along(chain, probes, [[size] * answers.first], names)
     return statistics.median(
         move[name] / size / (answers.tiny[name].along / TINY) for name in names
     )
@@ -48,32 +48,26 @@ def _part(chain: Chain, probes: Probes, answers: Answers, names: list[str], size
 
 def _alike(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> bool:
     """Whether a gradient of this size moves as one that equals the one before it."""
-
-    def second(one: float, other: float) -> float:
-        sizes = [one] * answers.first + [other] * answers.period
-        return statistics.median(map(abs, _along(chain, probes, sizes, names).values()))
-
     below = 1e-5
     if size < 10 * below:
         return False
-    equal, tenfold = second(below, below), second(below / 10, below)
-    if abs(tenfold / equal - 1) < 0.05:
-        return False
-    return (second(size / 10, size) - tenfold) / (equal - tenfold) > 0.9
+    pairs = (below, below), (below / 10, below), (size / 10, size)
+    sizes = [[one] * answers.first + [two] * answers.period for one, two in pairs]
+    moves = _along(chain, probes, sizes, names)
+    equal, tenfold, own = (statistics.median(map(abs, one.values())) for one in moves)
+    return abs(tenfold / equal - 1) >= 0.05 and (own - tenfold) / (equal - tenfold) > 0.9
 
 
-def _along(chain: Chain, probes: Probes, sizes: list[float], names: list[str]) -> dict[str, float]:
+def _along(
+    chain: Chain, probes: Probes, sizes: list[list[float]], names: list[str]
+) -> list[dict[str, float]]:
     """How far probes of these sizes, one after the other, move leaves along the probe.
 
     At params of size 1, as clipping may be relative to them; what decays is taken off.
     """
-    weights, zeros = probes.weights(), probes.zeros()
-    trees = {size: probes.gradients(size) for size in set(sizes)}
-    moved, still = (
-        probes.measured(chain.follow(gradients, weights))
-        for gradients in ([trees[size] for size in sizes], [zeros] * len(sizes))
-    )
-    return {name: moved[name].along - still[name].along for name in names}
+    weights = probes.weights()
+    still, *moved = (probes.asked(chain, each, weights) for each in ([0.0] * len(sizes[0]), *sizes))
+    return [{name: one[name].along - still[name].along for name in names} for one in moved]
 
 
 def _finding(found: str) -> Finding:

@@ -15,7 +15,7 @@ def decays(
 ) -> tuple[list[Finding], dict[str, float]]:
     """Findings, and what η·λ was found."""
     found = {name: answers.still[name] for name in kinds if answers.still[name].size > 0}
-    plain = {name: one.shrinkage for name, one in found.items() if one.rest <= 0.1}
+    plain = {name: one.shrinkage for name, one in found.items() if one.beside <= 0.1}
     # What passes through the optimizer is as large as its updates; what is less is rounding.
     through = [
         name
@@ -31,8 +31,10 @@ def decays(
             findings.append(_decaying(name))
     weights = {name: one for name, one in promises.decay.items() if one > 0 and name in kinds}
     for name in weights:
-        if name not in (*plain, *through) and any(weights.get(one) for one in plain):
+        if name not in (*plain, *through):
             findings.append(_undecayed(name))
+        elif plain.get(name, 0) < 0:
+            findings.append(_growing(name))
     found = {name: value for name, value in plain.items() if name in weights and value > 0}
     shrinkage: dict[str, float] = {}
     for group in ({Kind.MUON}, {Kind.SGD, Kind.ADAM}):
@@ -100,11 +102,22 @@ def _decaying(name: str) -> Finding:
     )
 
 
+def _growing(name: str) -> Finding:
+    return Finding(
+        "decay",
+        name,
+        "without a gradient it grows",
+        "decay",
+        "the weight grows with every step until it overflows",
+        "put optax.add_decayed_weights in front of scale_by_learning_rate, which has the sign",
+    )
+
+
 def _undecayed(name: str) -> Finding:
     return Finding(
         "decay",
         name,
-        "it does not decay, where other weights do",
+        "it does not decay, where other leaves do",
         "decay with η·λ as in the base",
         "its norm grows where that of the base's stays",
         "look for names that the mask of the decay misses, or pass weight_decay to plan.optimizer",

@@ -1,5 +1,6 @@
 """The features on the batch, against the second moments that the plan promises."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from archscale_jax._auditing.findings import ALL, Finding, number
+from archscale_jax._auditing.loss import QUICKLY
 from archscale_jax._parametrize import Parametrization
 from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree
@@ -46,7 +48,7 @@ def features_of(
       TraceError: a loss that cannot be read.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def evaluate(params: PyTree, batch: Any) -> dict[int, jax.Array]:
         return vertex_features(loss_fn, params, batch)
 

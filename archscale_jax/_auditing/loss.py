@@ -1,13 +1,13 @@
 """The loss and its gradient: what they are finite of, depend on, and are multiplied by."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from archscale_jax._architecture import Architecture, Parameter
+from archscale_jax._architecture import Architecture, Parameter, Role
 from archscale_jax._auditing.findings import ALL, Finding, number
 from archscale_jax._expressions import Expression, Variable
 from archscale_jax._frameworks import dynamic
@@ -15,9 +15,16 @@ from archscale_jax._parametrize import Parametrization
 from archscale_jax._quadrature import slope
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.tracing.constants import constants_behind
+from archscale_jax.tracing.losses import factor_of, shapes_of, squared_leaves
 from archscale_jax.tracing.trace import trace
 
 Loss = Callable[[PyTree, Any], Any]
+
+_SCALED = 64.0
+"""A factor of the loss from which it is taken for a scaled one."""
+
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""What `jax_disable_most_optimizations` sets: for programs that are run once or twice."""
 
 
 class Gradient(NamedTuple):
@@ -25,26 +32,21 @@ class Gradient(NamedTuple):
 
     Attributes:
       loss: the value.
-      leaves: a tree like params.
       sizes: root mean square by name; 0 where no entry is other than 0, NaN where one is not
         finite.
+      norm: root mean square of all entries.
+      leaves: evaluates it again, a tree like params, which is not kept.
     """
 
     loss: float
-    leaves: PyTree
     sizes: dict[str, float]
+    norm: float
+    leaves: Callable[[], PyTree]
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss and every entry of the gradient are."""
         return all(map(math.isfinite, (self.loss, *self.sizes.values())))
-
-    @property
-    def norm(self) -> float:
-        """Root mean square of all entries."""
-        counts = {name: leaf.size for name, leaf in named_leaves(self.leaves).items()}
-        total = sum(self.sizes[name] ** 2 * count for name, count in counts.items())
-        return math.sqrt(total / sum(counts.values()))
 
 
 def scalar(loss_fn: Loss) -> Loss:
@@ -59,19 +61,18 @@ def scalar(loss_fn: Loss) -> Loss:
 
 def gradient_of(loss_fn: Loss, params: PyTree, batch: Any) -> Gradient:
     """Returns the loss and its gradient."""
-
-    @jax.jit
-    def evaluate(params: PyTree, batch: Any) -> tuple[jax.Array, PyTree, dict[str, jax.Array]]:
-        loss, gradient = jax.value_and_grad(loss_fn)(params, batch)
-        sizes = {name: _size(leaf) for name, leaf in named_leaves(gradient).items()}
-        return loss, gradient, sizes
-
-    loss, gradient, sizes = evaluate(params, batch)
-    return Gradient(
-        float(loss), gradient, {name: float(one) for name, one in jax.device_get(sizes).items()}
-    )
+    evaluate = jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICKLY)
+    loss, leaves = evaluate(params, batch)
+    leaves = named_leaves(leaves)
+    sizes = jax.device_get({name: _size(leaf) for name, leaf in leaves.items()})
+    sizes = {name: float(one) for name, one in sizes.items()}
+    counts = {name: leaf.size for name, leaf in leaves.items()}
+    total = sum(sizes[name] ** 2 * count for name, count in counts.items())
+    norm = math.sqrt(total / sum(counts.values()))
+    return Gradient(float(loss), sizes, norm, lambda: evaluate(params, batch)[1])
 
 
+@jax.jit
 def _size(leaf: jax.Array) -> jax.Array:
     g = leaf.astype(jnp.float32)
     peak = jnp.maximum(jnp.max(jnp.abs(g)), jnp.finfo(jnp.float32).tiny)
@@ -154,7 +155,9 @@ def doubled(loss_fn: Loss, params: PyTree, batch: Any, loss: float) -> list[Find
         return jnp.concatenate([leaf, leaf]) if getattr(leaf, "ndim", 0) else leaf
 
     try:
-        double = float(jax.jit(loss_fn)(params, jax.tree.map(twice, batch)))
+        double = float(
+            jax.jit(loss_fn, compiler_options=QUICKLY)(params, jax.tree.map(twice, batch))
+        )
     except Exception:  # a loss that is made for one size of batch
         return []
     if abs(double / loss - 2) > 1e-3:
@@ -172,6 +175,55 @@ def doubled(loss_fn: Loss, params: PyTree, batch: Any, loss: float) -> list[Find
     ]
 
 
+def multiplied(
+    plan: Parametrization, loss_fn: Loss, params: PyTree, batch: Any, period: int
+) -> Iterator[Finding]:
+    """Findings on factors and penalties in the program of the loss.
+
+    Args:
+      plan: of the model.
+      loss_fn: the loss.
+      params: of the model.
+      batch: of the loss.
+      period: batches an update takes.
+    """
+    factor = abs(factor_of(loss_fn, params, batch))
+    if factor >= _SCALED:
+        yield Finding(
+            "loss",
+            ALL,
+            f"the loss is multiplied by {number(factor)} at its end",
+            "the mean",
+            "gradients are as many times as large: the steps of SGD, what clipping leaves and what "
+            "epsilon is compared with",
+            "divide gradients of a scaled loss by the scale before the optimizer sees them",
+        )
+    # One half, as of squares, is usual.
+    if period > 2 and abs(factor * period - 1) < 1e-3:
+        yield Finding(
+            "accumulation",
+            ALL,
+            f"the loss is divided by {period}, and {period} batches make an update",
+            "the mean: optax.MultiSteps takes the mean of gradients itself",
+            f"gradients are {period} times as small as those of the whole batch",
+            "do not divide the loss",
+        )
+    squared = squared_leaves(loss_fn, params, batch)
+    if squared:
+        function, arrays = dynamic(plan._model.apply, plan._inputs)
+        own = squared_leaves(lambda params, *inputs: function(params, *inputs), params, *arrays)
+        for name in sorted(squared - own):
+            yield Finding(
+                "decay",
+                name,
+                "its squares are in the loss, as a penalty's",
+                "decay that is added behind the optimizer",
+                "the gradient of the penalty passes through the optimizer: it is scaled with the "
+                "rate, and Adam divides it by its size",
+                "drop the penalty, and give plan.optimizer weight_decay=",
+            )
+
+
 # Forward multipliers.
 
 
@@ -184,20 +236,20 @@ def checked_multipliers(
       TraceError: a loss that cannot be read.
     """
     forward = plan.choice.forward
-    if not (forward.leaves or forward.in_products):
-        return []
     function, arrays = dynamic(plan._model.apply, plan._inputs)
     findings = []
-    if forward.tables:
-        bare = constants_behind(function, _shapes(params), arrays, forward.tables)
-        found = constants_behind(loss_fn, _shapes(params), (batch,), forward.tables)
-        for name, promised in forward.tables.items():
+    readouts = [one.name for one in plan.architecture.parameters if one.role == Role.READOUT]
+    behind = {name: 1.0 for name in readouts if name not in forward.leaves} | {**forward.tables}
+    if behind:
+        bare = constants_behind(function, shapes_of(params), arrays, behind)
+        found = constants_behind(loss_fn, shapes_of(params), (batch,), behind)
+        for name, promised in behind.items():
             own = bare.get(name, set())
             ratios = {one / two for one in found.get(name, ()) for two in own if len(own) == 1}
             findings += _multiplied(name, "its logits", ratios, promised)
     if not forward.leaves and forward.attention == 1:
         return findings
-    read = trace(loss_fn, _shapes(params), batch, unknown="warn")
+    read = trace(loss_fn, shapes_of(params), batch, unknown="warn")
     own, others = (
         {one.name: _factor(one) for one in each.parameters} for each in (plan.architecture, read)
     )
@@ -206,10 +258,6 @@ def checked_multipliers(
         if before and after:
             findings += _multiplied(name, "the leaf", {after / before}, promised)
     return findings + list(_attention(plan.architecture, read, forward.attention))
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _factor(parameter: Parameter) -> float | None:
@@ -245,12 +293,6 @@ def _multiplied(name: str, what: str, found: set[float], promised: float) -> lis
             f"{what} × {', '.join(map(number, sorted(found)))} in the loss",
             f"× {number(promised)}",
             "the multipliers of the plan are wrong for the model without its forward multipliers",
-            "train through plan.apply, or parametrize with form='folded'",
+            "train through plan.apply, once, or parametrize with form='folded'",
         )
     ]
-
-
-def spread(gradient: Gradient) -> Mapping[str, float]:
-    """Returns sizes of leaves that have more than rounding in their gradient."""
-    largest = max(gradient.sizes.values(), default=0.0)
-    return {name: size for name, size in gradient.sizes.items() if size > 1e-5 * largest}

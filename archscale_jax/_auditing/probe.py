@@ -14,7 +14,7 @@ shows the decay alone.
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,8 @@ from archscale_jax.rules._matrix import Matrix
 
 LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
 KAPPA = 0.25
+PLACED = 8.0
+"""Size of params at which updates relative to them show; of size 1 they may look as Adam's."""
 LIMIT = 256
 """Calls of `update` after which a chain that has not moved anything is given up."""
 
@@ -36,21 +38,19 @@ class Chain(NamedTuple):
 
     Attributes:
       init: `params` to a state.
-      update: `(gradients, state, params)` to updates and the next state.
+      update: `(gradients, state, params)` to updates and the next state, in the buffers of
+        gradients and state, which are given away.
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
 
-    def respond(self, gradients: PyTree, params: PyTree, calls: int) -> PyTree:
-        """Returns the last update of several calls with one gradient, from a new state."""
-        return self.follow([gradients] * calls, params)
-
-    def follow(self, gradients: list[PyTree], params: PyTree) -> PyTree:
-        """Returns the last update of calls with these gradients, from a new state."""
+    def follow(self, gradients: Iterable[Callable[[], PyTree]], params: PyTree) -> PyTree:
+        """Returns the last update of calls with gradients that are made here, from a new state."""
         state, updates = self.init(params), None
-        for one in gradients:
-            updates, state = self.update(one, state, params)
+        for made in gradients:
+            updates = None  # its memory is the next one's
+            updates, state = jax.block_until_ready(self.update(made(), state, params))
         return updates
 
 
@@ -68,6 +68,8 @@ class Response(NamedTuple):
       highest: the largest.
       explained: the smallest part of a matrix's u² that lies in D₁ and D₂.
       uneven: over matrices, the largest part of D₁ over the smallest, in size.
+      shrinkage: s where the update is -s·W, of params W of size 1.
+      beside: what it has beside that, over its size.
     """
 
     size: float
@@ -80,20 +82,8 @@ class Response(NamedTuple):
     highest: float
     explained: float
     uneven: float
-
-
-class Decay(NamedTuple):
-    """An update without a gradient, at params W of size 1.
-
-    Attributes:
-      size: root mean square.
-      shrinkage: s where the update is -s·W.
-      rest: what it has beside that, over its size.
-    """
-
-    size: float
     shrinkage: float
-    rest: float
+    beside: float
 
 
 Responses = Mapping[str, Response]
@@ -111,8 +101,10 @@ class Answers(NamedTuple):
       large: responses to gradients of size 10³.
       small: to gradients of size 10⁻⁶.
       tiny: to gradients of size 10⁻¹².
-      still: to gradients of 0.
+      still: to gradients of 0 at params of size 1.
       between: names of leaves that decay in calls that move nothing.
+      placed: to gradients of size 10³ at params of size `PLACED`, without what decays.
+      half: to gradients of size 10³ in the smaller half of the leaves alone, of these.
       alone: where several calls make an update, responses to a large gradient in the first of
         them alone.
     """
@@ -124,8 +116,10 @@ class Answers(NamedTuple):
     large: Mapping[str, Response] = {}
     small: Mapping[str, Response] = {}
     tiny: Mapping[str, Response] = {}
-    still: Mapping[str, Decay] = {}
+    still: Mapping[str, Response] = {}
     between: frozenset[str] = frozenset()
+    placed: Mapping[str, float] = {}
+    half: Mapping[str, Response] = {}
     alone: Mapping[str, Response] = {}
 
 
@@ -153,15 +147,23 @@ def compiled(optimizer: Any, gradients: PyTree, params: PyTree, loss: Any = 1.0)
     def valued(gradients: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
         return optimizer.update(gradients, state, params, value=jnp.asarray(loss, jnp.float32))
 
-    init = jax.jit(optimizer.init)
+    # Copies, since states that hold params, as averages of them do, would give these away.
+    init = jax.jit(lambda params: jax.tree.map(jnp.copy, optimizer.init(params)))
     state = jax.eval_shape(optimizer.init, params)
     try:
-        jax.eval_shape(update, gradients, state, params)
+        updates, _ = jax.eval_shape(update, gradients, state, params)
     except TypeError as error:
         if "value" not in str(error):
             raise
         update = valued
-    return Chain(init, jax.jit(update))
+        updates, _ = jax.eval_shape(update, gradients, state, params)
+    same = jax.tree.map(_placed_alike, gradients, updates)
+    given = (0, 1) if all(jax.tree.leaves(same)) else (1,)
+    return Chain(init, jax.jit(update, donate_argnums=given))
+
+
+def _placed_alike(one: Any, other: Any) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
@@ -173,45 +175,59 @@ def matrix_probe(shape: tuple[int, ...], matrix: Matrix | None) -> Matrix:
 
 def ask(chain: Chain, probes: "Probes") -> Answers:
     """Asks a chain."""
-    zeros, large = probes.zeros(), probes.gradients(LARGE)
+    zeros, large = probes.zeros(), functools.partial(probes.gradients, LARGE)
     first, updates, state = _until_moved(chain, large, zeros)
     if not first:
         return Answers(0, 0)
     counters = _counters(state)
     answers = probes.measured(updates)
-    period, later = _until_moved(chain, large, zeros, state)[:2]
-    again = probes.measured(later)
+    del updates
+    period, updates, state = _until_moved(chain, large, zeros, state)
+    again = probes.measured(updates)
+    del updates, state
     frozen = frozenset(
         name for name, one in answers.items() if one.size == 0 and again[name].size == 0
     )
-    found = {
-        size: probes.measured(chain.respond(probes.gradients(size), zeros, first))
-        for size in (SMALL, TINY)
-    }
-    weights = probes.weights()
-    still, between, state = {}, frozenset(), chain.init(weights)
-    for call in range(1, first + 1):
-        updates, state = chain.update(zeros, state, weights)
-        if call in (1, first):
-            still = probes.decays(updates)
-        if call == 1 and period > 1:
-            between = frozenset(name for name, one in still.items() if one.size > 0)
+    small, tiny = (probes.asked(chain, [size] * first, zeros) for size in (SMALL, TINY))
     alone: Responses = {}
     if period > 1:
-        sequence = [*[large] * (first - period + 1), *[zeros] * (period - 1)]
-        alone = probes.measured(chain.follow(sequence, zeros))
+        sizes = [*[LARGE] * (first - period + 1), *[0.0] * (period - 1)]
+        alone = probes.asked(chain, sizes, zeros)
+    half = probes.measured(
+        chain.follow([lambda: probes.gradients(LARGE, probes.smaller)] * first, zeros)
+    )
+    half = {name: half[name] for name in probes.smaller}
+    del zeros
+    weights = probes.weights()
+    still = between = probes.asked(chain, [0.0], weights)
+    if first > 1:
+        still = probes.asked(chain, [0.0] * first, weights)
+    weights = probes.weights(PLACED)
+    moved = probes.asked(chain, [LARGE] * first, weights)
     return Answers(
-        first, period, frozen, counters, answers, found[SMALL], found[TINY], still, between, alone
+        first,
+        period,
+        frozen,
+        counters,
+        answers,
+        small,
+        tiny,
+        still,
+        frozenset(name for name, one in between.items() if one.size > 0 and period > 1),
+        {name: one.along - PLACED * still[name].along for name, one in moved.items()},
+        half,
+        alone,
     )
 
 
 def _until_moved(
-    chain: Chain, gradients: PyTree, params: PyTree, state: Any = None
+    chain: Chain, gradients: Callable[[], PyTree], params: PyTree, state: Any = None
 ) -> tuple[int, PyTree, Any]:
     """Calls `update` with one gradient until something moves; 0 and the last update if nothing."""
     state, updates = chain.init(params) if state is None else state, None
     for call in range(1, LIMIT + 1):
-        updates, state = chain.update(gradients, state, params)
+        updates = None
+        updates, state = chain.update(gradients(), state, params)
         if bool(_moves(updates)):
             return call, updates, state
     return 0, updates, state
@@ -304,7 +320,11 @@ def _orthonormal(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class Probes:
-    """Gradients and params of chosen size like a tree of params, and what updates look like."""
+    """Gradients and params of chosen size like a tree of params, and what updates look like.
+
+    Attributes:
+      smaller: names of the smaller half of the leaves.
+    """
 
     def __init__(self, params: PyTree, matrices: Mapping[str, Matrix]) -> None:
         self._params = params
@@ -313,37 +333,39 @@ class Probes:
             for name, leaf in named_leaves(params).items()
         }
         self._matrices = matrices
+        sizes = {name: leaf.size for name, leaf in named_leaves(params).items()}
+        self.smaller = sorted(sizes, key=lambda name: sizes[name])[: len(sizes) // 2]
 
-    def gradients(self, size: float) -> PyTree:
-        """Returns probes of this size."""
-        return self._made(size, "gradient")
+    def gradients(self, size: float, names: Collection[str] | None = None) -> PyTree:
+        """Returns probes of this size, 0 in leaves of other names."""
+        return self._made(size, 0.0, names)
 
-    def weights(self) -> PyTree:
-        """Returns params of size 1."""
-        return self._made(1.0, "weight")
+    def weights(self, size: float = 1.0) -> PyTree:
+        """Returns params of this size."""
+        return self._made(0.0, size)
 
     def zeros(self) -> PyTree:
         """Returns a tree of zeros."""
-        return self._made(0.0, "weight")
+        return self._made(0.0, 0.0)
+
+    def asked(self, chain: Chain, sizes: Iterable[float], params: PyTree) -> Responses:
+        """Returns the response of a chain to the last of probes of these sizes."""
+        made = [functools.partial(self.gradients, size) for size in sizes]
+        return self.measured(chain.follow(made, params))
 
     def measured(self, updates: PyTree) -> Responses:
-        """Returns what updates look like beside a probe of size 1."""
+        """Returns what updates look like beside a probe of size 1 and the weights."""
         found = {
             name: _response(leaf, self._vectors[name], self._matrices[name])
             for name, leaf in named_leaves(updates).items()
         }
-        return {name: Response(*map(float, row)) for name, row in jax.device_get(found).items()}
+        return {name: Response(*row.tolist()) for name, row in jax.device_get(found).items()}
 
-    def decays(self, updates: PyTree) -> dict[str, Decay]:
-        """Returns what updates look like beside the weights."""
-        found = {
-            name: _decayed(leaf, self._vectors[name])
-            for name, leaf in named_leaves(updates).items()
-        }
-        return {name: Decay(*map(float, row)) for name, row in jax.device_get(found).items()}
+    def _made(self, gradient: float, weight: float, names: Collection[str] | None = None) -> PyTree:
+        def make(name: str, leaf: jax.Array) -> jax.Array:
+            own = gradient if names is None or name in names else 0.0
+            return _made(leaf, self._vectors[name], own, weight)
 
-    def _made(self, size: float, kind: str) -> PyTree:
-        make = lambda name, leaf: _made(leaf, self._vectors[name], size, kind)  # noqa: E731
         return map_with_names(make, self._params)
 
 
@@ -351,28 +373,20 @@ class Probes:
 # constants they would be part of every program.
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _made(leaf: jax.Array, vectors: Vectors, size: Any, kind: str) -> jax.Array:
-    values = size * getattr(vectors, kind)()
+@jax.jit
+def _made(leaf: jax.Array, vectors: Vectors, gradient: Any, weight: Any) -> jax.Array:
+    values = gradient * vectors.gradient() + weight * vectors.weight()
     # The sum lets the compiler place the result as the leaf is.
     return (jnp.zeros_like(leaf) + values.reshape(leaf.shape)).astype(leaf.dtype)
-
-
-@jax.jit
-def _decayed(update: jax.Array, vectors: Vectors) -> jax.Array:
-    """The fields of a `Decay`."""
-    u = update.astype(jnp.float32)
-    weight = vectors.weight().reshape(u.shape)
-    shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
-    square = jnp.mean(u**2)
-    rest = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / square)
-    return jnp.stack([jnp.sqrt(square), shrinkage, rest])
 
 
 @functools.partial(jax.jit, static_argnames="matrix")
 def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     """The fields of a `Response`."""
     u = update.astype(jnp.float32)
+    weight = vectors.weight().reshape(u.shape)
+    shrinkage = -jnp.sum(u * weight) / jnp.sum(weight**2)
+    beside = jnp.sqrt(jnp.mean((u + shrinkage * weight) ** 2) / jnp.mean(u**2))
     peak = jnp.maximum(jnp.max(jnp.abs(u)), jnp.finfo(jnp.float32).tiny)
     u = u / peak  # squares of the smallest updates would be 0
     axes = tuple(sorted((*matrix.inputs, *matrix.outputs)))
@@ -392,5 +406,5 @@ def _response(update: jax.Array, vectors: Vectors, matrix: Matrix) -> jax.Array:
     return jnp.stack(
         [peak * jnp.sqrt(square), peak * even, jnp.sqrt(variance) / even, peak * along, rest,
          peak * jnp.mean(part), jnp.min(ratio), jnp.max(ratio), jnp.min(explained),
-         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part))]
+         jnp.max(jnp.abs(part)) / jnp.min(jnp.abs(part)), shrinkage, beside]
     )  # fmt: skip

@@ -19,44 +19,51 @@ class Step(NamedTuple):
 
     Attributes:
       updates: a tree like params.
-      sizes: root mean square of it.
-      relative: the same over that of the leaf; inf where the leaf is 0.
-      even: at params that are 0, mean of the entries that have a gradient.
+      relative: root mean square of it over that of the leaf; inf where the leaf is 0.
     """
 
     updates: PyTree
-    sizes: dict[str, float]
     relative: dict[str, float]
-    even: dict[str, float]
 
 
-def step_of(
-    chain: Chain, probes: Probes, answers: Answers, gradient: Gradient, params: PyTree
-) -> Step:
-    """Returns the first update on the gradient of the batch."""
-    updates = chain.respond(gradient.leaves, params, answers.first)
-    bare = chain.respond(gradient.leaves, probes.zeros(), answers.first)
-    trees = [named_leaves(one) for one in (updates, params, bare, gradient.leaves)]
-    found = jax.device_get({name: _sizes(*(tree[name] for tree in trees)) for name in trees[0]})
-    rows = {name: list(map(float, row)) for name, row in found.items()}
-    return Step(
-        updates,
-        {name: row[0] for name, row in rows.items()},
-        {name: row[0] / row[1] if row[1] else math.inf for name, row in rows.items()},
-        {name: row[2] for name, row in rows.items()},
-    )
+def step_of(chain: Chain, answers: Answers, gradient: Gradient, params: PyTree) -> Step:
+    """Returns the first update on the gradient of the batch; every call evaluates it."""
+    updates = chain.follow([gradient.leaves] * answers.first, params)
+    sizes, weights = sizes_of(updates), sizes_of(params)
+    relative = {
+        name: one / weights[name] if weights[name] else math.inf for name, one in sizes.items()
+    }
+    return Step(updates, relative)
+
+
+def even_of(chain: Chain, probes: Probes, answers: Answers, gradient: Gradient) -> dict[str, float]:
+    """Returns how far entries that have a gradient move at params that are 0, the mean by leaf."""
+    updates = chain.follow([gradient.leaves] * answers.first, probes.zeros())
+    return {name: row[1] for name, row in _numbers(updates).items()}
+
+
+def sizes_of(params: PyTree) -> dict[str, float]:
+    """Returns the root mean square of every leaf."""
+    return {name: row[0] for name, row in _numbers(params).items()}
+
+
+def _numbers(tree: PyTree) -> dict[str, list[float]]:
+    found = jax.device_get({name: _sizes(leaf) for name, leaf in named_leaves(tree).items()})
+    return {name: row.tolist() for name, row in found.items()}
 
 
 @jax.jit
-def _sizes(update: jax.Array, leaf: jax.Array, bare: jax.Array, gradient: jax.Array) -> jax.Array:
-    u, w, b = (one.astype(jnp.float32) for one in (update, leaf, bare))
-    has = gradient != 0
-    even = jnp.sum(jnp.where(has, jnp.abs(b), 0)) / jnp.maximum(jnp.sum(has), 1)
-    return jnp.stack([jnp.sqrt(jnp.mean(u**2)), jnp.sqrt(jnp.mean(w**2)), even])
+def _sizes(leaf: jax.Array) -> jax.Array:
+    """Root mean square, and the mean of the absolute entries that are not 0."""
+    u = jnp.abs(leaf.astype(jnp.float32))
+    return jnp.stack([jnp.sqrt(jnp.mean(u**2)), jnp.sum(u) / jnp.maximum(jnp.sum(u > 0), 1)])
 
 
 def checked_epsilon(
-    step: Step, answers: Answers, kinds: Mapping[str, Kind], gradient: Gradient
+    even: Mapping[str, float],
+    answers: Answers,
+    kinds: Mapping[str, Kind],
+    gradient: Gradient,
 ) -> Iterator[Finding]:
     """Findings on leaves of Adam whose gradients epsilon exceeds."""
     largest = max(gradient.sizes.values())
@@ -64,7 +71,7 @@ def checked_epsilon(
         # Gradients of less than 10⁻⁵ of others are rounding, as those of biases of keys are.
         if kind != Kind.ADAM or gradient.sizes[name] <= 1e-5 * largest:
             continue
-        part = step.even[name] / answers.large[name].even
+        part = even[name] / answers.large[name].even
         if part < 0.5:
             yield Finding(
                 "epsilon",

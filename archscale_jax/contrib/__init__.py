@@ -1,8 +1,10 @@
-"""Methods around the core: GradInit (learned initialization) and TINY (networks that grow)."""
+"""Methods around the core: learned initialization (GradInit, NIO), networks that grow (TINY)."""
 
 from archscale_jax.contrib._gradinit import (
     GradInitRecord,
+    NioRecord,
     gradinit,
+    nio,
     scale_parameters,
     vertex_groups,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "GrowthSchedule",
     "Link",
     "NeuronGroup",
+    "NioRecord",
     "bottleneck",
     "choose_growth",
     "compact",
@@ -31,6 +34,7 @@ __all__ = [
     "gradinit",
     "grow",
     "grown_architecture",
+    "nio",
     "scale_parameters",
     "vertex_groups",
     "widen",

@@ -1,4 +1,4 @@
-"""GradInit: the scale of every parameter tensor learned from data before training (theory §7).
+"""The scale of every parameter tensor learned from data before training: GradInit, and NIO.
 
 Every tensor W_i gets one multiplier m_i. They minimise the loss after one step of the optimizer,
 while the gradient's norm stays below γ. No weight is trained, so that about as many iterations as
@@ -23,6 +23,7 @@ from archscale_jax.contrib._gradinit_step import (
     Loss,
     Update,
     Variant,
+    agreement_step,
     branch_in_python,
     initial_state,
     jitted_step,
@@ -125,7 +126,7 @@ def gradinit(
     _check_positive(finite=True, learning_rate=rate, penalty=1.0 if penalty is None else penalty)
     _check_options(optimizer, bounds, second_order, num_steps)
     labels = _labels(params, groups or {})
-    names = tuple(dict.fromkeys(label for label in labels.values() if label is not None))
+    names = _group_names(labels)
     settings = {
         "rate": rate,
         "limit": limit,
@@ -135,21 +136,111 @@ def gradinit(
         "bounds": _group_bounds(labels, names, bounds),
     }
     variant = Variant(
-        loss_fn=loss_fn,
-        indices=tuple(None if one is None else names.index(one) for one in labels.values()),
-        optimizer=optimizer,
-        second_order=second_order,
-        penalised=penalty is not None,
+        loss_fn, _indices(labels, names), optimizer, second_order, penalty is not None
     )
     run = jitted_step
     if jax.default_backend() == "cpu":
         run = functools.partial(step, branch=branch_in_python)
-    state = initial_state(len(names))
-    records = []
+    records = _iterate(
+        functools.partial(run, variant=variant), loss_fn, params, batches, settings, num_steps
+    )
+    arrays = _stacked(records, names, labels)
+    norms = arrays.pop("tensor_gradient_norms").T
+    norms = dict(zip(arrays["multipliers"], norms, strict=True))
+    record = GradInitRecord(**arrays, tensor_gradient_norms=norms)
+    _check_end(record.multipliers, {"loss": record.loss, "updated loss": record.updated_loss})
+    learned = {name: values[-1] for name, values in record.multipliers.items()}
+    return scale_parameters(params, learned), record
+
+
+class NioRecord(NamedTuple):
+    """What happened in each of T iterations of NIO.
+
+    Attributes:
+      multipliers: after the iteration, by the name of the tensor; one that is frozen has none.
+      gradient_norm: the mean of ‖g₁‖₂ and ‖g₂‖₂ before it.
+      cosine: of g₁ and g₂.
+      constrained: whether the norm exceeded γ, so that the iteration lowered it.
+      loss: the mean loss of both batches.
+    """
+
+    multipliers: dict[str, Float[Array, " t"]]
+    gradient_norm: Float[Array, " t"]
+    cosine: Float[Array, " t"]
+    constrained: Bool[Array, " t"]
+    loss: Float[Array, " t"]
+
+
+def nio(
+    loss_fn: Loss,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    max_gradient_norm: float = 5.0,
+    scale_learning_rate: float = 0.05,
+    num_steps: int | None = 100,
+    bounds: tuple[float, float] = (0.01, math.inf),
+    clip: float = 1.0,
+    groups: Mapping[str, str | None] | None = None,
+) -> tuple[PyTree, NioRecord]:
+    """Learns one multiplier for every parameter tensor so that gradients of batches agree [NIO].
+
+    An iteration reads three batches a, b, c; g₁ is the gradient on [a, b], g₂ on [a, c]. Where the
+    mean of their norms exceeds γ it lowers that, else it raises their cosine. No update is made, so
+    that nothing depends on the optimizer or its rate. The interface is that of `gradinit`.
+
+    Args:
+      loss_fn: see `gradinit`.
+      params: see `gradinit`.
+      batches: trees of arrays [h, ...], all of one shape: half of a chunk.
+      max_gradient_norm: γ > 0, in the L2 norm.
+      scale_learning_rate: Adam's rate of the multipliers.
+      num_steps: iterations; None reads `batches` to their end, but for an incomplete triple.
+      bounds: smallest and largest multiplier. That of a bias (`BIAS_NAMES`) may fall to 0.
+      clip: largest size of the derivative by one multiplier.
+      groups: see `gradinit`.
+
+    Returns:
+      The rescaled params, and the record; see `NioRecord`.
+
+    Raises:
+      TypeError, ValueError: what `gradinit` raises.
+    """
+    _check_positive(
+        max_gradient_norm=max_gradient_norm, scale_learning_rate=scale_learning_rate, clip=clip
+    )
+    _check_options("sgd", bounds, False, num_steps)
+    labels = _labels(params, groups or {})
+    names = _group_names(labels)
+    settings = {
+        "limit": max_gradient_norm,
+        "scale_rate": scale_learning_rate,
+        "clip": clip,
+        "bounds": _group_bounds(labels, names, bounds),
+    }
+    run = functools.partial(agreement_step, variant=Variant(loss_fn, _indices(labels, names)))
+    records = _iterate(run, loss_fn, params, batches, settings, num_steps)
+    record = NioRecord(**_stacked(records, names, labels))
+    _check_end(record.multipliers, {"loss": record.loss})
+    learned = {name: values[-1] for name, values in record.multipliers.items()}
+    return scale_parameters(params, learned), record
+
+
+def _iterate(
+    run: Any,
+    loss_fn: Loss,
+    params: PyTree,
+    batches: Iterable[Any],
+    settings: Mapping[str, Any],
+    num_steps: int | None,
+) -> list[dict[str, Any]]:
+    """Runs iterations on triples of batches; returns what each recorded."""
+    state = initial_state(len(settings["bounds"][0]))
+    records: list[dict[str, Any]] = []
     for index, triple in enumerate(itertools.islice(_triples(batches), num_steps)):
         if not index:
             _check_loss(loss_fn, params, triple)
-        state, record = run(state, params, triple, settings, variant=variant)
+        state, record = run(state, params, triple, settings)
         records.append(record)
         if not index:
             _check_start(record)
@@ -158,10 +249,15 @@ def gradinit(
             f"batches ended in iteration {len(records)} of {num_steps or 'any'}; an iteration "
             "reads three"
         )
-    record = _stacked(records, names, labels)
-    _check_end(record)
-    learned = {name: values[-1] for name, values in record.multipliers.items()}
-    return scale_parameters(params, learned), record
+    return records
+
+
+def _group_names(labels: Mapping[str, str | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(label for label in labels.values() if label is not None))
+
+
+def _indices(labels: Mapping[str, str | None], names: tuple[str, ...]) -> tuple[int | None, ...]:
+    return tuple(None if one is None else names.index(one) for one in labels.values())
 
 
 def scale_parameters(params: PyTree, multipliers: Mapping[str, Float[Array, ""] | float]) -> PyTree:
@@ -300,23 +396,22 @@ def _check_start(record: dict[str, Any]) -> None:
 
 def _stacked(
     records: list[dict[str, Any]], names: tuple[str, ...], labels: Mapping[str, str | None]
-) -> GradInitRecord:
+) -> dict[str, Any]:
+    """Arrays over iterations by field, the multipliers by the names of tensors."""
     arrays = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(records))
-    trained = [name for name, label in labels.items() if label is not None]
     by_group = dict(zip(names, arrays["multipliers"].T, strict=True))
-    norms = dict(zip(trained, arrays["tensor_gradient_norms"].T, strict=True))
-    arrays["multipliers"] = {
-        name: by_group[label] for name, label in labels.items() if label is not None
-    }
-    return GradInitRecord(**arrays | {"tensor_gradient_norms": norms})
+    multipliers = {name: by_group[label] for name, label in labels.items() if label is not None}
+    return arrays | {"multipliers": multipliers}
 
 
-def _check_end(record: GradInitRecord) -> None:
-    finite = np.all([np.isfinite(one) for one in record.multipliers.values()], axis=0)
+def _check_end(
+    multipliers: Mapping[str, Float[Array, " t"]], losses: Mapping[str, Float[Array, " t"]]
+) -> None:
+    finite = np.all([np.isfinite(one) for one in multipliers.values()], axis=0)
     if not finite.all():
+        first = int(np.argmin(finite))
+        found = " and ".join(f"{name} is {one[first]}" for name, one in losses.items())
         raise ValueError(
-            f"a multiplier is not finite after iteration {int(np.argmin(finite))}, whose loss is "
-            f"{record.loss[np.argmin(finite)]} and updated loss "
-            f"{record.updated_loss[np.argmin(finite)]}; take a smaller scale_learning_rate or "
-            "learning_rate, or smaller initial weights"
+            f"a multiplier is not finite after iteration {first}, whose {found}; take a smaller "
+            "scale_learning_rate or learning_rate, or smaller initial weights"
         )

@@ -1,4 +1,4 @@
-"""One iteration of GradInit, equation by equation (theory §7).
+"""One iteration of GradInit, equation by equation, and of NIO (theory §7, §15).
 
 An iteration either lowers the gradient's norm or lowers the objective. As one program the choice is
 `jax.lax.cond`. On a CPU it is made in Python between two programs: XLA runs convolutions in a
@@ -47,9 +47,9 @@ class Variant(NamedTuple):
 
     loss_fn: Loss
     indices: tuple[int | None, ...]
-    optimizer: Update
-    second_order: bool
-    penalised: bool
+    optimizer: Update = "sgd"
+    second_order: bool = False
+    penalised: bool = False
 
 
 Batches = tuple[Any, Any, Any]
@@ -173,6 +173,71 @@ def lower_objective(
         found = [f + exact(c) for f, c in zip(found, curved, strict=True)]
     derivative = by_multipliers(found, initial, variant, len(state.multipliers))
     return adam(state, derivative, False, settings), updated.astype(state.multipliers.dtype)
+
+
+# NIO: no update is made; gradients of two overlapping batches shall agree (theory §15).
+
+
+@functools.partial(jax.jit, static_argnames="variant")
+def agreement_step(
+    state: State, initial: PyTree, batches: Batches, settings: Settings, *, variant: Variant
+) -> tuple[State, dict[str, Any]]:
+    """One iteration of NIO, from the params W⁰ and the batches a, b, c.
+
+    Returns:
+      The new state, and one entry of `NioRecord` by the names of its fields.
+    """
+    derivative, record = agreement(
+        state.multipliers, initial, batches, settings["limit"], variant=variant
+    )
+    state = adam(state, derivative, record["constrained"], settings)
+    return state, record | {"multipliers": state.multipliers}
+
+
+def agreement(
+    multipliers: Float[Array, " g"],
+    initial: PyTree,
+    batches: Batches,
+    limit: float | Array,
+    *,
+    variant: Variant,
+) -> tuple[Float[Array, " g"], dict[str, Any]]:
+    """The derivative of what is lowered, and what the record tells.
+
+    That is the mean norm of the gradients on [a, b] and [a, c] where it exceeds γ, else minus
+    their cosine.
+    """
+    theta, loss = _network(multipliers, initial, variant)
+    chunks = _joined(batches[0], batches[1]), _joined(batches[0], batches[2])
+    losses, gradients = zip(*(jax.value_and_grad(loss)(theta, one) for one in chunks), strict=True)
+    exceeds = _mean_norm(gradients) > limit
+
+    def lowered(gradients: tuple[list[Array], ...]) -> Array:
+        return jnp.where(exceeds, _mean_norm(gradients), -_cosine(gradients))
+
+    vectors = jax.grad(lowered)(gradients)
+    slopes = [
+        _hessian_product(lambda theta, chunk=chunk: loss(theta, chunk), theta, vector)
+        for chunk, vector in zip(chunks, vectors, strict=True)
+    ]
+    slope = [exact(one) + exact(other) for one, other in zip(*slopes, strict=True)]
+    return by_multipliers(slope, initial, variant, len(multipliers)), {
+        "gradient_norm": _mean_norm(gradients),
+        "cosine": _cosine(gradients),
+        "constrained": exceeds,
+        "loss": (losses[0] + losses[1]) / 2,
+    }
+
+
+def _mean_norm(gradients: tuple[list[Array], ...]) -> Float[Array, ""]:
+    return (_norm(gradients[0], 2) + _norm(gradients[1], 2)) / 2
+
+
+def _cosine(gradients: tuple[list[Array], ...]) -> Float[Array, ""]:
+    """Of two gradients, all tensors together; 0 where one of them is 0."""
+    inner = sum(jnp.sum(exact(one) * exact(other)) for one, other in zip(*gradients, strict=True))
+    norms = _norm(gradients[0], 2) * _norm(gradients[1], 2)
+    return jnp.where(norms > 0, inner / jnp.where(norms > 0, norms, 1), 0)
 
 
 def by_multipliers(

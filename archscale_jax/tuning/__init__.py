@@ -14,6 +14,7 @@ from archscale_jax.tuning._predict import (
     register_measured_rule,
 )
 from archscale_jax.tuning._search import (
+    HyperparameterSearch,
     RateSearch,
     Run,
     find_learning_rate,
@@ -21,12 +22,19 @@ from archscale_jax.tuning._search import (
     summarise_runs,
 )
 from archscale_jax.tuning._sharpness import sharpness
-from archscale_jax.tuning._transfer_check import TransferCheck, summarise_transfer, transfer_check
+from archscale_jax.tuning._transfer_check import (
+    HyperparameterTransfer,
+    TransferCheck,
+    summarise_transfer,
+    transfer_check,
+)
 
 __all__ = [
     "MEASURED_RULES",
     "Basin",
     "Coordinate",
+    "HyperparameterSearch",
+    "HyperparameterTransfer",
     "RateSearch",
     "Run",
     "TransferCheck",

@@ -83,9 +83,13 @@ def excess_loss(rate: float, losses: Mapping[float, float]) -> float:
     (loss − min)/|min|, never negative. Where min is 0: over the median of what the larger finite
     losses exceed it by.
     """
-    values = np.asarray(list(losses.values()))
-    excess = max(loss_at(rate, losses) - float(values.min()), 0.0)
-    return excess / _scale(values)
+    return excess_of(loss_at(rate, losses), losses.values())
+
+
+def excess_of(loss: float, losses: Iterable[float]) -> float:
+    """Returns by what fraction of its size a loss exceeds the smallest; see `excess_loss`."""
+    values = np.asarray(list(losses))
+    return max(loss - float(values.min()), 0.0) / _scale(values)
 
 
 def grid_error(

@@ -21,7 +21,7 @@ from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._registry import Part
 from archscale_jax.tracing.trace import vertex_features
 
-GROUPS = ("stem", "hidden", "readout")
+GROUPS: tuple[str, ...] = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
 BATCH_NOTE = (
     "measured rates: outputs of an example depend on the others of its batch, as under batch "
@@ -37,11 +37,14 @@ class Effects(NamedTuple):
       features: the RMS change of the features of every vertex over their RMS, [R, V].
       spread: the same change over the standard deviation of the features over examples, [R, V].
       outputs: the RMS change of the outputs, [R].
+      overlap: the mean product of the change of the last features with that of the update before,
+        over their mean square, [R]; 0 of the first.
     """
 
     features: Float[Array, "r v"]
     spread: Float[Array, "r v"]
     outputs: Float[Array, " r"]
+    overlap: Float[Array, " r"]
 
 
 class Measurable(NamedTuple):
@@ -97,17 +100,18 @@ def matched_multipliers(
     Raises:
       ValueError: a group whose update changes nothing in one network and something in the other.
     """
-    rows = (("stem",), ("hidden",), ("readout",), GROUPS[:2])
     measured = []
     for one in (network, base):
         groups = groups_of(one.architecture)
-        updates = [{name: 1.0 for name in groups if groups[name] in row} for row in rows]
+        updates = [{name: 1.0 for name in groups if groups[name] == group} for group in GROUPS]
         measured.append((measurer(one, loss), updates))
     logs = []
     for seed in range(seeds):
         key = jax.random.key(seed)
-        logs.append(_log_ratios(*(measure(key, updates) for measure, updates in measured)))
-    values = {group: math.exp(float(np.mean([one[group] for one in logs]))) for group in GROUPS}
+        sizes = [group_sizes(measure(key, updates)) for measure, updates in measured]
+        _check_matched(*sizes)
+        logs.append(np.log(matching(*sizes)))
+    values = dict(zip(GROUPS, np.exp(np.mean(logs, axis=0)).tolist(), strict=True))
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
     return {
@@ -116,39 +120,48 @@ def matched_multipliers(
     }
 
 
-def _log_ratios(network: Effects, base: Effects) -> dict[str, float]:
-    """The log multiplier of every group, from the effects of the three and of stem and hidden."""
-    ours, theirs = (
-        {
-            "stem": float(one.features[0, -1]),
-            "hidden": float(one.features[1, -1]),
-            "readout": float(one.outputs[2]),
-            "both": float(one.features[3, -1]),
-        }
-        for one in (network, base)
-    )
-    found = {group: _ratio(group, theirs[group], ours[group]) for group in GROUPS}
+def group_sizes(effects: Effects) -> Float[Array, "4"]:
+    """Returns what stem, hidden layers, readout, and stem and hidden layers together do.
+
+    Args:
+      effects: of updates of the three groups.
+
+    Returns:
+      RMS changes: of the last features, relative; of the readout that of the outputs.
+    """
+    stem, hidden = effects.features[0, -1], effects.features[1, -1]
+    both = stem**2 + hidden**2 + 2 * effects.overlap[1]
+    return jnp.stack([stem, hidden, effects.outputs[2], jnp.sqrt(jnp.maximum(both, 0.0))])
+
+
+def matching(network: Float[Array, "4"], base: Float[Array, "4"]) -> Float[Array, "3"]:
+    """Returns the multipliers with which the three groups do what the base's do (theory §14).
+
+    Args:
+      network: `group_sizes` of the network.
+      base: those of its base; a group that does nothing in one of them keeps its rate.
+    """
+    stem, hidden, readout = _ratio(base[:3], network[:3])
     # Derivatives are linear: what both do after their multipliers follows from what they did.
-    mixed = ours["both"] ** 2 - ours["stem"] ** 2 - ours["hidden"] ** 2
-    product = found["stem"] * found["hidden"] * mixed
-    together = math.sqrt(max(theirs["stem"] ** 2 + theirs["hidden"] ** 2 + product, 0.0))
-    joint = _ratio("stem and hidden layers", theirs["both"], together)
-    return {
-        group: math.log(value * (1.0 if group == "readout" else joint))
-        for group, value in found.items()
-    }
+    overlap = network[3] ** 2 - network[0] ** 2 - network[1] ** 2
+    both = base[0] ** 2 + base[1] ** 2 + stem * hidden * overlap
+    joint = _ratio(base[3], jnp.sqrt(jnp.maximum(both, 0.0)))
+    return jnp.stack([stem * joint, hidden * joint, readout])
 
 
-def _ratio(group: str, base: float, network: float) -> float:
-    if not base and not network:
-        return 1.0  # neither has such a group
-    if not (base and network) or not math.isfinite(base / network):
-        raise ValueError(
-            f"learning_rate='measured': an update of the {group} changes {network:.3g} in "
-            f"the network and {base:.3g} in the base; groups that one of them lacks, or "
-            "weights that start at 0 behind them, cannot be matched: take the closed forms"
-        )
-    return base / network
+def _ratio(base: jax.Array, network: jax.Array) -> jax.Array:
+    return jnp.where((base > 0) & (network > 0), base / network, 1.0)
+
+
+def _check_matched(network: Float[Array, "4"], base: Float[Array, "4"]) -> None:
+    for group, ours, theirs in zip(GROUPS, network.tolist(), base.tolist(), strict=False):
+        neither = not ours and not theirs  # has such a group
+        if not neither and not (ours and theirs and math.isfinite(theirs / ours)):
+            raise ValueError(
+                f"learning_rate='measured': an update of the {group} changes {ours:.3g} in "
+                f"the network and {theirs:.3g} in the base; groups that one of them lacks, or "
+                "weights that start at 0 behind them, cannot be matched: take the closed forms"
+            )
 
 
 def measurer(
@@ -161,34 +174,13 @@ def measurer(
     update.
     """
 
-    def features_and_outputs(params: PyTree) -> tuple[list[jax.Array], Any]:
-        features = vertex_features(network.apply, params, *network.inputs)
-        return [exact(features[one]) for one in sorted(features)], network.apply(
-            params, *network.inputs
-        )
-
     @jax.jit
     def effects(key: jax.Array, rows: jax.Array) -> Effects:
         params = network.draw(key)
         gradients = jax.grad(lambda params: loss(network.apply(params, *network.inputs)))(params)
         optimizer = network.optimizer
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
-        values, pull = jax.vjp(features_and_outputs, params)
-        # As in `measure_update`: no forward mode, which functions with a `jax.custom_vjp` lack.
-        _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
-        order = {name: index for index, name in enumerate(named_leaves(params))}
-        size = jnp.stack([_rms(one) for one in values[0]])
-        spread = jnp.stack([jnp.sqrt(jnp.mean(jnp.var(one, axis=0))) for one in values[0]])
-
-        def effect(row: jax.Array) -> Effects:
-            part = map_with_names(
-                lambda name, leaf: leaf * row[order[name]].astype(leaf.dtype), update
-            )
-            changes, outputs = push(part)[0]
-            change = jnp.stack([_rms(one) for one in changes])
-            return Effects(change / size, change / spread, _rms(outputs))
-
-        return jax.lax.map(effect, rows)
+        return effects_of(network.apply, params, network.inputs, update, rows)
 
     def measured(key: jax.Array, updates: Sequence[Mapping[str, float]]) -> Effects:
         names = list(named_leaves(jax.eval_shape(network.draw, key)))
@@ -197,6 +189,36 @@ def measurer(
         )
 
     return measured
+
+
+def effects_of(
+    apply: Callable[..., Any],
+    params: PyTree,
+    inputs: tuple[PyTree, ...],
+    update: PyTree,
+    rows: Float[Array, "r leaves"],
+) -> Effects:
+    """Returns what parts of an update do: the update times a row, leaf by leaf in their order."""
+
+    def features_and_outputs(params: PyTree) -> tuple[list[jax.Array], Any]:
+        features = vertex_features(apply, params, *inputs)
+        return [exact(features[one]) for one in sorted(features)], apply(params, *inputs)
+
+    values, pull = jax.vjp(features_and_outputs, params)
+    # As in `measure_update`: no forward mode, which functions with a `jax.custom_vjp` lack.
+    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
+    order = {name: index for index, name in enumerate(named_leaves(params))}
+    size = jnp.stack([_rms(one) for one in values[0]])
+    spread = jnp.stack([jnp.sqrt(jnp.mean(jnp.var(one, axis=0))) for one in values[0]])
+
+    def effect(before: jax.Array, row: jax.Array) -> tuple[jax.Array, Effects]:
+        part = map_with_names(lambda name, leaf: leaf * row[order[name]].astype(leaf.dtype), update)
+        changes, outputs = push(part)[0]
+        change = jnp.stack([_rms(one) for one in changes])
+        overlap = jnp.mean(changes[-1] * before) / size[-1] ** 2
+        return changes[-1], Effects(change / size, change / spread, _rms(outputs), overlap)
+
+    return jax.lax.scan(effect, jnp.zeros_like(values[0][-1]), rows)[1]
 
 
 def examples_interact(network: Measurable) -> bool:

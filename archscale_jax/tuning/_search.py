@@ -7,9 +7,9 @@ is the vertex of a parabola through the losses around the minimum, see `_basin`.
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -55,32 +55,95 @@ class RateSearch(NamedTuple):
     grid_error: float
 
 
+class HyperparameterSearch(NamedTuple):
+    """What `find_learning_rate` found over several hyperparameters.
+
+    Attributes:
+      point: the best values that were trained with every seed.
+      axes: by name, the search along one hyperparameter, the others at `point`; its `rate` and
+        errors are those of that hyperparameter.
+      loss: the mean loss over seeds at `point`.
+      runs: every training, as values, seed and loss.
+    """
+
+    point: dict[str, float]
+    axes: dict[str, RateSearch]
+    loss: float
+    runs: tuple[tuple[dict[str, float], int, float], ...]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The best values, each between those that were trained; of integers, `point`."""
+        return {
+            name: self.point[name] if isinstance(self.point[name], int) else search.rate
+            for name, search in self.axes.items()
+        }
+
+
+@overload
 def find_learning_rate(
     train: Train,
     rates: Sequence[float],
     *,
+    seeds: Sequence[int] = ...,
+    start: float | None = ...,
+    tolerance: float = ...,
+    margin: float = ...,
+    refine: int = ...,
+    max_loss: float = ...,
+    workers: int = ...,
+) -> RateSearch: ...
+
+
+@overload
+def find_learning_rate(
+    train: Callable[[dict[str, float], int], Iterable[float]],
+    rates: Mapping[str, Sequence[float]],
+    *,
+    seeds: Sequence[int] = ...,
+    start: Mapping[str, float] | None = ...,
+    tolerance: float = ...,
+    margin: float = ...,
+    refine: int = ...,
+    max_loss: float = ...,
+    workers: int = ...,
+) -> HyperparameterSearch: ...
+
+
+def find_learning_rate(
+    train: Callable[[Any, int], Iterable[float]],
+    rates: Sequence[float] | Mapping[str, Sequence[float]],
+    *,
     seeds: Sequence[int] = (0, 1, 2),
-    start: float | None = None,
+    start: float | Mapping[str, float] | None = None,
     tolerance: float = 0.02,
     margin: float = 0.25,
     refine: int = 1,
     max_loss: float = math.inf,
     workers: int = 1,
-) -> RateSearch:
+) -> RateSearch | HyperparameterSearch:
     """Finds the learning rate with which a network trains best [AAS §4 protocol].
 
     Without `start` every rate is trained with every seed. With it, the first seed expands a bracket
     from there up and down the grid until the loss leaves `margin`, and the other seeds train only
     the rates that can win. Then the spacing around the minimum is halved.
 
+    Of several hyperparameters, `rates` by name, one after the other is searched so, from `start` or
+    the middle of the grid, the others at the best that was trained, until none moves. That is the
+    best point along every axis; where two depend on each other so closely that only a step of both
+    gains, as the rate and a decay that is multiplied with it, it need not be the best of all.
+
     Args:
       train: `(rate, seed)` to the training losses of successive parts of a run from scratch, of
-        any sign, of which the last one counts. A run has diverged, and is stopped, when a loss is
-        not finite or exceeds `max_loss`. It must depend on its arguments alone; with several
-        workers it is called from several threads.
-      rates: the grid, e.g. `numpy.geomspace(1e-3, 4, 13)`.
+        any sign, of which the last one counts; of several hyperparameters `(values, seed)`, values
+        by name. A run has diverged, and is stopped, when a loss is not finite or exceeds
+        `max_loss`. It must depend on its arguments alone; with several workers it is called from
+        several threads.
+      rates: the grid, e.g. `numpy.geomspace(1e-3, 4, 13)`; or grids by name, e.g.
+        `{"learning_rate": …, "weight_decay": …, "batch_size": (16, 32, 64)}`. Integers stay
+        integers: nothing is trained between them.
       seeds: seeds of the runs.
-      start: a guess, such as `predict_learning_rate` gives.
+      start: a guess, such as `predict_learning_rate` gives; of several by name, of any of them.
       tolerance: depth of the basin, as a fraction of the size of the smallest loss; where that is
         0, of the median of what the larger finite losses exceed it by.
       margin: with `start`, losses within this fraction of the smallest can still win.
@@ -95,15 +158,18 @@ def find_learning_rate(
         repeated, a tolerance or margin that is not positive, `workers` below 1, a `train` that
         yields no loss, or no rate with a finite loss for every seed.
     """
-    grid, seeds = _checked(rates, seeds, start=start, tolerance=tolerance, margin=margin)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, found {workers}")
+    if isinstance(rates, Mapping) or isinstance(start, Mapping):
+        options = {"tolerance": tolerance, "margin": margin, "max_loss": max_loss}
+        return _search_axes(train, rates, start, seeds, refine, options | {"workers": workers})
+    grid, seeds = _checked(rates, seeds, start=start, tolerance=tolerance, margin=margin)
     losses: Losses = {}
     with ThreadPoolExecutor(workers) as pool:
 
         def run(pairs: Iterable[tuple[float, int]]) -> None:
             missing = [pair for pair in pairs if pair not in losses]
-            ends = pool.map(lambda pair: _last_loss(train, pair, max_loss), missing)
+            ends = pool.map(lambda pair: last_loss(train, pair, max_loss), missing)
             losses.update(zip(missing, ends, strict=True))
 
         if start is None:
@@ -116,6 +182,80 @@ def find_learning_rate(
             run((rate, seed) for rate in rates for seed in seeds)
     runs = tuple(Run(rate, seed, loss) for (rate, seed), loss in sorted(losses.items()))
     return summarise_runs(runs, tolerance=tolerance)
+
+
+def _search_axes(
+    train: Callable[[dict[str, float], int], Iterable[float]],
+    grids: Any,
+    start: Any,
+    seeds: Sequence[int],
+    refine: int,
+    options: Mapping[str, Any],
+) -> HyperparameterSearch:
+    """The best point along every axis; losses of points are kept, so that none is trained twice."""
+    point = _start_of(grids, start)
+    losses: dict[tuple[tuple[float, ...], int], float] = {}
+
+    def along(name: str, refine: int) -> RateSearch:
+        is_integer = isinstance(point[name], int)
+
+        def one(value: float, seed: int) -> Iterable[float]:
+            values = {**point, name: int(value) if is_integer else value}
+            key = tuple(values.values()), seed
+            if key not in losses:
+                losses[key] = last_loss(train, (values, seed), options["max_loss"])
+            return [losses[key]]
+
+        rounds = 0 if is_integer else refine
+        grid = sorted({*grids[name], point[name]})
+        return find_learning_rate(
+            one, grid, seeds=seeds, start=point[name], refine=rounds, **options
+        )
+
+    def mean(values: Mapping[str, float]) -> float:
+        found = [losses.get((tuple(values.values()), seed), math.inf) for seed in seeds]
+        return statistics.fmean(found)
+
+    before = None
+    while point != before:  # the mean loss falls, on a finite grid
+        before = point
+        for name in point:
+            tried = [point, *({**point, name: one} for one in mean_losses(along(name, 0)))]
+            if isinstance(point[name], int):
+                tried = [{**one, name: int(one[name])} for one in tried]
+            point = min(tried, key=mean)
+    axes = {name: along(name, refine) for name in point}
+    runs = (
+        (dict(zip(point, key, strict=True)), seed, loss) for (key, seed), loss in losses.items()
+    )
+    return HyperparameterSearch(point, axes, mean(point), tuple(runs))
+
+
+def _start_of(grids: Any, start: Any) -> dict[str, float]:
+    """The point where a search begins: the values nearest to `start`, else in the middle."""
+    if not isinstance(grids, Mapping) or not grids:
+        raise TypeError(
+            "rates and start belong together: of several hyperparameters both are by name, found "
+            f"rates {grids!r} and start {start!r}"
+        )
+    start = {} if start is None else start
+    if not isinstance(start, Mapping) or not set(start) <= set(grids):
+        raise ValueError(
+            f"start must give values of {', '.join(grids)} by name, as {{{next(iter(grids))!r}: "
+            f"…}}, found {start!r}"
+        )
+    point = {}
+    for name, given in grids.items():
+        try:
+            grid = _checked(given, (0,), start=start.get(name))[0]
+        except (TypeError, ValueError) as error:
+            error.add_note(f"raised by the values of {name}")
+            raise
+        middle = start.get(name, grid[len(grid) // 2])
+        nearest = int(np.argmin(np.abs(np.log(np.asarray(grid) / middle))))
+        is_integer = all(isinstance(one, int | np.integer) for one in given)
+        point[name] = int(grid[nearest]) if is_integer else grid[nearest]
+    return point
 
 
 def summarise_runs(runs: Iterable[Run], *, tolerance: float = 0.02) -> RateSearch:
@@ -153,7 +293,8 @@ def mean_losses(search: RateSearch) -> dict[float, float]:
     return _mean_losses({(run.rate, run.seed): run.loss for run in search.runs})
 
 
-def _last_loss(train: Train, pair: tuple[float, int], max_loss: float) -> float:
+def last_loss(train: Callable[[Any, int], Any], pair: tuple[Any, int], max_loss: float) -> float:
+    """Returns the last loss that a run yields, inf where it diverged; see `find_learning_rate`."""
     parts = train(*pair)
     # JAX and NumPy arrays without axes are Iterable by their class, and cannot be iterated.
     if not isinstance(parts, Iterable) or getattr(parts, "ndim", 1) == 0:

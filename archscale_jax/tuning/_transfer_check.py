@@ -3,12 +3,19 @@
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 from archscale_jax._deprecated import renamed_field
-from archscale_jax.tuning._basin import excess_loss
-from archscale_jax.tuning._search import RateSearch, Train, find_learning_rate, mean_losses
+from archscale_jax.tuning._basin import excess_loss, excess_of
+from archscale_jax.tuning._search import (
+    HyperparameterSearch,
+    RateSearch,
+    Train,
+    find_learning_rate,
+    last_loss,
+    mean_losses,
+)
 
 
 class TransferCheck(NamedTuple):
@@ -51,18 +58,55 @@ class TransferCheck(NamedTuple):
         return self.bracketed and self.drift <= self.limit + 1e-9  # rounding of equal rates
 
 
+class HyperparameterTransfer(NamedTuple):
+    """What `transfer_check` found over several hyperparameters.
+
+    Attributes:
+      searches: the search of every size.
+      axes: by name, what the searches along one hyperparameter say; each through the size's own
+        best point.
+      excess: by how much the loss at the best values of the first size, all together, exceeds the
+        smallest one that the size reached, as a fraction of the latter's size; trained, with every
+        seed. Never negative, inf where a run diverges.
+    """
+
+    searches: dict[Any, HyperparameterSearch]
+    axes: dict[str, TransferCheck]
+    excess: dict[Any, float]
+
+    @property
+    def transfers(self) -> bool:
+        """Whether every hyperparameter does; see `TransferCheck.transfers`."""
+        return all(one.transfers for one in self.axes.values())
+
+
+@overload
 def transfer_check(
     train: Mapping[Any, Train], rates: Sequence[float], **options: Any
-) -> TransferCheck:
+) -> TransferCheck: ...
+
+
+@overload
+def transfer_check(
+    train: Mapping[Any, Callable[[dict[str, float], int], Iterable[float]]],
+    rates: Mapping[str, Sequence[float]],
+    **options: Any,
+) -> HyperparameterTransfer: ...
+
+
+def transfer_check(
+    train: Mapping[Any, Any], rates: Sequence[float] | Mapping[str, Sequence[float]], **options: Any
+) -> TransferCheck | HyperparameterTransfer:
     """Searches the best rate of networks of several sizes, trained with one parametrization.
 
     A flat coordinate check says that features change alike at the start; this says whether the best
-    rate transfers [μP].
+    rate transfers [μP], and with it weight decay, batch or steps, if they are searched too.
 
     Args:
       train: by size, first the one on which the rate would be tuned: `(rate, seed)` to training
-        losses, with the optimizer as the parametrization scales it; see `find_learning_rate`.
-      rates: the grid for all sizes.
+        losses, with the optimizer as the parametrization scales it; of several hyperparameters
+        `(values, seed)`. See `find_learning_rate`.
+      rates: the grid for all sizes, or grids by name.
       **options: of `find_learning_rate`; `start` is for the first size, others start where the one
         before ended.
 
@@ -72,12 +116,34 @@ def transfer_check(
     """
     if len(train) < 2:
         raise ValueError(f"train must hold at least two sizes to compare, found {list(train)}")
-    searches: dict[Any, RateSearch] = {}
+    several = isinstance(rates, Mapping)
+    searches: dict[Any, Any] = {}
     for size, one in train.items():
-        searches[size] = find_learning_rate(one, rates, **options)
-        if options.get("start") is not None:
-            options["start"] = searches[size].rate
-    return summarise_transfer(searches)
+        searches[size] = find_learning_rate(one, rates, **options)  # type: ignore
+        if several or options.get("start") is not None:
+            options["start"] = searches[size].point if several else searches[size].rate
+    if not several:
+        return summarise_transfer(searches)
+    first = next(iter(searches.values())).values
+    seeds, limit = options.get("seeds", (0, 1, 2)), options.get("max_loss", math.inf)
+    return HyperparameterTransfer(
+        searches,
+        {
+            name: summarise_transfer({size: one.axes[name] for size, one in searches.items()})
+            for name in rates
+        },
+        {
+            size: _excess(search, [last_loss(train[size], (first, seed), limit) for seed in seeds])
+            for size, search in searches.items()
+        },
+    )
+
+
+def _excess(search: HyperparameterSearch, losses: Sequence[float]) -> float:
+    """By what fraction of its size the mean of losses exceeds the smallest of a search."""
+    found = statistics.fmean(losses)
+    reached = [loss for one in search.axes.values() for loss in mean_losses(one).values()]
+    return excess_of(found, [found, *reached])
 
 
 def summarise_transfer(searches: Mapping[Any, RateSearch]) -> TransferCheck:

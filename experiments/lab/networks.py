@@ -2,18 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 from flax import nnx
 from jaxtyping import Array, Float, Scalar
 
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree
+from archscale_jax.tuning._basin import loss_at
 from experiments.lab import common, training
 from experiments.lab.datasets import Dataset
 
@@ -193,3 +195,46 @@ def mean_losses(result: Mapping[str, Any]) -> dict[float, float]:
     for run in sorted(runs_of(result)):
         losses.setdefault(run.rate, []).append(run.loss)
     return {rate: float(np.mean(found)) for rate, found in losses.items()}
+
+
+def transfer_row(
+    result: Mapping[str, Any], of_base: Mapping[str, Any], uniform: Mapping[str, Any]
+) -> dict[str, float]:
+    """Returns how a search's best rate compares with that of its base.
+
+    `nats`: the log of the best rate over the base's, and `noise`, its standard error. `given_up`:
+    the loss at the base's rate over the best loss of one rate for all parameters, less 1;
+    `at_best`: the same at the method's own best rate.
+
+    Args:
+      result: of the network under a method; see `search_rate`.
+      of_base: of the base under that method.
+      uniform: of the network, with one rate for all parameters.
+    """
+    losses, best = mean_losses(result), min(mean_losses(uniform).values())
+    noise = (result["uncertainty"] or math.nan, of_base["uncertainty"] or math.nan)
+    return {
+        "nats": math.log(result["rate"] / of_base["rate"]),
+        "noise": math.hypot(*noise),
+        "given_up": loss_at(of_base["rate"], losses) / best - 1,
+        "at_best": min(losses.values()) / best - 1,
+    }
+
+
+def transfer_summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Returns a row for every group of `transfer_row`s: RMS distance, and the loss given up."""
+    found = []
+    for names, group in rows.groupby(list(by), sort=False):
+        lost = 100 * group["given_up"]
+        found.append(
+            {
+                **dict(zip(by, names, strict=True)),
+                "networks": len(group),
+                "nats": f"{np.sqrt(np.mean(group['nats'] ** 2)):.2f}",
+                "noise": f"{np.sqrt(np.mean(group['noise'] ** 2)):.2f}",
+                "given up, %: median": f"{lost.median():+.1f}",
+                "most": f"{lost.max():+.1f}",
+                "at its best, %": f"{100 * group['at_best'].median():+.1f}",
+            }
+        )
+    return pd.DataFrame(found)
