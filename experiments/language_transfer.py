@@ -27,7 +27,7 @@ from archscale_jax._trees import PyTree, map_with_names
 from experiments import language
 from experiments.lab import common, files, page, panels, ranges, runners
 from experiments.lab.sweeps import run_study, trial_hash
-from experiments.lab.tables import number
+from experiments.lab.tables import NONE, number
 from experiments.language import Parametrized, Trial
 
 FLAGS = flags.FLAGS
@@ -110,9 +110,9 @@ def run() -> None:
         __doc__,
         tables={
             "Best rate and decay at the base, by search.": base_table(study),
-            "At larger sizes: nats from the base's best values to those of the target, what the "
-            "transferred values give up, and the lowest loss that was found (± standard error "
-            "over seeds).": target_table(study),
+            "At other sizes: the loss at the base's values; how many nats the best rate or decay "
+            "lies beside the base's, the other kept; its loss, and what the base's value gives up "
+            "(± standard error over seeds, of percentages seed by seed).": target_table(study),
         },
         figures={figure: "Held-out loss over the learning rate in units of the base's best."},
     )
@@ -137,15 +137,15 @@ STAGES: tuple[tuple[str, str, Point | None], ...] = (
     ("half", "deep", RATES),
     ("plan", "batch", RATES),
     ("sde", "batch", RATES),
-    ("plan", "updates", RATES),
-    ("sde", "updates", RATES),
     ("plan", "wide", DECAYS),
     ("standard", "base", RATES),
     ("plan", "base", RATES),
     ("warmup", "wide", None),
+    ("standard", "wide", DECAYS),
+    ("plan", "updates", RATES),
+    ("sde", "updates", RATES),
     ("decay_before", "wide", RATES),
     ("independent", "wide", (1, -1)),
-    ("standard", "wide", DECAYS),
     ("embedding", "target", None),
     ("decay_before", "target", None),
     ("half", "target", None),
@@ -284,7 +284,7 @@ def shift(point: Point, direction: Point, step: int) -> Point:
 
 def common_seeds(losses: Mapping[Any, Sequence[float]]) -> dict[Any, np.ndarray]:
     """Returns the losses of the seeds that all have."""
-    seeds = min(map(len, losses.values()))
+    seeds = min(map(len, losses.values()), default=0)
     return {key: np.asarray(one[:seeds]) for key, one in losses.items()}
 
 
@@ -412,11 +412,7 @@ class Found(NamedTuple):
 
 def vertex(losses: Losses, start: Point, direction: Point) -> Found | None:
     """Finds the best point of a line; None where its neighbours were not measured."""
-    steps = {
-        step: losses[point]
-        for step in range(-9, 10)
-        if (point := shift(start, direction, step)) in losses
-    }
+    steps = line_of(losses, start, direction)
     best = lowest_of(steps) if steps else 0
     if not {best - 1, best, best + 1} <= steps.keys():
         return None
@@ -458,7 +454,7 @@ def base_table(study: Study) -> pd.DataFrame:
                 "base": METHODS[method].label,
                 "rate": f"{RATE * 2.0 ** best[0]:.4g}",
                 "decay": f"{DECAY * 2.0 ** best[1]:.4g}",
-                "loss": _plus_minus(np.mean(losses), error(losses), ".4f"),
+                "loss": _mean(losses, ".4f"),
                 "points": str(len(study.losses[method, "base"])),
             }
         )
@@ -466,34 +462,56 @@ def base_table(study: Study) -> pd.DataFrame:
 
 
 def target_table(study: Study) -> pd.DataFrame:
-    """Returns a row for every method and size that was trained."""
+    """Returns a row for every method, size and direction of search."""
     rows = []
     for size, described in SIZES.items():
         for method, of in METHODS.items():
-            losses = study.losses.get((method, size))
-            if not losses:
-                continue
+            losses = study.losses.get((method, size), {})
             start = study.best[of.base]
-            best = lowest_of(losses)
-            same = common_seeds({point: losses[point] for point in (start, best)})
-            paired = same[start] / same[best] - 1
-            searched = len(losses) > 1
-            rows.append(
-                {
-                    "method": of.label,
-                    "size": described,
-                    "rate, nats": _plus_minus(*drift(study, method, size, of.direction)),
-                    "decay, nats": _plus_minus(*drift(study, method, size, DECAYS)),
-                    "transferred": _plus_minus(np.mean(losses[start]), error(losses[start]), ".4f"),
-                    "given up, %": _plus_minus(100 * paired.mean(), 100 * error(paired))
-                    if searched
-                    else "–",
-                    "best": _plus_minus(np.mean(losses[best]), error(losses[best]), ".4f")
-                    if searched
-                    else "–",
-                }
-            )
+            if start not in losses:
+                continue
+            lines = {
+                name: line
+                for name, direction in (("rate", of.direction), ("decay", DECAYS))
+                if len(line := line_of(losses, start, direction)) > 1
+            }
+            for name, line in (lines or {NONE: {0: losses[start]}}).items():
+                direction = DECAYS if name == "decay" else of.direction
+                row = {"method": of.label, "size": described, "searched": name}
+                row |= {"transferred": _mean(losses[start], ".4f")}
+                ours = study.losses.get(("plan", size), {}).get(study.best["plan"])
+                row |= {"over parametrize, %": _percent(losses[start], ours)}
+                best = line[lowest_of(line)]
+                found = [_plus_minus(*drift(study, method, size, direction)), _mean(best, ".4f"),
+                         _percent(losses[start], best)]  # fmt: skip
+                names = ("best: nats", "its loss", "given up, %")
+                rows.append(
+                    row | dict(zip(names, found if name in lines else NOTHING, strict=True))
+                )
     return pd.DataFrame(rows)
+
+
+NOTHING = (NONE,) * 3
+"""Where a method was not searched."""
+
+
+def line_of(losses: Losses, start: Point, direction: Point) -> dict[int, list[float]]:
+    """Returns the losses of a line by steps from its start."""
+    points = {step: shift(start, direction, step) for step in range(-9, 10)}
+    return {step: losses[point] for step, point in points.items() if point in losses}
+
+
+def _percent(losses: Sequence[float], others: Sequence[float] | None) -> str:
+    """By how much losses exceed others, seed by seed, with the standard error."""
+    if others is None:
+        return NONE
+    one, other = common_seeds({0: losses, 1: others}).values()
+    excess = 100 * (one / other - 1)
+    return _plus_minus(excess.mean(), error(excess))
+
+
+def _mean(losses: Sequence[float], spec: str) -> str:
+    return _plus_minus(np.mean(losses), error(losses), spec)
 
 
 def _plus_minus(value: Any, margin: float, spec: str = ".2f") -> str:
@@ -517,9 +535,8 @@ def draw(study: Study, path: pathlib.Path) -> None:
             continue
         start = study.best[method]
         for (size, label), colour in zip(sizes.items(), panels.COLOURS, strict=False):
-            losses = study.losses.get((method, size), {start: [math.nan]})
-            steps = [one for one in range(-9, 10) if shift(start, RATES, one) in losses]
-            values = common_seeds({one: losses[shift(start, RATES, one)] for one in steps}).values()
+            steps = common_seeds(line_of(study.losses.get((method, size), {}), start, RATES))
+            values = steps.values()
             across = [2.0**one for one in steps]
             panel.plot(across, [np.mean(one) for one in values], "o-", ms=4, lw=1.4,
                        color=colour, label=label)  # fmt: skip
