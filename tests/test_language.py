@@ -287,6 +287,23 @@ class TestTransfer:
         np.testing.assert_allclose(found.drift, np.log(2) * np.array([1.3, 0.9]))
         assert language_transfer.vertex({(0, 0): [1.0]}, (0, 0), (1, 0)) is None
 
+    def test_the_table_says_what_the_base_values_give_up(self):
+        study = language_transfer.Study.__new__(language_transfer.Study)
+        parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
+        study.best = {"plan": (1, 2), "standard": (0, 0)}
+        study.losses = {
+            ("plan", "base"): {(step + 1, 2): [2 + one] * 2 for step, one in parabola.items()},
+            ("plan", "wide"): {(step, 2): [1 + one, 2 + one] for step, one in parabola.items()},
+            ("decay_root", "wide"): {(1, 2): [1.25 * 1.02, 2.25 * 1.04]},
+        }
+        searched, other = language_transfer.target_table(study).to_dict("records")
+        # The base's best lies at 1.5 octaves, that of the wider network at 0.5.
+        assert searched["searched"] == "rate"
+        assert searched["best: nats"] == f"{-math.log(2):.2f} ± 0.00"
+        assert searched["given up, %"] == "0.00 ± 0.00"
+        assert other["over parametrize, %"] == "3.00 ± 1.00"
+        assert other["given up, %"] == other["best: nats"] == "–"
+
     def test_points_are_compared_on_the_seeds_that_they_share(self):
         assert language_transfer.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
 
