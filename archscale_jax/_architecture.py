@@ -71,6 +71,8 @@ class ParameterUse:
       source: file, line and function.
       gates: of a weight, whether its outputs only scale whole groups of features, as those of the
         router of a mixture of experts.
+      made: of a layer that reads inputs, whether the model makes the features that it sums, as the
+        sines of a time, so that their number is one of its widths.
     """
 
     kind: str
@@ -89,6 +91,7 @@ class ParameterUse:
     expression: Expression | None = None
     source: str = ""
     gates: bool = False
+    made: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,11 @@ class Parameter:
       start_known: whether that value is plain from what it does. Of a slope, a temperature or a
         decay it is not: `initialize` keeps the value that the model gave.
       filled: its shape without the unused capacity of a network that grows; None without such.
+      trained: False where no gradient of the result comes to it, as behind `stop_gradient`, or
+        where it does nothing to the result. It is kept as it is: it does not decay, and what arrays
+        or the framework hold of it is not drawn anew.
+      rows: of a table, by what its rows are drawn smaller than those of the base, as the model
+        multiplies them by so much more.
 
     Raises:
       ValueError: an unknown role or layer, or a fan or size below 1.
@@ -139,6 +147,8 @@ class Parameter:
     start_known: bool = True
     given: float | Moments | None = None
     filled: tuple[int, ...] | None = None
+    trained: bool = True
+    rows: float = 1.0
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -207,7 +207,7 @@ def _found(plan: Parametrization, optimizer: Any, asked: _Found) -> _Found:
     findings = [
         *weights.mixed_dtypes(plan, params),
         *weights.checked(plan, params, starts),
-        *losses.checked_gradient(loss, params, batch, gradient),
+        *losses.checked_gradient(plan, loss, params, batch, gradient),
     ]
     found = asked._replace(findings=findings, starts=starts, gradient=gradient)
     found = _with_chain(plan, optimizer, found, gradient)

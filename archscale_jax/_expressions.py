@@ -208,6 +208,18 @@ def statistics(expression: Expression) -> tuple[Statistic, ...]:
     return tuple(one for one in parts(expression, raw=True) if isinstance(one, Statistic))
 
 
+def is_factor(expression: Expression, variable: Variable, other: Variable) -> bool:
+    """Returns whether a variable only stands in factors of products in which another does not."""
+    if not isinstance(expression, Apply):
+        return False
+    there = any(other in variables(one) for one in expression.operands)
+    product = expression.name in ("mul", "div") and there
+    held = [one for one in expression.operands if variable in variables(one)]
+    return bool(held) and all(
+        is_factor(one, variable, other) if other in variables(one) else product for one in held
+    )
+
+
 def replaced(expression: Expression, values: Mapping[Statistic, Expression]) -> Expression:
     """Returns an expression with its outermost statistics replaced where values are given."""
     done: dict[Expression, Expression] = {}

@@ -30,11 +30,11 @@ def initialize(
 
     Weights are normal with the standard deviation of the rule. Biases, scales and whatever else the
     rule does not draw keep the values that arrays have: a slope of 0.25, a temperature, the zeros
-    of a residual gate. Weights that were 0 in the arrays that `trace` got stay 0, as those of
-    adaLN-Zero. Where only shapes are given, biases become 0 and scales 1 (of 1 + w, w
-    becomes 0); `report` lists the leaves of which that is not plain. The draw of a leaf depends on
-    the key and the leaf's name alone: other layers may come and go, and any sharding gives the same
-    numbers.
+    of a residual gate, and whatever no gradient comes to. Weights that were 0 in the arrays that
+    `trace` got stay 0, as those of adaLN-Zero. Where only shapes are given, biases become 0 and
+    scales 1 (of 1 + w, w becomes 0); `report` lists the leaves of which that is not plain. The draw
+    of a leaf depends on the key and the leaf's name alone: other layers may come and go, and any
+    sharding gives the same numbers.
 
     Pure; works under `jax.jit` and `jax.eval_shape`. A new leaf goes where the old one was put, or
     where its `jax.ShapeDtypeStruct` says; every device draws its own shard. Under `jax.jit`,
@@ -67,12 +67,13 @@ def initialize(
             )
     deviations, starts = drawn_and_set(architecture, rule, rule_options)
     plain = {parameter.name: parameter.initial_value for parameter in architecture.parameters}
+    constant = {parameter.name for parameter in architecture.parameters if not parameter.trained}
     traced = isinstance(key, Tracer) or isinstance(jnp.zeros(()), Tracer)
 
     def draw(name: str, leaf: Any) -> jax.Array:
         sharding = sharding_of(leaf, traced)
         check_divides(name, leaf.shape, sharding)
-        kept = name not in deviations and name not in starts
+        kept = name in constant or (name not in deviations and name not in starts)
         if kept and not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         make: Callable[..., jax.Array] = _full

@@ -9,8 +9,9 @@ import jax
 from archscale_jax._frameworks import is_static
 from archscale_jax._trees import PyTree
 from archscale_jax.rules._forward import Forward
+from archscale_jax.tracing.attention import queries_of
 from archscale_jax.tracing.multiplied import Place, with_multipliers
-from archscale_jax.tracing.trace import Reading, queries_of
+from archscale_jax.tracing.trace import Reading
 from archscale_jax.tracing.values import TraceError
 
 

@@ -17,7 +17,7 @@ from archscale_jax._optax import scale_by_multipliers
 from archscale_jax._optimizers import MuonParts, optimizer_of
 from archscale_jax._placement import sharding_of
 from archscale_jax._report import BaseValues, PlanNumbers, Report, report_of
-from archscale_jax._trees import PyTree, map_with_names, scaled_leaves, with_leaves
+from archscale_jax._trees import PyTree, map_with_names, named_leaves, scaled_leaves, with_leaves
 from archscale_jax.rules._choice import Choice, chosen
 from archscale_jax.rules._forward import Form, start_factors
 from archscale_jax.rules._initialization import weight_standard_deviations
@@ -31,6 +31,7 @@ from archscale_jax.rules._optimizer import (
     optimizer_lines,
 )
 from archscale_jax.rules._registry import Explained, Part
+from archscale_jax.rules._tables import with_rows
 from archscale_jax.rules._variances import Deviation
 from archscale_jax.rules._width import with_widths
 from archscale_jax.rules._zeros import with_zeros, zero_leaves
@@ -145,6 +146,8 @@ def parametrize(
         base_inputs = (base_inputs,)
     of_base = inputs if base_inputs is None else base_inputs
     compared = _base_architecture(base, architecture, optimizer, of_base, keywords, options)
+    if compared is not None and width_rule is not None:
+        architecture = with_rows(architecture, compared, folded=form == "folded")
     choice = chosen(
         architecture,
         compared,
@@ -326,7 +329,7 @@ class Parametrization:
         names = [
             one.name
             for one in self.architecture.parameters
-            if not one.is_drawn
+            if not (one.is_drawn and one.trained)
             and not isinstance(self._model.starts.get(one.name), float)
             and one.name not in self.zeros
         ]
@@ -356,9 +359,17 @@ class Parametrization:
 
         An array that broadcasts over the leaf where the slices of a stack differ.
         """
+        leaves, drawn_by_model = named_leaves(self._model.params), self._model.initial is not None
+        kept = {
+            one.name
+            for one in self.architecture.parameters
+            if not one.trained
+            and (drawn_by_model or not isinstance(leaves[one.name], jax.ShapeDtypeStruct))
+        }
         found = {
             name: one * self._starts[name].value if name in self._starts else one
             for name, one in self._deviations.items()
+            if name not in kept
         }
         return self._of_leaves({**dict.fromkeys(self.architecture.shapes), **found})
 

@@ -1,4 +1,4 @@
-"""Does the audit find what is wrong, and nothing else? `python -m benchmarks.audit`, an hour.
+"""Does the audit find what is wrong, and nothing else? `python -m benchmarks.audit`, two hours.
 
 Every fault of `tests/audit_faults.py` is made in six networks under three optimizers, where it can
 be made, and the audit is asked. A fault is found if the findings of its kind name all leaves that
@@ -6,25 +6,30 @@ are wrong; it is told exactly if they name no other. Set-ups that are right, of 
 shall give no finding. Cost is measured for transformers of one and of a hundred million parameters:
 seconds, wall and processor, of the audit, compiling included, and the peak of memory over that of a
 training step, each in a process of its own. The journal in `runs` lets a run that was stopped go
-on.
+on; `--known` sums up what it holds.
 """
 
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 
 import archscale_jax as archscale
 from benchmarks import common
 from tests import audit_faults, audit_networks, gpts
 
+flags.DEFINE_bool("known", False, "Sum up what the journal holds, and run nothing.")
+
 JOURNAL = pathlib.Path("runs/audit.jsonl")
+Key = tuple[str, ...]
+Record = dict[str, Any]
 SIZES = {"million": (128, 4, 1024), "hundred million": (768, 12, 8192), "tiny": (32, 1, 100)}
 """Width, layers and tokens of the transformers whose cost is measured."""
 
@@ -32,43 +37,58 @@ SIZES = {"million": (128, 4, 1024), "hundred million": (768, 12, 8192), "tiny": 
 def main() -> None:
     # What is measured here holds of any compiler; cost is measured in processes of its own.
     jax.config.update("jax_disable_most_optimizations", True)
-    names = common.sized(audit_networks.NAMES, ("mlp",))
-    optimizers = common.sized(audit_networks.OPTIMIZERS, ("adamw",))
     known = {tuple(one["key"]): one for one in _journal()}
-    faults, rights = [], []
-    for name in names:  # of one network after the other, whose programs are compiled already
-        for key in audit_faults.faulty([name], optimizers):
-            faults.append(known.get(key) or _fault(key))
-        for key in audit_faults.rightly(name, optimizers):
-            rights.append(known.get(("right", *key)) or _right(*key))
-    faults, rights = ([one for one in each if one["made"]] for each in (faults, rights))
-    sizes = common.sized(
-        [*(("million", one) for one in optimizers), ("hundred million", "adamw")],
-        [("tiny", "adamw")],
-    )
-    cost = {
-        f"{size}, {optimizer}": {
-            what: common.in_fresh_process(_cost, what, size, optimizer)
-            for what in ("step", "audit")
-        }
-        for size, optimizer in sizes
+    tasks = _tasks()
+    records = {
+        key: known.get(key) or _noted({"key": key, **function(*key)})
+        for key, function in tasks.items()
+        if key in known or not common.FLAGS.known
     }
-    results = {"faults": _by_fault(faults), "right": _by_right(rights), "cost": cost}
+    made = [one for one in records.values() if one.get("made")]
+    faults = [one for one in made if "found" in one]
+    rights = [one for one in made if "findings" in one]
+    steps = ("step", "audit")
+    left = [key[-2] for key in tasks.keys() - records.keys() if key[0] != "cost"]
+    results = {
+        "faults": _by_fault(faults),
+        "right": _by_right(rights),
+        "cost": {
+            ", ".join(key[1:]): {what: one[what] for what in steps}
+            for key, one in records.items()
+            if key[0] == "cost"
+        },
+        "not run": {name: left.count(name) for name in sorted(set(left))},
+    }
     common.write_results("audit", results)
     missed = [one["key"] for one in faults if not one["found"]]
     inexact = [one["key"] for one in faults if one["found"] and not one["exact"]]
     alarms = [one["key"] for one in rights if one["findings"]]
     print(f"faults: {len(faults)}, missed: {missed}, not told exactly: {inexact}")
     print(f"right: {len(rights)}, false alarms: {alarms}")
-    print(json.dumps(cost, indent=1))
+    print(json.dumps({key: results[key] for key in ("cost", "not run")}, indent=1))
 
 
-def _journal() -> Iterator[dict[str, Any]]:
+def _tasks() -> dict[Key, Callable[..., Record]]:
+    """Everything there is to run, by the arguments of the function that runs it."""
+    names = common.sized(audit_networks.NAMES, ("mlp",))
+    optimizers = common.sized(audit_networks.OPTIMIZERS, ("adamw",))
+    tasks: dict[Key, Callable[..., Record]] = {}
+    for name in names:  # of one network after the other, whose programs are compiled already
+        tasks |= dict.fromkeys(audit_faults.faulty([name], optimizers), _fault)
+        tasks |= {("right", *key): _right for key in audit_faults.rightly(name, optimizers)}
+    sizes = common.sized(
+        [*(("million", one) for one in optimizers), ("hundred million", "adamw")],
+        [("tiny", "adamw")],
+    )
+    return tasks | {("cost", *key): _cost for key in sizes}
+
+
+def _journal() -> Iterator[Record]:
     if JOURNAL.exists() and not common.FLAGS.quick:
         yield from map(json.loads, JOURNAL.read_text().splitlines())
 
 
-def _noted(record: dict[str, Any]) -> dict[str, Any]:
+def _noted(record: Record) -> Record:
     if not common.FLAGS.quick:
         JOURNAL.parent.mkdir(exist_ok=True)
         with JOURNAL.open("a") as file:
@@ -76,42 +96,44 @@ def _noted(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _fault(key: tuple[str, str, str]) -> dict[str, Any]:
+def _fault(key: str, name: str, optimizer: str) -> Record:
     """One fault; found if all that is wrong is named, exact if nothing else is."""
-    fault = audit_faults.FAULTS[key[0]]
-    made = fault.make(*key[1:])
+    fault = audit_faults.FAULTS[key]
+    made = fault.make(name, optimizer)
     if made is None:
-        return _noted({"key": key, "made": False})
+        return {"made": False}
     setup, wrong = made
     audit = archscale.audit(*setup)
     named = {one.parameter for one in audit.findings if one.kind in fault.kinds}
     others = sorted({one.kind for one in audit.findings if one.kind not in fault.kinds})
-    return _noted(
-        {
-            "key": key,
-            "made": True,
-            "found": wrong <= named,
-            "exact": wrong == named,
-            "wrong": sorted(wrong),
-            "named": sorted(named),
-            "other kinds": others,
-            "seconds": audit.seconds,
-        }
-    )
+    return {
+        "made": True,
+        "found": wrong <= named,
+        "exact": wrong == named,
+        "wrong": sorted(wrong),
+        "named": sorted(named),
+        "other kinds": others,
+        "seconds": audit.seconds,
+    }
 
 
-def _right(key: str, name: str, optimizer: str) -> dict[str, Any]:
+def _right(_: str, key: str, name: str, optimizer: str) -> Record:
     """One right set-up and what is found of it."""
-    full = ("right", key, name, optimizer)
     setup = audit_faults.RIGHT[key](name, optimizer)
     if setup is None:
-        return _noted({"key": full, "made": False})
+        return {"made": False}
     audit = archscale.audit(*setup)
     findings = [[one.kind, one.parameter] for one in audit.findings]
-    return _noted({"key": full, "made": True, "findings": findings, "seconds": audit.seconds})
+    return {"made": True, "findings": findings, "seconds": audit.seconds}
 
 
-def _by_fault(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _cost(_: str, size: str, optimizer: str) -> Record:
+    """What a training step and an audit take, each in a process of its own."""
+    steps = ("step", "audit")
+    return {what: common.in_fresh_process(_taken, what, size, optimizer) for what in steps}
+
+
+def _by_fault(records: list[Record]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in records:
         key, name, optimizer = one["key"]
@@ -129,7 +151,7 @@ def _by_fault(records: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _by_right(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _by_right(records: list[Record]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in records:
         _, key, name, optimizer = one["key"]
@@ -140,7 +162,7 @@ def _by_right(records: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _cost(what: str, size: str, optimizer: str) -> dict[str, float]:
+def _taken(what: str, size: str, optimizer: str) -> dict[str, float]:
     """Seconds, and the growth of this process's peak memory, of a training step or of an audit."""
     plan, loss, batch = _transformer(*SIZES[size], optimizer)
     params = jax.block_until_ready(plan.init(jax.random.key(0)))

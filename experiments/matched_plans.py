@@ -49,7 +49,7 @@ STUDIES = {
     "residual_mlp": Study("residual_mlp", (2, 64), ((4, 64), (16, 64), (2, 128), (2, 256)), "sgd"),
     "vit": Study("vit", (2, 32), ((4, 32), (8, 32), (2, 64), (2, 128)), "adamw"),
     "wide_resnet": Study("wide_resnet", (1, 8), ((4, 8), (1, 32)), "sgd"),
-    "gpt": Study("gpt", (2, 32), ((8, 32), (2, 128)), "adamw"),
+    "gpt": Study("gpt", (2, 32), ((4, 32), (8, 32), (2, 128)), "adamw"),
     "gpt_muon": Study("gpt", (2, 32), ((8, 32), (2, 128)), "muon"),
 }
 

@@ -450,7 +450,7 @@ class TestRuns:
 
     def test_what_is_not_a_number_is_named(self):
         with pytest.raises(TypeError, match=r"yielded \('state', 1\.0\); accepted are numbers"):
-            find_learning_rate(lambda rate, seed: [("state", 1.0)], [0.1, 4])  # pyright: ignore[reportArgumentType]
+            find_learning_rate(lambda rate, seed: [("state", 1.0)], [0.1, 4])  # pyright: ignore
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_an_error_of_the_training_is_raised(self, workers):

@@ -329,7 +329,7 @@ class TestErrors:
             trace(apply, params, self.x, **options)
 
     def test_a_parameter_that_does_nothing(self):
-        params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3), spare=(4,))
+        params = shapes(stem=(8, 4), hidden=(4, 4), readout=(4, 3), spare=(4, 4))
         apply = lambda p, x: RELU(RELU(x @ p["stem"]) @ p["hidden"]) @ p["readout"]  # noqa: E731
         self.raises(apply, params, "parameter 'spare' does nothing to the result")
         traced = trace(apply, params, self.x, roles={"spare": "bias"})

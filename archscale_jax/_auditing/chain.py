@@ -194,8 +194,11 @@ def _relative(answers: Answers, kinds: Mapping[str, Kind], named: set[str]) -> I
         linear = still.size == 0 or still.beside < 0.1  # decay that was taken off
         if name in named or not (whole and linear and large.along):
             continue
-        ratio = moved / large.along
-        if not 0.8 < ratio < 1.25:
+        ratio, most = moved / large.along, 1.25
+        rate = rate_of(answers, name, kinds[name])
+        if kinds[name] == Kind.MUON and not _linear(abs(large.first), rate):
+            most = 4  # what is clipped unit by unit has another direction at other weights
+        if not 1 / most < ratio < most:
             yield Finding(
                 "optimizer",
                 name,
@@ -215,11 +218,12 @@ def _linear(one: float, other: float) -> bool:
 def _clipped_together(answers: Answers, kinds: Mapping[str, Kind]) -> Iterator[Finding]:
     """Updates that grow when others are 0."""
     own = [name for name in answers.half if kinds[name] in (Kind.ADAM, Kind.MUON)]
-    ratios = [rate_of(answers, name, kinds[name]) for name in own]
+    alone, together = (answers._replace(fine={}, small={}, large=one)
+                       for one in (answers.half, answers.large))  # fmt: skip
     ratios = [
-        rate_of(answers._replace(large=answers.half), name, kinds[name]) / one
-        for name, one in zip(own, ratios, strict=True)
-        if one
+        rate_of(alone, name, kinds[name]) / rate_of(together, name, kinds[name])
+        for name in own
+        if answers.large[name].size
     ]
     if ratios and statistics.median(ratios) > 1.1:
         yield Finding(

@@ -39,8 +39,9 @@ def kind_of(answers: Answers, name: str, itemsize: int, promised: Kind) -> Kind:
     if large.spread < 0.1 + exact and not linear:
         return Kind.ADAM
     # Newton-Schulz raises what rounding has left, by a factor of 500.
-    if _orthogonal(large, 0.95 if itemsize > 2 else 0.4):
-        return Kind.MUON if large.uneven < 1.5 else Kind.OTHER_AXES
+    least = 0.95 if itemsize > 2 else 0.4
+    if orthogonal := orthogonal_of(answers, name, least):
+        return Kind.MUON if orthogonal.uneven < 1.5 else Kind.OTHER_AXES
     if linear:
         bounded = large.rest > exact and promised == Kind.ADAM
         return Kind.ADAM if bounded else Kind.SGD
@@ -49,6 +50,12 @@ def kind_of(answers: Answers, name: str, itemsize: int, promised: Kind) -> Kind:
     if large.size < 30 * small.size and large.explained < 0.98 and itemsize > 2:
         return Kind.OTHER_AXES
     return Kind.UNKNOWN
+
+
+def orthogonal_of(answers: Answers, name: str, explained: float = 0.4) -> Response | None:
+    """Returns the orthogonalized response to the smallest gradient, which clipping turns least."""
+    responses = [one[name] for one in (answers.fine, answers.small, answers.large) if name in one]
+    return next((one for one in responses if _orthogonal(one, explained)), None)
 
 
 def _grows(small: Response, tiny: Response) -> bool:
@@ -69,7 +76,7 @@ def rate_of(answers: Answers, name: str, kind: Kind) -> float:
     if kind == Kind.SGD:
         return abs(answers.small[name].along) / SMALL
     if kind == Kind.MUON:
-        return abs(answers.large[name].first)
+        return abs((orthogonal_of(answers, name) or answers.large[name]).first)
     if kind == Kind.NORMALIZED:
         return answers.large[name].size
     return answers.large[name].even

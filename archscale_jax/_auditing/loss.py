@@ -80,9 +80,9 @@ def _size(leaf: jax.Array) -> jax.Array:
 
 
 def checked_gradient(
-    loss_fn: Loss, params: PyTree, batch: Any, gradient: Gradient
+    plan: Parametrization, loss_fn: Loss, params: PyTree, batch: Any, gradient: Gradient
 ) -> Iterator[Finding]:
-    """Findings on values that are not finite, and on leaves without a gradient."""
+    """Findings on values that are not finite, and on leaves without a gradient that want one."""
     broken = [name for name, size in gradient.sizes.items() if not math.isfinite(size)]
     if not math.isfinite(gradient.loss):
         yield Finding(
@@ -106,7 +106,8 @@ def checked_gradient(
             )
     if broken or not math.isfinite(gradient.loss):
         return
-    missing = [name for name, size in gradient.sizes.items() if size == 0]
+    kept = {one.name for one in plan.architecture.parameters if not one.trained}
+    missing = [name for name, size in gradient.sizes.items() if size == 0 and name not in kept]
     if missing and _hidden_by_zeros(params, missing):
         filled = gradient_of(loss_fn, _filled(params), batch)
         missing = [name for name in missing if filled.sizes[name] == 0]

@@ -6,13 +6,15 @@ A chain is opaque, so that it is fed. A probe of a leaf that holds matrices is, 
 
 and the update u tells the optimizer: SGD gives u ∝ g; Adam entries of one size; an orthogonalized
 update has D₁ and D₂ in equal parts, and nothing else, if its axes are those of the probe. Probes of
-three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below any
+three sizes tell how u grows with g, and epsilon: of 10³, above any epsilon, of 10⁻⁶, below most
 clipping, and of 10⁻¹², below any epsilon. They are given from the state that the chain itself
 initializes, at params that are 0, so that nothing decays; a gradient of 0 at params of size 1 then
-shows the decay alone.
+shows the decay alone. Clipping unit by unit turns the direction of a gradient, and of an
+orthogonalized update with it: such updates are asked for once more, by matrices of norm 10⁻⁵.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +28,9 @@ from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._matrix import Matrix
 
 LARGE, SMALL, TINY = 1e3, 1e-6, 1e-12
+FINE = 1e-5
+"""Norm of a matrix. Adaptive clipping by 0.01 allows each of its units as much at params that are
+0, and the epsilon that Newton-Schulz adds, 10⁻⁸, is the same small part of every matrix."""
 KAPPA = 0.25
 PLACED = 8.0
 """Size of params at which updates relative to them show; of size 1 they may look as Adam's."""
@@ -101,6 +106,7 @@ class Answers(NamedTuple):
       large: responses to gradients of size 10³.
       small: to gradients of size 10⁻⁶.
       tiny: to gradients of size 10⁻¹².
+      fine: to matrices of norm 10⁻⁵, where updates of a leaf may be orthogonalized.
       still: to gradients of 0 at params of size 1.
       between: names of leaves that decay in calls that move nothing.
       placed: to gradients of size 10³ at params of size `PLACED`, without what decays.
@@ -116,6 +122,7 @@ class Answers(NamedTuple):
     large: Mapping[str, Response] = {}
     small: Mapping[str, Response] = {}
     tiny: Mapping[str, Response] = {}
+    fine: Mapping[str, Response] = {}
     still: Mapping[str, Response] = {}
     between: frozenset[str] = frozenset()
     placed: Mapping[str, float] = {}
@@ -189,6 +196,9 @@ def ask(chain: Chain, probes: "Probes") -> Answers:
         name for name, one in answers.items() if one.size == 0 and again[name].size == 0
     )
     small, tiny = (probes.asked(chain, [size] * first, zeros) for size in (SMALL, TINY))
+    fine: Responses = {}
+    if any(_may_be_orthogonal(one, small[name]) for name, one in answers.items()):
+        fine = probes.measured(chain.follow([probes.fine] * first, zeros))
     alone: Responses = {}
     if period > 1:
         sizes = [*[LARGE] * (first - period + 1), *[0.0] * (period - 1)]
@@ -212,12 +222,18 @@ def ask(chain: Chain, probes: "Probes") -> Answers:
         answers,
         small,
         tiny,
+        fine,
         still,
         frozenset(name for name, one in between.items() if one.size > 0 and period > 1),
         {name: one.along - PLACED * still[name].along for name, one in moved.items()},
         half,
         alone,
     )
+
+
+def _may_be_orthogonal(large: Response, small: Response) -> bool:
+    """Whether updates do not grow with the gradient, and entries differ."""
+    return large.size < 30 * small.size and large.spread > 0.1
 
 
 def _until_moved(
@@ -339,6 +355,15 @@ class Probes:
     def gradients(self, size: float, names: Collection[str] | None = None) -> PyTree:
         """Returns probes of this size, 0 in leaves of other names."""
         return self._made(size, 0.0, names)
+
+    def fine(self) -> PyTree:
+        """Returns probes whose matrices have the norm `FINE`."""
+
+        def make(name: str, leaf: jax.Array) -> jax.Array:
+            size = FINE / math.sqrt(math.prod(self._matrices[name].sizes(leaf.shape)))
+            return _made(leaf, self._vectors[name], size, 0.0)
+
+        return map_with_names(make, self._params)
 
     def weights(self, size: float = 1.0) -> PyTree:
         """Returns params of this size."""

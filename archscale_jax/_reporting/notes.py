@@ -100,6 +100,13 @@ def _first_notes(subject: Subject) -> Iterator[str]:
             f"these weights are 0 in the model, and are left at 0 before training{way}: "
             f"{_listed(zero, limit=40)}"
         )
+    kept = [one.name for one in architecture.parameters if not one.trained]
+    if kept:
+        yield (
+            "no gradient of the result comes to these leaves, which stand behind stop_gradient or "
+            "do nothing to it: they do not decay, and keep what arrays hold; of leaves that only "
+            f"training reads, as tokens of masked inputs, declare the roles: {_listed(kept, 40)}"
+        )
     if isinstance(subject.base, Architecture):
         yield from _comparison_notes(subject, subject.base)
     if subject.rates.width_rule is not None and not subject.plan:
@@ -197,7 +204,11 @@ def _rate_notes(subject: Subject) -> Iterator[str]:
             "kernel_per_layer=True"
         )
     ratios = _ratios(architecture, base)
-    stem = [one.name for one in architecture.parameters if one.role == Role.INPUT]
+    stem = [
+        one.name
+        for one in architecture.parameters
+        if one.role == Role.INPUT and not any(use.made for use in one.uses)
+    ]
     frozen = [name for name in stem if name in ratios and ratios[name][0] != 1]
     if frozen and rates.width_rule is not None:
         yield (

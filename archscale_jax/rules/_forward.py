@@ -11,8 +11,9 @@ weight is the same as a weight a times as large, `y = a·Wx = W'x`, with
 so that models need none (`form="folded"`). Two kinds cannot be folded: the logits of a table that
 is embedding and readout in one, and the products of queries and keys.
 
-Two initial values follow the base too: the rows of a table whose logits are multiplied stay as they
-are, and what multiplies features is drawn as readouts are (`rules._gates`).
+Initial values follow the base too: the rows of a table whose logits are multiplied stay as they
+are, also where the model multiplies them itself (`rules._tables`), and what multiplies features is
+drawn as readouts are (`rules._gates`).
 """
 
 import math
@@ -40,6 +41,7 @@ class Forward(NamedTuple):
       attention: what multiplies the products of queries and keys.
       rows: by what the rows of tables are multiplied, where the initialization rule does not do it.
       gates: by name, r of weights that are drawn as readouts are, see `rules._gates`.
+      lookups: by name, what multiplies the rows of tables in the model, over that in the base.
     """
 
     leaves: Mapping[str, float] = {}
@@ -47,6 +49,7 @@ class Forward(NamedTuple):
     attention: float = 1.0
     rows: float = 1.0
     gates: Mapping[str, float] = {}
+    lookups: Mapping[str, float] = {}
 
     @property
     def in_products(self) -> bool:
@@ -55,7 +58,8 @@ class Forward(NamedTuple):
 
     def rate(self, name: str, kind: Optimizer) -> float:
         """Returns by what the learning rate of a leaf is divided."""
-        return self.leaves.get(name, 1.0) ** (2 if kind == "sgd" else 1)
+        a = self.leaves.get(name, 1.0) * self.lookups.get(name, 1.0)
+        return a ** (2 if kind == "sgd" else 1)
 
 
 def forward_multipliers(
@@ -104,12 +108,14 @@ def forward_multipliers(
     if form == "multipliers":
         leaves = {**readouts, **branch_multipliers(architecture, base, depth_exponent)}
     kept = {name: a for name, a in tables.items() if a != 1} if form != "folded" and ratios else {}
+    lookups = {one.name: 1 / one.rows for one in architecture.parameters if one.rows != 1}
     return Forward(
         {name: a for name, a in leaves.items() if a != 1},
-        kept,
+        {name: a * lookups.get(name, 1.0) for name, a in kept.items()},
         _attention(architecture, base) if attention_scale else 1.0,
         rows=max(kept.values(), default=1.0) ** -0.5,
         gates=gate_ratios(architecture, ratios),
+        lookups=lookups,
     )
 
 

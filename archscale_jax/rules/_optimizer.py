@@ -148,7 +148,7 @@ def hyperparameters(
     found = Hyperparameters({}, {}, {})
     for one in architecture.parameters:
         place, share = depth.places(one)
-        a = forward.leaves.get(one.name, 1.0)
+        a = forward.leaves.get(one.name, 1.0) * forward.lookups.get(one.name, 1.0)
         taken = forward.rate(one.name, kind)
         parts = [*rates[one.name].parts]
         if taken != 1:
@@ -190,6 +190,8 @@ def _explained(parts: list[Part], duration: Duration, power: float) -> Explained
 
 
 def _decay(parameter: Parameter, kept: float, rate: float, duration: Duration) -> Explained:
+    if not parameter.trained:
+        return Explained(0.0, (Part(0.0, "decay", "no decay of what has no gradient"),))
     if parameter.role in (Role.BIAS, Role.SCALE):
         return Explained(0.0, (Part(0.0, "decay", f"no decay of a {parameter.role}"),))
     return _explained([Part(kept / rate, "decay", "η·λ", {"η·λ": kept})], duration, 0.5)

@@ -80,14 +80,19 @@ def embedding_deviation(
     parameter: Parameter, architecture: Architecture, table_rows: float = 1.0
 ) -> Part:
     """Returns the standard deviation of a table's entries; see `WeightVariances.table_rows`."""
+    symbols: dict[str, float] = {} if parameter.rows == 1 else {"c_b/c": parameter.rows}
     small = Part(
-        table_rows / math.sqrt(parameter.fan_out),
+        parameter.rows * table_rows / math.sqrt(parameter.fan_out),
         "embedding",
         f"rows of norm {table_rows:.3g}",
-        {"n": parameter.fan_out},
+        {"n": parameter.fan_out, **symbols},
     )
     if parameter.is_tied:
         return small._replace(rule="table and readout")
     added = parameter.layer == Role.INPUT and any(one.is_tied for one in architecture.parameters)
     # Beside a tied table, rows of norm √n would drown those of the table.
-    return small.at("added to a tied table") if added else Part(1.0, "embedding", "std 1")
+    return (
+        small.at("added to a tied table")
+        if added
+        else Part(parameter.rows, "embedding", "std 1", symbols)
+    )

@@ -158,7 +158,7 @@ def _views(parameter: Parameter, shape: tuple[int, ...], fans: tuple[float, floa
             math.prod(parameter.sizes[axis] / shape[axis] for axis in axes - sliced)
             for axes in (contracted, written)
         )
-        if use.layer == Role.INPUT:
+        if use.layer == Role.INPUT and not use.made:
             r = 1.0  # inputs have no width
         if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):
             s = 1.0  # nor has the result
@@ -293,7 +293,7 @@ def _narrowed(
     for use in parameter.uses:
         positions = {*use.positions, *(axis for axis, _ in use.slices)}
         sides = {
-            "in": [] if use.layer == Role.INPUT else list(use.contracted),
+            "in": [] if use.layer == Role.INPUT and not use.made else list(use.contracted),
             "out": [*use.output, *use.batch],
         }
         if use.layer == Role.READOUT and use.kind not in ("scale", "embedding"):

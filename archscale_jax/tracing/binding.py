@@ -13,6 +13,18 @@ from archscale_jax.tracing.structure import Built, Structure
 from archscale_jax.tracing.values import Use
 
 
+class Untrained(NamedTuple):
+    """Names of leaves to which no gradient of the results comes.
+
+    Attributes:
+      constant: those that the results depend on, behind `stop_gradient`.
+      idle: those that do nothing to the results.
+    """
+
+    constant: tuple[str, ...]
+    idle: tuple[str, ...]
+
+
 class Binding(NamedTuple):
     """What tells the place of a use.
 
@@ -23,6 +35,7 @@ class Binding(NamedTuple):
       live: indices of the edges on paths.
       moved: where the contents of vertices that no longer exist have gone.
       declared: roles that the user gave.
+      untrained: the leaves to which no gradient comes.
       arriving: the edges of the flow into every vertex that has some.
       gates: the vertices of layers whose outputs do nothing but scale groups of features.
     """
@@ -33,6 +46,7 @@ class Binding(NamedTuple):
     live: set[int]
     moved: Mapping[int, int]
     declared: Mapping[str, Role]
+    untrained: Untrained
     arriving: Mapping[int, list[Edge]]
     gates: set[int]
 
@@ -44,13 +58,15 @@ class Binding(NamedTuple):
         built: Built,
         moved: Mapping[int, int],
         declared: Mapping[str, Role],
+        untrained: Untrained,
     ) -> "Binding":
         """Adds what follows from the graph and the flow."""
         live = set(live_edges(built.graph).nonzero()[0].tolist())
         arriving: dict[int, list[Edge]] = {}
         for edge in state.flow.edges:
             arriving.setdefault(edge.target, []).append(edge)
-        return cls(state, structure, built, live, moved, declared, arriving, _gates(state))
+        gates = _gates(state)
+        return cls(state, structure, built, live, moved, declared, untrained, arriving, gates)
 
 
 def _gates(state: State) -> set[int]:
@@ -79,16 +95,36 @@ def records(binding: Binding) -> tuple[tuple[Parameter, ...], list[str]]:
         if held:
             places = [_place(binding, n, use, numbers, edges_behind) for n, use in held]
             found.append(_record(binding, name, [use for _, use in held], places))
-        elif name in binding.declared:
-            shape = binding.state.shapes[name]
-            width = shape[-1] if shape else 1
-            found.append(Parameter(name, binding.declared[name], Role.HIDDEN, shape, width, width))
+        elif name in binding.declared or _is_kept(binding, name):
+            found.append(_without_use(binding, name))
         else:
             idle.append(
                 f"parameter {name!r} does nothing to the result; leave it out of params, or "
                 f"declare its role with roles={{{name!r}: role}}"
             )
     return tuple(found), idle
+
+
+def _is_kept(binding: Binding, name: str) -> bool:
+    """Whether a leaf that was not read can stay as it is without harm.
+
+    A constant can. So can a vector that does nothing here but may in training, as the token of
+    masked inputs: it does not decay, and is trained at the rate of all vectors.
+    """
+    long = sum(size > 1 for size in binding.state.shapes[name])
+    constant, idle = binding.untrained
+    return name in constant or (name in idle and long <= 1)
+
+
+def _without_use(binding: Binding, name: str) -> Parameter:
+    shape, role = binding.state.shapes[name], binding.declared.get(name)
+    width = shape[-1] if shape else 1
+    if role is not None:
+        return Parameter(name, role, Role.HIDDEN, shape, width, width)
+    given = binding.state.starts.get(name)
+    known = name not in binding.untrained.constant
+    return Parameter(name, Role.BIAS, Role.HIDDEN, shape, width, width, given=given,
+                     start_known=known, trained=False)  # fmt: skip
 
 
 def _edges_by_use(edges: list[Edge]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
@@ -146,6 +182,7 @@ def _place(
         expression=expression,
         source=use.source,
         gates=weight and use.vertex in binding.gates,
+        made=use.made,
     )
 
 
@@ -176,7 +213,7 @@ def _record(binding: Binding, name: str, uses: list[Use], places: list[Parameter
     layers = {places[i].layer for i in order if uses[i].kind == "weight"}
     first = min(order, key=lambda i: (_RANK.index(uses[i].kind), _LAYERS.index(places[i].layer)))
     use, place = uses[first], places[first]
-    role = binding.declared.get(name) or _role(binding, use, place)
+    role = binding.declared.get(name) or _role(use, place)
     layer = place.layer
     if role == Role.EMBEDDING and Role.READOUT in layers:
         layer = Role.READOUT
@@ -186,6 +223,8 @@ def _record(binding: Binding, name: str, uses: list[Use], places: list[Parameter
         width = _width(shape, use)
         fans = width, width
     scales = [one for one in uses if one.kind in ("scale", "value")]
+    constant, idle = binding.untrained
+    on_edge = any(one.edge is not None for one in uses)  # a layer that leads nowhere is named so
     start = next((one.neutral for one in scales if one.neutral is not None), None)
     return Parameter(
         name,
@@ -202,6 +241,7 @@ def _record(binding: Binding, name: str, uses: list[Use], places: list[Parameter
         start=start if role == Role.SCALE else None,
         given=_given(binding.state.starts.get(name), role),
         start_known=role not in (Role.BIAS, Role.SCALE) or all(one.known for one in uses),
+        trained=name not in constant and (name not in idle or on_edge),
     )
 
 
@@ -216,21 +256,14 @@ def _width(shape: tuple[int, ...], use: Use) -> int:
     return math.prod(shape[axis] for axis in dict.fromkeys(held)) if held else 1
 
 
-def _role(binding: Binding, use: Use, place: ParameterUse) -> Role:
+def _role(use: Use, place: ParameterUse) -> Role:
     if use.kind == "weight":
         return place.layer
     if use.kind in ("embedding", "features", "token"):
         return Role.EMBEDDING
     if use.kind in ("scale", "value"):
         return Role.SCALE
-    if use.kind in ("bias", "offset"):
-        vertex = binding.moved.get(use.vertex, use.vertex)
-        summed = binding.state.flow.kinds[vertex] not in (Kind.PRODUCT, Kind.CONSTANT)
-        sizes = binding.state.shapes[use.leaf]
-        long = [axis for axis in use.positions if sizes[axis] > 1 and axis not in use.batch]
-        # With an entry for every position it is a table; one of attention scores starts at 0.
-        return Role.EMBEDDING if long and summed and use.kind == "bias" else Role.BIAS
-    return Role.BIAS
+    return Role.EMBEDDING if use.table else Role.BIAS
 
 
 def _activated(binding: Binding, uses: list[Use]) -> bool:

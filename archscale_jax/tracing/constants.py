@@ -1,9 +1,10 @@
 """The constants by which a function multiplies what its layers give."""
 
-from collections.abc import Callable, Collection, Iterator
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
-from archscale_jax._expressions import Apply, Constant, Expression, Statistic, variables
+from archscale_jax._expressions import Apply, Constant, Expression, Statistic, Variable, variables
 from archscale_jax._trees import PyTree
 from archscale_jax.tracing.trace import read
 from archscale_jax.tracing.values import Feature
@@ -42,28 +43,35 @@ def constants_behind(
         behind += [one.expression for one in reading.results if isinstance(one, Feature)]
         own = found.setdefault(use.leaf, set())
         for expression in behind:
-            own.update(one for one, _ in _constants(expression, vertex))
+            own |= factors_behind(expression, Variable("vertex", vertex))
     return found
 
 
-def _constants(expression: Expression, vertex: int) -> Iterator[tuple[float, bool]]:
-    """For every place of a vertex the constant directly behind it, and whether more may follow."""
-    if isinstance(expression, Statistic):
-        yield from ((one, False) for one, _ in _constants(expression.operand, vertex))
-    elif isinstance(expression, Apply):
-        operands = expression.operands
-        reading = [one for one in operands if _reads(one, vertex)]
-        factor = _factor(expression) if len(reading) == 1 else None
-        for one in reading:
-            for constant, more in _constants(one, vertex):
-                follows = more and factor is not None
-                yield constant * (factor or 1.0) if follows else constant, follows
-    elif _reads(expression, vertex):
-        yield 1.0, True
+def factors_behind(expression: Expression, variable: Variable) -> set[float]:
+    """Returns the constants directly behind a variable or its slices, of all places that it has."""
+
+    @functools.cache
+    def places(one: Expression) -> frozenset[tuple[float, bool]]:
+        """The constant of every place, and whether more may follow."""
+        if isinstance(one, Statistic):
+            return frozenset((constant, False) for constant, _ in places(one.operand))
+        if not isinstance(one, Apply):
+            return frozenset([(1.0, True)] if _reads(one, variable) else ())
+        reading = [operand for operand in one.operands if _reads(operand, variable)]
+        factor = _factor(one) if len(reading) == 1 else None
+        return frozenset(
+            (constant * factor, True) if more and factor is not None else (constant, False)
+            for operand in reading
+            for constant, more in places(operand)
+        )
+
+    return {constant for constant, _ in places(expression)}
 
 
-def _reads(expression: Expression, vertex: int) -> bool:
-    return any((one.kind, one.source) == ("vertex", vertex) for one in variables(expression))
+def _reads(expression: Expression, variable: Variable) -> bool:
+    return any(
+        (one.kind, one.source) == (variable.kind, variable.source) for one in variables(expression)
+    )
 
 
 def _factor(expression: Apply) -> float | None:

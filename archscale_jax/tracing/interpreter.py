@@ -25,6 +25,7 @@ from archscale_jax._expressions import (
 )
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Kind
+from archscale_jax.tracing.gradients import loop_operands
 from archscale_jax.tracing.primitives import HANDLERS
 from archscale_jax.tracing.primitives.elementwise import ADDITIONS
 from archscale_jax.tracing.primitives.reshuffles import like
@@ -113,6 +114,7 @@ class Interpreter:
         if state.data is None:
             state.data = state.flow.add_vertex(Kind.DATA)
         axes = tuple(frozenset([state.fresh()]) for _ in shape_of(variable))
+        state.given.update(*axes)
         expression = Variable("vertex", state.data, (number,))
         return Feature(state.data, expression, axes, inputs=frozenset([number]), array=array)
 
@@ -375,7 +377,7 @@ class Interpreter:
         parameters: what the first of them tell holds for the rest, and is read once.
         """
         closed, length = call.parameters["jaxpr"], call.parameters["length"]
-        fixed, carried = _loop_operands(call.equation)
+        fixed, carried = loop_operands(call.equation)
         carry, stacked = call.values[fixed : fixed + carried], call.values[fixed + carried :]
         wanted = [place < carried or live for place, live in enumerate(call.live)]
         reverse = call.parameters["reverse"]
@@ -406,7 +408,7 @@ class Interpreter:
         self, call: Call, carry: list[Value], found: list[list[Value]], remaining: range
     ) -> list[Value]:
         """What a loop returns: the last carry, and the values of all steps together."""
-        fixed, carried = _loop_operands(call.equation)
+        fixed, carried = loop_operands(call.equation)
         arrays: list[Any] | None = None
         if self.evaluation is not None and remaining:
             arrays = _rest_of_loop(call, carry, fixed, carried, remaining)
@@ -562,14 +564,6 @@ def _last_read(jaxpr: core.Jaxpr) -> list[list[core.Var]]:
         read.update(last)
         found.append(last)
     return found[::-1]
-
-
-def _loop_operands(equation: core.JaxprEqn) -> tuple[int, int]:
-    """How many operands of a scan every step reads, and how many follow that it hands on."""
-    if "ft_in" in equation.params:  # JAX 0.11 and newer
-        fixed, carried, _ = equation.params["ft_in"].unpack()
-        return len(fixed), len(carried)
-    return equation.params["num_consts"], equation.params["num_carry"]
 
 
 def _rest_of_loop(

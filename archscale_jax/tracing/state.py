@@ -14,6 +14,7 @@ from archscale_jax._expressions import (
     Statistic,
     Unknown,
     Variable,
+    is_factor,
 )
 from archscale_jax._graph import Operator
 from archscale_jax.tracing.axes import shape_of
@@ -127,6 +128,7 @@ class State:
       uses: what the parameters do.
       data: number of the vertex that holds all inputs, once there is one.
       inputs_read: numbers of the inputs that layers read.
+      given: labels of the axes of inputs.
       units: labels of the axes that are features of layers; the others are positions.
       own: labels of the axes that the layer of a vertex writes.
       constants: vertices of values that no input reaches.
@@ -156,6 +158,7 @@ class State:
     uses: list[Use] = dataclasses.field(default_factory=list)
     data: int | None = None
     inputs_read: set[int] = dataclasses.field(default_factory=set)
+    given: set[Hashable] = dataclasses.field(default_factory=set)
     units: set[Hashable] = dataclasses.field(default_factory=set)
     own: dict[int, Labels] = dataclasses.field(default_factory=dict)
     constants: dict[Value, int] = dataclasses.field(default_factory=dict)
@@ -296,10 +299,23 @@ class State:
             "positions": [place for place in range(len(axes)) if place not in last],
         }
         own = {one for place in last for one in value.axes[place]}
-        first = value.leaves[0]
+        # A table whose rows a norm has changed brings the gain and the bias of that norm.
+        along = {
+            leaf: {(place, axis) for place, labels in enumerate(value.axes)
+                   for name, axis in labels if name == leaf and self.shapes[leaf][axis] > 1}
+            for leaf in value.leaves
+        }  # fmt: skip
+        first = max(value.leaves, key=lambda leaf: len(along[leaf]))
         fan = math.prod(self.shapes[name][axis] for name, axis in own if name == first)
-        self.use(call, value, "features", feature.vertex, roles, fan_in=fan, fan_out=fan,
-                 expression=value.expression)  # fmt: skip
+        for leaf in value.leaves:
+            mine = changed(value, leaves=(leaf,))
+            if len(along[leaf]) == len(along[first]):
+                self.use(call, mine, "features", feature.vertex, roles, fan_in=fan, fan_out=fan,
+                         expression=value.expression)  # fmt: skip
+                continue
+            variables = Variable("leaf", leaf), Variable("leaf", first)
+            kind = "scale" if is_factor(value.expression, *variables) else "offset"
+            self.use(call, mine, kind, feature.vertex, {**roles, "output": (), "batch": last})
         self.note(
             f"{', '.join(value.leaves)} at {call.line}: read as learned features, to which layers "
             "are applied"
@@ -324,7 +340,7 @@ class State:
         weight: Weight,
         kind: str,
         vertex: int,
-        roles_of_axes: Mapping[str, Sequence[int]],
+        roles_of_axes: Mapping[str, Collection[int]],
         **options: Any,
     ) -> tuple[int, ...]:
         """Notes what the leaves of a value do; returns the numbers of the uses.

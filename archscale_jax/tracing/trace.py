@@ -2,40 +2,36 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from archscale_jax._architecture import (
     Architecture,
     Arrangement,
-    AttentionLogits,
     EdgeFunction,
     Parameter,
     Role,
 )
 from archscale_jax._errors import unknown as unknown_name
 from archscale_jax._expressions import (
-    Apply,
-    Constant,
     Expression,
-    Statistic,
     Variable,
-    statistics,
-    variables,
 )
 from archscale_jax._graph import live_vertices
-from archscale_jax._quadrature import slope
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.tracing.binding import Binding, records
+from archscale_jax.tracing.attention import attention_logits, queries_of, query_shares
+from archscale_jax.tracing.binding import Binding, Untrained, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
+from archscale_jax.tracing.gradients import inputs_read
 from archscale_jax.tracing.interpreter import Evaluation, Interpreter
 from archscale_jax.tracing.starts import Start, starting_values
-from archscale_jax.tracing.state import Logits, State
+from archscale_jax.tracing.state import State
 from archscale_jax.tracing.structure import Built, Structure, graph_of
 from archscale_jax.tracing.values import Feature, Known, TraceError, Use, Value, Weight
 
@@ -108,7 +104,8 @@ def trace_with_starts(
     state = reading.state
     structure = Structure.of(state.flow, reading.outputs, state.contracted, arrangement)
     built = graph_of(state.flow, reading.outputs, structure)
-    parameters, idle = records(Binding.of(state, structure, built, reading.moved, declared))
+    binding = Binding.of(state, structure, built, reading.moved, declared, reading.untrained)
+    parameters, idle = records(binding)
     problems = [*state.unsupported, *idle]
     if problems:
         raise TraceError("; ".join(problems))
@@ -123,8 +120,8 @@ def _architecture(
         if use.edge is not None and use.kind in ("weight", "embedding"):
             leaves.setdefault(use.edge, []).append(use.leaf)
 
-    logits, met = _attention_logits(state), queries_of(state)
-    shares = _query_shares(logits)
+    logits, met = attention_logits(state), queries_of(state)
+    shares = query_shares(logits)
 
     def function(edge: Edge) -> EdgeFunction:
         weights = tuple(dict.fromkeys(leaves.get(edge, ())))
@@ -162,93 +159,6 @@ def _renamed(expressions: Mapping[int, Expression], built: Built) -> dict[int, E
         for vertex, expression in expressions.items()
         if vertex in built.numbers
     }
-
-
-def _attention_logits(state: State) -> dict[int, AttentionLogits]:
-    """The sums of products of queries and keys by vertex."""
-    found: dict[int, AttentionLogits] = {}
-    for vertex, one in state.queries.items():
-        query, count = one.queries, max(one.sizes)
-        behind = [edge.before for edge in state.flow.edges if edge.source == vertex]
-        scale = min((_constants(before, vertex) for before in behind), default=1.0)
-        if vertex != query:
-            scale *= _constants(state.flow.expressions[vertex], query)
-        found[vertex] = AttentionLogits(query, count, scale)
-    return found
-
-
-def queries_of(state: State) -> dict[int, Logits]:
-    """Returns the sums of products of queries and keys, without those of a router's shares."""
-    shared = {
-        edge.target
-        for edge in state.flow.edges
-        if edge.target in state.queries
-        and state.flow.kinds[edge.target] == Kind.PRODUCT
-        and _takes_weights(edge)
-    }
-    return {vertex: one for vertex, one in state.queries.items() if vertex not in shared}
-
-
-def _takes_weights(edge: Edge) -> bool:
-    """Whether a product takes a softmax or a choice of its source, as of a router, no features.
-
-    Of several slices of the source, as those of rotary positions, it must take so of all.
-    """
-    own = [
-        one for one in variables(edge.before) if one.kind == "vertex" and one.source == edge.source
-    ]
-    factors = [slope(edge.before, one, lambda variable: 1.0) for one in own]
-    normalized = bool(statistics(edge.before))
-    return all(one == 0 or (one is None and normalized) for one in factors)
-
-
-def _query_shares(logits: Mapping[int, AttentionLogits]) -> dict[int, float]:
-    """By how much queries are smaller, by vertex, where their products with keys are summed.
-
-    A sum of d products has d times their second moment, which 1/√d in front of queries or behind
-    the sum takes back. A model without it, such as T5, draws its queries smaller.
-    """
-    found: dict[int, float] = {}
-    for vertex, (query, count, scale) in logits.items():
-        factor = count * scale**2
-        if factor > 1 and vertex not in found and vertex != query:
-            found[query] = min(found.get(query, 1.0), 1 / factor)
-    return found
-
-
-def _constants(expression: Expression, vertex: int) -> float:
-    """The constants that multiply a vertex before a function that is not linear; 1 without them."""
-    return _linear_constants(expression, vertex)[0]
-
-
-_LINEAR = ("add", "add_any", "sub", "neg", "select_n", "max", "min", "convert_element_type")
-
-
-def _linear_constants(expression: Expression, vertex: int) -> tuple[float, bool]:
-    """The same, and whether nothing but sums, masks and constants stands on the way."""
-    if isinstance(expression, Statistic):
-        factor, linear = _linear_constants(expression.operand, vertex)
-        read = {one for one in variables(expression.operand) if one.source == vertex}
-        if expression.name == "mean" and len(read) > 1:  # of products; their sum is count times it
-            return factor / expression.count, True
-        return factor, linear and expression.name != "mean"
-    if not isinstance(expression, Apply):
-        return 1.0, True
-    found = [
-        _linear_constants(one, vertex)
-        for one in expression.operands
-        if any((v.kind, v.source) == ("vertex", vertex) for v in variables(one))
-    ]
-    if not found:
-        return 1.0, True
-    factor, linear = min(found)
-    constants = [one for one in expression.operands if isinstance(one, Constant)]
-    name = expression.name.split(" ")[0]
-    if name == "mul" and linear and constants:
-        factor *= abs(float(constants[0]))
-    elif name == "div" and linear and constants and expression.operands[1] is constants[0]:
-        factor /= abs(float(constants[0]))
-    return factor, linear and name in ("mul", "div", *_LINEAR)
 
 
 def _declared(roles: Mapping[str, Role | str], names: list[str]) -> dict[str, Role]:
@@ -325,6 +235,7 @@ class Reading(NamedTuple):
       moved: where the contents of vertices that no longer exist have gone.
       closed: the jaxpr.
       shapes: the tree of the results, as shapes.
+      untrained: the leaves to which no gradient comes.
     """
 
     state: State
@@ -334,6 +245,19 @@ class Reading(NamedTuple):
     moved: dict[int, int]
     closed: core.ClosedJaxpr
     shapes: PyTree
+    untrained: Untrained
+
+
+def _untrained(closed: core.ClosedJaxpr, names: Sequence[str]) -> Untrained:
+    results = [True] * len(closed.jaxpr.outvars)
+    read, trained = (
+        dict(zip(names, inputs_read(closed.jaxpr, results, derivative=derivative), strict=False))
+        for derivative in (False, True)
+    )
+    return Untrained(
+        tuple(name for name in names if read[name] and not trained[name]),
+        tuple(name for name in names if not read[name]),
+    )
 
 
 def read(
@@ -369,19 +293,53 @@ def read(
             "the function returns running averages ('batch_stats') beside its result, which would "
             "count as results; trace its first part alone: lambda params, x: apply(params, x)[0]"
         )
+    untrained = _untrained(closed, list(weights))
+    given = _Given(params, inputs, declared, unknown, starts or {}, evaluate,
+                   perturbations or {}, outputs or {}, (results_shape, untrained))  # fmt: skip
+    try:
+        reading = _read(closed, given)
+        if not reading.state.unsupported or not any(untrained):
+            return reading
+    except TraceError:
+        if not any(untrained):
+            raise
+    # What cannot be read of constants, or of what does nothing to the result, need not be.
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return _read(core.ClosedJaxpr(jaxpr, closed.consts), given, untrained.constant)
+
+
+class _Given(NamedTuple):
+    """What a function is read with: the arguments of `read`, and what both readings give alike."""
+
+    params: PyTree
+    inputs: tuple[PyTree, ...]
+    declared: Collection[str]
+    unknown: str
+    starts: Mapping[str, Start]
+    evaluate: bool
+    perturbations: Mapping[str, jax.Array]
+    outputs: Mapping[str, jax.Array]
+    found: tuple[PyTree, Untrained]
+
+
+def _read(closed: core.ClosedJaxpr, given: _Given, constants: Collection[str] = ()) -> Reading:
+    """Reads a jaxpr, leaves of these names as constants."""
+    weights = named_leaves(given.params)
     data = closed.jaxpr.invars[len(weights) :]
     random = [jnp.issubdtype(one.aval.dtype, jax.dtypes.prng_key) for one in data]
     sources = {number for number, known in enumerate(random) if not known}
-    leaves = jax.tree.leaves((params, inputs))
+    leaves = jax.tree.leaves((given.params, given.inputs))
     shapes = {name: tuple(leaf.shape) for name, leaf in weights.items()}
 
     def interpret(sources: set[int], evaluate: bool) -> tuple[Interpreter, list[Value]]:
-        state = State(shapes, declared, unknown, starts or {})
-        evaluation = Evaluation(perturbations=perturbations or {}, outputs=outputs or {})
+        state = State(shapes, given.declared, given.unknown, given.starts)
+        evaluation = Evaluation(perturbations=given.perturbations, outputs=given.outputs)
         interpreter = Interpreter(state, evaluation if evaluate else None)
         arrays = leaves if evaluate else [None] * len(leaves)
         arguments: list[Value] = [
-            Weight(
+            Known(axes=tuple(frozenset([state.fresh()]) for _ in shape), array=array)
+            if name in constants
+            else Weight(
                 (name,),
                 Variable("leaf", name),
                 tuple(frozenset([(name, axis)]) for axis in range(len(shape))),
@@ -398,14 +356,14 @@ def read(
                 value = interpreter.known(known) if known is not None else Known()
                 axes = tuple(frozenset([state.fresh()]) for _ in variable.aval.shape)
                 arguments.append(Known(value.expression, axes, array))
-        constants = [interpreter.known(constant) for constant in closed.consts]
-        return interpreter, interpreter.read(closed.jaxpr, constants, arguments)
+        bound = [interpreter.known(constant) for constant in closed.consts]
+        return interpreter, interpreter.read(closed.jaxpr, bound, arguments)
 
     # Inputs that no layer reads, such as targets and running averages, are not sources of features.
     interpreter, results = interpret(sources, evaluate=False)
     read_by_layers = interpreter.state.inputs_read
-    if evaluate or read_by_layers < sources:
-        interpreter, results = interpret(sources & read_by_layers, evaluate)
+    if given.evaluate or read_by_layers < sources:
+        interpreter, results = interpret(sources & read_by_layers, given.evaluate)
     state = interpreter.state
     _note_results(state, results)
     found = {value.vertex for value in results if isinstance(value, Feature)}
@@ -419,7 +377,7 @@ def read(
         own = [use for use in state.uses if use.edge is layer]
         state.uses += [dataclasses.replace(use, edge=copy) for copy in copies for use in own]
     moved = contract(state.flow, ends)
-    return Reading(state, interpreter.evaluation, ends, results, moved, closed, results_shape)
+    return Reading(state, interpreter.evaluation, ends, results, moved, closed, *given.found)
 
 
 def _jaxpr(function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> Any:

@@ -157,6 +157,8 @@ class Use:
       neutral: of a scale, the value that makes it 1: 1, 0 as in 1 + w, or None where none does.
       known: whether its value before training is plain from what it does.
       expression: of a weight, what it makes of the leaf before it is applied.
+      table: of a bias, whether it is a table with a row of features for every position.
+      made: of a layer that reads inputs, whether the function makes the features that it sums.
     """
 
     leaf: str
@@ -176,6 +178,8 @@ class Use:
     neutral: float | None = None
     known: bool = True
     expression: Expression | None = None
+    table: bool = False
+    made: bool = False
 
 
 def features_of(values: Sequence[Value]) -> list[Feature]:

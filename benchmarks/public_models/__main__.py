@@ -5,6 +5,9 @@ their own: traced and every leaf bound; roles against `roles.json`, which was ch
 trained for five updates of AdamW as the plan says; audited; labels of Muon; seconds and memory of
 `parametrize` at real size, on shapes. An environment sees the packages of this one, and adds those
 of its models without their dependencies. A run that was cut off goes on.
+
+With `--coordinates`: how much five updates change some of these models at one, two and four times a
+width, see `benchmarks.public_models.coordinates`.
 """
 
 import json
@@ -60,7 +63,43 @@ PACKAGES = {
         "hf-xet",
         "einops",
     ),
+    "keras_models": (
+        "keras==3.15.1",
+        "keras-hub==0.32.0",
+        "namex",
+        "optree",
+        "h5py",
+        "kagglehub",
+        "kagglesdk",
+        "tokenizers==0.22.1",
+        "regex",
+        "sentencepiece",
+    ),
+    "more_models": (
+        "brax==0.14.2",
+        "mujoco==4.0.0",
+        "mujoco-core==4.0.0",
+        "mujoco-studio==4.0.0",
+        "mujoco-mjx==3.17.0",
+        "flask",
+        "jaxopt",
+        "ml_collections",
+        "trimesh",
+        "distrax==0.1.9",
+        "tfp-nightly",
+        "decorator",
+        "gast",
+        "haliax==1.4.dev453",
+        "aqtp",
+        "diffrax==0.7.2",
+        "optimistix",
+        "lineax",
+        "equinox",
+        "jaxtyping",
+        "wadler-lindig",
+    ),
 }
+flags.DEFINE_bool("coordinates", False, "Measure the changes that updates make, over width.")
 flags.DEFINE_list("module", list(PACKAGES), "Modules of benchmarks/public_models.")
 flags.DEFINE_list("only", [], "Names of models; all by default.")
 flags.DEFINE_string("workdir", "runs/public_models", "Folder of environments and results.jsonl.")
@@ -70,15 +109,22 @@ ROLES = pathlib.Path(__file__).parent / "roles.json"
 def main() -> None:
     workdir = pathlib.Path(FLAGS.workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    journal = workdir / "results.jsonl"
+    kind = "coordinates" if FLAGS.coordinates else "measure"
+    journal = workdir / ("coordinates.jsonl" if FLAGS.coordinates else "results.jsonl")
     for module in common.sized(FLAGS.module, FLAGS.module[:1]):
         python = environment(workdir / module, module)
-        command = [str(python), "-m", "benchmarks.public_models.measure", f"--module={module}",
+        command = [str(python), "-m", f"benchmarks.public_models.{kind}", f"--module={module}",
                    f"--journal={journal}", f"--only={','.join(FLAGS.only)}"]  # fmt: skip
         paths = os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])
         subprocess.run(command, check=True, cwd=common.ROOT, env=os.environ | {"PYTHONPATH": paths})
+    found = [json.loads(line) for line in journal.read_text().splitlines()]
+    if FLAGS.coordinates:
+        lines = [[str(row[one]) for one in CHANGES] for row in found]
+        common.show("Changes over width ×1, ×2, ×4 (flat: 1.5)", [list(CHANGES), *lines])
+        common.write_results("public_model_coordinates", {"rows": found})
+        return
     golden = json.loads(ROLES.read_text())
-    rows = [judged(json.loads(line), golden) for line in journal.read_text().splitlines()]
+    rows = [judged(row, golden) for row in found]
     common.show(
         "Public models", [list(COLUMNS), *([str(row[one]) for one in COLUMNS] for row in rows)]
     )
@@ -98,6 +144,8 @@ def environment(folder: pathlib.Path, module: str) -> pathlib.Path:
     return python
 
 
+CHANGES = ("model", "outputs", "outputs ratio", "hidden", "hidden ratio", "worst", "flat",
+           "vertices", "seconds")  # fmt: skip
 COLUMNS = ("model", "parameters", "roles", "falls", "audit", "muon", "real", "seconds", "GiB")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from benchmarks.public_models.subject import Build, Subject, floats, tokens
+from benchmarks.public_models.subject import Build, Sized, Subject, floats, tokens
 
 KEY = jax.random.PRNGKey(0)
 
@@ -122,3 +122,13 @@ MODELS: dict[str, Build] = {
     "flowjax masked autoregressive flow": _flow("masked_autoregressive_flow"),
     "flowjax coupling flow": _flow("coupling_flow"),
 }  # fmt: skip
+
+
+def _sized_mamba(ratio: int) -> Subject:
+    from jaxonmodels.models.mamba import Mamba
+
+    model = Mamba(n_embd=64 * ratio, n_dims=16, n_layers=2, key=KEY)  # arrays: it keeps its decays
+    return Subject(model, (tokens(8),), vocabulary=16, outputs=lambda out: out[-1:], classes=True)
+
+
+SIZED: dict[str, Sized] = {"jaxonmodels Mamba": _sized_mamba}

@@ -3,6 +3,7 @@
 # Its packages are in an environment of its own.
 # pyright: reportMissingImports=false
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import transformers
 from flax.core import unfreeze
 
 from archscale_jax._trees import map_with_names
-from benchmarks.public_models.subject import Build, Subject, floats, tokens
+from benchmarks.public_models.subject import Build, Sized, Subject, floats, tokens
 
 _ENCODER = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -102,8 +103,8 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any
         _TEXT),
     "CLIP": (
         "CLIPConfig", "FlaxCLIPModel",
-        {"text_config": {**_ENCODER, "max_position_embeddings": 64}, "vision_config": _VIT,
-         "projection_dim": 16}, {}, {**_TEXT, **_IMAGE}),
+        {"text_config": {**_ENCODER, "max_position_embeddings": 64, "eos_token_id": 2},
+         "vision_config": _VIT, "projection_dim": 16}, {}, {**_TEXT, **_IMAGE}),
     "ResNet": (
         "ResNetConfig", "FlaxResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}, {}, _IMAGE),
@@ -131,16 +132,15 @@ _REAL_INPUTS: dict[str, Any] = {
     "input_features": floats(2, 80, 3000),
     "input_values": floats(2, 16000),
 }
-_ROLES = {
-    # Leaves that training alone uses, where inputs are masked.
-    "DINOv2": {"dinov2/embeddings/mask_token": "embedding"},
-    "wav2vec 2.0": {"wav2vec2/masked_spec_embed": "embedding"},
-}
 
 
-def _build(name: str, size: str) -> Subject:
+def _build(
+    name: str, size: str, widths: Mapping[str, Any] | None = None, **options: Any
+) -> Subject:
+    """A model, small or real, or with other widths than the small one."""
     config_class, model_class, small, real, inputs = _MODELS[name]
-    config = getattr(transformers, config_class)(**(real if size == "real" else small))
+    sizes = real if size == "real" else {**small, **(widths or {})}
+    config = getattr(transformers, config_class)(**sizes)
     model = getattr(transformers, model_class)(config, _do_init=False)
     shapes = unfreeze(model.params_shape_tree)
     given = {
@@ -163,8 +163,34 @@ def _build(name: str, size: str) -> Subject:
             (outputs[key] for key in ("logits", "logits_per_image") if key in outputs), outputs[0]
         )
 
-    options = {"roles": _ROLES[name]} if name in _ROLES else {}
-    return Subject(apply, tuple(given.values()), params, options)
+    return Subject(apply, tuple(given.values()), params, **options)
 
 
 MODELS: dict[str, Build] = {name: lambda size, name=name: _build(name, size) for name in _MODELS}
+
+
+# Widths in units of 64, heads of 16 features, one token or image of every example predicted.
+_WIDTHS: dict[str, dict[str, int]] = {
+    "GPT-2": {"n_embd": 64, "n_head": 4},
+    "Llama (8B, grouped keys)": {
+        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2},
+    "Gemma": {
+        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 1},
+    "BART": {
+        "d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
+    "ViT": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def _sized(name: str, ratio: int) -> Subject:
+    widths = {key: size * ratio for key, size in _WIDTHS[name].items()}
+    if name == "ViT":
+        return _build(name, "small", {**widths, "num_labels": 10}, classes=True)
+    last: Any = lambda logits: logits[:, -1]  # noqa: E731
+    return _build(name, "small", widths, outputs=last, classes=True)
+
+
+SIZED: dict[str, Sized] = {name: lambda ratio, name=name: _sized(name, ratio) for name in _WIDTHS}

@@ -99,10 +99,11 @@ def small(build: Any) -> dict[str, Any]:
 
 
 def roles(plan: archscale.Parametrization) -> dict[str, str]:
-    """Roles by name, layers of a kind together."""
+    """Roles by name, layers of a kind together; `kept` of what no gradient comes to."""
     found: dict[str, set[str]] = {}
     for one in plan.architecture.parameters:
-        found.setdefault(re.sub(r"\d+", "#", one.name), set()).add(str(one.role))
+        role = str(one.role) if one.trained else "kept"
+        found.setdefault(re.sub(r"\d+", "#", one.name), set()).add(role)
     return {name: " ".join(sorted(one)) for name, one in found.items()}
 
 

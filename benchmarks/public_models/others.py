@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.public_models.subject import Build, Subject, floats, tokens
+from benchmarks.public_models.subject import Build, Sized, Subject, floats, tokens
 
 
 def _haiku(make: Any, *inputs: jax.ShapeDtypeStruct, **keywords: Any) -> Subject:
@@ -153,13 +153,59 @@ def _controlnet(size: str) -> Subject:
     pixels = 8 * side
 
     def apply(params: Any, *inputs: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, *inputs).mid_block_res_sample
+        found = model.apply({"params": params}, *inputs)
+        parts = [*found.down_block_res_samples, found.mid_block_res_sample]
+        return jnp.concatenate([one.reshape(2, -1) for one in parts], -1)
 
     inputs = (floats(2, 4, side, side), tokens(2), floats(2, 7, width),
               floats(2, 3, pixels, pixels))  # fmt: skip
     return Subject(apply, inputs, shapes)
 
 
+def _sized_resnet(ratio: int) -> Subject:
+    """All widths in units of 64, the first convolution's too."""
+
+    def network(images: jax.Array) -> jax.Array:
+        model = hk.nets.ResNet(
+            (1, 1, 1, 1), 10, bottleneck=True,
+            channels_per_group=tuple(ratio * size for size in (64, 64, 128, 128)),
+            initial_conv_config={"output_channels": 64 * ratio, "kernel_shape": 3, "stride": 2},
+        )  # fmt: skip
+        return model(images, is_training=True)
+
+    inputs = (floats(16, 32, 32, 3),)
+    return Subject(hk.transform_with_state(network), inputs, classes=True)
+
+
+def _sized_unet(ratio: int) -> Subject:
+    """Of all predictions, nine a picture."""
+    from flaxdiff.models.simple_unet import Unet
+
+    attention = {"heads": 4 * ratio, "dtype": jnp.float32, "flash_attention": False}
+    model = Unet(
+        feature_depths=(64 * ratio, 128 * ratio), emb_features=64 * ratio, num_res_blocks=1,
+        attention_configs=(attention, attention),
+    )  # fmt: skip
+    inputs = (floats(4, 8, 8, 3), floats(4), floats(4, 7, 64))
+    return Subject(model, inputs, outputs=lambda out: out[:, 2::6, 2::6])
+
+
+def _sized_mamba(ratio: int) -> Subject:
+    from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=17, hidden_size=64 * ratio, state_size=16, head_dim=16, chunk_size=8,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    model = Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
+    return Subject(model, (tokens(4, 16),), outputs=lambda out: out["logits"][:, -1], classes=True)
+
+
+SIZED: dict[str, Sized] = {
+    "haiku ResNet-50": _sized_resnet,
+    "flaxdiff U-Net": _sized_unet,
+    "Mamba 2": _sized_mamba,
+}
 MODELS: dict[str, Build] = {
     "haiku MLP": _mlp,
     "haiku ResNet-18": _resnet(hk.nets.ResNet18, False, 8, 16, 16, 32),

@@ -19,6 +19,7 @@ class Subject(NamedTuple):
       options: of `parametrize`.
       vocabulary: how many tokens there are.
       outputs: the part of the outputs that a loss is of.
+      classes: whether they are logits of classes.
     """
 
     model: Any
@@ -27,10 +28,14 @@ class Subject(NamedTuple):
     options: Mapping[str, Any] = {}
     vocabulary: int = 17
     outputs: Callable[[Any], jax.Array] = lambda outputs: outputs
+    classes: bool = False
 
 
 Build = Callable[[str], Subject]
 """From a size, `small` or `real`, to a model."""
+
+Sized = Callable[[int], Subject]
+"""From a width, in units of that of a base, to a model."""
 
 
 def tokens(*shape: int) -> jax.ShapeDtypeStruct:

@@ -283,30 +283,55 @@ def _bias(state: State, call: Call, weight: Weight, feature: Feature) -> Value:
     if penalty and not any(weight.axes):
         return result
     along = state.aligned(weight, feature)
-    scaled = bool(feature.passed) and not feature.plain
+    long = {
+        (leaf, axis)
+        for place in set(along["positions"]) - set(along["batch"])
+        for leaf, axis in weight.axes[place]
+        if state.shapes[leaf][axis] > 1
+    }
+    table = bool(long) and _takes_table(state, feature)
+    scaled = bool(feature.passed) and not feature.plain and not table
     kind = "offset" if scaled else "bias"
     layer = state.layers.get(feature.vertex, ()) if feature.bare else ()
     where = state.kind(feature)
     linear = slope(feature.expression, _variable(feature), standard)
     known = where in (Kind.LAYER, Kind.SUM) and bool(linear or _is_normalized(feature.expression))
-    options: dict[str, Any] = {"known": known}
-    positions = any(
-        state.shapes[leaf][axis] > 1
-        for place in set(along["positions"]) - set(along["batch"])
-        for leaf, axis in weight.axes[place]
-    )
-    if layer and not positions:
+    options: dict[str, Any] = {"known": known, "table": table}
+    if layer and not long:
         made = state.uses[layer[0]]
         options |= {
             "edge": made.edge, "fan_in": made.fan_in, "fan_out": made.fan_out,
             "spatial": made.spatial,
         }  # fmt: skip
     numbers = state.use(call, weight, kind, feature.vertex, along, **options)
-    if not positions and where != Kind.DATA:
+    if not long and where != Kind.DATA:
         result = _with_start(state, call, weight, result)
     if feature.plain and feature.vertex not in state.flow.read:
         return result
     return changed(result, passed=feature.passed | frozenset(numbers))
+
+
+def _takes_table(state: State, feature: Feature) -> bool:
+    """Whether what has an entry for every position is a table where it is added to features.
+
+    It is none behind a gain that has such entries too, as the bias of a norm over positions, nor
+    where it is added to sums over features, as the biases of attention scores are, or to what is
+    learned itself.
+    """
+    gains = [state.uses[number] for number in feature.passed if state.uses[number].kind == "scale"]
+    if any(state.shapes[one.leaf][axis] > 1 for one in gains for axis in one.positions):
+        return False
+    kind, made = state.kind(feature), state.flow.expressions.get(feature.vertex)
+    if kind == Kind.CONSTANT:
+        return False
+    expressions = [feature.expression, *([made] if kind == Kind.PRODUCT and made else [])]
+    return not any(map(_sums_features, expressions))
+
+
+def _sums_features(expression: Expression) -> bool:
+    """Whether features enter only by a sum over them."""
+    raw = any(one.kind == "vertex" for one in variables(expression, raw=True))
+    return not raw and any(one.units for one in statistics(expression))
 
 
 def _is_normalized(expression: Expression) -> bool:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from archscale_jax._expressions import (
     Apply,
     Expression,
     Variable,
     apply,
+    is_factor,
     variables,
 )
 from archscale_jax._graph import Operator
@@ -118,18 +119,20 @@ def layer(
     state.keep_apart(how.along)
     roles = {"contracted": how.contracted, "output": how.free, "batch": how.batch}
     positions = how.positions if not mixes else (*how.contracted, *how.free)
+    # As the sines and cosines of a time, of which there are as many as the model wants.
+    made = state.is_data(source) and not contracted_labels & state.given
     numbers = []
-    for leaf in weight.leaves:
-        own_axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
-        mine = changed(weight, leaves=(leaf,), axes=tuple(own_axes))
-        summed, written = (_axes_of(state, mine, axes) for axes in (how.contracted, how.free))
-        # An axis of which no trace is left was summed over when the kernel was made of factors.
-        inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
-        if len(weight.leaves) > 1 and how.contracted and not summed and not inner:
+    held = {leaf: _held(state, weight, leaf, how) for leaf in weight.leaves}
+    for leaf, (mine, summed, written, inner, _) in held.items():
+        shared = len(weight.leaves) > 1 and bool(how.contracted)
+        across = shared and not summed and not inner
+        if across or _scales_kernel(weight.expression, leaf, held):
             # It multiplies the kernel of another leaf, as the gain of a weight normalization.
             neutral = neutral_value(weight.expression, leaf)
-            given: dict[str, Any] = {"edge": edge, "neutral": neutral}
-            numbers += state.use(call, mine, "scale", result.vertex, {"batch": how.free}, **given)
+            kept = (*how.contracted, *how.free) if not across else how.free
+            along = {"batch": set(kept) - set(positions), "positions": positions}
+            plain: dict[str, Any] = {"neutral": neutral, "known": across and neutral is not None}
+            numbers += state.use(call, mine, "scale", result.vertex, along, edge=edge, **plain)
             continue
         options: dict[str, Any] = {
             "edge": edge,
@@ -138,6 +141,7 @@ def layer(
             "spatial": how.spatial,
             "groups": how.groups,
             "expression": own_part(weight.expression, leaf),
+            "made": made,
         }
         if inner and not (summed and written):
             options |= {"output" if summed else "contracted": tuple(sorted(inner))}
@@ -151,6 +155,33 @@ def layer(
     return changed(result, axes=tuple(found))
 
 
+class _Held(NamedTuple):
+    """What a kernel holds of a leaf.
+
+    Attributes:
+      part: of the kernel.
+      summed: axes of the leaf that the layer sums over; here and below only those longer than 1.
+      written: axes along which the result varies.
+      inner: axes of which no trace is left: they were summed over when the kernel was made.
+      places: axes of the kernel that the leaf runs along.
+    """
+
+    part: Weight
+    summed: set[int]
+    written: set[int]
+    inner: set[int]
+    places: set[int]
+
+
+def _held(state: State, weight: Weight, leaf: str, how: Contraction) -> _Held:
+    axes = (frozenset(one for one in labels if one[0] == leaf) for labels in weight.axes)
+    mine = changed(weight, leaves=(leaf,), axes=tuple(axes))
+    summed, written = (_axes_of(state, mine, places) for places in (how.contracted, how.free))
+    inner = _axes_of(state, mine) - _axes_of(state, mine, range(len(mine.axes)))
+    places = {place for place in range(len(mine.axes)) if _axes_of(state, mine, [place])}
+    return _Held(mine, summed, written, inner, places)
+
+
 def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None = None) -> set[int]:
     """Axes of a leaf that are longer than 1: all, or those that run along some of a value's."""
     (leaf,) = weight.leaves
@@ -162,6 +193,20 @@ def _axes_of(state: State, weight: Weight, places: Sequence[int] | range | None 
     )
     sliced = {axis for name, axis, _ in weight.slices if name == leaf}
     return {axis for axis in held if sizes[axis] > 1} - sliced
+
+
+def _scales_kernel(expression: Expression, leaf: str, held: Mapping[str, _Held]) -> bool:
+    """Whether a leaf does nothing but scale the kernel of others, which have more axes than it has.
+
+    That is what a factor does that sums nothing with the others: the gain of a weight
+    normalization along any axes, the step of a discretized state space, the logarithm of a scale.
+    """
+    others = (
+        one
+        for one in held
+        if one != leaf and is_factor(expression, Variable("leaf", leaf), Variable("leaf", one))
+    )
+    return held[leaf].places < set().union(*(held[one].places for one in others))
 
 
 def own_part(expression: Expression, leaf: str) -> Expression:
