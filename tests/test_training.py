@@ -574,7 +574,7 @@ class TestFit:
 
 
 class TestSchedule:
-    @pytest.mark.parametrize("kind", ["constant", "cosine"])
+    @pytest.mark.parametrize("kind", ["constant", "cosine", "wsd"])
     @pytest.mark.parametrize("warmup", [0, 1, 4, 9])
     def test_follows_its_closed_form(self, kind, warmup):
         total, peak = 10, 0.3
@@ -585,6 +585,8 @@ class TestSchedule:
                 expected = peak * step / warmup
             elif kind == "cosine":
                 expected = peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            elif kind == "wsd":
+                expected = peak * min(1.0, (total - step) / min(2, total - warmup))
             assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-7), step
 
     def test_takes_a_traced_rate(self):

@@ -18,6 +18,7 @@ with needed_by("experiments.lab.training", "models"):
         epoch_batches,
         jitted_train_batches,
         jitted_train_epoch,
+        scan_updates,
         train_batches,
         train_epoch,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "jitted_train_batches",
     "jitted_train_epoch",
     "part_length",
+    "scan_updates",
     "train_batches",
     "train_epoch",
     "train_losses",

@@ -1,6 +1,7 @@
 """One epoch, or a part of it, as one jitted call: a scan over batches."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -143,26 +144,50 @@ def train_batches(
     """
     augment_key = _epoch_keys(state)[1]
 
-    def step(carry, batch):
-        params, model_state, optimizer_state = carry
+    def loss(params, model_state, batch):
         index, indices = batch
         inputs = images[indices]
         if flip or padding:
             key = jax.random.fold_in(augment_key, index)
             inputs = augment(key, inputs, flip=flip, padding=padding)
-        (loss, (_, model_state)), gradients = jax.value_and_grad(
-            lambda params: cross_entropy(
-                graphdef, params, model_state, inputs, labels[indices], train=True
-            ),
-            has_aux=True,
-        )(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return (optax.apply_updates(params, updates), model_state, optimizer_state), loss
+        mean, (_, new_state) = cross_entropy(
+            graphdef, params, model_state, inputs, labels[indices], train=True
+        )
+        return mean, new_state
 
     carry = (state.params, state.model_state, state.optimizer_state)
     steps = (first_step + jnp.arange(len(batches)), batches)
-    carry, losses = jax.lax.scan(step, carry, steps)
+    carry, losses = scan_updates(loss, optimizer, carry, steps)
     return TrainState(*carry, epoch=state.epoch, key=state.key), losses
+
+
+def scan_updates(
+    loss: Callable[[PyTree, PyTree, PyTree], tuple[Array, PyTree]],
+    optimizer: optax.GradientTransformation,
+    carry: tuple[PyTree, PyTree, PyTree],
+    steps: PyTree,
+) -> tuple[tuple[PyTree, PyTree, PyTree], Float[Array, " steps"]]:
+    """Trains for one update a row of `steps`. Pure.
+
+    Args:
+      loss: from params, model state and a row of `steps` to the loss and the new model state.
+      optimizer: see `train_epoch`.
+      carry: params, model state and the optimizer's state.
+      steps: tree of arrays [steps, …] that say what each update is computed on.
+
+    Returns:
+      The new `carry` and the loss of every update, taken before it.
+    """
+
+    def step(carry, row):
+        params, model_state, optimizer_state = carry
+        (mean, model_state), gradients = jax.value_and_grad(loss, has_aux=True)(
+            params, model_state, row
+        )
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), model_state, optimizer_state), mean
+
+    return jax.lax.scan(step, carry, steps)
 
 
 jitted_train_epoch = jax.jit(

@@ -8,6 +8,10 @@ from jaxtyping import Array
 
 from archscale_jax._errors import unknown
 
+SCHEDULES = ("constant", "cosine", "wsd")
+DECAY_SHARE = 0.2
+"""Of all updates, those in which the rate of `wsd` falls."""
+
 
 def create_optimizer(
     learning_rate: optax.ScalarOrSchedule,
@@ -44,7 +48,7 @@ def create_schedule(
     learning_rate: float | Array,
     total_steps: int,
     *,
-    kind: Literal["constant", "cosine"] = "constant",
+    kind: Literal["constant", "cosine", "wsd"] = "constant",
     warmup_steps: int = 0,
 ) -> optax.Schedule:
     """Returns a schedule that starts at 0 while warming up linearly, then holds or falls to 0.
@@ -52,7 +56,8 @@ def create_schedule(
     Args:
       learning_rate: the peak.
       total_steps: number of updates, warm-up included.
-      kind: `constant`, or `cosine` to 0 at `total_steps`.
+      kind: `constant`, `cosine` to 0 at `total_steps`, or `wsd` (warm-up, stable, decay): constant
+        until the last fifth, then linearly to 0.
       warmup_steps: updates until the peak.
 
     Raises:
@@ -64,12 +69,15 @@ def create_schedule(
         raise ValueError(
             f"warmup_steps must lie in [0, total_steps), found {warmup_steps} of {total_steps}"
         )
-    if kind not in ("constant", "cosine"):
-        raise ValueError(unknown("schedule", kind, ("constant", "cosine")))
-    if kind == "constant":
-        after = optax.constant_schedule(learning_rate)
-    else:
-        after = optax.cosine_decay_schedule(learning_rate, total_steps - warmup_steps)
+    if kind not in SCHEDULES:
+        raise ValueError(unknown("schedule", kind, SCHEDULES))
+    left = total_steps - warmup_steps
+    after = optax.constant_schedule(learning_rate)
+    if kind == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, left)
+    elif kind == "wsd":
+        decay = min(max(round(DECAY_SHARE * total_steps), 1), left)
+        after = optax.linear_schedule(learning_rate, 0.0, decay, left - decay)
     if not warmup_steps:
         return after
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)

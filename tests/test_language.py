@@ -1,0 +1,378 @@
+"""Language models: decoders, text, trainings that go on, and the study of their transfer."""
+
+import math
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+
+from archscale_jax._trees import named_leaves
+from experiments import language, language_transfer
+from experiments.lab import checkpoints, files
+from experiments.lab.datasets import text as texts
+from experiments.lab.models.decoder import Decoder, attend, rotate
+from tests.binaries import FORKS
+
+pytestmark = pytest.mark.quick_compilation
+
+SMALL = {"depth": 2, "width": 16, "base_depth": 2, "base_width": 16, "head_size": 4,
+         "queries_per_key": 2, "context": 8, "batch_size": 4, "base_batch_size": 4, "steps": 20,
+         "base_steps": 20, "kind": "llama", "tied": False, "optimizer": "adamw",
+         "parametrization": "plan", "schedule": "cosine", "warmup": 0.1, "clip": 1.0,
+         "validation_windows": 8, "rate": 0.01, "weight_decay": 0.1, "seed": 0}  # fmt: skip
+KINDS = [("gpt2", False), ("gpt2", True), ("llama", False), ("llama", True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text of 80 files, of which a few are held out."""
+    folder = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    for number in range(80):
+        words = random.choice(["def ", "return ", "x", " = ", "\n"], 40)
+        (folder / f"{number}.py").write_text(f"# {number}\n" + "".join(words))
+    return str(folder)
+
+
+@pytest.fixture
+def trial(folder):
+    return SMALL | {"text": texts.load_text(folder).name}
+
+
+class TestDecoder:
+    @pytest.mark.parametrize(("kind", "tied"), KINDS)
+    def test_later_bytes_do_not_move_earlier_logits(self, kind, tied):
+        model = Decoder(kind, 2, 16, 4, 2, 8, tied)
+        tokens = jax.random.randint(jax.random.key(0), (3, 8), 0, 256)
+        params = jax.jit(model.init)(jax.random.key(1), tokens)
+        apply = jax.jit(model.apply)
+        logits = apply(params, tokens)
+        moved = jnp.any(apply(params, tokens.at[:, 5].add(1) % 256) != logits, axis=(0, 2))
+        assert logits.shape == (3, 8, 256)
+        assert moved.tolist() == [False] * 5 + [True] * 3
+        assert ("readout" in params["params"]) != tied
+
+    def test_grouped_queries_attend_as_written_out(self):
+        random = np.random.default_rng(0)
+        q, k, v = (random.normal(size=(2, 5, heads, 4)) for heads in (6, 2, 2))
+        found = np.asarray(attend(*map(jnp.asarray, (q, k, v))))
+        for batch, token, head in np.ndindex(2, 5, 6):
+            scores = [q[batch, token, head] @ k[batch, s, head // 3] / 2 for s in range(token + 1)]
+            weights = np.exp(scores) / np.sum(np.exp(scores))
+            expected = sum(w * v[batch, s, head // 3] for s, w in enumerate(weights))
+            np.testing.assert_allclose(found[batch, token, head], expected, rtol=1e-4, atol=1e-5)
+
+    def test_rotary_positions_turn_complex_numbers(self):
+        x = np.random.default_rng(0).normal(size=(2, 7, 3, 6))
+        found = np.asarray(rotate(jnp.asarray(x)))
+        for token in range(7):
+            turns = np.exp(1j * token * 10_000.0 ** (-np.arange(3) / 3))
+            turned = (x[:, token, :, :3] + 1j * x[:, token, :, 3:]) * turns
+            expected = np.concatenate([turned.real, turned.imag], axis=-1)
+            np.testing.assert_allclose(found[:, token], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    def test_stacked_blocks_are_the_unrolled_ones(self, kind):
+        model = Decoder(kind, 3, 16, 4, 2, 8)
+        tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 256)
+        params = dict(jax.jit(model.init)(jax.random.key(1), tokens)["params"])
+        stacked = params.pop("blocks")
+        blocks = {f"block_{i}": jax.tree.map(lambda one, i=i: one[i], stacked) for i in range(3)}
+        unrolled = jax.jit(model.clone(scan=False).apply)({"params": params | blocks}, tokens)
+        scanned = jax.jit(model.apply)({"params": params | {"blocks": stacked}}, tokens)
+        np.testing.assert_allclose(unrolled, scanned, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(("kind", "tied"), KINDS)
+    def test_a_plan_knows_every_leaf(self, kind, tied, trial):
+        options = {"kind": kind, "tied": tied, "queries_per_key": 2 if kind == "llama" else 1}
+        plan = language.plan_of(trial | options | {"depth": 4, "width": 32})
+        shapes = jax.eval_shape(language.decoder(trial | options).init, jax.random.key(0),
+                                jnp.zeros((1, 8), jnp.int32))  # fmt: skip
+        assert set(named_leaves(shapes)) == {one.name for one in plan.architecture.parameters}
+        found = {one.name: str(one.role) for one in plan.architecture.parameters}
+        for name, role in found.items():
+            layer, leaf = name.split("/")[-2:]
+            expected = {"scale": "scale", "bias": "bias"}.get(leaf, "hidden")
+            if layer in ("table", "positions"):
+                expected = "embedding"
+            if layer == "readout":
+                expected = "readout"
+            assert role == expected, name
+        rates = named_leaves(plan.learning_rate)
+        ends = [name for name in rates if name.endswith(("down/kernel", "out/kernel"))]
+        inner = [name for name in rates if name.endswith(("query/kernel", "up/kernel"))]
+        # m_N = 2 and m_L = 2, α = 1 [CompleteP]: 1/m_N inside of branches, 1/(m_N·m_L) at ends.
+        assert {rates[name] for name in inner} == {0.5}
+        assert {rates[name] for name in ends if "readout" not in name} == {0.25}
+        assert rates["params/table/embedding"] == 1.0
+
+    @pytest.mark.parametrize(("method", "width"), [("plan", 16), ("plan", 64), ("standard", 64)])
+    def test_losses_start_at_that_of_guessing(self, method, width, trial):
+        how = language.parametrized(trial | {"width": width, "parametrization": method})
+        tokens = jax.random.randint(jax.random.key(0), (32, 8), 0, 256)
+        logits = jax.jit(how.apply)(jax.jit(how.init)(jax.random.key(1)), tokens)
+        labels = jax.random.randint(jax.random.key(2), (32, 8), 0, 256)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        variance = float(jnp.var(logits))  # of independent normal logits the loss is so much more
+        assert float(loss) == pytest.approx(math.log(256) + variance / 2, abs=0.15)
+        assert variance < 1.5
+
+
+class TestText:
+    def test_held_out_files_are_not_trained_on(self, folder):
+        found = texts._files(folder)
+        train, validation = texts.split([*found, *found])
+        assert len(validation) > 0 and len(train) + len(validation) == 160
+        assert not set(train) & set(validation)
+        text = texts.load_text(folder)
+        for one in set(found):
+            ends = one + b"\0"
+            assert (ends in text.train.tobytes()) != (ends in text.validation.tobytes())
+
+    def test_the_standard_library_is_there(self):
+        text = texts.load_text("stdlib")
+        assert len(text.train) > 10e6
+        assert 0.02 < len(text.validation) / len(text.train) < 0.1
+        assert b"import " in text.validation.tobytes()
+
+    def test_another_text_is_an_error(self, folder, tmp_path):
+        name = texts.load_text(folder).name
+        assert texts.load_text(name).name == name
+        with pytest.raises(ValueError, match="has the checksum .* here, and 00000000 where"):
+            texts.load_text(f"{folder}#00000000")
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            texts.load_text(str(tmp_path / "nothing"))
+        (tmp_path / "one.py").write_text("x = 1")
+        with pytest.raises(ValueError, match="give more files"):
+            texts.load_text(str(tmp_path))
+
+    def test_windows_are_of_the_text(self):
+        text = jnp.arange(50, dtype=jnp.uint8)
+        rows = np.asarray(texts.random_windows(text, jax.random.key(0), 200, 10))
+        assert (np.diff(rows) == 1).all()
+        assert rows.min() == 0 and rows.max() == 49
+        assert texts.even_windows(text, 3, 10)[:, 0].tolist() == [0, 20, 40]
+
+
+class KilledError(Exception):
+    """Ends a training in the middle."""
+
+
+def kill_at_third_save(folder, workdir):
+    """Runs the binary, which kills itself once it has saved its third checkpoint."""
+    save, calls = checkpoints.save_checkpoint, []
+
+    def killing(*args, **kwargs):
+        save(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.save_checkpoint = killing
+    sys.argv = ["experiments.language", *FLAGS, f"--text={folder}", f"--workdir={workdir}"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags.FLAGS(sys.argv)
+    language.run()
+
+
+FLAGS = ["--depth=1", "--width=8", "--base_width=8", "--base_depth=1", "--head_size=4",
+         "--context=8", "--batch_size=4", "--steps=20", "--validation_windows=8",
+         "--quiet"]  # fmt: skip
+
+
+class TestTraining:
+    def test_one_that_was_cut_goes_on_with_the_same_losses(self, trial, tmp_path, monkeypatch):
+        trial = trial | {"optimizer": "muon", "tied": True}
+        whole = language.train(trial, tmp_path / "whole")
+        save, calls = checkpoints.save_checkpoint, []
+
+        def cut(*args, **kwargs):
+            save(*args, **kwargs)
+            calls.append(args)
+            if len(calls) == 4:
+                raise KilledError
+
+        monkeypatch.setattr(checkpoints, "save_checkpoint", cut)
+        with pytest.raises(KilledError):
+            language.train(trial, tmp_path / "cut")
+        assert language.train(trial, tmp_path / "cut") == whole
+        assert len(calls) == len(whole["steps"]) == 10
+        assert whole["losses"][-1] < whole["losses"][0] - 0.5
+        alone = language.train(trial)
+        assert alone["losses"] == whole["losses"]
+        assert alone["validation"] == [None] * 9 + whole["validation"][-1:]
+
+    def test_one_that_diverges_ends(self, trial):
+        options = {"rate": 1e30, "parametrization": "standard", "steps": 100}
+        found = language.train(trial | options)
+        assert found["losses"][-1] is None
+        assert found["steps"][-1] < 100
+
+    def test_killed_and_started_again(self, folder, tmp_path, run_again):
+        process = FORKS.Process(target=kill_at_third_save, args=(folder, tmp_path / "run"))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "run" / "results.jsonl").exists()
+        done = run_again("language", tmp_path / "run", *FLAGS, f"--text={folder}")
+        assert done.returncode == 0, done.stderr
+        (record,) = files.read_records(tmp_path / "run" / "results.jsonl")
+        assert record["result"] == language.train(record["trial"], tmp_path / "whole")
+        assert (tmp_path / "run" / "report.html").exists()
+        assert "held out" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"width": 18}, "--width=18 holds 4.5 heads of --head_size=4; accepted are whole"),
+            ({"base_width": 12}, "--base_width=12 holds 3 heads .* a multiple of --queries_per_k"),
+            ({"head_size": 1}, "--head_size=1 is odd"),
+            ({"context": 10**6}, "--context=1000000 exceeds the"),
+        ],
+    )
+    def test_flags_that_do_not_fit_are_named(self, wrong, message, trial):
+        with pytest.raises(ValueError, match=message):
+            language.check(trial | wrong)
+
+    def test_a_wrong_flag_ends_with_one_line(self, tmp_path, run_again):
+        done = run_again("language", tmp_path / "x", "--kind=bert")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") and "gpt2" in done.stderr
+        assert not (tmp_path / "x").exists()
+        done = run_again("language_transfer", tmp_path / "x", "--rate=0.1")
+        assert "--rate has no effect here" in done.stderr and done.returncode == 1
+
+    def test_a_larger_batch_follows_the_sde_rule(self, trial):
+        plan = language.plan_of(trial | {"batch_size": 16, "steps": 5})
+        assert plan.duration.batch_ratio == 4 and plan.duration.token_ratio == 1
+        assert language.plan_of(trial).duration.kappa == 1
+
+    def test_costs_grow_by_the_same_for_every_block(self, trial):
+        lines = [language.cost(trial | {"depth": depth}) for depth in (1, 2, 3)]
+        parameters, flops = (
+            [float(one[index].rpartition(" ")[2]) for one in lines] for index in (0, 2)
+        )
+        assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.02)
+        # The products of attention, which have no parameters, come on top.
+        assert flops[1] > 6 * (parameters[1] - 256 * 16) * 4 * 8
+
+
+class TestTransfer:
+    def test_searches_end_at_the_lowest_point(self):
+        asked = []
+
+        def measure(points):
+            asked.extend(points)
+            losses.update({p: [(p[0] - 2) ** 2 + (p[1] + 1) ** 2 + s for s in (0, 1)]
+                           for p in points})  # fmt: skip
+
+        losses = {}
+        assert language_transfer.descend(measure, losses) == (2, -1)
+        assert len(asked) == len(set(asked)) == len(losses)
+        losses = {}
+        language_transfer.bracket(measure, losses, (0, 0), (1, 0))
+        assert sorted(losses) == [(step, 0) for step in range(-1, 4)]
+
+    def test_the_vertex_of_a_parabola_is_found(self):
+        losses = {(step, 0): [(step - 1.3) ** 2 + 3, (step - 0.9) ** 2] for step in range(-1, 4)}
+        losses[1, 0].append(7.0)  # a seed that the others lack
+        found = language_transfer.vertex(losses, (0, 0), (1, 0))
+        assert found is not None and found.best == (1, 0)
+        np.testing.assert_allclose(found.drift, np.log(2) * np.array([1.3, 0.9]))
+        assert language_transfer.vertex({(0, 0): [1.0]}, (0, 0), (1, 0)) is None
+
+    def test_the_table_says_what_the_base_values_give_up(self):
+        study = language_transfer.Study.__new__(language_transfer.Study)
+        parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
+        study.best = {"plan": (1, 2), "standard": (0, 0)}
+        study.losses = {
+            ("plan", "base"): {(step + 1, 2): [2 + one] * 2 for step, one in parabola.items()},
+            ("plan", "wide"): {(step, 2): [1 + one, 2 + one] for step, one in parabola.items()},
+            ("decay_root", "wide"): {(1, 2): [1.25 * 1.02, 2.25 * 1.04]},
+        }
+        searched, other = language_transfer.target_table(study).to_dict("records")
+        # The base's best lies at 1.5 octaves, that of the wider network at 0.5.
+        assert searched["searched"] == "rate"
+        assert searched["best: nats"] == f"{-math.log(2):.2f} ± 0.00"
+        assert searched["given up, %"] == "0.00 ± 0.00"
+        assert other["over parametrize, %"] == "3.00 ± 1.00"
+        assert other["given up, %"] == other["best: nats"] == "–"
+
+    def test_points_are_compared_on_the_seeds_that_they_share(self):
+        assert language_transfer.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
+
+    def test_the_decay_of_a_plan_can_be_put_behind_it(self, trial, monkeypatch):
+        """With its own multipliers it is the plan's optimizer; with 1 optax's in front of them."""
+        plan = language.plan_of(trial | {"depth": 4, "width": 32})
+        params = jax.jit(plan.init)(jax.random.key(0))
+        # Far above epsilon, by which the two differ.
+        gradients = jax.tree.map(lambda one: jnp.where(one < 0, -1.0, 1.0) + one, params)
+        rate = optax.constant_schedule(0.01)
+
+        def updates(optimizer):
+            return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+
+        module = language_transfer
+        before = module.with_decay(plan, "decay_before", 2.0)(rate, 0.3)
+        scaled = optax.chain(
+            optax.adamw(rate, weight_decay=0.3, mask=jax.tree.map(lambda one: one > 0,
+                                                                  plan.weight_decay)),
+            plan.scale(),
+        )  # fmt: skip
+        _assert_close(updates(before), updates(scaled), 1e-5)
+        monkeypatch.setattr(module, "decay_multipliers", lambda plan, *_: plan.weight_decay)
+        own = module.with_decay(plan, "decay_root", 2.0)(rate, 0.3)
+        _assert_close(updates(own), updates(plan.optimizer(rate, 0.3)), 1e-5)
+
+    def test_the_root_of_the_width_is_in_the_decay(self, trial):
+        plan = language.plan_of(trial | {"depth": 4, "width": 32})
+        found = named_leaves(language_transfer.decay_multipliers(plan, "decay_root", 2.0))
+        root = 2**0.5
+        assert found["params/blocks/query/kernel"] == pytest.approx(root)
+        assert found["params/blocks/down/kernel"] == pytest.approx(2 * root)  # depth: as it was
+        assert found["params/table/embedding"] == 1.0
+        assert found["params/final_norm/scale"] == 0.0
+
+    def test_only_the_embedding_gets_another_rate(self, trial):
+        trial = trial | {"width": 64, "depth": 1}
+        one, other = (
+            language_transfer.parametrized(trial | {"method": method})
+            for method in ("standard", "embedding")
+        )
+        params = jax.jit(one.init)(jax.random.key(0))
+        moved = []
+        for how in (one, other):
+            tx = how.optimizer(0.01, 0.1)
+            moved.append(named_leaves(jax.jit(tx.update)(params, tx.init(params), params)[0]))
+        for name, leaf in moved[0].items():
+            ratio = 4.0 if name == "params/table/embedding" else 1.0
+            np.testing.assert_allclose(moved[1][name], ratio * leaf, rtol=1e-6)
+
+    def test_methods_train_what_they_say(self, trial):
+        study = language_transfer.Study.__new__(language_transfer.Study)
+        study._settings = trial | {"depth": 4, "width": 32}
+        batch = study.trial("sde", "batch", (1, -1), 2)
+        assert (batch["batch_size"], batch["steps"], batch["base_batch_size"]) == (16, 5, 4)
+        assert (batch["depth"], batch["width"], batch["seed"]) == (2, 16, 2)
+        assert (batch["rate"], batch["weight_decay"]) == (2**-6, 0.05)
+        blind = study.trial("plan", "updates", (0, 0), 0)
+        assert (blind["steps"], blind["base_steps"], blind["base_batch_size"]) == (80, 80, 4)
+        assert study.trial("warmup", "target", (0, 0), 0)["warmup"] == pytest.approx(0.2)
+        for size, sizes in {"target": (4, 32), "wide": (2, 32), "deep": (4, 16)}.items():
+            found = study.trial("plan", size, (0, 0), 0)
+            assert (found["depth"], found["width"]) == sizes
+        # Where the decay is not multiplied by the rate, what changes is η at the same η·λ.
+        assert language_transfer.METHODS["independent"].direction == (1, -1)
+
+
+def _assert_close(one, other, tolerance):
+    expected = named_leaves(other)
+    for name, leaf in named_leaves(one).items():
+        scale = float(jnp.abs(expected[name]).max()) + 1e-12
+        np.testing.assert_allclose(leaf, expected[name], atol=tolerance * scale, err_msg=name)
