@@ -1,5 +1,6 @@
 """Language models: decoders, text, trainings that go on, and the study of their transfer."""
 
+import importlib
 import math
 import os
 import signal
@@ -13,11 +14,13 @@ import pytest
 from absl import flags
 
 from archscale_jax._trees import named_leaves
-from experiments import language, language_transfer
 from experiments.lab import checkpoints, files
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder, attend, rotate
-from tests.binaries import FORKS
+from tests.binaries import FORKS, imported
+
+language_transfer = imported("language_transfer")  # it imports the other
+language = imported("language")
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -177,8 +180,9 @@ def kill_at_third_save(folder, workdir):
     checkpoints.save_checkpoint = killing
     sys.argv = ["experiments.language", *FLAGS, f"--text={folder}", f"--workdir={workdir}"]
     jax.config.update("jax_disable_most_optimizations", True)
+    binary = importlib.reload(language)  # with its flags
     flags.FLAGS(sys.argv)
-    language.run()
+    binary.run()
 
 
 FLAGS = ["--depth=1", "--width=8", "--base_width=8", "--base_depth=1", "--head_size=4",

@@ -121,7 +121,7 @@ def main() -> None:
     if FLAGS.coordinates:
         lines = [[str(row[one]) for one in CHANGES] for row in found]
         common.show("Changes over width ×1, ×2, ×4 (flat: 1.5)", [list(CHANGES), *lines])
-        common.write_results("public_model_coordinates", {"rows": found})
+        common.write_results("public_models_coordinates", {"rows": found})
         return
     golden = json.loads(ROLES.read_text())
     rows = [judged(row, golden) for row in found]

@@ -116,7 +116,7 @@ def test_all_leaves_without_a_use_are_named_at_once():
     def apply(p, x):
         return RELU(x @ p["a"]) @ p["c"]
 
-    shapes = specs(a=(8, 16), c=(16, 3), ghost=(4, 4), phantom=(7,))
+    shapes = specs(a=(8, 16), c=(16, 3), ghost=(4, 4), phantom=(7, 2))
     with pytest.raises(archscale.TraceError) as caught:
         archscale.trace(apply, shapes, spec(2, 8))
     assert "ghost" in str(caught.value)
