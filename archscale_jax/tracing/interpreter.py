@@ -25,7 +25,7 @@ from archscale_jax._expressions import (
 )
 from archscale_jax.tracing.axes import shape_of
 from archscale_jax.tracing.flow import Kind
-from archscale_jax.tracing.gradients import loop_operands
+from archscale_jax.tracing.jaxprs import CALLS, inner_jaxpr, loop_operands
 from archscale_jax.tracing.primitives import HANDLERS
 from archscale_jax.tracing.primitives.elementwise import ADDITIONS
 from archscale_jax.tracing.primitives.reshuffles import like
@@ -45,9 +45,6 @@ from archscale_jax.tracing.values import (
     weights_of,
 )
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
-          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "composite",
-          "linear_call", "call_hi_primitive")  # fmt: skip
 _SAME_FEATURES = (
     *ADDITIONS,
     "transpose",
@@ -183,7 +180,7 @@ class Interpreter:
             return results
         # What holds a vertex has been evaluated within; what does not is left whole, so that
         # custom derivatives stay.
-        inside = call.name in (*_CALLS, "scan", "cond") and found != self._found()
+        inside = call.name in (*CALLS, "scan", "cond") and found != self._found()
         if inside:
             return results
         uses = [] if call.name == "shard_map" else state.uses[found[1] :]
@@ -194,7 +191,7 @@ class Interpreter:
 
     def _equation(self, call: Call) -> list[Value]:
         name = call.name
-        if name in _CALLS:
+        if name in CALLS:
             return self._call(call)
         if name == "shard_map":
             return self._shard_map(call)
@@ -344,17 +341,12 @@ class Interpreter:
         return [self.known(constant) for constant in closed.consts]
 
     def _call(self, call: Call) -> list[Value]:
-        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "callee"):
-            if name in call.parameters:
-                inner = call.parameters[name]
-                break
-        else:
+        inner = inner_jaxpr(call.equation)
+        if inner is None:
             raise self.state.fail(call, "its jaxpr is not where it was looked for")
         # What leads nowhere is read whole: its layers stay where they are.
         wanted = call.live if len(set(call.live)) > 1 else None
-        if isinstance(inner, core.ClosedJaxpr):
-            return self.read(inner.jaxpr, self._closed(inner), call.values, wanted)
-        return self.read(inner, [], call.values, wanted)
+        return self.read(inner.jaxpr, self._closed(inner), call.values, wanted)
 
     def _shard_map(self, call: Call) -> list[Value]:
         """Reads what one device does; only what leaves it is ever evaluated."""

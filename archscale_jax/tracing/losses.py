@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.tracing.jaxprs import CALLS, inner_jaxpr
 
 _KEEPS = ("convert_element_type", "reshape", "squeeze", "copy", "broadcast_in_dim", "transpose",
           "expand_dims", "concatenate", "reduce_precision", "rev")  # fmt: skip
@@ -75,16 +76,11 @@ def _factor(
     return factor, None if isinstance(variable, Literal) else variable
 
 
-def _inner(equation: Any) -> Any:
-    """The program that an equation calls with its own operands, or None."""
-    found = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    calls = equation.primitive.name in (
-        "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat",
-        "checkpoint",
-    )  # fmt: skip
-    if found is None or not calls:
-        return None
-    return found if hasattr(found, "jaxpr") else ClosedJaxpr(found, ())
+def _inner(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The function that an equation calls with its own operands, or None."""
+    found = inner_jaxpr(equation) if equation.primitive.name in CALLS else None
+    same = found is not None and len(found.jaxpr.invars) == len(equation.invars)
+    return found if same else None
 
 
 def squared_leaves(function: Callable[..., Any], params: PyTree, *inputs: Any) -> set[str]:

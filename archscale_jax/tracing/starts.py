@@ -14,6 +14,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from archscale_jax._expressions import Moments
 from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.tracing.jaxprs import inner_jaxpr, loop_operands
 
 Start = float | Moments
 """The value of all entries of a leaf, or their moments where entries differ."""
@@ -63,7 +64,6 @@ def _start(leaf: Any) -> Start | None:
 _SAME_ENTRIES = ("broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "copy")
 _ARITHMETIC = ("add", "sub", "mul", "div", "neg", "max", "min", "integer_pow", "pow")
 _FUNCTIONS = ("exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "convert_element_type")
-_JAXPRS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def constant_leaves(
@@ -138,12 +138,12 @@ def _made(eqn: Any, place: int, value: Callable[[Any], float | None]) -> float |
                 return None
             operands.append(jnp.asarray(one, atom.aval.dtype))
         return float(eqn.primitive.bind(*operands, **{**eqn.params, **_unsharded(eqn)}))
-    inner = next((eqn.params[one] for one in _JAXPRS if one in eqn.params), None)
-    if not isinstance(inner, core.ClosedJaxpr) or len(inner.jaxpr.invars) != len(eqn.invars):
+    inner = inner_jaxpr(eqn)
+    if inner is None or len(inner.jaxpr.invars) != len(eqn.invars):
         return None
     given: list[_Lazy] = [functools.partial(value, atom) for atom in eqn.invars]
     if name == "scan":
-        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        constants, carries = loop_operands(eqn)
         if place < carries:
             return None
         given[constants : constants + carries] = [_unknown] * carries

@@ -28,7 +28,7 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.tracing.attention import attention_logits, queries_of, query_shares
 from archscale_jax.tracing.binding import Binding, Untrained, records
 from archscale_jax.tracing.flow import Edge, Kind, contract, split_fused
-from archscale_jax.tracing.gradients import inputs_read
+from archscale_jax.tracing.gradients import inputs_with_gradient
 from archscale_jax.tracing.interpreter import Evaluation, Interpreter
 from archscale_jax.tracing.starts import Start, starting_values
 from archscale_jax.tracing.state import State
@@ -250,10 +250,8 @@ class Reading(NamedTuple):
 
 def _untrained(closed: core.ClosedJaxpr, names: Sequence[str]) -> Untrained:
     results = [True] * len(closed.jaxpr.outvars)
-    read, trained = (
-        dict(zip(names, inputs_read(closed.jaxpr, results, derivative=derivative), strict=False))
-        for derivative in (False, True)
-    )
+    found = dce_jaxpr(closed.jaxpr, results)[1], inputs_with_gradient(closed.jaxpr, results)
+    read, trained = (dict(zip(names, one, strict=False)) for one in found)
     return Untrained(
         tuple(name for name in names if read[name] and not trained[name]),
         tuple(name for name in names if not read[name]),
