@@ -207,9 +207,8 @@ def _search_axes(
             return [losses[key]]
 
         rounds = 0 if is_integer else refine
-        grid = sorted({*grids[name], point[name]})
         return find_learning_rate(
-            one, grid, seeds=seeds, start=point[name], refine=rounds, **options
+            one, grids[name], seeds=seeds, start=point[name], refine=rounds, **options
         )
 
     def mean(values: Mapping[str, float]) -> float:
