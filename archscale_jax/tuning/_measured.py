@@ -17,12 +17,16 @@ from jaxtyping import Array, Float
 
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._precision import exact
-from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax._trees import PyTree, map_with_names, named_leaves, with_leaves
 from archscale_jax.rules._registry import Part
 from archscale_jax.tracing.trace import vertex_features
 
 GROUPS: tuple[str, ...] = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
+FITS = (0, 10)
+"""Updates that fit the readout to the batch before effects are measured, of either measurement."""
+_MOVES = np.array([0.0, *(2.0 ** np.arange(-10, 7))])
+"""RMS changes of the outputs that an update of the fit chooses from."""
 BATCH_NOTE = (
     "measured rates: outputs of an example depend on the others of its batch, as under batch "
     "normalization, where measured rates of deep chains are far too small; compare with "
@@ -83,18 +87,23 @@ def matched_multipliers(
     loss: Callable[[Any], jax.Array],
     *,
     seeds: int = 2,
+    fits: Sequence[int] = FITS,
     cap_readout: bool = False,
 ) -> dict[str, Part]:
     """Returns the multiplier of every parameter that makes its group do what the base's does.
 
     Stem and hidden layers change the last features relatively as much as in the base, each group by
-    itself and then both together; the readout changes the outputs as much.
+    itself and then both together; the readout changes the outputs as much. That holds as drawn and
+    with a readout that is fitted to the batch, in the geometric mean: the gradient that reaches the
+    features is that of the drawn readout in the first updates, and of a trained one soon after.
 
     Args:
       network: the network to train.
       base: the network on which the rate was tuned; same optimizer, a batch of the same size.
       loss: of the outputs.
       seeds: how many draws are averaged, in log.
+      fits: updates that fit the readout to the batch before each measurement, see `fitted`; what
+        they lead to is averaged, in log.
       cap_readout: whether the readout's multiplier is at most 1.
 
     Raises:
@@ -107,10 +116,11 @@ def matched_multipliers(
         measured.append((measurer(one, loss), updates))
     logs = []
     for seed in range(seeds):
-        key = jax.random.key(seed)
-        sizes = [group_sizes(measure(key, updates)) for measure, updates in measured]
-        _check_matched(*sizes)
-        logs.append(np.log(matching(*sizes)))
+        for count in fits:
+            key = jax.random.key(seed)
+            sizes = [group_sizes(measure(key, updates, count)) for measure, updates in measured]
+            _check_matched(*sizes)
+            logs.append(np.log(matching(*sizes)))
     values = dict(zip(GROUPS, np.exp(np.mean(logs, axis=0)).tolist(), strict=True))
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
@@ -166,29 +176,65 @@ def _check_matched(network: Float[Array, "4"], base: Float[Array, "4"]) -> None:
 
 def measurer(
     network: Measurable, loss: Callable[[Any], jax.Array]
-) -> Callable[[jax.Array, Sequence[Mapping[str, float]]], Effects]:
-    """Returns a function of a key and R updates to what the updates do.
+) -> Callable[..., Effects]:
+    """Returns a function of a key, R updates and a count to what the updates do.
 
     An update is told by what it multiplies the optimizer's first update of every leaf with, by
     name; a leaf that is not named stays. Costs about a training step and one more pass forward an
-    update.
+    update. The count, 0 by default, is of the updates that fit the readout before; see `fitted`.
     """
 
     @jax.jit
-    def effects(key: jax.Array, rows: jax.Array) -> Effects:
-        params = network.draw(key)
+    def effects(key: jax.Array, rows: jax.Array, fits: jax.Array) -> Effects:
+        params = fitted(network, loss, network.draw(key), fits)
         gradients = jax.grad(lambda params: loss(network.apply(params, *network.inputs)))(params)
         optimizer = network.optimizer
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         return effects_of(network.apply, params, network.inputs, update, rows)
 
-    def measured(key: jax.Array, updates: Sequence[Mapping[str, float]]) -> Effects:
+    def measured(
+        key: jax.Array, updates: Sequence[Mapping[str, float]], fits: int = 0
+    ) -> Effects:
         names = list(named_leaves(jax.eval_shape(network.draw, key)))
-        return effects(
-            key, np.array([[one.get(name, 0.0) for name in names] for one in updates], np.float32)
-        )
+        rows = [[one.get(name, 0.0) for name in names] for one in updates]
+        return effects(key, np.array(rows, np.float32), fits)
 
     return measured
+
+
+def fitted(
+    network: Measurable, loss: Callable[[Any], jax.Array], params: PyTree, updates: jax.Array | int
+) -> PyTree:
+    """Returns params whose readout is fitted to the batch, the features as they are.
+
+    Every update goes down the readout's gradient to the smallest loss of a grid. Along it outputs
+    are taken as linear, as they are in the weights of a readout.
+    """
+    groups = groups_of(network.architecture)
+    leaves = named_leaves(params)
+    readout = {name: leaf for name, leaf in leaves.items() if groups.get(name) == "readout"}
+
+    def outputs(readout: Mapping[str, jax.Array]) -> Any:
+        return network.apply(with_leaves(params, readout), *network.inputs)
+
+    def update(_: Any, readout: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        values, pull = jax.vjp(outputs, readout)
+        (gradient,) = pull(jax.grad(loss)(values))
+        change = _pushed(pull, values, gradient)
+        steps = _MOVES / jnp.maximum(_rms(change), np.finfo(np.float32).tiny)
+        along = lambda step: jax.tree.map(lambda a, b: a - (step * b).astype(a.dtype), values, change)  # noqa: E731
+        losses = jax.lax.map(lambda step: loss(along(step)), steps)
+        step = steps[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
+        return jax.tree.map(lambda a, b: a - (step * b).astype(a.dtype), readout, gradient)
+
+    return with_leaves(params, jax.lax.fori_loop(0, updates, update, readout))
+
+
+def _pushed(pull: Callable[..., Any], values: Any, tangent: Any) -> Any:
+    """The derivative along a tangent, from the pullback: functions with a `jax.custom_vjp` lack
+    forward mode."""
+    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
+    return push(tangent)[0]
 
 
 def effects_of(
@@ -205,15 +251,13 @@ def effects_of(
         return [exact(features[one]) for one in sorted(features)], apply(params, *inputs)
 
     values, pull = jax.vjp(features_and_outputs, params)
-    # As in `measure_update`: no forward mode, which functions with a `jax.custom_vjp` lack.
-    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
     order = {name: index for index, name in enumerate(named_leaves(params))}
     size = jnp.stack([_rms(one) for one in values[0]])
     spread = jnp.stack([jnp.sqrt(jnp.mean(jnp.var(one, axis=0))) for one in values[0]])
 
     def effect(before: jax.Array, row: jax.Array) -> tuple[jax.Array, Effects]:
         part = map_with_names(lambda name, leaf: leaf * row[order[name]].astype(leaf.dtype), update)
-        changes, outputs = push(part)[0]
+        changes, outputs = _pushed(pull, values, part)
         change = jnp.stack([_rms(one) for one in changes])
         overlap = jnp.mean(changes[-1] * before) / size[-1] ** 2
         return changes[-1], Effects(change / size, change / spread, _rms(outputs), overlap)
