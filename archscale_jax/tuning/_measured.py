@@ -174,9 +174,7 @@ def _check_matched(network: Float[Array, "4"], base: Float[Array, "4"]) -> None:
             )
 
 
-def measurer(
-    network: Measurable, loss: Callable[[Any], jax.Array]
-) -> Callable[..., Effects]:
+def measurer(network: Measurable, loss: Callable[[Any], jax.Array]) -> Callable[..., Effects]:
     """Returns a function of a key, R updates and a count to what the updates do.
 
     An update is told by what it multiplies the optimizer's first update of every leaf with, by
@@ -192,9 +190,7 @@ def measurer(
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         return effects_of(network.apply, params, network.inputs, update, rows)
 
-    def measured(
-        key: jax.Array, updates: Sequence[Mapping[str, float]], fits: int = 0
-    ) -> Effects:
+    def measured(key: jax.Array, updates: Sequence[Mapping[str, float]], fits: int = 0) -> Effects:
         names = list(named_leaves(jax.eval_shape(network.draw, key)))
         rows = [[one.get(name, 0.0) for name in names] for one in updates]
         return effects(key, np.array(rows, np.float32), fits)
@@ -219,20 +215,26 @@ def fitted(
 
     def update(_: Any, readout: dict[str, jax.Array]) -> dict[str, jax.Array]:
         values, pull = jax.vjp(outputs, readout)
-        (gradient,) = pull(jax.grad(loss)(values))
+        before, cotangents = jax.value_and_grad(loss)(values)
+        (gradient,) = pull(cotangents)
         change = _pushed(pull, values, gradient)
         steps = _MOVES / jnp.maximum(_rms(change), np.finfo(np.float32).tiny)
-        along = lambda step: jax.tree.map(lambda a, b: a - (step * b).astype(a.dtype), values, change)  # noqa: E731
-        losses = jax.lax.map(lambda step: loss(along(step)), steps)
+        losses = jax.lax.map(lambda step: loss(_moved(values, change, step)), steps)
         step = steps[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
-        return jax.tree.map(lambda a, b: a - (step * b).astype(a.dtype), readout, gradient)
+        moved = _moved(readout, gradient, step)
+        # A tied table moves the features too: only what lowers the loss is taken.
+        better = loss(outputs(moved)) < before
+        return jax.tree.map(lambda new, old: jnp.where(better, new, old), moved, readout)
 
     return with_leaves(params, jax.lax.fori_loop(0, updates, update, readout))
 
 
+def _moved(tree: PyTree, change: PyTree, step: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf, of: leaf - (step * of).astype(leaf.dtype), tree, change)
+
+
 def _pushed(pull: Callable[..., Any], values: Any, tangent: Any) -> Any:
-    """The derivative along a tangent, from the pullback: functions with a `jax.custom_vjp` lack
-    forward mode."""
+    """The derivative along a tangent; forward mode is what a `jax.custom_vjp` lacks."""
     _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
     return push(tangent)[0]
 
