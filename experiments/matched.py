@@ -51,7 +51,11 @@ def _dags(texts: Sequence[str]) -> list[Place]:
     return [(text, None) for text in texts]
 
 
-_PILOT = [*_chains(4, 10, 20), *_dags(_DAGS[:2]), *((chain_string(4), n) for n in (32, 512))]
+_PILOT = [
+    *_chains(4, 10, 20),
+    *_dags([*_DAGS[:22], *_CNNS[:5]]),
+    *((chain_string(4), n) for n in (32, 512)),
+]
 """Networks on which the rule was chosen; on all others no choice was made."""
 _MIXED = [*_chains(4, 10), *_dags(_DAGS[:2])]
 STUDIES = {
@@ -69,8 +73,10 @@ STUDIES = {
         + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
-    # Networks that were added when the rule was fixed; UNRUN are not in the results.
     "more_dags": Study(_dags(_DAGS[5:22]), {}),
+    # Networks that were added when the rule was fixed.
+    "fresh_dags": Study(_dags(_DAGS[22:42]), {}),
+    "fresh_cnns": Study(_dags(_CNNS[5:25]), {"kernel_size": 3}),
     "more_chains": Study(_chains(3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
     "more_adam": Study(_dags(_DAGS[2:16]), {"optimizer": "adam"}),
     "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),

@@ -3,8 +3,8 @@
 `matched` is that of `archscale_jax.parametrize(..., learning_rate="measured")`; the others are what
 it was chosen among (docs/results/learning_rates.md):
 
-  drawn      as `matched`, measured as drawn alone
-  fitted     as `matched`, measured with a fitted readout alone
+  drawn      as `matched`, the readout as drawn
+  trained    as `matched`, the readout scaled until outputs are as large as the base's
   uncapped   as `matched`, without the cap of the readout's multiplier under SGD
   inner      as `matched`, the readout left as it is
   outputs    every group changes the outputs as in the base
@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from archscale_jax.tuning._measured import (
-    FITS,
     GROUPS,
+    TRAINED,
     Effects,
     Measurable,
     groups_of,
@@ -32,7 +32,6 @@ from archscale_jax.tuning._measured import (
 )
 
 Loss = Callable[[Any], jax.Array]
-_FITS = {"drawn": FITS[:1], "fitted": FITS[1:]}
 
 
 def multipliers(
@@ -48,10 +47,12 @@ def multipliers(
       draws: how many draws are averaged, in log.
       is_sgd: whether the optimizer is SGD, with momentum or without.
     """
-    if rule in ("matched", "uncapped", "inner", *_FITS):
-        fits = _FITS.get(rule, FITS)
+    if rule in ("matched", "drawn", "trained", "uncapped", "inner"):
         capped = is_sgd and rule not in ("uncapped", "inner")
-        parts = matched_multipliers(network, base, loss, seeds=draws, fits=fits, cap_readout=capped)
+        trained = {"drawn": 0.0, "trained": 1.0}.get(rule, TRAINED)
+        parts = matched_multipliers(
+            network, base, loss, seeds=draws, trained=trained, cap_readout=capped
+        )
         left = "readout" if rule == "inner" else ""
         return {name: 1.0 if one.place == left else one.value for name, one in parts.items()}
     of = {"outputs": _outputs, "flerm": _by_leaf, "local": _by_vertex}[rule]

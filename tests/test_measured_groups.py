@@ -11,10 +11,8 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import (
-    FITS,
     GROUPS,
     Measurable,
-    fitted,
     groups_of,
     matched_multipliers,
     measurer,
@@ -120,32 +118,6 @@ def test_effects_are_those_of_small_steps(name, optimizer):
             assert found.outputs[row] == approx(rms((f_up - f_down) / 2e-6))
 
 
-@pytest.mark.parametrize("size", [1e-2, 1.0, 1e2])
-def test_the_readout_is_fitted_to_the_batch(size):
-    """To the smallest loss of a linear model of the features, whatever their size."""
-
-    def apply(params, x):
-        return size * (jax.nn.relu(x @ params["stem"]) @ params["kernel"] + params["bias"])
-
-    def loss(outputs):
-        return jnp.mean((outputs - targets) ** 2)
-
-    features = np.concatenate([np.maximum(X, 0), np.ones((32, 1))], axis=1)
-    targets = X @ np.random.default_rng(2).standard_normal((12, 5), np.float32)
-    params = {"stem": jnp.eye(12), "kernel": jnp.ones((12, 5)), "bias": jnp.zeros(5)}
-    network = Measurable(
-        apply, archscale.trace(apply, params, X), lambda _: params, optax.sgd(1.0), (X,)
-    )
-    fit = jax.jit(lambda updates: fitted(network, loss, params, updates))
-    found = [fit(updates) for updates in (0, 10, 200)]
-    losses = [float(loss(apply(one, X))) for one in found]
-    best = float(loss(features @ np.linalg.lstsq(features, targets)[0]))
-    assert losses[1] < 0.4 * losses[0]
-    assert best <= losses[2] == pytest.approx(best, rel=0.1)
-    for one in found:
-        assert (one["stem"] == params["stem"]).all()
-
-
 def test_a_network_that_is_the_base_keeps_its_rates():
     rates = matched(Mlp(3, 16), Mlp(3, 16)).learning_rate
     assert jax.tree.leaves(rates) == pytest.approx([1.0] * len(jax.tree.leaves(rates)), rel=1e-4)
@@ -153,18 +125,14 @@ def test_a_network_that_is_the_base_keeps_its_rates():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_groups_do_what_those_of_the_base_do(optimizer):
-    """Together stem and hidden layers change the last features, and the readout the outputs.
-
-    In the geometric mean over draws, and over readouts as drawn and fitted.
-    """
+    """Together stem and hidden layers change the last features, and the readout the outputs."""
     base = planned(Mlp(2, 16), optimizer=optimizer)
     plan = matched(Mlp(8, 64), base, optimizer)
     found = []
     for one in (plan, base):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
         rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
-        measure = measurer(network, loss_of)
-        draws = [measure(jax.random.key(seed), rows, fits) for seed in range(2) for fits in FITS]
+        draws = [measurer(network, loss_of)(jax.random.key(seed), rows) for seed in range(2)]
         effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
         found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
@@ -386,7 +354,7 @@ def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     ours, theirs = (
         Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
     )
-    parts = matched_multipliers(ours, theirs, loss_of, seeds=1, fits=(0,))
+    parts = matched_multipliers(ours, theirs, loss_of, seeds=1, trained=0)
     expected = {part.place: part.value for part in parts.values()}
     found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-4)

@@ -17,16 +17,14 @@ from jaxtyping import Array, Float
 
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._precision import exact
-from archscale_jax._trees import PyTree, map_with_names, named_leaves, with_leaves
+from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.rules._registry import Part
 from archscale_jax.tracing.trace import vertex_features
 
 GROUPS: tuple[str, ...] = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
-FITS = (0, 10)
-"""Updates that fit the readout to the batch before effects are measured, of either measurement."""
-_MOVES = np.array([0.0, *(2.0 ** np.arange(-10, 7))])
-"""RMS changes of the outputs that an update of the fit chooses from."""
+TRAINED = 0.5
+"""How far the readout is scaled to the size that training gives it, see `matched_multipliers`."""
 BATCH_NOTE = (
     "measured rates: outputs of an example depend on the others of its batch, as under batch "
     "normalization, where measured rates of deep chains are far too small; compare with "
@@ -87,23 +85,25 @@ def matched_multipliers(
     loss: Callable[[Any], jax.Array],
     *,
     seeds: int = 2,
-    fits: Sequence[int] = FITS,
+    trained: float = TRAINED,
     cap_readout: bool = False,
 ) -> dict[str, Part]:
     """Returns the multiplier of every parameter that makes its group do what the base's does.
 
     Stem and hidden layers change the last features relatively as much as in the base, each group by
-    itself and then both together; the readout changes the outputs as much. That holds as drawn and
-    with a readout that is fitted to the batch, in the geometric mean: the gradient that reaches the
-    features is that of the drawn readout in the first updates, and of a trained one soon after.
+    itself and then both together; the readout changes the outputs as much.
+
+    Gradients pass through the readout, which is as drawn in the first updates only. Training makes
+    outputs of one size, whatever that of the features: a readout that is drawn as in the base and
+    gives outputs of c times the spread ends c times as small. It is measured half-way, in log: the
+    network's readout over √c.
 
     Args:
       network: the network to train.
       base: the network on which the rate was tuned; same optimizer, a batch of the same size.
       loss: of the outputs.
       seeds: how many draws are averaged, in log.
-      fits: updates that fit the readout to the batch before each measurement, see `fitted`; what
-        they lead to is averaged, in log.
+      trained: power of 1/c by which the readout is scaled: 0 as drawn, 1 as trained.
       cap_readout: whether the readout's multiplier is at most 1.
 
     Raises:
@@ -114,13 +114,18 @@ def matched_multipliers(
         groups = groups_of(one.architecture)
         updates = [{name: 1.0 for name in groups if groups[name] == group} for group in GROUPS]
         measured.append((measurer(one, loss), updates))
+    spread_of = [_output_spread(one) for one in (network, base)]
     logs = []
     for seed in range(seeds):
-        for count in fits:
-            key = jax.random.key(seed)
-            sizes = [group_sizes(measure(key, updates, count)) for measure, updates in measured]
-            _check_matched(*sizes)
-            logs.append(np.log(matching(*sizes)))
+        key = jax.random.key(seed)
+        spreads = [float(spread(key)) for spread in spread_of]
+        scales = [float(_ratio(spreads[1], spreads[0])) ** trained, 1.0]
+        sizes = [
+            group_sizes(measure(key, updates, scale))
+            for (measure, updates), scale in zip(measured, scales, strict=True)
+        ]
+        _check_matched(*sizes)
+        logs.append(np.log(matching(*sizes)))
     values = dict(zip(GROUPS, np.exp(np.mean(logs, axis=0)).tolist(), strict=True))
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
@@ -159,7 +164,8 @@ def matching(network: Float[Array, "4"], base: Float[Array, "4"]) -> Float[Array
     return jnp.stack([stem * joint, hidden * joint, readout])
 
 
-def _ratio(base: jax.Array, network: jax.Array) -> jax.Array:
+def _ratio(base: jax.typing.ArrayLike, network: jax.typing.ArrayLike) -> jax.Array:
+    base, network = jnp.asarray(base), jnp.asarray(network)
     return jnp.where((base > 0) & (network > 0), base / network, 1.0)
 
 
@@ -175,68 +181,44 @@ def _check_matched(network: Float[Array, "4"], base: Float[Array, "4"]) -> None:
 
 
 def measurer(network: Measurable, loss: Callable[[Any], jax.Array]) -> Callable[..., Effects]:
-    """Returns a function of a key, R updates and a count to what the updates do.
+    """Returns a function of a key, R updates and a scale to what the updates do.
 
     An update is told by what it multiplies the optimizer's first update of every leaf with, by
     name; a leaf that is not named stays. Costs about a training step and one more pass forward an
-    update. The count, 0 by default, is of the updates that fit the readout before; see `fitted`.
+    update. The scale, 1 by default, multiplies the drawn readout; a tied table stays.
     """
+    scaled = {one.name for one in network.architecture.parameters if one.layer == Role.READOUT}
 
     @jax.jit
-    def effects(key: jax.Array, rows: jax.Array, fits: jax.Array) -> Effects:
-        params = fitted(network, loss, network.draw(key), fits)
+    def effects(key: jax.Array, rows: jax.Array, scale: jax.Array) -> Effects:
+        params = map_with_names(
+            lambda name, leaf: leaf * scale.astype(leaf.dtype) if name in scaled else leaf,
+            network.draw(key),
+        )
         gradients = jax.grad(lambda params: loss(network.apply(params, *network.inputs)))(params)
         optimizer = network.optimizer
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         return effects_of(network.apply, params, network.inputs, update, rows)
 
-    def measured(key: jax.Array, updates: Sequence[Mapping[str, float]], fits: int = 0) -> Effects:
+    def measured(
+        key: jax.Array, updates: Sequence[Mapping[str, float]], scale: float = 1.0
+    ) -> Effects:
         names = list(named_leaves(jax.eval_shape(network.draw, key)))
         rows = [[one.get(name, 0.0) for name in names] for one in updates]
-        return effects(key, np.array(rows, np.float32), fits)
+        return effects(key, np.array(rows, np.float32), jnp.float32(scale))
 
     return measured
 
 
-def fitted(
-    network: Measurable, loss: Callable[[Any], jax.Array], params: PyTree, updates: jax.Array | int
-) -> PyTree:
-    """Returns params whose readout is fitted to the batch, the features as they are.
+def _output_spread(network: Measurable) -> Callable[[jax.Array], jax.Array]:
+    """The standard deviation of outputs over examples, of the draw of a key."""
 
-    Every update goes down the readout's gradient to the smallest loss of a grid. Along it outputs
-    are taken as linear, as they are in the weights of a readout.
-    """
-    groups = groups_of(network.architecture)
-    leaves = named_leaves(params)
-    readout = {name: leaf for name, leaf in leaves.items() if groups.get(name) == "readout"}
+    @jax.jit
+    def spread(key: jax.Array) -> jax.Array:
+        outputs = network.apply(network.draw(key), *network.inputs)
+        return _rms(jax.tree.map(lambda one: exact(one) - jnp.mean(exact(one), axis=0), outputs))
 
-    def outputs(readout: Mapping[str, jax.Array]) -> Any:
-        return network.apply(with_leaves(params, readout), *network.inputs)
-
-    def update(_: Any, readout: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        values, pull = jax.vjp(outputs, readout)
-        before, cotangents = jax.value_and_grad(loss)(values)
-        (gradient,) = pull(cotangents)
-        change = _pushed(pull, values, gradient)
-        steps = _MOVES / jnp.maximum(_rms(change), np.finfo(np.float32).tiny)
-        losses = jax.lax.map(lambda step: loss(_moved(values, change, step)), steps)
-        step = steps[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
-        moved = _moved(readout, gradient, step)
-        # A tied table moves the features too: only what lowers the loss is taken.
-        better = loss(outputs(moved)) < before
-        return jax.tree.map(lambda new, old: jnp.where(better, new, old), moved, readout)
-
-    return with_leaves(params, jax.lax.fori_loop(0, updates, update, readout))
-
-
-def _moved(tree: PyTree, change: PyTree, step: jax.Array) -> PyTree:
-    return jax.tree.map(lambda leaf, of: leaf - (step * of).astype(leaf.dtype), tree, change)
-
-
-def _pushed(pull: Callable[..., Any], values: Any, tangent: Any) -> Any:
-    """The derivative along a tangent; forward mode is what a `jax.custom_vjp` lacks."""
-    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
-    return push(tangent)[0]
+    return spread
 
 
 def effects_of(
@@ -253,13 +235,15 @@ def effects_of(
         return [exact(features[one]) for one in sorted(features)], apply(params, *inputs)
 
     values, pull = jax.vjp(features_and_outputs, params)
+    # As in `measure_update`: no forward mode, which functions with a `jax.custom_vjp` lack.
+    _, push = jax.vjp(lambda cotangents: pull(cotangents)[0], values)
     order = {name: index for index, name in enumerate(named_leaves(params))}
     size = jnp.stack([_rms(one) for one in values[0]])
     spread = jnp.stack([jnp.sqrt(jnp.mean(jnp.var(one, axis=0))) for one in values[0]])
 
     def effect(before: jax.Array, row: jax.Array) -> tuple[jax.Array, Effects]:
         part = map_with_names(lambda name, leaf: leaf * row[order[name]].astype(leaf.dtype), update)
-        changes, outputs = _pushed(pull, values, part)
+        changes, outputs = push(part)[0]
         change = jnp.stack([_rms(one) for one in changes])
         overlap = jnp.mean(changes[-1] * before) / size[-1] ** 2
         return changes[-1], Effects(change / size, change / spread, _rms(outputs), overlap)
