@@ -118,6 +118,33 @@ def test_effects_are_those_of_small_steps(name, optimizer):
             assert found.outputs[row] == approx(rms((f_up - f_down) / 2e-6))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "trained", "power"),
+    [(optax.sgd, 0, -1), (optax.sgd, 0.5, -0.5), (optax.sgd, 1, 0), (optax.adam, 0.5, 0)],
+)
+def test_features_of_another_size(optimizer, trained, power):
+    """Features of c times the size, a linear loss: stems do c^-power of what they do at size 1."""
+
+    def measurable(size):
+        def apply(params, x):
+            return size * jnp.tanh(x @ params["stem"]) @ params["head"]
+
+        params = {"stem": jnp.eye(12), "head": jnp.ones((12, 5)) / 12}
+        draw = lambda key: params | {"head": jax.random.normal(key, (12, 5)) / 12}  # noqa: E731
+        architecture = archscale.trace(apply, params, X)
+        return Measurable(apply, architecture, draw, optimizer(1.0), (X,))
+
+    parts = matched_multipliers(
+        measurable(4.0), measurable(1.0), lambda outputs: jnp.mean(outputs * X[:, :5]),
+        trained=trained,
+    )  # fmt: skip
+    assert parts["stem"].value == pytest.approx(4.0**power, rel=1e-4)
+    # The readout reads what is c times as large, whatever its own size.
+    assert parts["head"].value == pytest.approx(
+        4.0 ** (-2 if optimizer is optax.sgd else -1), rel=1e-4
+    )
+
+
 def test_a_network_that_is_the_base_keeps_its_rates():
     rates = matched(Mlp(3, 16), Mlp(3, 16)).learning_rate
     assert jax.tree.leaves(rates) == pytest.approx([1.0] * len(jax.tree.leaves(rates)), rel=1e-4)
@@ -125,14 +152,22 @@ def test_a_network_that_is_the_base_keeps_its_rates():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_groups_do_what_those_of_the_base_do(optimizer):
-    """Together stem and hidden layers change the last features, and the readout the outputs."""
+    """Together stem and hidden layers change the last features, and the readout the outputs.
+
+    With a readout half-way to outputs as spread as the base's.
+    """
     base = planned(Mlp(2, 16), optimizer=optimizer)
     plan = matched(Mlp(8, 64), base, optimizer)
     found = []
-    for one in (plan, base):
+    keys = [jax.random.key(seed) for seed in range(2)]
+    outputs = [[one.apply(one.init(key), X) for key in keys] for one in (plan, base)]
+    spreads = [[rms(of - np.mean(of, axis=0)) for of in one] for one in outputs]
+    scales = np.sqrt(np.divide(spreads[1], spreads[0])), np.ones(2)
+    for one, scale in zip((plan, base), scales, strict=True):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
         rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
-        draws = [measurer(network, loss_of)(jax.random.key(seed), rows) for seed in range(2)]
+        measure = measurer(network, loss_of)
+        draws = [measure(*each) for each in zip(keys, [rows] * 2, scale, strict=True)]
         effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
         found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
