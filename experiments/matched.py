@@ -92,7 +92,7 @@ flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
 flags.DEFINE_integer("every", 39, "Updates between measurements of --method=again.", lower_bound=1)
-flags.DEFINE_integer("draws", 2, "Draws that a measurement averages.", lower_bound=1)
+flags.DEFINE_integer("draws", 2, f"Draws of {', '.join(matched_rules.BY_DRAWS)}.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/matched", "Folder for results and the table.")
 
 
@@ -193,7 +193,7 @@ def trial_of(place: Place, study: str, method: str) -> dict[str, Any]:
         "seeds": FLAGS.num_seeds,
         "architecture": architecture,
         "method": method,
-        "draws": 0 if method == "uniform" else FLAGS.draws,
+        "draws": FLAGS.draws if method in matched_rules.BY_DRAWS else 0,
         **({"every": FLAGS.every} if method == "again" else {}),
     }
 

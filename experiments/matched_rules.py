@@ -31,6 +31,8 @@ from archscale_jax.tuning._measured import (
     measurer,
 )
 
+BY_DRAWS = ("outputs", "flerm", "local")
+"""Rules that average a given number of draws; the others as many as they need."""
 Loss = Callable[[Any], jax.Array]
 
 
@@ -44,15 +46,13 @@ def multipliers(
       network: the network to train.
       base: the network whose rate is known.
       loss: of the outputs.
-      draws: how many draws are averaged, in log.
+      draws: how many draws `outputs`, `flerm` and `local` average, in log.
       is_sgd: whether the optimizer is SGD, with momentum or without.
     """
     if rule in ("matched", "drawn", "trained", "uncapped", "inner"):
         capped = is_sgd and rule not in ("uncapped", "inner")
         trained = {"drawn": 0.0, "trained": 1.0}.get(rule, TRAINED)
-        parts = matched_multipliers(
-            network, base, loss, seeds=draws, trained=trained, cap_readout=capped
-        )
+        parts = matched_multipliers(network, base, loss, trained=trained, cap_readout=capped)
         left = "readout" if rule == "inner" else ""
         return {name: 1.0 if one.place == left else one.value for name, one in parts.items()}
     of = {"outputs": _outputs, "flerm": _by_leaf, "local": _by_vertex}[rule]

@@ -389,7 +389,7 @@ def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     ours, theirs = (
         Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
     )
-    parts = matched_multipliers(ours, theirs, loss_of, seeds=1, trained=0)
+    parts = matched_multipliers(ours, theirs, loss_of, trained=0)
     expected = {part.place: part.value for part in parts.values()}
     found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-4)
