@@ -13,8 +13,10 @@ from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import (
     GROUPS,
     Measurable,
+    group_sizes,
     groups_of,
     matched_multipliers,
+    matching,
     measurer,
 )
 from experiments import matched_again, matched_rules
@@ -159,16 +161,17 @@ def test_groups_do_what_those_of_the_base_do(optimizer):
     base = planned(Mlp(2, 16), optimizer=optimizer)
     plan = matched(Mlp(8, 64), base, optimizer)
     found = []
-    keys = [jax.random.key(seed) for seed in range(2)]
+    (draws,) = {int(part.symbols["draws"]) for part in plan.measured.values()}
+    keys = [jax.random.key(seed) for seed in range(draws)]
     outputs = [[one.apply(one.init(key), X) for key in keys] for one in (plan, base)]
     spreads = [[rms(of - np.mean(of, axis=0)) for of in one] for one in outputs]
-    scales = np.sqrt(np.divide(spreads[1], spreads[0])), np.ones(2)
+    scales = np.sqrt(np.divide(spreads[1], spreads[0])), np.ones(draws)
     for one, scale in zip((plan, base), scales, strict=True):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
         rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
         measure = measurer(network, loss_of)
-        draws = [measure(*each) for each in zip(keys, [rows] * 2, scale, strict=True)]
-        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
+        found_by_draw = [measure(*each) for each in zip(keys, [rows] * draws, scale, strict=True)]
+        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in found_by_draw]
         found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
     assert found[0][1] <= found[1][1] * 1.05
@@ -386,10 +389,9 @@ def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     assert same.multipliers == pytest.approx(np.ones(3), rel=1e-4)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b), before, after)))
     _, state = trained(plans[0], 1, base=record.effects)
-    ours, theirs = (
-        Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
-    )
-    parts = matched_multipliers(ours, theirs, loss_of, trained=0)
-    expected = {part.place: part.value for part in parts.values()}
-    found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
-    assert found == pytest.approx(expected, rel=1e-4)
+    sizes = []
+    for one in plans:
+        measurable = Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,))
+        rows = [members_of(one, (group,)) for group in GROUPS]
+        sizes.append(group_sizes(measurer(measurable, loss_of)(jax.random.key(0), rows)))
+    assert state.multipliers == pytest.approx(np.asarray(matching(*sizes)), rel=1e-4)

@@ -94,8 +94,7 @@ def matched_multipliers(
 
     Stem and hidden layers change the last features relatively as much as in the base, each group by
     itself and then both together; the readout changes the outputs as much. Multipliers are
-    averaged over draws, in log, until their standard error is 0.1: 4 draws of wide networks, at most
-    32.
+    averaged over 4 to 32 draws, in log, until their standard error is 0.1.
 
     Gradients pass through the readout, which is as drawn in the first updates only. Training makes
     outputs of one size, whatever that of the features: a readout that is drawn as in the base and
