@@ -103,3 +103,15 @@ def test_commands_name_binaries_and_flags_that_exist():
             assert source.exists(), f"{page}: {package}.{name}"
             unknown = set(re.findall(r"--(\w+)", given)) - flags(source) - {"help"}
             assert not unknown, f"{page}: {name} has no flag {unknown}"
+
+
+def test_what_the_readme_says_is_tested_has_that_test():
+    readme = (ROOT / "README.md").read_text()
+    named = re.findall(r"\[(test_\w+)\]\(([^)]+)\)", readme)
+    assert len(named) == 8
+    for name, path in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_the_landing_page_names_the_version():
+    assert f"Version {archscale_jax.__version__}," in PAGES["index.md"]
