@@ -130,3 +130,9 @@ def test_all_of_a_picture_in_the_output_of_a_notebook_reaches_the_site():
     for tag in ("circle", "path", "text"):
         drawn = (ROOT / f"{name}.ipynb").read_text().count(f"<{tag} ")
         assert shown.count(f"<{tag} ") == drawn > 0
+
+
+@pytest.mark.parametrize("words", ["weight decay", "scan", "tied embeddings", "batch norm"])
+def test_what_is_searched_for_stands_in_a_heading(words):
+    headings = re.findall(r"^##+ (.*)", "\n".join(PAGES.values()), re.M)
+    assert any(words in heading.lower() for heading in headings)
