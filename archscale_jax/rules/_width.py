@@ -466,6 +466,7 @@ INNER = {Role.HIDDEN: (0, 1), Role.INPUT: (1,), Role.READOUT: (0,)}
 """Which sides of a layer are features of the network: what it reads, what it writes."""
 
 MOST_CHOICES = 4096
+"""Widths that repeat in every ratio, as in no known model, would take for ever."""
 
 
 def _widths(architecture: Architecture) -> set[int]:
