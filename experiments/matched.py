@@ -82,9 +82,7 @@ STUDIES = {
     "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),
     "more_widths": Study([(text, n) for text in _DAGS[2:5] for n in (32, 64, 256, 512)], {}),
 }
-UNRUN = ("more_chains", "more_adam", "more_layer_norm", "more_widths")
-_RUN = [one for one in STUDIES if one not in UNRUN]
-flags.DEFINE_list("study", _RUN, f"Studies of {', '.join(STUDIES)}.")
+flags.DEFINE_list("study", list(STUDIES), f"Studies of {', '.join(STUDIES)}.")
 flags.DEFINE_list(
     "method", ["uniform", "matched", "flerm"], "uniform, rules of matched_rules, again."
 )
@@ -155,7 +153,10 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
         "depth of chains, GELU": (deep & (table["study"] == "gelu"), layers),
         "width of a chain, SGD": (wide & (table["study"] == "widths"), table["width"].fillna(128)),
         "width of a chain, Adam": (wide & (table["study"] == "adam"), table["width"].fillna(128)),
-        "random graphs, by number": (table["study"].isin(("dags", "more_dags")), None),
+        "random graphs, by number": (
+            table["study"].isin(("dags", "more_dags", "fresh_dags")),
+            None,
+        ),
     }
     figure, drawn = panels.create_panels(len(chosen), 2.1, width=2.7, columns=3, sharey=True)
     for panel, (title, (rows, sizes)) in zip(drawn, chosen.items(), strict=True):

@@ -224,8 +224,9 @@ def _output_spread(network: Measurable) -> Callable[[jax.Array], jax.Array]:
 
     @jax.jit
     def spread(key: jax.Array) -> jax.Array:
-        outputs = network.apply(network.draw(key), *network.inputs)
-        return _rms(jax.tree.map(lambda one: exact(one) - jnp.mean(exact(one), axis=0), outputs))
+        outputs = jax.tree.leaves(network.apply(network.draw(key), *network.inputs))
+        found = [exact(one) for one in outputs if jnp.ndim(one)]
+        return _rms([one - jnp.mean(one, axis=0) for one in found]) if found else jnp.float32(0)
 
     return spread
 
