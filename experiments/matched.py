@@ -146,6 +146,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
     """Draws best rates, in units of the base's, against depth, width and topology."""
     is_chain, layers = table["network"].str.startswith("chain"), table["layers"]
     deep = is_chain & table["width"].isna()
+    graphs = table["study"].isin(("dags", "more_dags", "fresh_dags"))
     wide = is_chain & (layers == 4)
     chosen = {
         "depth of chains, SGD": (deep & (table["study"] == "chains"), layers),
@@ -153,10 +154,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
         "depth of chains, GELU": (deep & (table["study"] == "gelu"), layers),
         "width of a chain, SGD": (wide & (table["study"] == "widths"), table["width"].fillna(128)),
         "width of a chain, Adam": (wide & (table["study"] == "adam"), table["width"].fillna(128)),
-        "random graphs, by number": (
-            table["study"].isin(("dags", "more_dags", "fresh_dags")),
-            None,
-        ),
+        "random graphs, by number": (graphs, None),
     }
     figure, drawn = panels.create_panels(len(chosen), 2.1, width=2.7, columns=3, sharey=True)
     for panel, (title, (rows, sizes)) in zip(drawn, chosen.items(), strict=True):
