@@ -5,9 +5,9 @@
 Both are searched at the base, `--base_depth` × `--base_width`, and used under several methods, see
 METHODS, at larger sizes, see SIZES. There the rate is searched at the transferred decay, and the
 decay at the transferred rate, by factors of 2: how far the best ones lie from the transferred, and
-what those give up. Writes results.jsonl (a line a training), language.csv, a figure, table.md
-and report.html. Killed and started again it goes on; with --only_finished it shows what there is.
-Flags beside these are those of experiments.language.
+what those give up. With --sizes=target,twice,four it fits laws over size. Writes results.jsonl (a
+line a training), language.csv, a figure, table.md and report.html. Killed and started again it goes
+on; with --only_finished it shows what there is. Other flags are those of experiments.language.
 """
 
 import functools
@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 import optax
 import pandas as pd
 from absl import flags
 
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree, map_with_names
-from experiments import language
+from experiments import language, language_scaling
 from experiments.lab import common, files, page, panels, ranges, runners
 from experiments.lab.sweeps import run_study, trial_hash
 from experiments.lab.tables import NONE, number
@@ -46,19 +47,24 @@ RATIO = 4
 FEW_SEEDS = 2
 """Of every point beside the transferred one."""
 
+GROWN = {"twice": 2, "four": 4}
+"""Sizes between base and target, as multiples of the base's depth and width."""
 SIZES = {
     "target": "deep and wide",
+    **{name: f"base × {ratio}" for name, ratio in GROWN.items()},
     "wide": "wide",
     "deep": "deep",
     "batch": f"batch × {RATIO}, updates ÷ {RATIO}",
     "updates": f"updates × {RATIO}",
 }
 """Sizes at which the base's values are used; the last two are the base's network."""
+USUAL = tuple(name for name in SIZES if name not in GROWN)
 
 Point = tuple[int, int]
 """Rate and decay as powers of 2 beside `RATE` and `DECAY`."""
 RATES, DECAYS = (1, 0), (0, 1)
 """Directions in which points are searched."""
+LINES = {"rate": RATES, "decay": DECAYS}
 Losses = dict[Point, list[float]]
 """Held-out losses of seeds 0, 1, … by point, infinite where one diverged."""
 
@@ -89,6 +95,11 @@ METHODS = {
     "sde": Method("parametrize, SDE rule", "plan"),
 }
 
+ranges.define_list("sizes", USUAL, "Sizes beside the base.", ranges.name_of("size", SIZES))
+ranges.define_list("methods", list(METHODS), "Methods.", ranges.name_of("method", METHODS))
+ranges.define_list("searches", list(LINES), "What is searched at them.",
+                   ranges.name_of("search", LINES))  # fmt: skip
+
 
 def run() -> None:
     """Searches what is missing, prints and draws."""
@@ -104,6 +115,7 @@ def run() -> None:
     study.frame().to_csv(workdir / "language.csv", index=False, float_format="%.6g")
     figure = workdir / "language_transfer.png"
     draw(study, figure)
+    measured, laws = size_tables(study)
     page.publish(
         workdir,
         f"{language.title(settings)}, tuned at {settings['base_depth']} × {settings['base_width']}",
@@ -113,6 +125,9 @@ def run() -> None:
             "At other sizes: the loss at the base's values; how many nats the best rate or decay "
             "lies beside the base's, the other kept; its loss, and what the base's value gives up "
             "(± standard error over seeds, of percentages seed by seed).": target_table(study),
+            "Over size: where the best rate lies, and what one nat beside it costs.": measured,
+            "Laws over parameters N: the best rate N^b and the nats that it leaves, what a nat "
+            "costs N^κ, and the lowest loss E + A·N^(-a).": laws,
         },
         figures={figure: "Held-out loss over the learning rate in units of the base's best."},
     )
@@ -126,6 +141,7 @@ STAGES: tuple[tuple[str, str, Point | None], ...] = (
     ("plan", "target", None),
     ("plan", "target", RATES),
     ("standard", "target", RATES),
+    *((method, size, RATES) for size in GROWN for method in ("plan", "standard")),
     ("embedding", "wide", None),
     ("decay_before", "wide", None),
     ("decay_root", "wide", None),
@@ -160,6 +176,18 @@ STAGES: tuple[tuple[str, str, Point | None], ...] = (
 matters most first."""
 
 
+def chosen() -> list[tuple[str, str, Point | None]]:
+    """Returns the stages that --methods, --sizes and --searches name."""
+    searches = [None, *(LINES[name] for name in FLAGS.searches)]
+    if RATES in searches:  # along which η·λ is kept
+        searches.append((1, -1))
+    return [
+        stage
+        for stage in STAGES
+        if stage[0] in FLAGS.methods and stage[1] in ("base", *FLAGS.sizes) and stage[2] in searches
+    ]
+
+
 class UnfinishedError(Exception):
     """A training is missing, and none is to be run."""
 
@@ -184,7 +212,7 @@ class Study:
             measure = functools.partial(self.measure, method, "base")
             self.best[method] = descend(measure, self.losses.setdefault((method, "base"), {}))
         finished = True
-        for method, size, direction in STAGES:
+        for method, size, direction in chosen():
             try:
                 if direction is None:
                     self.at_transferred(method, size)
@@ -228,7 +256,8 @@ class Study:
         ]
         if missing and not FLAGS.only_finished:
             name = f"{method} at {size}"
-            found = run_study(missing, train, self._journal, description=name, **self._options)
+            run = functools.partial(train, rematerialize=FLAGS.rematerialize)
+            found = run_study(missing, run, self._journal, description=name, **self._options)
             runners.check_finished(found, self._journal)
             self._records |= {one["hash"]: one for one in found}
         of_size = self.losses.setdefault((method, size), {})
@@ -242,10 +271,11 @@ class Study:
     def trial(self, method: str, size: str, point: Point, seed: int) -> dict[str, Any]:
         """Returns the settings of a training."""
         settings = dict(self._settings)
+        ratio = GROWN.get(size, 1)
         if size not in ("target", "deep"):
-            settings["depth"] = settings["base_depth"]
+            settings["depth"] = ratio * settings["base_depth"]
         if size not in ("target", "wide"):
-            settings["width"] = settings["base_width"]
+            settings["width"] = ratio * settings["base_width"]
         base = {"base_batch_size": settings["batch_size"], "base_steps": settings["steps"]}
         if size == "batch":
             settings["batch_size"] *= RATIO
@@ -329,8 +359,8 @@ def bracket(
 # Methods.
 
 
-def train(trial: Trial) -> dict[str, Any]:
-    return language.train(trial, parametrize=parametrized)
+def train(trial: Trial, *, rematerialize: bool = False) -> dict[str, Any]:
+    return language.train(trial, parametrize=parametrized, rematerialize=rematerialize)
 
 
 def parametrized(trial: Trial) -> Parametrized:
@@ -404,10 +434,12 @@ class Found(NamedTuple):
     Attributes:
       drift: nats from the start to the best point, by a parabola through three, one a seed.
       best: the lowest mean loss's point.
+      cost: what one nat beside the best costs by the same parabola, over the loss, one a seed.
     """
 
     drift: np.ndarray
     best: Point
+    cost: np.ndarray
 
 
 def vertex(losses: Losses, start: Point, direction: Point) -> Found | None:
@@ -419,8 +451,9 @@ def vertex(losses: Losses, start: Point, direction: Point) -> Found | None:
     low, middle, high = common_seeds({one: steps[best + one] for one in (-1, 0, 1)}).values()
     with np.errstate(invalid="ignore"):
         moved = (low - high) / (2 * (low - 2 * middle + high))
+        cost = (low - 2 * middle + high) / (2 * math.log(2) ** 2 * middle)
     moved = np.where(np.isfinite(moved), np.clip(moved, -1, 1), 0.0)
-    return Found((best + moved) * math.log(2), shift(start, direction, best))
+    return Found((best + moved) * math.log(2), shift(start, direction, best), cost)
 
 
 def error(values: Iterable[float]) -> float:
@@ -491,6 +524,55 @@ def target_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def size_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns what was found at base, sizes between and target, and the laws that fit it."""
+    rows, laws = [], []
+    lowest: dict[str, dict[float, Sequence[float]]] = {}
+    for method in ("plan", "standard"):
+        start = study.best[method]
+        found: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        for size in ("base", *GROWN, "target"):
+            losses = study.losses.get((method, size), {})
+            if (bottom := vertex(losses, start, RATES)) is None:
+                continue
+            trial = study.trial(method, size, start, 0)
+            count = language.parameters(trial)
+            found[count] = bottom.drift, bottom.cost
+            lowest.setdefault(method, {})[count] = best = losses[bottom.best]
+            ours = lowest.get("plan", {}).get(count)
+            rows.append(
+                {"method": METHODS[method].label, "size": f"{trial['depth']} × {trial['width']}"}
+                | {"parameters": f"{count:.3g}"}
+                | {"best: nats": _mean(bottom.drift, ".2f")}
+                | {"a nat costs, %": _mean(100 * bottom.cost, ".1f")}
+                | {"loss at the base's values": _mean(losses[start], ".3f")}
+                | {"lowest": _mean(best, ".3f"), "over parametrize, %": _percent(best, ours)}
+            )
+        if len(found) > 2:
+            laws.append({"method": METHODS[method].label} | _laws(found, lowest[method]))
+    return pd.DataFrame(rows), pd.DataFrame(laws)
+
+
+def _laws(
+    found: Mapping[float, tuple[np.ndarray, np.ndarray]], lowest: Mapping[float, Sequence[float]]
+) -> dict[str, str]:
+    """Returns the laws over size of best rates, of what a nat costs, and of lowest losses."""
+    drifts, costs = (np.stack(list(common_seeds(dict(enumerate(one))).values()))
+                     for one in zip(*found.values(), strict=True))  # fmt: skip
+    rate = language_scaling.power_law(list(found), drifts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cost = language_scaling.power_law(list(found), np.log(costs))
+    row = {"b": _mean(rate.exponent, ".2f"), "left, nats": f"{rate.residual:.2f}"}
+    row |= {"κ": _mean(cost.exponent, ".2f")}
+    law = language_scaling.saturation(
+        list(lowest), [float(np.mean(one)) for one in lowest.values()]
+    )
+    if law is not None:
+        row |= {"E": f"{law.limit:.2f}", "a": f"{law.exponent:.2f}"}
+        row |= {"left, nats of loss": f"{law.residual:.3f}"}
+    return row
+
+
 NOTHING = (NONE,) * 3
 """Where a method was not searched."""
 
@@ -510,8 +592,9 @@ def _percent(losses: Sequence[float], others: Sequence[float] | None) -> str:
     return _plus_minus(excess.mean(), error(excess))
 
 
-def _mean(losses: Sequence[float], spec: str) -> str:
-    return _plus_minus(np.mean(losses), error(losses), spec)
+def _mean(values: npt.ArrayLike, spec: str) -> str:
+    values = np.asarray(values, float)
+    return _plus_minus(values.mean(), error(values), spec)
 
 
 def _plus_minus(value: Any, margin: float, spec: str = ".2f") -> str:
