@@ -22,6 +22,7 @@ from experiments.lab.models.decoder import Decoder, attend, rotate
 from tests.binaries import FORKS, imported
 
 language_transfer = imported("language_transfer")  # it imports the others
+language_study = imported("language_study")
 language = imported("language")
 
 pytestmark = pytest.mark.quick_compilation
@@ -292,10 +293,10 @@ class TestTransfer:
                            for p in points})  # fmt: skip
 
         losses = {}
-        assert language_transfer.descend(measure, losses) == (2, -1)
+        assert language_study.descend(measure, losses) == (2, -1)
         assert len(asked) == len(set(asked)) == len(losses)
         losses = {}
-        language_transfer.bracket(measure, losses, (0, 0), (1, 0))
+        language_study.bracket(measure, losses, (0, 0), (1, 0))
         assert sorted(losses) == [(step, 0) for step in range(-1, 4)]
 
     def test_the_vertex_of_a_parabola_is_found(self):
@@ -307,7 +308,7 @@ class TestTransfer:
         assert language_transfer.vertex({(0, 0): [1.0]}, (0, 0), (1, 0)) is None
 
     def test_the_table_says_what_the_base_values_give_up(self):
-        study = language_transfer.Study.__new__(language_transfer.Study)
+        study = language_study.Study.__new__(language_study.Study)
         parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
         study.best = {"plan": (1, 2), "standard": (0, 0)}
         study.losses = {
@@ -324,7 +325,7 @@ class TestTransfer:
         assert other["given up, %"] == other["best: nats"] == "–"
 
     def test_points_are_compared_on_the_seeds_that_they_share(self):
-        assert language_transfer.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
+        assert language_study.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
 
     def test_the_decay_of_a_plan_can_be_put_behind_it(self, trial, monkeypatch):
         """With its own multipliers it is the plan's optimizer; with 1 optax's in front of them."""
@@ -337,7 +338,7 @@ class TestTransfer:
         def updates(optimizer):
             return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
 
-        module = language_transfer
+        module = language_study
         before = module.with_decay(plan, "decay_before", 2.0)(rate, 0.3)
         scaled = optax.chain(
             optax.adamw(rate, weight_decay=0.3, mask=jax.tree.map(lambda one: one > 0,
@@ -351,7 +352,7 @@ class TestTransfer:
 
     def test_the_root_of_the_width_is_in_the_decay(self, trial):
         plan = language.plan_of(trial | {"depth": 4, "width": 32})
-        found = named_leaves(language_transfer.decay_multipliers(plan, "decay_root", 2.0))
+        found = named_leaves(language_study.decay_multipliers(plan, "decay_root", 2.0))
         root = 2**0.5
         assert found["params/blocks/query/kernel"] == pytest.approx(root)
         assert found["params/blocks/down/kernel"] == pytest.approx(2 * root)  # depth: as it was
@@ -361,7 +362,7 @@ class TestTransfer:
     def test_only_the_embedding_gets_another_rate(self, trial):
         trial = trial | {"width": 64, "depth": 1}
         one, other = (
-            language_transfer.parametrized(trial | {"method": method})
+            language_study.parametrized(trial | {"method": method})
             for method in ("standard", "embedding")
         )
         params = jax.jit(one.init)(jax.random.key(0))
@@ -374,7 +375,7 @@ class TestTransfer:
             np.testing.assert_allclose(moved[1][name], ratio * leaf, rtol=1e-6)
 
     def test_methods_train_what_they_say(self, trial):
-        study = language_transfer.Study.__new__(language_transfer.Study)
+        study = language_study.Study.__new__(language_study.Study)
         study._settings = trial | {"depth": 4, "width": 32}
         batch = study.trial("sde", "batch", (1, -1), 2)
         assert (batch["batch_size"], batch["steps"], batch["base_batch_size"]) == (16, 5, 4)
@@ -389,19 +390,19 @@ class TestTransfer:
             found = study.trial("plan", size, (0, 0), 0)
             assert (found["depth"], found["width"]) == sizes
         # Where the decay is not multiplied by the rate, what changes is η at the same η·λ.
-        assert language_transfer.METHODS["independent"].direction == (1, -1)
+        assert language_study.METHODS["independent"].direction == (1, -1)
 
     def test_stages_are_those_that_flags_name(self, monkeypatch):
         def named(**given):
-            given = {"methods": language_transfer.METHODS, "searches": ("rate", "decay")} | given
-            given.setdefault("sizes", language_transfer.USUAL)
-            monkeypatch.setattr(language_transfer, "FLAGS", types.SimpleNamespace(**given))
-            return language_transfer.chosen()
+            given = {"methods": language_study.METHODS, "searches": ("rate", "decay")} | given
+            given.setdefault("sizes", language_study.USUAL)
+            monkeypatch.setattr(language_study, "FLAGS", types.SimpleNamespace(**given))
+            return language_study.chosen()
 
         usual = named()
-        assert {one[1] for one in language_transfer.STAGES} == {*language_transfer.SIZES, "base"}
-        assert {one[1] for one in usual} == {*language_transfer.USUAL, "base"}
-        assert [one for one in language_transfer.STAGES if one in usual] == usual
+        assert {one[1] for one in language_study.STAGES} == {*language_study.SIZES, "base"}
+        assert {one[1] for one in usual} == {*language_study.USUAL, "base"}
+        assert [one for one in language_study.STAGES if one in usual] == usual
         few = named(sizes=["wide"], methods=["plan", "independent"], searches=["rate"])
         assert set(few) == {("plan", "wide", (1, 0)), ("independent", "wide", (1, -1)),
                             ("plan", "base", (1, 0))}  # fmt: skip
@@ -409,7 +410,7 @@ class TestTransfer:
     def test_tables_over_size_find_the_laws_that_losses_follow(self, trial):
         """Best rates c·N^(-1/4), what a nat costs ∝ N^(1/2), the lowest loss 1 + 10·N^(-1/2)."""
         settings = trial | {"depth": 16, "width": 128, "steps": 5}
-        study = language_transfer.Study.__new__(language_transfer.Study)
+        study = language_study.Study.__new__(language_study.Study)
         study._settings = settings
         study.best = {"plan": (0, 0), "standard": (0, 0)}
         study.losses = {}
