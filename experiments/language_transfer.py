@@ -75,7 +75,7 @@ def run() -> None:
             "(± standard error over seeds, of percentages seed by seed).": target_table(study),
             "Over size: where the best rate lies, and what one nat beside it costs.": measured,
             "Laws over parameters N: the best rate N^b and the nats that it leaves, what a nat "
-            "costs N^κ, and the lowest loss E + A·N^(-a).": laws,
+            "costs N^κ and the logarithms that it leaves, and the lowest loss E + A·N^(-a).": laws,
         },
         figures={figure: "Held-out loss over the learning rate in units of the base's best."},
     )
@@ -99,16 +99,24 @@ class Found(NamedTuple):
 
 
 def vertex(losses: Losses, start: Point, direction: Point) -> Found | None:
-    """Finds the best point of a line; None where its neighbours were not measured."""
+    """Finds the best point of a line; None where its neighbours were not measured.
+
+    Of points with the most seeds, if the best of these has both neighbours; else of more points.
+    """
     steps = line_of(losses, start, direction)
-    best = lowest_of(steps) if steps else 0
-    if not {best - 1, best, best + 1} <= steps.keys():
+    for seeds in sorted({len(one) for one in steps.values()}, reverse=True):
+        shared = {step: one[:seeds] for step, one in steps.items() if len(one) >= seeds}
+        best = lowest_of(shared)
+        if {best - 1, best + 1} <= shared.keys():
+            break
+    else:
         return None
-    low, middle, high = common_seeds({one: steps[best + one] for one in (-1, 0, 1)}).values()
+    low, middle, high = (np.array(shared[best + one]) for one in (-1, 0, 1))
     with np.errstate(invalid="ignore"):
-        moved = (low - high) / (2 * (low - 2 * middle + high))
-        cost = (low - 2 * middle + high) / (2 * math.log(2) ** 2 * middle)
+        bend = low - 2 * middle + high
+        moved = (low - high) / (2 * bend)
     moved = np.where(np.isfinite(moved), np.clip(moved, -1, 1), 0.0)
+    cost = bend / (2 * math.log(2) ** 2 * middle)
     return Found((best + moved) * math.log(2), shift(start, direction, best), cost)
 
 
@@ -183,17 +191,17 @@ def target_table(study: Study) -> pd.DataFrame:
 def size_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Returns what was found at base, sizes between and target, and the laws that fit it."""
     rows, laws = [], []
-    lowest: dict[str, dict[float, Sequence[float]]] = {}
+    lowest: dict[str, dict[int, Sequence[float]]] = {}
     for method in ("plan", "standard"):
         start = study.best[method]
-        found: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        found: dict[int, Found] = {}
         for size in ("base", *GROWN, "target"):
             losses = study.losses.get((method, size), {})
             if (bottom := vertex(losses, start, RATES)) is None:
                 continue
             trial = study.trial(method, size, start, 0)
             count = language.parameters(trial)
-            found[count] = bottom.drift, bottom.cost
+            found[count] = bottom
             lowest.setdefault(method, {})[count] = best = losses[bottom.best]
             ours = lowest.get("plan", {}).get(count)
             rows.append(
@@ -206,23 +214,19 @@ def size_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
             )
         if len(found) > 2:
             laws.append({"method": METHODS[method].label} | _laws(found, lowest[method]))
-    return pd.DataFrame(rows), pd.DataFrame(laws)
+    return pd.DataFrame(rows), pd.DataFrame(laws).fillna(NONE)
 
 
-def _laws(
-    found: Mapping[float, tuple[np.ndarray, np.ndarray]], lowest: Mapping[float, Sequence[float]]
-) -> dict[str, str]:
-    """Returns the laws over size of best rates, of what a nat costs, and of lowest losses."""
-    drifts, costs = (np.stack(list(common_seeds(dict(enumerate(one))).values()))
-                     for one in zip(*found.values(), strict=True))  # fmt: skip
+def _laws(found: Mapping[int, Found], lowest: Mapping[int, Sequence[float]]) -> dict[str, str]:
+    """Returns the laws over parameters of best rates, of what a nat costs, of lowest losses."""
+    seeds = min(len(one.drift) for one in found.values())
+    drifts = np.stack([one.drift[:seeds] for one in found.values()])
     rate = language_scaling.power_law(list(found), drifts)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cost = language_scaling.power_law(list(found), np.log(costs))
+    costs = np.array([[one.cost.mean()] for one in found.values()])
+    cost = language_scaling.power_law(list(found), np.log(costs))
     row = {"b": _mean(rate.exponent, ".2f"), "left, nats": f"{rate.residual:.2f}"}
-    row |= {"κ": _mean(cost.exponent, ".2f")}
-    law = language_scaling.saturation(
-        list(lowest), [float(np.mean(one)) for one in lowest.values()]
-    )
+    row |= {"κ": f"{cost.exponent.item():.2f}", "left": f"{cost.residual:.2f}"}
+    law = language_scaling.saturation(list(lowest), [np.mean(one) for one in lowest.values()])
     if law is not None:
         row |= {"E": f"{law.limit:.2f}", "a": f"{law.exponent:.2f}"}
         row |= {"left, nats of loss": f"{law.residual:.3f}"}

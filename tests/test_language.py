@@ -307,6 +307,15 @@ class TestTransfer:
         np.testing.assert_allclose(found.drift, np.log(2) * np.array([1.3, 0.9]))
         assert language_transfer.vertex({(0, 0): [1.0]}, (0, 0), (1, 0)) is None
 
+    def test_the_best_is_that_of_all_seeds_where_its_neighbours_have_them(self):
+        losses = {(-1, 0): [3.0, 3.0, 3.0], (0, 0): [2.2, 2.2, 0.7], (1, 0): [2.0, 2.0, 2.0],
+                  (2, 0): [3.0, 3.0]}  # fmt: skip
+        found = language_transfer.vertex(losses, (0, 0), (1, 0))
+        assert found is not None and found.best == (0, 0) and len(found.drift) == 3
+        del losses[-1, 0]
+        found = language_transfer.vertex(losses, (0, 0), (1, 0))
+        assert found is not None and found.best == (1, 0) and len(found.drift) == 2
+
     def test_the_table_says_what_the_base_values_give_up(self):
         study = language_study.Study.__new__(language_study.Study)
         parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
@@ -428,7 +437,7 @@ class TestTransfer:
         assert measured["size"].tolist()[:4] == ["2 × 16", "4 × 32", "8 × 64", "16 × 128"]
         for law, limit in zip(laws.to_dict("records"), ("1.00", "1.10"), strict=True):
             assert law["b"] == "-0.25 ± 0.00" and law["left, nats"] == "0.00"
-            assert law["κ"] == "0.50 ± 0.00"
+            assert law["κ"] == "0.50" and law["left"] == "0.00"
             assert law["E"] == limit and law["a"] == "0.50"
 
     def test_laws_are_found_again(self):
