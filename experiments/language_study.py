@@ -1,5 +1,6 @@
 """What experiments.language_transfer trains: methods, sizes, and the search for best values."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -30,6 +31,8 @@ RATIO = 4
 
 FEW_SEEDS = 2
 """Of every point beside the transferred one."""
+MOST = 5
+"""Steps from the transferred point to the last that is searched."""
 
 GROWN = {"twice": 2, "four": 4}
 """Sizes between base and target, as multiples of the base's depth and width."""
@@ -188,8 +191,12 @@ class Study:
         if size == "base":  # for the figure
             line = [shift(start, direction, step) for step in range(-3, 4)]
             measure([point for point in line if point not in found])
-        else:
-            bracket(measure, found, start, direction)
+            return
+        if FLAGS.only_finished:  # points of a search that was cut off
+            for point in (shift(start, direction, step) for step in range(-MOST, MOST + 1)):
+                with contextlib.suppress(UnfinishedError):
+                    measure([point] if point not in found else [])
+        bracket(measure, found, start, direction)
 
     def measure(
         self, method: str, size: str, points: Sequence[Point], *, seeds: int | None = None
@@ -295,7 +302,7 @@ def bracket(
     losses: Losses,
     start: Point,
     direction: Point,
-    most: int = 5,
+    most: int = MOST,
 ) -> None:
     """Measures steps from a point until the best has worse neighbours on both sides."""
     low, high = -1, 1

@@ -263,12 +263,7 @@ def _plus_minus(value: Any, margin: float, spec: str = ".2f") -> str:
 
 
 def draw(study: Study, path: pathlib.Path) -> None:
-    """Draws losses over the rate at base and target, standard beside ours, on shared axes."""
-    settings = study._settings
-    sizes = {
-        "base": f"{settings['base_depth']} blocks, width {settings['base_width']}",
-        "target": f"{settings['depth']} blocks, width {settings['width']}",
-    }
+    """Draws losses over the rate from base to target, standard beside ours, on shared axes."""
     titles = {"standard": "optax.adamw", "plan": "archscale.parametrize"}
     figure, drawn = panels.create_panels(2, 3.0, width=3.4, columns=2, sharex=True, sharey=True)
     for panel, (method, title) in zip(drawn, titles.items(), strict=True):
@@ -277,12 +272,14 @@ def draw(study: Study, path: pathlib.Path) -> None:
         if method not in study.best:
             continue
         start = study.best[method]
-        for (size, label), colour in zip(sizes.items(), panels.COLOURS, strict=False):
-            steps = common_seeds(line_of(study.losses.get((method, size), {}), start, RATES))
+        sizes = [one for one in ("base", *GROWN, "target") if (method, one) in study.losses]
+        for size, colour in zip(sizes, panels.COLOURS, strict=False):
+            trial = study.trial(method, size, start, 0)
+            steps = common_seeds(line_of(study.losses[method, size], start, RATES))
             values = steps.values()
             across = [2.0**one for one in steps]
-            panel.plot(across, [np.mean(one) for one in values], "o-", ms=4, lw=1.4,
-                       color=colour, label=label)  # fmt: skip
+            panel.plot(across, [np.mean(one) for one in values], "o-", ms=4, lw=1.4, color=colour,
+                       label=f"{trial['depth']} blocks, width {trial['width']}")  # fmt: skip
             for x, one in zip(across, values, strict=True):
                 panel.plot([x] * len(one), one, ".", ms=3, color=colour, alpha=0.5)
         panel.set_xscale("log", base=2)

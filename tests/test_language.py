@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import pathlib
 import signal
 import sys
 import types
@@ -16,7 +17,7 @@ from absl import flags
 
 from archscale_jax._trees import named_leaves
 from experiments import language_scaling
-from experiments.lab import checkpoints, files
+from experiments.lab import checkpoints, files, sweeps
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder, attend, rotate
 from tests.binaries import FORKS, imported
@@ -415,6 +416,22 @@ class TestTransfer:
         few = named(sizes=["wide"], methods=["plan", "independent"], searches=["rate"])
         assert set(few) == {("plan", "wide", (1, 0)), ("independent", "wide", (1, -1)),
                             ("plan", "base", (1, 0))}  # fmt: skip
+
+    def test_points_of_a_search_that_was_cut_off_are_shown(self, trial, monkeypatch):
+        given = types.SimpleNamespace(only_finished=True, num_seeds=3, rematerialize=False)
+        monkeypatch.setattr(language_study, "FLAGS", given)
+        study = language_study.Study(trial, pathlib.Path("none.jsonl"), {})
+        study.best = {"plan": (0, 0)}
+        done = [study.trial("plan", "target", (0, 0), seed) for seed in range(3)]
+        done += [study.trial("plan", "target", (-3, 0), seed) for seed in range(2)]
+        done += [study.trial("plan", "target", (-2, 0), 0)]  # of two seeds
+        study._records = {
+            sweeps.trial_hash(one): {"trial": one, "result": {"validation": [2.0 + one["seed"]]}}
+            for one in done
+        }
+        with pytest.raises(language_study.UnfinishedError):
+            study.along("plan", "target", (1, 0))
+        assert study.losses["plan", "target"] == {(0, 0): [2.0, 3.0, 4.0], (-3, 0): [2.0, 3.0]}
 
     def test_tables_over_size_find_the_laws_that_losses_follow(self, trial):
         """Best rates c·N^(-1/4), what a nat costs ∝ N^(1/2), the lowest loss 1 + 10·N^(-1/2)."""
