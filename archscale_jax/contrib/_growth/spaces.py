@@ -1,0 +1,585 @@
+"""Spaces of features that grow from a small model to a large one, read off both traced functions.
+
+The two jaxprs are read side by side. An axis whose size differs belongs to a space of features;
+axes that run along each other, through additions, products, contractions and reshapes, belong to
+the same one. A space of n features is n/b blocks of b features that stay together: a head, a group.
+An axis that is merged from others tells its b: of heads and their features, where heads grow, the
+features of a head.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax.tracing.axes import dot_axes, free_axes, gathered, joined, moved, shape_of
+from archscale_jax.tracing.jaxprs import CALLS, inner_jaxpr, loop_operands
+from archscale_jax.tracing.state import line_of
+from archscale_jax.tracing.values import NO_LABELS, Axes
+
+LeafAxis = tuple[str, int]
+"""Name of a leaf, and one of its axes."""
+
+
+class Space(NamedTuple):
+    """What is known of the axis of a leaf that grows.
+
+    Attributes:
+      number: of its space of features.
+      block: adjacent entries that stay together.
+      reads: whether a layer sums over the axis.
+      writes: whether features have the axis.
+      stacked: whether it is the axis of a scan, whose entries are blocks of the network.
+      pooled: whether the features of the space are summed by more than the weights of layers, as by
+        a normalization over features: new ones would change the others.
+    """
+
+    number: int
+    block: int
+    reads: bool
+    writes: bool
+    stacked: bool
+    pooled: bool
+
+
+class Spaces(NamedTuple):
+    """What `find_spaces` finds.
+
+    Attributes:
+      axes: of every axis of a leaf that grows, what it is.
+      compensation: of a leaf whose axis is read and written, such as a tied table, the leaves that
+        scale what it reads.
+      differing: a function from small and large params to where their functions begin to differ.
+    """
+
+    axes: dict[LeafAxis, Space]
+    compensation: dict[str, frozenset[str]]
+    differing: Callable[[PyTree, PyTree], str]
+
+
+def find_spaces(
+    small: Callable[..., Any],
+    large: Callable[..., Any],
+    small_params: PyTree,
+    large_params: PyTree,
+    *inputs: PyTree,
+) -> Spaces:
+    """Reads two sizes of one function side by side.
+
+    Args:
+      small: `(params, *inputs)` to outputs.
+      large: the same of other sizes.
+      small_params: arrays or shapes.
+      large_params: of the same names.
+      *inputs: arrays or shapes.
+
+    Raises:
+      ValueError: the functions do not do the same operations in the same order.
+    """
+    jaxprs = [
+        jax.make_jaxpr(function)(params, *inputs)
+        for function, params in ((small, small_params), (large, large_params))
+    ]
+    names = list(named_leaves(small_params))
+    reader = _Reader()
+    pairs = _pairs(jaxprs, "invars")
+    values = [reader.leaf(name, *pair) for name, pair in zip(names, pairs, strict=False)]
+    values += [reader.fresh(*pair, kind=_FEATURE) for pair in pairs[len(names) :]]
+    environment = reader.environment(jaxprs[0].jaxpr, jaxprs[1].jaxpr, values)
+    reader.run(jaxprs[0].jaxpr, jaxprs[1].jaxpr, environment)
+
+    def differing(small_params: PyTree, large_params: PyTree) -> str:
+        return _first_difference(reader, jaxprs, environment, (small_params, large_params), inputs)
+
+    blocks = reader.blocks()
+    axes = {
+        leaf_axis: reader.space(node, leaf_axis, blocks)
+        for leaf_axis, node in reader.leaf_axes.items()
+    }
+    return Spaces(axes, dict(reader.compensation), differing)
+
+
+# Reading two jaxprs.
+
+
+_CONSTANT, _PARAMETER, _FEATURE = range(3)
+_LINEAR = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "neg", "copy",
+           "convert_element_type", "slice", "reduce_sum", "gather", "rev", "reduce_precision",
+           "sharding_constraint", "copy_p", "optimization_barrier")  # fmt: skip
+"""Primitives whose result is multiplied with their first operand."""
+
+
+class _Value(NamedTuple):
+    """A value of both jaxprs.
+
+    Attributes:
+      nodes: of every axis that grows, its node, in a set of one; of others an empty set.
+      kind: constant, made of params alone, or a feature.
+      leaves: of a value made of params, the axes of leaves that run along every axis.
+      scales: leaves with which the whole value is multiplied, or None.
+    """
+
+    nodes: Axes
+    kind: int
+    leaves: Axes
+    scales: frozenset[str] | None
+
+
+class _Reader:
+    """Unites axes into spaces while it goes through the equations of two jaxprs."""
+
+    def __init__(self) -> None:
+        self.parents: list[int] = []
+        self.ratios: list[Fraction] = []  # block of a node over that of its parent
+        self.sizes: list[tuple[int, int]] = []
+        self.pooled: set[int] = set()
+        self.stacked: set[LeafAxis] = set()
+        self.reads: set[LeafAxis] = set()
+        self.writes: set[LeafAxis] = set()
+        self.leaf_axes: dict[LeafAxis, int] = {}
+        self.compensation: dict[str, frozenset[str]] = {}
+
+    # Nodes: a node is an axis, united with others by the ratio of their blocks.
+
+    def node(self, small: int, large: int) -> int:
+        self.parents.append(len(self.parents))
+        self.ratios.append(Fraction(1))
+        self.sizes.append((small, large))
+        return len(self.parents) - 1
+
+    def root(self, node: int) -> tuple[int, Fraction]:
+        """Returns the root of a node, and the node's block over that of the root."""
+        ratio = Fraction(1)
+        while self.parents[node] != node:
+            ratio *= self.ratios[node]
+            node = self.parents[node]
+        return node, ratio
+
+    def unite(self, node: int, other: int, ratio: Fraction | int = 1) -> None:
+        """Says that the block of a node is so many times that of another."""
+        (first, of_first), (second, of_second) = self.root(node), self.root(other)
+        if first != second:
+            self.parents[first] = second
+            self.ratios[first] = ratio * of_second / of_first
+
+    def blocks(self) -> dict[int, Fraction]:
+        """Returns the smallest blocks of roots of which all blocks of their nodes are whole."""
+        found = collections.defaultdict(list)
+        for node in range(len(self.parents)):
+            root, ratio = self.root(node)
+            found[root].append(ratio)
+        return {
+            root: Fraction(
+                math.lcm(*(one.denominator for one in ratios)),
+                math.gcd(*(one.numerator for one in ratios)),
+            )
+            for root, ratios in found.items()
+        }
+
+    def space(self, node: int, leaf_axis: LeafAxis, blocks: Mapping[int, Fraction]) -> Space:
+        root, ratio = self.root(node)
+        pooled = any(self.root(one)[0] == root for one in self.pooled)
+        return Space(
+            root,
+            int(blocks[root] * ratio),
+            leaf_axis in self.reads,
+            leaf_axis in self.writes,
+            leaf_axis in self.stacked,
+            pooled,
+        )
+
+    # Values.
+
+    def fresh(self, small: Any, large: Any, nodes: Axes = (), kind: int = _CONSTANT) -> _Value:
+        """A value whose axes have these nodes where they grow, and new ones where none is given."""
+        shapes = shape_of(small), shape_of(large)
+        if len(shapes[0]) != len(shapes[1]):
+            raise ValueError(
+                f"the functions differ: a value has shape {shapes[0]} in the small one and "
+                f"{shapes[1]} in the large one; pass one model at two sizes"
+            )
+        given = nodes or (NO_LABELS,) * len(shapes[0])
+        found = []
+        for before, after, labels in zip(*shapes, given, strict=True):
+            if before == after:
+                found.append(NO_LABELS)
+            elif labels:
+                first, *rest = labels
+                for one in rest:
+                    self.unite(one, first)
+                found.append(frozenset({first}))
+            else:
+                found.append(frozenset({self.node(before, after)}))
+        return _Value(tuple(found), kind, (NO_LABELS,) * len(found), None)
+
+    def leaf(self, name: str, small: Any, large: Any) -> _Value:
+        value = self.fresh(small, large, kind=_PARAMETER)
+        for axis, labels in enumerate(value.nodes):
+            self.leaf_axes.update(((name, axis), node) for node in labels)
+        leaves = tuple(frozenset({(name, axis)}) for axis in range(len(value.nodes)))
+        return value._replace(leaves=leaves, scales=frozenset({name}))
+
+    def environment(
+        self, small: core.Jaxpr, large: core.Jaxpr, values: Sequence[_Value]
+    ) -> dict[Any, _Value]:
+        """Values of the variables of the small jaxpr: its inputs, and its constants."""
+        found = dict(zip(small.invars, values, strict=True))
+        for pair in zip(small.constvars, large.constvars, strict=True):
+            found[pair[0]] = self.fresh(*pair)
+        return found
+
+    def run(self, small: core.Jaxpr, large: core.Jaxpr, found: dict[Any, _Value]) -> list[_Value]:
+        """Reads the equations of two jaxprs, and returns the values of their results."""
+
+        def value(one: Any, other: Any) -> _Value:
+            return self.fresh(one, other) if isinstance(one, core.Literal) else found[one]
+
+        if _primitives(small) != _primitives(large):
+            raise ValueError(_where_they_differ(small, large))
+        for one, other in zip(small.eqns, large.eqns, strict=True):
+            operands = [value(*pair) for pair in zip(one.invars, other.invars, strict=True)]
+            results = self._equation(one, other, operands)
+            found.update(zip(one.outvars, results, strict=True))
+        return [value(*pair) for pair in zip(small.outvars, large.outvars, strict=True)]
+
+    def _equation(
+        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
+    ) -> list[_Value]:
+        name = one.primitive.name
+        if name == "scan":
+            return self._scan(one, other, operands)
+        if name in ("cond", "while") or name in CALLS:
+            found = self._call(one, other, operands)
+            if found is not None:
+                return found
+        kind = max((operand.kind for operand in operands), default=_CONSTANT)
+        rule = _RULES.get(name, _Reader._generic)
+        nodes, contracted = rule(self, one, other, operands)
+        if kind == _FEATURE:
+            self._note_writes(operands, contracted)
+        values = [
+            self.fresh(*pair, nodes if len(shape_of(pair[0])) == len(nodes) else (), kind)
+            for pair in zip(one.outvars, other.outvars, strict=True)
+        ]
+        scales = _scales(name, operands, kind)
+        leaves = _leaves(one, operands) if kind == _PARAMETER else None
+        return [
+            value._replace(scales=scales, leaves=value.leaves if leaves is None else leaves)
+            if leaves is None or len(leaves) == len(value.nodes)
+            else value
+            for value in values
+        ]
+
+    def _note_writes(self, operands: Sequence[_Value], contracted: Sequence[set[int]]) -> None:
+        """Notes along which axes leaves meet features, and are not summed over."""
+        for operand, summed in zip(operands, contracted, strict=True):
+            if operand.kind == _PARAMETER:
+                for axis, labels in enumerate(operand.leaves):
+                    if axis not in summed:
+                        self.writes |= labels
+
+    # Functions inside of functions.
+
+    def _call(
+        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
+    ) -> list[_Value] | None:
+        if one.primitive.name == "while":
+            outputs = zip(one.outvars, other.outvars, strict=True)
+            return [self.fresh(*pair, kind=_FEATURE) for pair in outputs]
+        if one.primitive.name == "cond":
+            branches = zip(one.params["branches"], other.params["branches"], strict=True)
+            found = [self._inner(*branch, operands[1:]) for branch in branches]
+            for results in zip(*found, strict=True):
+                self._unite_values(results)
+            return found[0]
+        inner = inner_jaxpr(one), inner_jaxpr(other)
+        if inner[0] is None or inner[1] is None:
+            return None
+        if len(inner[0].jaxpr.invars) != len(operands):
+            return None
+        return self._inner(*inner, operands)  # pyright: ignore[reportArgumentType]
+
+    def _inner(
+        self, small: core.ClosedJaxpr, large: core.ClosedJaxpr, operands: list[_Value]
+    ) -> list[_Value]:
+        environment = self.environment(small.jaxpr, large.jaxpr, operands)
+        return self.run(small.jaxpr, large.jaxpr, environment)
+
+    def _unite_values(self, values: Sequence[_Value]) -> None:
+        for nodes in zip(*(value.nodes for value in values), strict=True):
+            first, *rest = [node for labels in nodes for node in labels] or [None]
+            for node in rest:
+                self.unite(node, first)  # pyright: ignore[reportArgumentType]
+
+    def _scan(
+        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
+    ) -> list[_Value]:
+        """Reads the body once; what is carried has the same axes before and after it."""
+        fixed, carried = loop_operands(one)
+        inner = inner_jaxpr(one), inner_jaxpr(other)
+        assert inner[0] is not None and inner[1] is not None
+        if one.params["length"] != other.params["length"]:
+            for operand in operands[fixed + carried :]:
+                self.stacked |= operand.leaves[0]
+        sliced = [
+            value._replace(nodes=value.nodes[1:], leaves=value.leaves[1:], scales=None)
+            for value in operands[fixed + carried :]
+        ]
+        state = [value._replace(kind=_FEATURE, scales=None)
+                 for value in operands[fixed : fixed + carried]]  # fmt: skip
+        results = self._inner(inner[0], inner[1], [*operands[:fixed], *state, *sliced])
+        for pair in zip(state, results[:carried], strict=True):
+            self._unite_values(pair)
+        stacks = [
+            self.fresh(*pair, (NO_LABELS, *value.nodes), value.kind)
+            for value, *pair in zip(
+                results[carried:], one.outvars[carried:], other.outvars[carried:], strict=True
+            )
+        ]
+        return [*(value._replace(scales=None) for value in results[:carried]), *stacks]
+
+    # Rules: of an equation, the nodes of its result, and the axes of operands that are summed over.
+
+    def _generic(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
+        """Operations entry by entry, and all that keep, drop or reshuffle axes."""
+        del other
+        nothing = [set() for _ in operands]
+        rank = len(shape_of(one.outvars[0]))
+        if not operands:
+            return (), nothing
+        if len(operands) == 1 or one.primitive.name in ("dynamic_slice", "sort", "top_k"):
+            first = operands[0]
+            if "axes" in one.params and rank < len(first.nodes):
+                for axis in one.params["axes"]:
+                    self.pooled |= first.nodes[axis]
+            return moved(one, first.nodes), nothing
+        same = [value.nodes for value in operands if len(value.nodes) == rank]
+        return joined(same, rank), nothing
+
+    def _reshape(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
+        shapes = [shape_of(equation.invars[0]) for equation in (one, other)]
+        results = [shape_of(equation.outvars[0]) for equation in (one, other)]
+        found: list[Any] = [NO_LABELS] * len(results[0])
+        for before, after in _groups(shapes, results):
+            grown = [axis for axis in before if shapes[0][axis] != shapes[1][axis]]
+            given = [axis for axis in after if results[0][axis] != results[1][axis]]
+            if len(grown) != 1 or len(given) != 1:
+                continue
+            behind = [
+                math.prod(sizes[axis] for axis in axes if axis > place)
+                for sizes, axes, place in ((shapes[0], before, grown[0]),
+                                           (results[0], after, given[0]))
+            ]  # fmt: skip
+            axis = given[0]
+            node = self.node(results[0][axis], results[1][axis])
+            (source,) = operands[0].nodes[grown[0]]
+            self.unite(node, source, Fraction(behind[0], behind[1]))
+            found[axis] = frozenset({node})
+        return tuple(found), [set() for _ in operands]
+
+    def _dot(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
+        del other
+        left, right = operands
+        contracted, _ = one.params["dimension_numbers"]
+        for axes in zip(*contracted, strict=True):
+            self._contract(left, right, axes)
+        return dot_axes(one, left.nodes, right.nodes), [set(axes) for axes in contracted]
+
+    def _contract(self, left: _Value, right: _Value, axes: tuple[int, int]) -> None:
+        """Unites two axes that are summed over, and notes who reads them."""
+        nodes = left.nodes[axes[0]] | right.nodes[axes[1]]
+        if not nodes:
+            return
+        self._unite_values([_Value((one.nodes[axis],), 0, (), None)
+                            for one, axis in ((left, axes[0]), (right, axes[1]))])  # fmt: skip
+        weight, axis, of = (right, axes[1], left)
+        if weight.kind != _PARAMETER:
+            weight, axis, of = (left, axes[0], right)
+        if weight.kind != _PARAMETER:
+            self.pooled |= nodes
+            return
+        self.reads |= weight.leaves[axis]
+        for name, _ in weight.leaves[axis]:
+            if of.scales is not None and of.kind == _FEATURE:
+                self.compensation[name] = of.scales
+
+    def _convolution(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
+        numbers = one.params["dimension_numbers"]
+        features, kernel = operands[:2]
+        channels, (output, inputs) = numbers.lhs_spec[1], numbers.rhs_spec[:2]
+        groups = [equation.params["feature_group_count"] for equation in (one, other)]
+        found = [NO_LABELS] * len(numbers.out_spec)
+        found[numbers.out_spec[0]] = features.nodes[numbers.lhs_spec[0]]
+        found[numbers.out_spec[1]] = kernel.nodes[output]
+        if groups[0] == groups[1]:
+            self._contract(features, kernel, (channels, inputs))
+        elif features.nodes[channels] and kernel.nodes[output]:  # groups of a fixed size
+            (node,), (source,) = kernel.nodes[output], features.nodes[channels]
+            shape = shape_of(one.invars[1])
+            each = Fraction(shape[output], groups[0] * shape[inputs])
+            self.unite(node, source, each)
+        return tuple(found), [set(), {inputs}]
+
+    def _gather(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
+        del other
+        return gathered(one, operands[0].nodes, operands[1].nodes), [set(), set()]
+
+
+_RULES: dict[str, Callable[..., tuple[Axes, list[set[int]]]]] = {
+    "reshape": _Reader._reshape,
+    "dot_general": _Reader._dot,
+    "conv_general_dilated": _Reader._convolution,
+    "gather": _Reader._gather,
+}
+
+
+def _scales(name: str, operands: Sequence[_Value], kind: int) -> frozenset[str] | None:
+    """The leaves with which the result of an operation is multiplied as a whole."""
+    if kind == _CONSTANT or not operands:
+        return None
+    first = operands[0].scales
+    if name in ("add", "sub", "add_any"):
+        both = [operand.scales for operand in operands]
+        return None if None in both else frozenset().union(*both)  # pyright: ignore[reportArgumentType]
+    if name in ("mul", "dot_general", "conv_general_dilated"):
+        found = [one for operand in operands if (one := operand.scales) is not None]
+        return min(found, key=len, default=None)
+    return first if name in _LINEAR or name == "div" else None
+
+
+def _leaves(equation: core.JaxprEqn, operands: Sequence[_Value]) -> Axes:
+    """The axes of leaves along the axes of a value that is made of params alone."""
+    all_axes = [operand.leaves for operand in operands]
+    name = equation.primitive.name
+    if name == "dot_general":
+        return dot_axes(equation, all_axes[0], all_axes[1])
+    if name == "gather":
+        return gathered(equation, all_axes[0], all_axes[1])
+    if len(operands) == 1:
+        return moved(equation, all_axes[0])
+    return joined(all_axes, len(shape_of(equation.outvars[0])))
+
+
+def _groups(
+    shapes: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]
+) -> list[tuple[list[int], list[int]]]:
+    """Axes before and after a reshape that are merged or split together, in both sizes."""
+
+    def products(sizes: Sequence[tuple[int, ...]], axes: list[int]) -> list[int]:
+        return [math.prod(one[axis] for axis in axes) for one in sizes]
+
+    found: list[tuple[list[int], list[int]]] = []
+    before, after = [], []
+    left, right = collections.deque(range(len(shapes[0]))), collections.deque(range(len(results[0])))
+    while left or right:
+        if left and (not right or products(shapes, before)[0] <= products(results, after)[0]):
+            before.append(left.popleft())
+        else:
+            after.append(right.popleft())
+        if products(shapes, before) == products(results, after):
+            found.append((before, after))
+            before, after = [], []
+    return found
+
+
+# Where two functions differ.
+
+
+def _pairs(jaxprs: Sequence[core.ClosedJaxpr], name: str) -> list[tuple[Any, Any]]:
+    return list(zip(*(getattr(one.jaxpr, name) for one in jaxprs), strict=True))
+
+
+def _primitives(jaxpr: core.Jaxpr) -> list[str]:
+    return [equation.primitive.name for equation in jaxpr.eqns]
+
+
+def _where_they_differ(small: core.Jaxpr, large: core.Jaxpr) -> str:
+    found = "one of them ends before the other"
+    for one, other in zip(small.eqns, large.eqns, strict=False):
+        if one.primitive.name != other.primitive.name:
+            found = (
+                f"{one.primitive.name} at {line_of(one)} of the small one, {other.primitive.name} "
+                f"at {line_of(other)} of the large one"
+            )
+            break
+    return (
+        f"small and large do not do the same operations: {found}; accepted are functions that "
+        "differ in sizes alone. Grow blocks that are not stacked by a call of their own, in which "
+        "no size differs"
+    )
+
+
+def _first_difference(
+    reader: _Reader,
+    jaxprs: Sequence[core.ClosedJaxpr],
+    environment: Mapping[Any, _Value],
+    params: Sequence[PyTree],
+    inputs: Sequence[PyTree],
+) -> str:
+    """Returns the first operation whose result in the large network is not that of the small one.
+
+    Results are compared with copies of those of the small one, as its axes say.
+    """
+    blocks = reader.blocks()
+    pairs = [
+        (one, other, equation)
+        for equation, of_large in zip(jaxprs[0].eqns, jaxprs[1].eqns, strict=True)
+        for one, other in zip(equation.outvars, of_large.outvars, strict=True)
+        if one in environment and jnp.issubdtype(one.aval.dtype, jnp.floating)
+        and environment[one].kind == _FEATURE
+    ]  # fmt: skip
+    values = []
+    for side, (closed, tree) in enumerate(zip(jaxprs, params, strict=True)):
+        outputs = [pair[side] for pair in pairs]
+        jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=None)
+        values.append(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(
+            *jax.tree.leaves((tree, *inputs))))  # fmt: skip
+    leaf = None
+    for (variable, _, equation), one, other in zip(pairs, *values, strict=True):
+        for operand in equation.invars:
+            of = None if isinstance(operand, core.Literal) else environment.get(operand)
+            if of is not None and of.kind == _PARAMETER:
+                leaf = min((name for labels in of.leaves for name, _ in labels), default=leaf)
+        expected = np.asarray(one)
+        for axis, labels in enumerate(environment[variable].nodes):
+            for node in labels:
+                root, ratio = reader.root(node)
+                index = copied_index(*reader.sizes[node], int(blocks[root] * ratio))
+                expected = np.take(expected, index, axis)
+        if not _close(np.asarray(other), expected):
+            what = f"{equation.primitive.name} at {line_of(equation)}"
+            return what if leaf is None else f"{what}, in or behind what reads {leaf!r}"
+    return "no operation alone"
+
+
+def _close(found: np.ndarray, expected: np.ndarray) -> bool:
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.isfinite(found), finite):
+        return False
+    size = np.abs(expected[finite]).max(initial=0.0)
+    return bool(np.abs(found[finite] - expected[finite]).max(initial=0.0) <= 1e-3 * size + 1e-12)
+
+
+def copied_index(small: int, large: int, block: int) -> np.ndarray:
+    """Returns of which of the small entries every large one is a copy.
+
+    Blocks of adjacent entries stay together; copies of a block stand beside each other.
+
+    Raises:
+      ValueError: sizes that are not made of such blocks.
+    """
+    if small % block or large % block or large < small:
+        raise ValueError(
+            f"an axis of {small} entries in blocks of {block} cannot grow to {large}; accepted are "
+            f"multiples of {block} from {small} on"
+        )
+    blocks = np.arange(large // block) * (small // block) // (large // block)
+    return (blocks[:, None] * block + np.arange(block)).ravel()
