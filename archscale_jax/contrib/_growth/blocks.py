@@ -9,7 +9,7 @@ import numpy as np
 
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree
-from archscale_jax.rules._zeros import zero_leaves
+from archscale_jax.rules._residual import places_of
 from archscale_jax.tracing import trace
 
 Position = Literal["append", "interleave"]
@@ -84,5 +84,7 @@ def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
 
 
 def ends(function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> frozenset[str]:
-    """Returns the names of the leaves that end residual branches."""
-    return zero_leaves(trace(function, params, *inputs), ("branch_ends",))
+    """Returns the names of the leaves that end residual branches, biases included."""
+    architecture = trace(function, params, *inputs)
+    places = places_of(architecture)
+    return frozenset(one.name for one in architecture.parameters if places.of(one)[0] == "end")

@@ -195,13 +195,15 @@ def _depth_plan(
 ) -> dict[str, LeafGrowth]:
     growths = {}
     for name, (source, is_new) in sources_of(ours, theirs, position).items():
-        if ours[source].shape != theirs[name].shape:
+        same = ours[source].shape == theirs[name].shape
+        if not (same or is_new):
             raise ValueError(
                 f"like holds {name!r} of shape {theirs[name].shape}, params {source!r} of "
                 f"{ours[source].shape}; where blocks are added shapes must be the same: grow widths "
                 "by another call"
             )
-        growths[name] = LeafGrowth(source, blocks=np.asarray(is_new), fresh=new == "random")
+        fresh = new == "random" or not same
+        growths[name] = LeafGrowth(source, blocks=np.asarray(is_new), fresh=fresh)
     return growths
 
 

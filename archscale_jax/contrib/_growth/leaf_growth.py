@@ -66,6 +66,9 @@ def grown_leaf(leaf: Array, like: Any, growth: LeafGrowth, key: Any, noise: floa
       key: random key of the noise; may be None where that is 0.
       noise: its size, see `expand`.
     """
+    if growth.fresh and growth.blocks.shape == () and growth.blocks:
+        found = np.zeros(np.shape(like)) if growth.end else _wide(like)
+        return jnp.asarray(found, leaf.dtype)
     old = _wide(leaf)
     found = _copied(old, growth)
     for one in growth.axes:
@@ -82,13 +85,18 @@ def grown_leaf(leaf: Array, like: Any, growth: LeafGrowth, key: Any, noise: floa
     return jnp.asarray(found, leaf.dtype)
 
 
-def grown_moment(moment: Array, growth: LeafGrowth, degree: int) -> Array:
+def grown_moment(
+    moment: Array, shape: tuple[int, ...], growth: LeafGrowth, degree: int
+) -> Array:
     """Returns what an optimizer keeps of a leaf, if it scales with a power of the gradient.
 
     With k copies of an entry, each e times its value, the gradient of a copy is that of the entry
-    over k·e. First moments of what is new are 0.
+    over k·e. First moments of what is new are 0; second moments of a leaf of another shape than its
+    source are the mean of that one's.
     """
     found = _copied(_wide(moment), growth)
+    if found.shape != shape:
+        found = np.full(shape, found.mean())
     scale = np.full(found.shape, growth.factor)
     for one in growth.axes:
         own = np.where(one.new, 1.0, one.copies * one.share)

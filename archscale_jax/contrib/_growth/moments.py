@@ -77,7 +77,8 @@ def carried_state(
                 f"optimizer_state at {path!r} does not scale with a power of the gradient, so that "
                 "it cannot be carried over: begin with a new state"
             )
-        return grown_moment(value * (after[path].size / before[source].size), growth, degree)
+        ratio = after[path].size / before[source].size
+        return grown_moment(value * ratio, empty.shape, growth, degree)
 
     return map_with_names(carried, skeleton)
 
