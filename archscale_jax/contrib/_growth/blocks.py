@@ -83,7 +83,9 @@ def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
     return found
 
 
-def ends(function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> frozenset[str]:
+def ends(
+    function: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
+) -> frozenset[str]:
     """Returns the names of the leaves that end residual branches, biases included."""
     architecture = trace(function, params, *inputs)
     places = places_of(architecture)

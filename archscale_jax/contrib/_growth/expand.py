@@ -20,7 +20,7 @@ from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._growth.blocks import Position, ends, placed, sources_of
 from archscale_jax.contrib._growth.leaf_growth import Axis, LeafGrowth, grown_leaf
 from archscale_jax.contrib._growth.moments import carried_state
-from archscale_jax.contrib._growth.spaces import Space, Spaces, copied_index, find_spaces
+from archscale_jax.tracing.spaces import Space, Spaces, copied_index, find_spaces
 
 NEW = ("copy", "random")
 
@@ -133,7 +133,9 @@ def _check(new, noise, key, optimizers, optimizer_state) -> None:
     if noise and key is None:
         raise TypeError("key is missing: noise needs a random key, as key=jax.random.key(0)")
     if (optimizers is None) != (optimizer_state is None):
-        raise TypeError("optimizers and optimizer_state belong together; only one of them was given")
+        raise TypeError(
+            "optimizers and optimizer_state belong together; only one of them was given"
+        )
 
 
 # How leaves grow.
@@ -150,6 +152,11 @@ def _width_plans(
     }
     growths = {}
     for name, leaf in ours.items():
+        if leaf.ndim != len(theirs[name].shape):
+            raise ValueError(
+                f"like holds {name!r} of shape {theirs[name].shape}, params of {leaf.shape}; "
+                "accepted are shapes of as many axes"
+            )
         axes, blocks = [], np.zeros((), bool)
         for axis, sizes in enumerate(zip(leaf.shape, theirs[name].shape, strict=True)):
             if sizes[0] == sizes[1]:
@@ -161,12 +168,13 @@ def _width_plans(
                 blocks = np.expand_dims(fresh, [*range(1, leaf.ndim - axis)])
             else:
                 random = new == "random" and not space.pooled and space.number not in tied.values()
-                axes.append(_of_width(axis, *sizes, space, random))
+                axes.append(_of_width(f"axis {axis} of {name!r}", axis, sizes, space, random))
         growths[name] = LeafGrowth(name, tuple(axes), 1.0, blocks, fresh=new == "random")
     compensated = dict(growths)
     for name, leaves in spaces.compensation.items():
         ratio = max(
-            (len(one.index) / ours[name].shape[one.axis] for one in growths[name].axes), default=1.0
+            (len(one.sources) / ours[name].shape[one.axis] for one in growths[name].axes),
+            default=1.0,
         )
         for leaf in leaves if name in tied else ():
             compensated[leaf] = dataclasses.replace(growths[leaf], factor=1 / ratio)
@@ -178,8 +186,9 @@ def _of_stack(axis: int, index: np.ndarray) -> Axis:
     return Axis(axis, index, ones, ones, np.zeros(len(index), bool))
 
 
-def _of_width(axis: int, small: int, large: int, space: Space, random: bool) -> Axis:
-    index = copied_index(small, large, space.block)
+def _of_width(what: str, axis: int, sizes: tuple[int, int], space: Space, random: bool) -> Axis:
+    small, large = sizes
+    index = copied_index(small, large, space.block, what)
     reads = space.reads and not space.writes
     ones, copies = np.ones(large), np.bincount(index)[index].astype(float)
     if not random:
@@ -199,8 +208,8 @@ def _depth_plan(
         if not (same or is_new):
             raise ValueError(
                 f"like holds {name!r} of shape {theirs[name].shape}, params {source!r} of "
-                f"{ours[source].shape}; where blocks are added shapes must be the same: grow widths "
-                "by another call"
+                f"{ours[source].shape}; where blocks are added, others keep their shapes: grow "
+                "widths by another call, and try the other position"
             )
         fresh = new == "random" or not same
         growths[name] = LeafGrowth(source, blocks=np.asarray(is_new), fresh=fresh)
@@ -220,6 +229,11 @@ def _grown(
         growth, old = growths[name], ours[growths[name].source]
         if not growth.axes and not growth.blocks.any() and growth.factor == 1:
             return old
+        if isinstance(new, jax.ShapeDtypeStruct) and growth.needs_values:
+            raise ValueError(
+                f"like holds a shape at {name!r}, whose new entries are not copies; pass arrays, "
+                "such as the params with which the large network would start"
+            )
         values = 0.0 if isinstance(new, jax.ShapeDtypeStruct) else new
         own = None if key is None else jax.random.fold_in(key, names[name])
         return grown_leaf(old, values, growth, own, noise)
@@ -253,8 +267,8 @@ def _change(outputs: PyTree, grown: PyTree) -> float:
         shape = after[name].shape if name in after else None
         if shape != one.shape:
             raise ValueError(
-                f"the outputs of small have {one.shape} at {name!r}, those of large {shape}; accepted "
-                "are functions whose outputs do not grow"
+                f"the outputs of small have {one.shape} at {name!r}, those of large {shape}; "
+                "accepted are functions whose outputs do not grow"
             )
     changes = [
         np.abs(after[name] - one).max(initial=0.0) / (np.abs(one).max(initial=0.0) or 1.0)

@@ -1,4 +1,4 @@
-"""How a leaf, and what an optimizer keeps of it, grows with the features and blocks it belongs to."""
+"""How a leaf grows, and what an optimizer keeps of it."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Axis(NamedTuple):
 
     Attributes:
       axis: its place.
-      index: for every large entry, the small one from which it comes.
+      sources: for every large entry, the small one from which it comes.
       share: the part of that one's value which it gets, where layers sum over the axis; else 1.
       copies: how many large entries share a gradient.
       new: which large entries hold new values, and which get none of the old weights.
@@ -22,7 +22,7 @@ class Axis(NamedTuple):
     """
 
     axis: int
-    index: Int[np.ndarray, " m"]
+    sources: Int[np.ndarray, " m"]
     share: Float[np.ndarray, " m"]
     copies: Float[np.ndarray, " m"]
     new: Bool[np.ndarray, " m"]
@@ -49,6 +49,12 @@ class LeafGrowth:
     blocks: Bool[np.ndarray, "..."] = dataclasses.field(default_factory=lambda: np.zeros((), bool))
     end: bool = False
     fresh: bool = False
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether it takes values that are no copies."""
+        blocks = self.fresh and not self.end and bool(self.blocks.any())
+        return blocks or any(_is_written_anew(one) for one in self.axes)
 
 
 def along(values: np.ndarray, axis: int, rank: int) -> np.ndarray:
@@ -78,16 +84,14 @@ def grown_leaf(leaf: Array, like: Any, growth: LeafGrowth, key: Any, noise: floa
     if noise and noisy:
         found = found + noise * _noise(old, noisy[0], growth, key)
     for one in growth.axes:
-        if one.new.any() and np.all(one.share == 1):  # its features are new
+        if _is_written_anew(one):
             found = np.where(along(one.new, one.axis, found.ndim), _wide(like), found)
     if growth.blocks.any() and (growth.end or growth.fresh):
         found = np.where(growth.blocks, 0.0 if growth.end else _wide(like), found)
     return jnp.asarray(found, leaf.dtype)
 
 
-def grown_moment(
-    moment: Array, shape: tuple[int, ...], growth: LeafGrowth, degree: int
-) -> Array:
+def grown_moment(moment: Array, shape: tuple[int, ...], growth: LeafGrowth, degree: int) -> Array:
     """Returns what an optimizer keeps of a leaf, if it scales with a power of the gradient.
 
     With k copies of an entry, each e times its value, the gradient of a copy is that of the entry
@@ -109,6 +113,11 @@ def grown_moment(
     return jnp.asarray(found, moment.dtype)
 
 
+def _is_written_anew(axis: Axis) -> bool:
+    """Whether entries of the axis are those of new features; of one that is read they are 0."""
+    return bool(axis.new.any() and np.all(axis.share == 1))
+
+
 def _wide(leaf: Any) -> np.ndarray:
     """An array of a dtype in which NumPy computes: not bfloat16."""
     leaf = np.asarray(leaf)
@@ -117,7 +126,7 @@ def _wide(leaf: Any) -> np.ndarray:
 
 def _copied(leaf: np.ndarray, growth: LeafGrowth) -> np.ndarray:
     for one in growth.axes:
-        leaf = np.take(leaf, one.index, one.axis)
+        leaf = np.take(leaf, one.sources, one.axis)
     return leaf
 
 
@@ -129,8 +138,8 @@ def _noise(leaf: np.ndarray, axis: Axis, growth: LeafGrowth, key: Any) -> np.nda
     size = _copied(np.broadcast_to(size, leaf.shape), growth)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     drawn = np.moveaxis(generator.standard_normal(size.shape), axis.axis, 0)
-    sums = np.zeros((axis.index.max() + 1, *drawn.shape[1:]))
-    np.add.at(sums, axis.index, drawn)
-    copies = along(np.bincount(axis.index)[axis.index], 0, drawn.ndim)
-    centred = (drawn - sums[axis.index] / copies) / np.sqrt(copies)
+    sums = np.zeros((axis.sources.max() + 1, *drawn.shape[1:]))
+    np.add.at(sums, axis.sources, drawn)
+    copies = along(np.bincount(axis.sources)[axis.sources], 0, drawn.ndim)
+    centred = (drawn - sums[axis.sources] / copies) / np.sqrt(copies)
     return size * np.moveaxis(centred, 0, axis.axis)

@@ -42,14 +42,16 @@ def carried_state(
     owners = _owners(optimizers[1], skeleton, grown)
     number = sum(leaf.size for leaf in jax.tree.leaves(grown))
     scale = 2.0**-10 / number**0.5  # small enough for what clips norms
-    before, after = (_responses(*one, scale) for one in zip(optimizers, (params, grown), strict=True))
+    before, after = (
+        _responses(*one, scale) for one in zip(optimizers, (params, grown), strict=True)
+    )
     small, large = named_leaves(params), named_leaves(grown)
 
     def value_of(path: str) -> Any:
         if path not in given:
             raise ValueError(
-                f"optimizer_state has no array {path!r}, which the optimizer of the large network has; "
-                "pass the state of the optimizer that trained params, and another of its kind"
+                f"optimizer_state has no array {path!r}, which the optimizer of the large network "
+                "has; pass the state of the optimizer that trained params, and another of its kind"
             )
         return given[path]
 

@@ -1,25 +1,19 @@
-"""Spaces of features that grow from a small model to a large one, read off both traced functions.
+"""Reads the jaxprs of a model at two sizes side by side: which axes run along each other.
 
-The two jaxprs are read side by side. An axis whose size differs belongs to a space of features;
-axes that run along each other, through additions, products, contractions and reshapes, belong to
-the same one. A space of n features is n/b blocks of b features that stay together: a head, a group.
-An axis that is merged from others tells its b: of heads and their features, where heads grow, the
-features of a head.
+Every value has a node for each of its axes that grow. Operations unite nodes: additions, products
+and contractions those of the axes that meet, reshapes those of an axis and of the one it is merged
+into, with the ratio of their blocks.
 """
 
 import collections
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
-from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.tracing.axes import dot_axes, free_axes, gathered, joined, moved, shape_of
+from archscale_jax.tracing.axes import dot_axes, gathered, joined, moved, shape_of
 from archscale_jax.tracing.jaxprs import CALLS, inner_jaxpr, loop_operands
 from archscale_jax.tracing.state import line_of
 from archscale_jax.tracing.values import NO_LABELS, Axes
@@ -28,95 +22,14 @@ LeafAxis = tuple[str, int]
 """Name of a leaf, and one of its axes."""
 
 
-class Space(NamedTuple):
-    """What is known of the axis of a leaf that grows.
-
-    Attributes:
-      number: of its space of features.
-      block: adjacent entries that stay together.
-      reads: whether a layer sums over the axis.
-      writes: whether features have the axis.
-      stacked: whether it is the axis of a scan, whose entries are blocks of the network.
-      pooled: whether the features of the space are summed by more than the weights of layers, as by
-        a normalization over features: new ones would change the others.
-    """
-
-    number: int
-    block: int
-    reads: bool
-    writes: bool
-    stacked: bool
-    pooled: bool
-
-
-class Spaces(NamedTuple):
-    """What `find_spaces` finds.
-
-    Attributes:
-      axes: of every axis of a leaf that grows, what it is.
-      compensation: of a leaf whose axis is read and written, such as a tied table, the leaves that
-        scale what it reads.
-      differing: a function from small and large params to where their functions begin to differ.
-    """
-
-    axes: dict[LeafAxis, Space]
-    compensation: dict[str, frozenset[str]]
-    differing: Callable[[PyTree, PyTree], str]
-
-
-def find_spaces(
-    small: Callable[..., Any],
-    large: Callable[..., Any],
-    small_params: PyTree,
-    large_params: PyTree,
-    *inputs: PyTree,
-) -> Spaces:
-    """Reads two sizes of one function side by side.
-
-    Args:
-      small: `(params, *inputs)` to outputs.
-      large: the same of other sizes.
-      small_params: arrays or shapes.
-      large_params: of the same names.
-      *inputs: arrays or shapes.
-
-    Raises:
-      ValueError: the functions do not do the same operations in the same order.
-    """
-    jaxprs = [
-        jax.make_jaxpr(function)(params, *inputs)
-        for function, params in ((small, small_params), (large, large_params))
-    ]
-    names = list(named_leaves(small_params))
-    reader = _Reader()
-    pairs = _pairs(jaxprs, "invars")
-    values = [reader.leaf(name, *pair) for name, pair in zip(names, pairs, strict=False)]
-    values += [reader.fresh(*pair, kind=_FEATURE) for pair in pairs[len(names) :]]
-    environment = reader.environment(jaxprs[0].jaxpr, jaxprs[1].jaxpr, values)
-    reader.run(jaxprs[0].jaxpr, jaxprs[1].jaxpr, environment)
-
-    def differing(small_params: PyTree, large_params: PyTree) -> str:
-        return _first_difference(reader, jaxprs, environment, (small_params, large_params), inputs)
-
-    blocks = reader.blocks()
-    axes = {
-        leaf_axis: reader.space(node, leaf_axis, blocks)
-        for leaf_axis, node in reader.leaf_axes.items()
-    }
-    return Spaces(axes, dict(reader.compensation), differing)
-
-
-# Reading two jaxprs.
-
-
-_CONSTANT, _PARAMETER, _FEATURE = range(3)
+CONSTANT, PARAMETER, FEATURE = range(3)
 _LINEAR = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "neg", "copy",
            "convert_element_type", "slice", "reduce_sum", "gather", "rev", "reduce_precision",
            "sharding_constraint", "copy_p", "optimization_barrier")  # fmt: skip
 """Primitives whose result is multiplied with their first operand."""
 
 
-class _Value(NamedTuple):
+class Value(NamedTuple):
     """A value of both jaxprs.
 
     Attributes:
@@ -132,7 +45,7 @@ class _Value(NamedTuple):
     scales: frozenset[str] | None
 
 
-class _Reader:
+class Reader:
     """Unites axes into spaces while it goes through the equations of two jaxprs."""
 
     def __init__(self) -> None:
@@ -149,6 +62,7 @@ class _Reader:
     # Nodes: a node is an axis, united with others by the ratio of their blocks.
 
     def node(self, small: int, large: int) -> int:
+        """Returns a new node, of an axis of these sizes."""
         self.parents.append(len(self.parents))
         self.ratios.append(Fraction(1))
         self.sizes.append((small, large))
@@ -183,21 +97,9 @@ class _Reader:
             for root, ratios in found.items()
         }
 
-    def space(self, node: int, leaf_axis: LeafAxis, blocks: Mapping[int, Fraction]) -> Space:
-        root, ratio = self.root(node)
-        pooled = any(self.root(one)[0] == root for one in self.pooled)
-        return Space(
-            root,
-            int(blocks[root] * ratio),
-            leaf_axis in self.reads,
-            leaf_axis in self.writes,
-            leaf_axis in self.stacked,
-            pooled,
-        )
-
     # Values.
 
-    def fresh(self, small: Any, large: Any, nodes: Axes = (), kind: int = _CONSTANT) -> _Value:
+    def fresh(self, small: Any, large: Any, nodes: Axes = (), kind: int = CONSTANT) -> Value:
         """A value whose axes have these nodes where they grow, and new ones where none is given."""
         shapes = shape_of(small), shape_of(large)
         if len(shapes[0]) != len(shapes[1]):
@@ -217,28 +119,29 @@ class _Reader:
                 found.append(frozenset({first}))
             else:
                 found.append(frozenset({self.node(before, after)}))
-        return _Value(tuple(found), kind, (NO_LABELS,) * len(found), None)
+        return Value(tuple(found), kind, (NO_LABELS,) * len(found), None)
 
-    def leaf(self, name: str, small: Any, large: Any) -> _Value:
-        value = self.fresh(small, large, kind=_PARAMETER)
+    def leaf(self, name: str, small: Any, large: Any) -> Value:
+        """Returns the value of a leaf, and notes its axes that grow."""
+        value = self.fresh(small, large, kind=PARAMETER)
         for axis, labels in enumerate(value.nodes):
             self.leaf_axes.update(((name, axis), node) for node in labels)
         leaves = tuple(frozenset({(name, axis)}) for axis in range(len(value.nodes)))
         return value._replace(leaves=leaves, scales=frozenset({name}))
 
     def environment(
-        self, small: core.Jaxpr, large: core.Jaxpr, values: Sequence[_Value]
-    ) -> dict[Any, _Value]:
+        self, small: core.Jaxpr, large: core.Jaxpr, values: Sequence[Value]
+    ) -> dict[Any, Value]:
         """Values of the variables of the small jaxpr: its inputs, and its constants."""
         found = dict(zip(small.invars, values, strict=True))
         for pair in zip(small.constvars, large.constvars, strict=True):
             found[pair[0]] = self.fresh(*pair)
         return found
 
-    def run(self, small: core.Jaxpr, large: core.Jaxpr, found: dict[Any, _Value]) -> list[_Value]:
+    def run(self, small: core.Jaxpr, large: core.Jaxpr, found: dict[Any, Value]) -> list[Value]:
         """Reads the equations of two jaxprs, and returns the values of their results."""
 
-        def value(one: Any, other: Any) -> _Value:
+        def value(one: Any, other: Any) -> Value:
             return self.fresh(one, other) if isinstance(one, core.Literal) else found[one]
 
         if _primitives(small) != _primitives(large):
@@ -250,8 +153,8 @@ class _Reader:
         return [value(*pair) for pair in zip(small.outvars, large.outvars, strict=True)]
 
     def _equation(
-        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
-    ) -> list[_Value]:
+        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[Value]
+    ) -> list[Value]:
         name = one.primitive.name
         if name == "scan":
             return self._scan(one, other, operands)
@@ -259,28 +162,30 @@ class _Reader:
             found = self._call(one, other, operands)
             if found is not None:
                 return found
-        kind = max((operand.kind for operand in operands), default=_CONSTANT)
-        rule = _RULES.get(name, _Reader._generic)
+        kind = max((operand.kind for operand in operands), default=CONSTANT)
+        rule = _RULES.get(name, Reader._generic)
         nodes, contracted = rule(self, one, other, operands)
-        if kind == _FEATURE:
+        if kind == FEATURE:
             self._note_writes(operands, contracted)
         values = [
             self.fresh(*pair, nodes if len(shape_of(pair[0])) == len(nodes) else (), kind)
             for pair in zip(one.outvars, other.outvars, strict=True)
         ]
         scales = _scales(name, operands, kind)
-        leaves = _leaves(one, operands) if kind == _PARAMETER else None
+        values = [value._replace(scales=scales) for value in values]
+        if kind != PARAMETER:
+            return values
+        leaves = _leaves(one, operands)
+        fits = [len(leaves) == len(value.nodes) for value in values]
         return [
-            value._replace(scales=scales, leaves=value.leaves if leaves is None else leaves)
-            if leaves is None or len(leaves) == len(value.nodes)
-            else value
-            for value in values
+            value._replace(leaves=leaves) if fit else value
+            for value, fit in zip(values, fits, strict=True)
         ]
 
-    def _note_writes(self, operands: Sequence[_Value], contracted: Sequence[set[int]]) -> None:
+    def _note_writes(self, operands: Sequence[Value], contracted: Sequence[set[int]]) -> None:
         """Notes along which axes leaves meet features, and are not summed over."""
         for operand, summed in zip(operands, contracted, strict=True):
-            if operand.kind == _PARAMETER:
+            if operand.kind == PARAMETER:
                 for axis, labels in enumerate(operand.leaves):
                     if axis not in summed:
                         self.writes |= labels
@@ -288,11 +193,11 @@ class _Reader:
     # Functions inside of functions.
 
     def _call(
-        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
-    ) -> list[_Value] | None:
+        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[Value]
+    ) -> list[Value] | None:
         if one.primitive.name == "while":
             outputs = zip(one.outvars, other.outvars, strict=True)
-            return [self.fresh(*pair, kind=_FEATURE) for pair in outputs]
+            return [self.fresh(*pair, kind=FEATURE) for pair in outputs]
         if one.primitive.name == "cond":
             branches = zip(one.params["branches"], other.params["branches"], strict=True)
             found = [self._inner(*branch, operands[1:]) for branch in branches]
@@ -307,20 +212,18 @@ class _Reader:
         return self._inner(*inner, operands)  # pyright: ignore[reportArgumentType]
 
     def _inner(
-        self, small: core.ClosedJaxpr, large: core.ClosedJaxpr, operands: list[_Value]
-    ) -> list[_Value]:
+        self, small: core.ClosedJaxpr, large: core.ClosedJaxpr, operands: list[Value]
+    ) -> list[Value]:
         environment = self.environment(small.jaxpr, large.jaxpr, operands)
         return self.run(small.jaxpr, large.jaxpr, environment)
 
-    def _unite_values(self, values: Sequence[_Value]) -> None:
+    def _unite_values(self, values: Sequence[Value]) -> None:
         for nodes in zip(*(value.nodes for value in values), strict=True):
             first, *rest = [node for labels in nodes for node in labels] or [None]
             for node in rest:
                 self.unite(node, first)  # pyright: ignore[reportArgumentType]
 
-    def _scan(
-        self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[_Value]
-    ) -> list[_Value]:
+    def _scan(self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         """Reads the body once; what is carried has the same axes before and after it."""
         fixed, carried = loop_operands(one)
         inner = inner_jaxpr(one), inner_jaxpr(other)
@@ -332,16 +235,15 @@ class _Reader:
             value._replace(nodes=value.nodes[1:], leaves=value.leaves[1:], scales=None)
             for value in operands[fixed + carried :]
         ]
-        state = [value._replace(kind=_FEATURE, scales=None)
-                 for value in operands[fixed : fixed + carried]]  # fmt: skip
+        before = operands[fixed : fixed + carried]
+        state = [value._replace(kind=FEATURE, scales=None) for value in before]
         results = self._inner(inner[0], inner[1], [*operands[:fixed], *state, *sliced])
         for pair in zip(state, results[:carried], strict=True):
             self._unite_values(pair)
+        outputs = list(zip(one.outvars, other.outvars, strict=True))[carried:]
         stacks = [
             self.fresh(*pair, (NO_LABELS, *value.nodes), value.kind)
-            for value, *pair in zip(
-                results[carried:], one.outvars[carried:], other.outvars[carried:], strict=True
-            )
+            for value, pair in zip(results[carried:], outputs, strict=True)
         ]
         return [*(value._replace(scales=None) for value in results[:carried]), *stacks]
 
@@ -392,22 +294,22 @@ class _Reader:
             self._contract(left, right, axes)
         return dot_axes(one, left.nodes, right.nodes), [set(axes) for axes in contracted]
 
-    def _contract(self, left: _Value, right: _Value, axes: tuple[int, int]) -> None:
+    def _contract(self, left: Value, right: Value, axes: tuple[int, int]) -> None:
         """Unites two axes that are summed over, and notes who reads them."""
         nodes = left.nodes[axes[0]] | right.nodes[axes[1]]
         if not nodes:
             return
-        self._unite_values([_Value((one.nodes[axis],), 0, (), None)
+        self._unite_values([Value((one.nodes[axis],), 0, (), None)
                             for one, axis in ((left, axes[0]), (right, axes[1]))])  # fmt: skip
         weight, axis, of = (right, axes[1], left)
-        if weight.kind != _PARAMETER:
+        if weight.kind != PARAMETER:
             weight, axis, of = (left, axes[0], right)
-        if weight.kind != _PARAMETER:
+        if weight.kind != PARAMETER:
             self.pooled |= nodes
             return
         self.reads |= weight.leaves[axis]
         for name, _ in weight.leaves[axis]:
-            if of.scales is not None and of.kind == _FEATURE:
+            if of.scales is not None and of.kind == FEATURE:
                 self.compensation[name] = of.scales
 
     def _convolution(self, one, other, operands) -> tuple[Axes, list[set[int]]]:
@@ -433,16 +335,16 @@ class _Reader:
 
 
 _RULES: dict[str, Callable[..., tuple[Axes, list[set[int]]]]] = {
-    "reshape": _Reader._reshape,
-    "dot_general": _Reader._dot,
-    "conv_general_dilated": _Reader._convolution,
-    "gather": _Reader._gather,
+    "reshape": Reader._reshape,
+    "dot_general": Reader._dot,
+    "conv_general_dilated": Reader._convolution,
+    "gather": Reader._gather,
 }
 
 
-def _scales(name: str, operands: Sequence[_Value], kind: int) -> frozenset[str] | None:
+def _scales(name: str, operands: Sequence[Value], kind: int) -> frozenset[str] | None:
     """The leaves with which the result of an operation is multiplied as a whole."""
-    if kind == _CONSTANT or not operands:
+    if kind == CONSTANT or not operands:
         return None
     first = operands[0].scales
     if name in ("add", "sub", "add_any"):
@@ -454,7 +356,7 @@ def _scales(name: str, operands: Sequence[_Value], kind: int) -> frozenset[str] 
     return first if name in _LINEAR or name == "div" else None
 
 
-def _leaves(equation: core.JaxprEqn, operands: Sequence[_Value]) -> Axes:
+def _leaves(equation: core.JaxprEqn, operands: Sequence[Value]) -> Axes:
     """The axes of leaves along the axes of a value that is made of params alone."""
     all_axes = [operand.leaves for operand in operands]
     name = equation.primitive.name
@@ -477,7 +379,10 @@ def _groups(
 
     found: list[tuple[list[int], list[int]]] = []
     before, after = [], []
-    left, right = collections.deque(range(len(shapes[0]))), collections.deque(range(len(results[0])))
+    left, right = (
+        collections.deque(range(len(shapes[0]))),
+        collections.deque(range(len(results[0]))),
+    )
     while left or right:
         if left and (not right or products(shapes, before)[0] <= products(results, after)[0]):
             before.append(left.popleft())
@@ -487,13 +392,6 @@ def _groups(
             found.append((before, after))
             before, after = [], []
     return found
-
-
-# Where two functions differ.
-
-
-def _pairs(jaxprs: Sequence[core.ClosedJaxpr], name: str) -> list[tuple[Any, Any]]:
-    return list(zip(*(getattr(one.jaxpr, name) for one in jaxprs), strict=True))
 
 
 def _primitives(jaxpr: core.Jaxpr) -> list[str]:
@@ -514,72 +412,3 @@ def _where_they_differ(small: core.Jaxpr, large: core.Jaxpr) -> str:
         "differ in sizes alone. Grow blocks that are not stacked by a call of their own, in which "
         "no size differs"
     )
-
-
-def _first_difference(
-    reader: _Reader,
-    jaxprs: Sequence[core.ClosedJaxpr],
-    environment: Mapping[Any, _Value],
-    params: Sequence[PyTree],
-    inputs: Sequence[PyTree],
-) -> str:
-    """Returns the first operation whose result in the large network is not that of the small one.
-
-    Results are compared with copies of those of the small one, as its axes say.
-    """
-    blocks = reader.blocks()
-    pairs = [
-        (one, other, equation)
-        for equation, of_large in zip(jaxprs[0].eqns, jaxprs[1].eqns, strict=True)
-        for one, other in zip(equation.outvars, of_large.outvars, strict=True)
-        if one in environment and jnp.issubdtype(one.aval.dtype, jnp.floating)
-        and environment[one].kind == _FEATURE
-    ]  # fmt: skip
-    values = []
-    for side, (closed, tree) in enumerate(zip(jaxprs, params, strict=True)):
-        outputs = [pair[side] for pair in pairs]
-        jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=None)
-        values.append(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(
-            *jax.tree.leaves((tree, *inputs))))  # fmt: skip
-    leaf = None
-    for (variable, _, equation), one, other in zip(pairs, *values, strict=True):
-        for operand in equation.invars:
-            of = None if isinstance(operand, core.Literal) else environment.get(operand)
-            if of is not None and of.kind == _PARAMETER:
-                leaf = min((name for labels in of.leaves for name, _ in labels), default=leaf)
-        expected = np.asarray(one)
-        for axis, labels in enumerate(environment[variable].nodes):
-            for node in labels:
-                root, ratio = reader.root(node)
-                index = copied_index(*reader.sizes[node], int(blocks[root] * ratio))
-                expected = np.take(expected, index, axis)
-        if not _close(np.asarray(other), expected):
-            what = f"{equation.primitive.name} at {line_of(equation)}"
-            return what if leaf is None else f"{what}, in or behind what reads {leaf!r}"
-    return "no operation alone"
-
-
-def _close(found: np.ndarray, expected: np.ndarray) -> bool:
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(expected)
-    if not np.array_equal(np.isfinite(found), finite):
-        return False
-    size = np.abs(expected[finite]).max(initial=0.0)
-    return bool(np.abs(found[finite] - expected[finite]).max(initial=0.0) <= 1e-3 * size + 1e-12)
-
-
-def copied_index(small: int, large: int, block: int) -> np.ndarray:
-    """Returns of which of the small entries every large one is a copy.
-
-    Blocks of adjacent entries stay together; copies of a block stand beside each other.
-
-    Raises:
-      ValueError: sizes that are not made of such blocks.
-    """
-    if small % block or large % block or large < small:
-        raise ValueError(
-            f"an axis of {small} entries in blocks of {block} cannot grow to {large}; accepted are "
-            f"multiples of {block} from {small} on"
-        )
-    blocks = np.arange(large // block) * (small // block) // (large // block)
-    return (blocks[:, None] * block + np.arange(block)).ravel()
