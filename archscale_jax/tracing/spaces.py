@@ -94,7 +94,8 @@ def find_spaces(
         notes = (leaf_axis in one for one in (reader.reads, reader.writes, reader.stacked))
         return Space(root, int(blocks[root] * ratio), *notes, pooled=root in pooled)
 
-    def differing(*params: PyTree) -> str:
+    def differing(small_params: PyTree, large_params: PyTree) -> str:
+        params = small_params, large_params
         return _first_difference(reader, jaxprs, environment, params, inputs)
 
     axes = {leaf_axis: space(leaf_axis, node) for leaf_axis, node in reader.leaf_axes.items()}
@@ -125,7 +126,9 @@ def _first_difference(
     values = []
     for closed, tree in zip(jaxprs, params, strict=True):
         outputs = [closed.eqns[place].outvars[0] for place in places]
-        jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=None)
+        names = ("",) * len(closed.jaxpr.invars), ("",) * len(outputs)
+        debug_info = core.DebugInfo("find_spaces", "small", *names)
+        jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=debug_info)
         function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))
         values.append(function(*jax.tree.leaves((tree, *inputs))))
     leaf, ratio = None, 1.0
@@ -161,7 +164,8 @@ def _copies(reader: Reader, value: Value, array: np.ndarray) -> np.ndarray:
     for axis, labels in enumerate(value.nodes):
         for node in labels:
             root, ratio = reader.root(node)
-            index = copied_index(*reader.sizes[node], int(blocks[root] * ratio))
+            small, large = reader.sizes[node]
+            index = copied_index(small, large, int(blocks[root] * ratio))
             array = np.take(array, index, axis)
     return array
 

@@ -95,12 +95,17 @@ def _owners(optimizer: optax.GradientTransformation, state: Any, params: PyTree)
     names = map_with_names(lambda name, leaf: _Owner(name), params)
     marked = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, owner: owner,
+        lambda leaf, owner: leaf if _is_masked(leaf) else owner,
         state,
         names,
         transform_non_params=lambda leaf: None,
+        is_leaf=_is_masked,
     )
     return {path: owner.name for path, owner in named_leaves(marked).items()}
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 class _Response(NamedTuple):
