@@ -124,8 +124,10 @@ def run() -> None:
                 "dataset": FLAGS.dataset}  # fmt: skip
     with runners.runner() as options:
         workdir = common.claim_directory(FLAGS.workdir, settings)
-        study = Study(settings, workdir / "results.jsonl", options)
-        if not study.run():
+        study = Study(
+            settings, workdir / "results.jsonl", options, only_finished=FLAGS.only_finished
+        )
+        if not study.run(FLAGS.tasks, FLAGS.num_seeds):
             print("not finished; what is shown is of the trainings that are")
     frame = study.frame()
     frame.to_csv(workdir / "doubling.csv", index=False, float_format="%.6g")
@@ -138,7 +140,9 @@ def run() -> None:
         tables={
             "Held-out loss; operations over those of the usual training from scratch; operations "
             "saved over a training from scratch to the same loss; the largest rise of the held-out "
-            "loss within 100 updates of a growth (means over seeds ± standard error).": table(frame)
+            "loss within 100 updates of a growth (means over seeds ± standard error).": table(
+                frame, FLAGS.steps
+            )
         },
         figures={figure: "Held-out loss over operations, a line a seed of trainings from scratch."},
     )
@@ -154,18 +158,26 @@ class UnfinishedError(Exception):
 class Study:
     """The trainings of a study; run as they are asked for."""
 
-    def __init__(self, settings: Trial, journal: pathlib.Path, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Trial,
+        journal: pathlib.Path,
+        options: Mapping[str, Any],
+        *,
+        only_finished: bool = False,
+    ) -> None:
         self._settings, self._journal, self._options = settings, journal, options
+        self._only_finished = only_finished
         self._records = {one["hash"]: one for one in files.read_records(journal)}
 
-    def run(self) -> bool:
+    def run(self, tasks: Sequence[str], num_seeds: int) -> bool:
         """Runs all, what matters most first; returns whether all is finished."""
         finished = True
         for name in METHODS:
-            for task in FLAGS.tasks:
+            for task in tasks:
                 try:
                     rate = self.best_rate(task)
-                    trials = [self.trial(task, name, rate, seed) for seed in range(FLAGS.num_seeds)]
+                    trials = [self.trial(task, name, rate, seed) for seed in range(num_seeds)]
                     self.measure(trials, f"{name} of {task}")
                 except UnfinishedError:
                     finished = False
@@ -191,7 +203,7 @@ class Study:
     def measure(self, trials: Sequence[Trial], name: str) -> list[Mapping[str, Any]]:
         """Returns the records of trials; what is missing is trained."""
         missing = [one for one in trials if trial_hash(one) not in self._records]
-        if missing and FLAGS.only_finished:
+        if missing and self._only_finished:
             raise UnfinishedError
         if missing:
             found = run_study(missing, train, self._journal, description=name, **self._options)
@@ -520,12 +532,12 @@ def saved(scratch: pd.DataFrame, operations: float, loss: float) -> float:
     return 1 - operations / math.exp(across[place] + slope * (target - up[place]))
 
 
-def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for every task and method."""
+def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
+    """Returns a row for every task and method, and every number of updates from scratch."""
     rows = []
     for task, of in TASKS.items():
         scratch = of_method(frame, task, "scratch")
-        usual = scratch[scratch.updates == FLAGS.steps].operations.mean()
+        usual = scratch[scratch.updates == steps].operations.mean()
         for method, described in METHODS.items():
             found = of_method(frame, task, method)
             ends = [one for _, one in found.groupby("updates")] if len(found) else []
