@@ -12,6 +12,7 @@ and started again it goes on; with --only_finished it shows what there is.
 """
 
 import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -105,12 +106,12 @@ BOTH = (("width", 1 / 3), ("depth", 1 / 2))
 METHODS = {
     "scratch": Method("from scratch"),
     "both": Method("width at ⅓, depth at ½", BOTH),
-    "width": Method("width at ½", (("width", 1 / 2),)),
-    "depth": Method("depth at ½", (("depth", 1 / 2),)),
     "random": Method("both, new ones random", BOTH, {"new": "random"}),
-    "reset": Method("both, moments anew", BOTH, moments=False),
-    "quiet": Method("both, no noise", BOTH, {"noise": 0.0}),
     "faint": Method("both, noise 1/4", BOTH, {"noise": 0.25}),
+    "reset": Method("both, moments anew", BOTH, moments=False),
+    "depth": Method("depth at ½", (("depth", 1 / 2),)),
+    "width": Method("width at ½", (("width", 1 / 2),)),
+    "quiet": Method("both, no noise", BOTH, {"noise": 0.0}),
     "early": Method("width at ⅙, depth at ⅓", (("width", 1 / 6), ("depth", 1 / 3))),
     "late": Method("width at ½, depth at ¾", (("width", 1 / 2), ("depth", 3 / 4))),
 }
@@ -173,14 +174,12 @@ class Study:
     def run(self, tasks: Sequence[str], num_seeds: int) -> bool:
         """Runs all, what matters most first; returns whether all is finished."""
         finished = True
-        for name in METHODS:
-            for task in tasks:
-                try:
-                    rate = self.best_rate(task)
-                    trials = [self.trial(task, name, rate, seed) for seed in range(num_seeds)]
-                    self.measure(trials, f"{name} of {task}")
-                except UnfinishedError:
-                    finished = False
+        for seed, name, task in itertools.product(range(num_seeds), METHODS, tasks):
+            try:
+                trial = self.trial(task, name, self.best_rate(task), seed)
+                self.measure([trial], f"{name} of {task}, seed {seed}")
+            except UnfinishedError:
+                finished = False
         return finished
 
     def best_rate(self, task: str) -> float:

@@ -238,15 +238,18 @@ class TestOptimizerState:
         ("name", "optimizer", "options"),
         [("llama", "sgd", {"momentum": 0.9}), ("plain", "sgd", {"momentum": 0.9}),
          ("plain", "adam", {"eps": 0.0}), ("equinox", "adam", {"eps": 0.0}),
-         ("group normalization", "adam", {"eps": 0.0}), ("plain", "lion", {})],
+         ("group normalization", "adamw", {"eps": 0.0, "weight_decay": 0.3}),
+         ("plain", "adam", {"eps": 1e-3}), ("plain", "lion", {})],
     )  # fmt: skip
     def test_growing_and_training_commute(self, name, optimizer, options):
         """Without noise copies stay copies, and the plan's rates are those at which they do."""
         make, *widths = WIDER[name]
         small, large = map(make, widths)
-        ours = archscale.parametrize((small.apply, small.params), small.inputs, optimizer=optimizer)
-        plan = archscale.parametrize((large.apply, large.params), small.inputs, base=ours,
-                                     optimizer=optimizer)  # fmt: skip
+        ours, plan = (
+            archscale.parametrize((one.apply, one.params), one.inputs, base=base,
+                                  optimizer=optimizer, epsilon_rule="gradient")
+            for one, base in ((small, None), (large, (small.apply, small.params)))
+        )  # fmt: skip
         of_small, of_large = (one.optimizer(0.01, **options) for one in (ours, plan))
 
         def grow(params, state):
@@ -497,11 +500,11 @@ class TestErrors:
         small, large = plain(8), plain(16)
         other = large._replace(apply=lambda params, x: jnp.tanh(large.apply(params, x)))
         with pytest.raises(
-            ValueError, match="do not do the same operations.*ends before the other"
+            ValueError, match="do not do the same operations.*nothing, the large one has tanh"
         ):
             self.expand(small, other)
         twice = large._replace(apply=lambda params, x: large.apply(params, x)[:1])
-        with pytest.raises(ValueError, match="differ"):
+        with pytest.raises(ValueError, match="the large one has slice"):
             self.expand(small, twice)
 
     def test_other_leaves(self):
@@ -528,3 +531,19 @@ class TestErrors:
 
         with pytest.raises(ValueError, match="new blocks do more than add to a residual stream"):
             self.expand(chain(1), chain(2))
+
+
+@pytest.mark.parametrize("form", ["auto", "folded"])
+def test_forward_multipliers_of_a_plan_are_part_of_its_function(form):
+    """A tied table is copied; its 1/r stands in front of the logits, or else in the norm's gain."""
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 256)
+    small, large = (Decoder("llama", 1, width, width // 4, 1, 6, True) for width in (8, 16))
+    ours = archscale.parametrize(small, tokens, optimizer="adamw", form=form)
+    plan = archscale.parametrize(large, tokens, base=ours, optimizer="adamw", form=form,
+                                 attention_scale="1/d")  # fmt: skip
+    params = drawn(jax.eval_shape(ours.init, jax.random.key(0)))
+    like = jax.eval_shape(plan.init, jax.random.key(0))
+    found = contrib.expand(params, like, ours.apply, plan.apply, tokens, key=KEY)
+    gains = [named_leaves(one)["params/final_norm/scale"] for one in (params, found.params)]
+    share = 1.0 if form == "auto" else 0.5
+    np.testing.assert_allclose(gains[1], share * np.repeat(gains[0], 2), rtol=1e-6)

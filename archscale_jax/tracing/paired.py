@@ -6,6 +6,7 @@ into, with the ratio of their blocks.
 """
 
 import collections
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -129,24 +130,21 @@ class Reader:
         leaves = tuple(frozenset({(name, axis)}) for axis in range(len(value.nodes)))
         return value._replace(leaves=leaves, scales=frozenset({name}))
 
-    def environment(
-        self, small: core.Jaxpr, large: core.Jaxpr, values: Sequence[Value]
-    ) -> dict[Any, Value]:
-        """Values of the variables of the small jaxpr: its inputs, and its constants."""
-        found = dict(zip(small.invars, values, strict=True))
-        for pair in zip(small.constvars, large.constvars, strict=True):
-            found[pair[0]] = self.fresh(*pair)
-        return found
-
     def run(self, small: core.Jaxpr, large: core.Jaxpr, found: dict[Any, Value]) -> list[Value]:
         """Reads the equations of two jaxprs, and returns the values of their results."""
 
         def value(one: Any, other: Any) -> Value:
-            return self.fresh(one, other) if isinstance(one, core.Literal) else found[one]
+            if isinstance(one, core.Literal):
+                return self.fresh(one, other)
+            if one not in found:  # a constant
+                found[one] = self.fresh(one, other)
+            return found[one]
 
-        if _primitives(small) != _primitives(large):
-            raise ValueError(_where_they_differ(small, large))
-        for one, other in zip(small.eqns, large.eqns, strict=True):
+        for one, other in aligned(small, large):
+            if other is None:
+                (operand,) = (atom for atom in one.invars if not _is_number(atom))
+                found[one.outvars[0]] = found[operand]
+                continue
             operands = [value(*pair) for pair in zip(one.invars, other.invars, strict=True)]
             results = self._equation(one, other, operands)
             found.update(zip(one.outvars, results, strict=True))
@@ -214,7 +212,7 @@ class Reader:
     def _inner(
         self, small: core.ClosedJaxpr, large: core.ClosedJaxpr, operands: list[Value]
     ) -> list[Value]:
-        environment = self.environment(small.jaxpr, large.jaxpr, operands)
+        environment = dict(zip(small.jaxpr.invars, operands, strict=True))
         return self.run(small.jaxpr, large.jaxpr, environment)
 
     def _unite_values(self, values: Sequence[Value]) -> None:
@@ -394,21 +392,69 @@ def _groups(
     return found
 
 
-def _primitives(jaxpr: core.Jaxpr) -> list[str]:
-    return [equation.primitive.name for equation in jaxpr.eqns]
+# Which equations correspond.
 
 
-def _where_they_differ(small: core.Jaxpr, large: core.Jaxpr) -> str:
-    found = "one of them ends before the other"
-    for one, other in zip(small.eqns, large.eqns, strict=False):
-        if one.primitive.name != other.primitive.name:
-            found = (
-                f"{one.primitive.name} at {line_of(one)} of the small one, {other.primitive.name} "
-                f"at {line_of(other)} of the large one"
-            )
-            break
+def unwrapped(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Returns what a function that only calls another one calls, with the same inputs."""
+    equations, outer = closed.eqns, closed.jaxpr
+    if len(equations) != 1 or equations[0].primitive.name not in CALLS:
+        return closed
+    (equation,) = equations
+    inner, given = inner_jaxpr(equation), equation.invars
+    whole = inner is not None and len(inner.jaxpr.invars) == len(given) == len(set(map(id, given)))
+    if inner is None or not whole or list(equation.outvars) != list(outer.outvars):
+        return closed
+    if any(atom not in outer.invars for atom in given if not isinstance(atom, core.Literal)):
+        return closed
+    names = dict(zip(given, inner.jaxpr.invars, strict=True))
+    invars = [names.get(variable, variable) for variable in outer.invars]
+    jaxpr = inner.jaxpr.replace(invars=invars, debug_info=outer.debug_info)
+    return unwrapped(core.ClosedJaxpr(jaxpr, inner.consts))
+
+
+def aligned(
+    small: core.Jaxpr, large: core.Jaxpr
+) -> list[tuple[core.JaxprEqn, core.JaxprEqn | None]]:
+    """Returns the equations of the small jaxpr with those of the large one.
+
+    Products with a number that only one of them has, such as forward multipliers, are no
+    difference: None stands beside them, or they are left out.
+
+    Raises:
+      ValueError: other differences.
+    """
+    names = [[equation.primitive.name for equation in one.eqns] for one in (small, large)]
+    if names[0] == names[1]:
+        return list(zip(small.eqns, large.eqns, strict=True))
+    found: list[tuple[core.JaxprEqn, core.JaxprEqn | None]] = []
+    matcher = difflib.SequenceMatcher(None, *names, autojunk=False)
+    for _, first, last, start, stop in matcher.get_opcodes():
+        ours, theirs = small.eqns[first:last], large.eqns[start:stop]
+        if names[0][first:last] == names[1][start:stop]:
+            found += zip(ours, theirs, strict=True)
+        elif all(map(_scales_by_number, (*ours, *theirs))):
+            found += [(equation, None) for equation in ours]
+        else:
+            raise ValueError(_where_they_differ(ours, theirs))
+    return found
+
+
+def _is_number(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and not shape_of(atom)
+
+
+def _scales_by_number(equation: core.JaxprEqn) -> bool:
+    return equation.primitive.name == "mul" and sum(map(_is_number, equation.invars)) == 1
+
+
+def _where_they_differ(small: Sequence[core.JaxprEqn], large: Sequence[core.JaxprEqn]) -> str:
+    (one, other) = (
+        f"{found[0].primitive.name} at {line_of(found[0])}" if found else "nothing"
+        for found in (small, large)
+    )
     return (
-        f"small and large do not do the same operations: {found}; accepted are functions that "
-        "differ in sizes alone. Grow blocks that are not stacked by a call of their own, in which "
-        "no size differs"
+        f"small and large do not do the same operations: where the small one has {one}, the large "
+        f"one has {other}; accepted are functions that differ in sizes alone. Blocks that are not "
+        "stacked grow in a call of their own, in which no width differs"
     )

@@ -17,7 +17,15 @@ from jax.extend import core
 
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.tracing.axes import dtype_of
-from archscale_jax.tracing.paired import FEATURE, PARAMETER, LeafAxis, Reader, Value
+from archscale_jax.tracing.paired import (
+    FEATURE,
+    PARAMETER,
+    LeafAxis,
+    Reader,
+    Value,
+    aligned,
+    unwrapped,
+)
 from archscale_jax.tracing.state import line_of
 
 
@@ -77,7 +85,7 @@ def find_spaces(
       ValueError: the functions do not do the same operations in the same order.
     """
     jaxprs = [
-        jax.make_jaxpr(function)(params, *inputs)
+        unwrapped(jax.make_jaxpr(function)(params, *inputs))
         for function, params in ((small, small_params), (large, large_params))
     ]
     names = list(named_leaves(small_params))
@@ -85,7 +93,7 @@ def find_spaces(
     pairs = _pairs(jaxprs, "invars")
     values = [reader.leaf(name, *pair) for name, pair in zip(names, pairs, strict=False)]
     values += [reader.fresh(*pair, kind=FEATURE) for pair in pairs[len(names) :]]
-    environment = reader.environment(jaxprs[0].jaxpr, jaxprs[1].jaxpr, values)
+    environment = dict(zip(jaxprs[0].jaxpr.invars, values, strict=True))
     reader.run(jaxprs[0].jaxpr, jaxprs[1].jaxpr, environment)
     blocks, pooled = reader.blocks(), {reader.root(node)[0] for node in reader.pooled}
 
@@ -121,18 +129,21 @@ def _first_difference(
     Results are compared with copies of those of the small one, as its axes say, up to one number,
     as by sums over more features that are divided by their number later.
     """
-    equations = [equation for equation in jaxprs[0].eqns if _gives_features(equation, environment)]
-    places = [jaxprs[0].eqns.index(equation) for equation in equations]
+    equations = [
+        pair
+        for pair in aligned(jaxprs[0].jaxpr, jaxprs[1].jaxpr)
+        if pair[1] is not None and _gives_features(pair[0], environment)
+    ]
     values = []
-    for closed, tree in zip(jaxprs, params, strict=True):
-        outputs = [closed.eqns[place].outvars[0] for place in places]
+    for side, (closed, tree) in enumerate(zip(jaxprs, params, strict=True)):
+        outputs = [pair[side].outvars[0] for pair in equations]  # pyright: ignore[reportOptionalMemberAccess]
         names = ("",) * len(closed.jaxpr.invars), ("",) * len(outputs)
         debug_info = core.DebugInfo("find_spaces", "small", *names)
         jaxpr = closed.jaxpr.replace(outvars=outputs, debug_info=debug_info)
         function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))
         values.append(function(*jax.tree.leaves((tree, *inputs))))
     leaf, ratio = None, 1.0
-    for equation, one, other in zip(equations, values[0], values[1], strict=True):
+    for (equation, _), one, other in zip(equations, values[0], values[1], strict=True):
         leaf = _leaf_of(equation, environment) or leaf
         expected = _copies(reader, environment[equation.outvars[0]], np.asarray(one))
         ratio = _ratio(np.asarray(other), expected)
