@@ -39,6 +39,7 @@ from experiments.lab.tables import NONE, number
 FLAGS = flags.FLAGS
 
 ranges.define("num_seeds", 3, "Seeds of every method.")
+flags.DEFINE_list("methods", None, "Of METHODS, in this order; by default all.")
 flags.DEFINE_list("tasks", ["decoder", "cnn"], "Of `decoder` and `cnn`.")
 ranges.define("steps", 800, "Updates of a training of the usual length.")
 flags.DEFINE_string("text", texts.STANDARD_LIBRARY, "`stdlib`, or a folder of files.")
@@ -62,6 +63,9 @@ AFTER = (0, 25, 50, 100)
 """Updates behind a growth at which held-out loss is measured, to see whether it rises."""
 LENGTHS = (0.5, 0.75, 1.0, 1.25)
 """Of trainings from scratch, over the usual one."""
+LONG = 2.5
+LONG_LENGTHS = (1.75, LONG)
+"""Those of long trainings."""
 
 
 class Task(NamedTuple):
@@ -91,29 +95,42 @@ class Method(NamedTuple):
 
     Attributes:
       label: in tables and figures.
-      path: what is doubled, and at which part of the usual number of updates.
+      path: what is doubled, and at which part of all updates, or where there is a budget of its
+        operations; of `nothing` nothing is.
       options: of `contrib.expand`.
       moments: whether the optimizer's moments are carried over; else they start anew.
+      lengths: of trainings, over the usual one.
+      rate: over the best one from scratch.
+      budget: operations over those of the usual training from scratch; None for as many updates.
     """
 
     label: str
     path: tuple[tuple[str, float], ...] = ()
     options: Mapping[str, Any] = {}
     moments: bool = True
+    lengths: tuple[float, ...] = (1.0,)
+    rate: float = 1.0
+    budget: float | None = None
 
 
 BOTH = (("width", 1 / 3), ("depth", 1 / 2))
+THIRDS = (("width", 1 / 3), ("depth", 2 / 3))
 METHODS = {
-    "scratch": Method("from scratch"),
+    "scratch": Method("from scratch", lengths=LENGTHS),
     "both": Method("width at ⅓, depth at ½", BOTH),
-    "random": Method("both, new ones random", BOTH, {"new": "random"}),
-    "faint": Method("both, noise 1/4", BOTH, {"noise": 0.25}),
-    "reset": Method("both, moments anew", BOTH, moments=False),
     "depth": Method("depth at ½", (("depth", 1 / 2),)),
     "width": Method("width at ½", (("width", 1 / 2),)),
-    "quiet": Method("both, no noise", BOTH, {"noise": 0.0}),
-    "early": Method("width at ⅙, depth at ⅓", (("width", 1 / 6), ("depth", 1 / 3))),
-    "late": Method("width at ½, depth at ¾", (("width", 1 / 2), ("depth", 3 / 4))),
+    "thirds": Method("width at ⅓, depth at ⅔ of operations", THIRDS, budget=0.75),
+    "halves": Method("depth at ½ of operations", (("depth", 1 / 2),), budget=0.75),
+    "scratch_long": Method("from scratch, long", lengths=LONG_LENGTHS),
+    "both_long": Method("width at ⅓, depth at ½, long", BOTH, lengths=(LONG,)),
+    "depth_long": Method("depth at ½, long", (("depth", 1 / 2),), lengths=(LONG,)),
+    "random": Method("both, new ones random", BOTH, {"new": "random"}),
+    "faint": Method("both, noise 1/4", BOTH, {"noise": 0.25}),
+    "loud": Method("both, noise 2", BOTH, {"noise": 2.0}),
+    "fast": Method("both, rate × 2", BOTH, rate=2.0),
+    "reset": Method("both, moments anew", BOTH, moments=False),
+    "nothing": Method("nothing at ⅓ and ½", (("nothing", 1 / 3), ("nothing", 1 / 2))),
 }
 SHOWN = ("scratch", "both", "width", "depth", "random", "reset")
 """Methods of the figure."""
@@ -128,7 +145,7 @@ def run() -> None:
         study = Study(
             settings, workdir / "results.jsonl", options, only_finished=FLAGS.only_finished
         )
-        if not study.run(FLAGS.tasks, FLAGS.num_seeds):
+        if not study.run(FLAGS.methods or list(METHODS), FLAGS.tasks, FLAGS.num_seeds):
             print("not finished; what is shown is of the trainings that are")
     frame = study.frame()
     frame.to_csv(workdir / "doubling.csv", index=False, float_format="%.6g")
@@ -171,12 +188,13 @@ class Study:
         self._only_finished = only_finished
         self._records = {one["hash"]: one for one in files.read_records(journal)}
 
-    def run(self, tasks: Sequence[str], num_seeds: int) -> bool:
+    def run(self, methods: Sequence[str], tasks: Sequence[str], num_seeds: int) -> bool:
         """Runs all, what matters most first; returns whether all is finished."""
         finished = True
-        for seed, name, task in itertools.product(range(num_seeds), METHODS, tasks):
+        for seed, name, task in itertools.product(range(num_seeds), methods, tasks):
             try:
-                trial = self.trial(task, name, self.best_rate(task), seed)
+                rate = self.best_rate(task) * METHODS[name].rate
+                trial = self.trial(task, name, rate, seed)
                 self.measure([trial], f"{name} of {task}, seed {seed}")
             except UnfinishedError:
                 finished = False
@@ -215,21 +233,31 @@ class Study:
     ) -> Trial:
         """Returns the settings of a training."""
         steps, of = self._settings["steps"], METHODS[method]
-        if lengths is None:
-            lengths = LENGTHS if method == "scratch" else (1.0,)
-        sizes, switches = path_of(TASKS[task], of)
+        lengths = of.lengths if lengths is None else lengths
+        sizes, shares = path_of(TASKS[task], of)
+        timing: dict[str, Any] = {
+            "switches": [in_parts(share * lengths[-1] * steps) for share in shares],
+            "ends": [in_parts(length * steps) for length in lengths],
+        }
+        if of.budget is not None:
+            each = self.operations(task, [*sizes, TASKS[task].large])
+            timing = timing_of(shares, each, of.budget * steps)
         return {
             **self._settings,
             "task": task,
             "method": method,
             "sizes": [list(size) for size in sizes],
-            "switches": [in_parts(share * steps) for share in switches],
-            "ends": [in_parts(length * steps) for length in lengths],
+            **timing,
             "options": dict(of.options),
             "moments": of.moments,
             "rate": rate,
             "seed": seed,
         }
+
+    def operations(self, task: str, sizes: Sequence[Size]) -> list[float]:
+        """Returns the operations of an update, by size."""
+        key = data_key({"task": task, **self._settings})
+        return [model_of(task, size, *key).operations for size in sizes]
 
     def frame(self) -> pd.DataFrame:
         """Returns a row for every end of every training."""
@@ -258,8 +286,25 @@ def path_of(task: Task, method: Method) -> tuple[list[Size], list[float]]:
     sizes = [(depth, width)]
     for what, _ in method.path:
         depth, width = sizes[-1]
-        sizes.append((task.large[0], width) if what == "depth" else (depth, task.large[1]))
+        depth = task.large[0] if what == "depth" else depth
+        sizes.append((depth, task.large[1] if what == "width" else width))
     return sizes, [share for _, share in method.path]
+
+
+def timing_of(shares: Sequence[float], each: Sequence[float], budget: float) -> dict[str, Any]:
+    """Returns the updates at which a training grows, its rate begins to fall, and it ends.
+
+    Args:
+      shares: of its operations at which it grows.
+      each: operations of an update, by size, those of the large network at last.
+      budget: its operations, in updates of that.
+    """
+    parts = np.diff([0.0, *shares, 1.0])
+    updates = np.cumsum([
+        in_parts(part * budget * each[-1] / one) for part, one in zip(parts, each[:-1], strict=True)
+    ])  # fmt: skip
+    *switches, end = map(int, updates)
+    return {"switches": switches, "ends": [end], "decay": in_parts(DECAY * budget)}
 
 
 def in_parts(updates: float) -> int:
@@ -321,10 +366,10 @@ def train(trial: Trial) -> dict[str, Any]:
     model, operations, last = models[0], 0.0, 0
     params = jax.jit(model.plan.init)(jax.random.fold_in(key, 0))
     state = optimizer_of(model.plan, 1.0).init(params)
-    stable = {end - in_parts(DECAY * end): end for end in trial["ends"]}
+    stable = {end - trial.get("decay", in_parts(DECAY * end)): end for end in trial["ends"]}
     for step in range(0, max(stable) + 1, PART):
         if step in trial["switches"]:
-            new = models[models.index(model) + 1]
+            new = models[len(found["growths"]) + 1]
             growth: dict[str, Any] = {"before": held_out(model, params, data), "after": []}
             params, state = grow(trial, model, new, params, state, jax.random.fold_in(key, step))
             model, operations = new, operations + new.operations
@@ -517,6 +562,12 @@ def of_method(frame: pd.DataFrame, task: str, method: str) -> pd.DataFrame:
     return found[~found.searched] if method == "scratch" else found
 
 
+def frontier(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The trainings from scratch, of all lengths."""
+    lengths = [of_method(frame, task, method) for method in ("scratch", "scratch_long")]
+    return pd.concat(lengths).drop_duplicates(["seed", "updates"])
+
+
 def saved(scratch: pd.DataFrame, operations: float, loss: float) -> float:
     """Returns the part of operations that is saved over a training from scratch to a loss.
 
@@ -535,7 +586,7 @@ def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
     """Returns a row for every task and method, and every number of updates from scratch."""
     rows = []
     for task, of in TASKS.items():
-        scratch = of_method(frame, task, "scratch")
+        scratch = frontier(frame, task)
         usual = scratch[scratch.updates == steps].operations.mean()
         for method, described in METHODS.items():
             found = of_method(frame, task, method)
@@ -549,7 +600,7 @@ def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
                 savings = [
                     100 * saved(scratch[scratch.seed == one.seed], one.operations, one.held_out)
                     for one in ended.itertuples()
-                    if method != "scratch" and (scratch.seed == one.seed).sum() > 1
+                    if METHODS[method].path and (scratch.seed == one.seed).sum() > 1
                 ]
                 row |= {"saved, %": _mean(savings, ".1f") if savings else NONE}
                 row |= {"rise, %": _mean(100 * ended.rise, ".2f")}
@@ -567,12 +618,14 @@ def _mean(values: Any, spec: str) -> str:
 
 def draw(frame: pd.DataFrame, path: pathlib.Path) -> None:
     """Draws held-out loss over operations, a panel a task."""
-    tasks = [task for task in TASKS if len(frame) and len(of_method(frame, task, "scratch"))]
+    tasks = [task for task in TASKS if len(frame) and len(frontier(frame, task))]
     figure, drawn = panels.create_panels(max(len(tasks), 1), 3.2, width=3.6, columns=2)
     for panel, task in zip(drawn, tasks, strict=False):
         panel.set_title(TASKS[task].label, fontsize=9)
         for name, colour in zip(SHOWN, panels.COLOURS, strict=True):
             found, label = of_method(frame, task, name), METHODS[name].label
+            if name == "scratch":
+                found = frontier(frame, task)
             if name != "scratch":
                 panel.plot(found.operations, found.held_out, "o", ms=4, color=colour, label=label)
             for _, one in found.groupby("seed") if name == "scratch" else ():

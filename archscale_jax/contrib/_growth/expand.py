@@ -234,7 +234,7 @@ def _grown(
                 f"like holds a shape at {name!r}, whose new entries are not copies; pass arrays, "
                 "such as the params with which the large network would start"
             )
-        values = 0.0 if isinstance(new, jax.ShapeDtypeStruct) else new
+        values = jnp.zeros(new.shape) if isinstance(new, jax.ShapeDtypeStruct) else new
         own = None if key is None else jax.random.fold_in(key, names[name])
         return grown_leaf(old, values, growth, own, noise)
 

@@ -62,18 +62,18 @@ def along(values: np.ndarray, axis: int, rank: int) -> np.ndarray:
     return values.reshape([-1 if place == axis else 1 for place in range(rank)])
 
 
-def grown_leaf(leaf: Array, like: Any, growth: LeafGrowth, key: Any, noise: float) -> Array:
+def grown_leaf(leaf: Array, like: Array, growth: LeafGrowth, key: Any, noise: float) -> Array:
     """Returns the values of a leaf of the large network. Works on the host, with NumPy.
 
     Args:
       leaf: of the small one.
-      like: new values, an array or one number.
+      like: new values.
       growth: see `LeafGrowth`.
       key: random key of the noise; may be None where that is 0.
       noise: its size, see `expand`.
     """
     if growth.fresh and growth.blocks.shape == () and growth.blocks:
-        found = np.zeros(np.shape(like)) if growth.end else _wide(like)
+        found = np.zeros(like.shape) if growth.end else _wide(like)
         return jnp.asarray(found, leaf.dtype)
     old = _wide(leaf)
     found = _copied(old, growth)

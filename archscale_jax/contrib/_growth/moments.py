@@ -71,7 +71,7 @@ def carried_state(
                 "a new state"
             )
         if np.any(np.asarray(starts[path])):
-            apart = grown_leaf(value - leaf, 0.0, growth, None, 0.0)
+            apart = grown_leaf(value - leaf, jnp.zeros_like(empty), growth, None, 0.0)
             return (large[owner] + apart).astype(value.dtype)
         degree = after[path].degree
         if degree is None:
