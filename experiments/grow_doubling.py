@@ -2,7 +2,7 @@
 
     python -m experiments.grow_doubling --workdir=runs/grow_doubling
 
-A byte-level Llama decoder on the sources of Python's standard library, and a residual network with
+Byte-level Llama decoders on the sources of Python's standard library, and a residual network with
 batch normalization on Fashion-MNIST, AdamW under `parametrize`, constant rate and linear decay. The
 large network is trained from scratch at its best rate for several numbers of updates: the loss that
 so many operations buy. Grown ones double width, depth or both by `contrib.expand`, see METHODS.
@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 
 ranges.define("num_seeds", 3, "Seeds of every method.")
 flags.DEFINE_list("methods", None, "Of METHODS, in this order; by default all.")
-flags.DEFINE_list("tasks", ["decoder", "cnn"], "Of `decoder` and `cnn`.")
+flags.DEFINE_list("tasks", ["narrow", "cnn", "decoder"], "Of TASKS.")
 ranges.define("steps", 800, "Updates of a training of the usual length.")
 flags.DEFINE_string("text", texts.STANDARD_LIBRARY, "`stdlib`, or a folder of files.")
 flags.DEFINE_enum("dataset", "fashion_mnist", ["fashion_mnist", "digits"], "Images of `cnn`.")
@@ -76,17 +76,24 @@ class Task(NamedTuple):
       large: at the end.
       rate: where the search for the best rate begins.
       label: in tables.
+      batch: examples of an update.
+      length: of a training of the usual length, over `--steps`.
+      head: features of a head of a decoder, 0 of a CNN.
     """
 
     small: Size
     large: Size
     rate: float
     label: str
+    batch: int
+    length: float = 1.0
+    head: int = 0
 
 
 TASKS = {
-    "decoder": Task((2, 32), (4, 64), 2**-7, "decoder"),
-    "cnn": Task((3, 4), (6, 8), 2**-7, "residual CNN"),
+    "narrow": Task((2, 16), (4, 32), 2**-7, "decoder 4 × 32", 16, length=2.5, head=8),
+    "cnn": Task((3, 4), (6, 8), 2**-7, "residual CNN 6 × 8", 32),
+    "decoder": Task((2, 32), (4, 64), 2**-7, "decoder 4 × 64", 16, head=16),
 }
 
 
@@ -232,7 +239,7 @@ class Study:
         self, task: str, method: str, rate: float, seed: int, lengths: Sequence[float] | None = None
     ) -> Trial:
         """Returns the settings of a training."""
-        steps, of = self._settings["steps"], METHODS[method]
+        steps, of = self.steps(task), METHODS[method]
         lengths = of.lengths if lengths is None else lengths
         sizes, shares = path_of(TASKS[task], of)
         timing: dict[str, Any] = {
@@ -253,6 +260,10 @@ class Study:
             "rate": rate,
             "seed": seed,
         }
+
+    def steps(self, task: str) -> float:
+        """Returns the updates of a training of the usual length."""
+        return TASKS[task].length * self._settings["steps"]
 
     def operations(self, task: str, sizes: Sequence[Size]) -> list[float]:
         """Returns the operations of an update, by size."""
@@ -442,23 +453,22 @@ def optimizer_of(plan: archscale.Parametrization, rate: Any) -> optax.GradientTr
 
 
 def data_key(trial: Trial) -> tuple[str]:
-    return (trial["text" if trial["task"] == "decoder" else "dataset"],)
+    return (trial["text" if TASKS[trial["task"]].head else "dataset"],)
 
 
-BATCH = {"decoder": 16, "cnn": 32}
 CONTEXT = 64
-HEAD = 16
+"""Bytes that a decoder predicts at a time."""
 
 
 @functools.lru_cache(maxsize=2)
 def data_of(task: str, name: str) -> Data:
     """Loads the data of a task; the CNN's images are averaged to 14 × 14 pixels."""
-    if task == "decoder":
+    if TASKS[task].head:
         text = texts.load_text(name)
         windows = texts.even_windows(jnp.asarray(text.validation), 256, CONTEXT + 1)
         return Data(
             jnp.asarray(text.train),
-            lambda text, key: texts.random_windows(text, key, BATCH[task], CONTEXT + 1),
+            lambda text, key: texts.random_windows(text, key, TASKS[task].batch, CONTEXT + 1),
             windows.reshape(4, -1, CONTEXT + 1),
         )
     data = studies.load(name, None, 2 if name == "fashion_mnist" else 1)
@@ -468,7 +478,7 @@ def data_of(task: str, name: str) -> Data:
                  for one in (data.test_images, data.test_labels))  # fmt: skip
 
     def draw(train: Any, key: jax.Array) -> Any:
-        chosen = jax.random.randint(key, (BATCH[task],), 0, len(train[1]))
+        chosen = jax.random.randint(key, (TASKS[task].batch,), 0, len(train[1]))
         return train[0][chosen], train[1][chosen]
 
     return Data((jnp.asarray(data.train_images), jnp.asarray(data.train_labels)), draw, held)
@@ -507,13 +517,13 @@ def model_of(task: str, size: Size, name: str) -> Model:
 
 
 def split(task: str, batch: Any) -> tuple[jax.Array, jax.Array]:
-    return (batch[:, :-1], batch[:, 1:]) if task == "decoder" else batch
+    return (batch[:, :-1], batch[:, 1:]) if TASKS[task].head else batch
 
 
 def module_of(task: str, size: Size, inputs: jax.Array, scan: bool = True) -> Any:
     depth, width = size
-    if task == "decoder":
-        heads = width // HEAD
+    if TASKS[task].head:
+        heads = width // TASKS[task].head
         return Decoder("llama", depth, width, heads, heads // 2, CONTEXT, scan=scan)
     image = inputs.shape[1:]
     return nnx.eval_shape(lambda: ResidualStages(image, width, depth, 10, True, rngs=nnx.Rngs(0)))
@@ -527,7 +537,7 @@ def plan_of(
         inputs,
         base=base,
         optimizer="adamw",
-        model_kwargs={} if task == "decoder" else {"train": True},
+        model_kwargs={} if TASKS[task].head else {"train": True},
     )
 
 
@@ -587,7 +597,7 @@ def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
     rows = []
     for task, of in TASKS.items():
         scratch = frontier(frame, task)
-        usual = scratch[scratch.updates == steps].operations.mean()
+        usual = scratch[scratch.updates == of.length * steps].operations.mean()
         for method, described in METHODS.items():
             found = of_method(frame, task, method)
             ends = [one for _, one in found.groupby("updates")] if len(found) else []
@@ -619,7 +629,7 @@ def _mean(values: Any, spec: str) -> str:
 def draw(frame: pd.DataFrame, path: pathlib.Path) -> None:
     """Draws held-out loss over operations, a panel a task."""
     tasks = [task for task in TASKS if len(frame) and len(frontier(frame, task))]
-    figure, drawn = panels.create_panels(max(len(tasks), 1), 3.2, width=3.6, columns=2)
+    figure, drawn = panels.create_panels(max(len(tasks), 1), 3.2, width=3.4, columns=3)
     for panel, task in zip(drawn, tasks, strict=False):
         panel.set_title(TASKS[task].label, fontsize=9)
         for name, colour in zip(SHOWN, panels.COLOURS, strict=True):

@@ -21,8 +21,8 @@ def study(tmp_path, monkeypatch):
         (tmp_path / f"{number}.py").write_text(f"# {number}\n" + "return x\n" * 20)
     for name, value in {"PART": 2, "CONTEXT": 8, "WARMUP": 4, "AFTER": (0, 2)}.items():
         monkeypatch.setattr(doubling, name, value)
-    tasks = {"decoder": doubling.Task((1, 32), (2, 64), 2**-7, "decoder"),
-             "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN")}  # fmt: skip
+    tasks = {"decoder": doubling.Task((1, 16), (2, 32), 2**-7, "decoder", 4, head=8),
+             "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN", 8)}  # fmt: skip
     monkeypatch.setattr(doubling, "TASKS", tasks)
     settings = {"steps": 24, "text": texts.load_text(str(tmp_path)).name, "dataset": "digits"}
     yield doubling.Study(settings, tmp_path / "results.jsonl", {})
@@ -61,7 +61,7 @@ def test_ends_share_what_comes_before_the_rate_falls(study):
 
 
 def test_a_doubled_path_starts_small_where_it_doubles():
-    task = doubling.Task((2, 32), (4, 64), 0.01, "")
+    task = doubling.Task((2, 32), (4, 64), 0.01, "", 1)
     width, depth = (doubling.path_of(task, doubling.METHODS[name]) for name in ("width", "depth"))
     assert width == ([(4, 32), (4, 64)], [1 / 2])
     assert depth == ([(2, 64), (4, 64)], [1 / 2])
