@@ -63,9 +63,6 @@ AFTER = (0, 25, 50, 100)
 """Updates behind a growth at which held-out loss is measured, to see whether it rises."""
 LENGTHS = (0.5, 0.75, 1.0, 1.25)
 """Of trainings from scratch, over the usual one."""
-LONG = 2.5
-LONG_LENGTHS = (1.75, LONG)
-"""Those of long trainings."""
 
 
 class Task(NamedTuple):
@@ -103,7 +100,7 @@ class Method(NamedTuple):
     Attributes:
       label: in tables and figures.
       path: what is doubled, and at which part of all updates, or where there is a budget of its
-        operations; of `nothing` nothing is.
+        operations; of `nothing` nothing is, of `never` the small network stays.
       options: of `contrib.expand`.
       moments: whether the optimizer's moments are carried over; else they start anew.
       lengths: of trainings, over the usual one.
@@ -129,9 +126,10 @@ METHODS = {
     "width": Method("width at ½", (("width", 1 / 2),)),
     "thirds": Method("width at ⅓, depth at ⅔ of operations", THIRDS, budget=0.75),
     "halves": Method("depth at ½ of operations", (("depth", 1 / 2),), budget=0.75),
-    "scratch_long": Method("from scratch, long", lengths=LONG_LENGTHS),
-    "both_long": Method("width at ⅓, depth at ½, long", BOTH, lengths=(LONG,)),
-    "depth_long": Method("depth at ½, long", (("depth", 1 / 2),), lengths=(LONG,)),
+    "thirds_faint": Method(
+        "width at ⅓, depth at ⅔ of operations, noise 1/4", THIRDS, {"noise": 0.25}, budget=0.75
+    ),
+    "small": Method("the small one, never doubled", (("never", 1.0),), budget=0.75),
     "random": Method("both, new ones random", BOTH, {"new": "random"}),
     "faint": Method("both, noise 1/4", BOTH, {"noise": 0.25}),
     "loud": Method("both, noise 2", BOTH, {"noise": 2.0}),
@@ -139,7 +137,7 @@ METHODS = {
     "reset": Method("both, moments anew", BOTH, moments=False),
     "nothing": Method("nothing at ⅓ and ½", (("nothing", 1 / 3), ("nothing", 1 / 2))),
 }
-SHOWN = ("scratch", "both", "width", "depth", "random", "reset")
+SHOWN = ("scratch", "both", "thirds", "halves", "random", "small")
 """Methods of the figure."""
 
 
@@ -157,7 +155,7 @@ def run() -> None:
     frame = study.frame()
     frame.to_csv(workdir / "doubling.csv", index=False, float_format="%.6g")
     figure = workdir / "grow_doubling.png"
-    draw(frame, figure)
+    draw(frame, FLAGS.steps, figure)
     page.publish(
         workdir,
         "Doubling a network in the middle of its training",
@@ -290,6 +288,8 @@ class Study:
 def path_of(task: Task, method: Method) -> tuple[list[Size], list[float]]:
     """Returns the sizes of a training, and where it goes from one to the next."""
     doubled = {what for what, _ in method.path}
+    if "never" in doubled:
+        return [task.small], []
     depth, width = (
         small if axis in doubled else large
         for axis, small, large in zip(("depth", "width"), task.small, task.large, strict=True)
@@ -307,7 +307,7 @@ def timing_of(shares: Sequence[float], each: Sequence[float], budget: float) -> 
 
     Args:
       shares: of its operations at which it grows.
-      each: operations of an update, by size, those of the large network at last.
+      each: operations of an update, by size, and behind these of the large network.
       budget: its operations, in updates of that.
     """
     parts = np.diff([0.0, *shares, 1.0])
@@ -315,7 +315,8 @@ def timing_of(shares: Sequence[float], each: Sequence[float], budget: float) -> 
         in_parts(part * budget * each[-1] / one) for part, one in zip(parts, each[:-1], strict=True)
     ])  # fmt: skip
     *switches, end = map(int, updates)
-    return {"switches": switches, "ends": [end], "decay": in_parts(DECAY * budget)}
+    decay = in_parts(DECAY * budget * each[-1] / each[-2])
+    return {"switches": switches, "ends": [end], "decay": decay}
 
 
 def in_parts(updates: float) -> int:
@@ -572,12 +573,6 @@ def of_method(frame: pd.DataFrame, task: str, method: str) -> pd.DataFrame:
     return found[~found.searched] if method == "scratch" else found
 
 
-def frontier(frame: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The trainings from scratch, of all lengths."""
-    lengths = [of_method(frame, task, method) for method in ("scratch", "scratch_long")]
-    return pd.concat(lengths).drop_duplicates(["seed", "updates"])
-
-
 def saved(scratch: pd.DataFrame, operations: float, loss: float) -> float:
     """Returns the part of operations that is saved over a training from scratch to a loss.
 
@@ -596,26 +591,30 @@ def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
     """Returns a row for every task and method, and every number of updates from scratch."""
     rows = []
     for task, of in TASKS.items():
-        scratch = frontier(frame, task)
-        usual = scratch[scratch.updates == of.length * steps].operations.mean()
+        scratch = of_method(frame, task, "scratch")
         for method, described in METHODS.items():
             found = of_method(frame, task, method)
             ends = [one for _, one in found.groupby("updates")] if len(found) else []
             for ended in ends:
-                row = {"task": of.label, "method": described.label}
-                row |= {"updates": f"{ended.updates.iloc[0]:g}"}
-                row |= {"loss": _mean(ended.held_out, ".4f"),
-                        "accuracy, %": _mean(100 * ended.accuracy, ".2f"),
-                        "operations": number(ended.operations.mean() / usual)}  # fmt: skip
+                shown = [
+                    of.label,
+                    described.label,
+                    f"{ended.updates.iloc[0]:g}",
+                    _mean(ended.held_out, ".4f"),
+                    _mean(100 * ended.accuracy, ".2f"),
+                    number(ended.operations.mean() / usual(frame, task, steps)),
+                ]
                 savings = [
                     100 * saved(scratch[scratch.seed == one.seed], one.operations, one.held_out)
                     for one in ended.itertuples()
                     if METHODS[method].path and (scratch.seed == one.seed).sum() > 1
                 ]
-                row |= {"saved, %": _mean(savings, ".1f") if savings else NONE}
-                row |= {"rise, %": _mean(100 * ended.rise, ".2f")}
-                rows.append(row)
-    return pd.DataFrame(rows)
+                shown.append(_mean(savings, ".1f") if savings else NONE)
+                rows.append([*shown, _mean(100 * ended.rise, ".2f")])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+COLUMNS = ["task", "method", "updates", "loss", "accuracy, %", "operations", "saved, %", "rise, %"]
 
 
 def _mean(values: Any, spec: str) -> str:
@@ -626,26 +625,31 @@ def _mean(values: Any, spec: str) -> str:
     return f"{shown} ± {values.std(ddof=1) / math.sqrt(len(values)):{spec}}"
 
 
-def draw(frame: pd.DataFrame, path: pathlib.Path) -> None:
+def usual(frame: pd.DataFrame, task: str, steps: int) -> float:
+    """Returns the operations of the usual training from scratch."""
+    scratch = of_method(frame, task, "scratch")
+    return scratch[scratch.updates == TASKS[task].length * steps].operations.mean()
+
+
+def draw(frame: pd.DataFrame, steps: int, path: pathlib.Path) -> None:
     """Draws held-out loss over operations, a panel a task."""
-    tasks = [task for task in TASKS if len(frame) and len(frontier(frame, task))]
+    tasks = [task for task in TASKS if len(frame) and len(of_method(frame, task, "scratch"))]
     figure, drawn = panels.create_panels(max(len(tasks), 1), 3.2, width=3.4, columns=3)
     for panel, task in zip(drawn, tasks, strict=False):
         panel.set_title(TASKS[task].label, fontsize=9)
+        whole = usual(frame, task, steps)
         for name, colour in zip(SHOWN, panels.COLOURS, strict=True):
             found, label = of_method(frame, task, name), METHODS[name].label
-            if name == "scratch":
-                found = frontier(frame, task)
             if name != "scratch":
-                panel.plot(found.operations, found.held_out, "o", ms=4, color=colour, label=label)
+                panel.plot(
+                    found.operations / whole, found.held_out, "o", ms=4, color=colour, label=label
+                )
             for _, one in found.groupby("seed") if name == "scratch" else ():
                 one = one.sort_values("operations")
-                panel.plot(one.operations, one.held_out, ".-", lw=1, ms=4, color=colour,
+                panel.plot(one.operations / whole, one.held_out, ".-", lw=1, ms=4, color=colour,
                            label=label)  # fmt: skip
-        panel.set(xscale="log", yscale="log")
-    panels.finish(
-        figure, path, across="floating-point operations", up="held-out loss (nats)", columns=3
-    )
+    across = "operations over those of the usual training from scratch"
+    panels.finish(figure, path, across=across, up="held-out loss (nats)", columns=3)
 
 
 if __name__ == "__main__":

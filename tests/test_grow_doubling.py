@@ -92,17 +92,17 @@ def test_savings_are_those_of_a_power_law(equal):
 
 
 def test_the_table_and_the_figure_show_every_method(tmp_path):
-    frame = results({"both": 625**-0.25, "width": 400**-0.25})
+    frame = results({"both": 625**-0.25, "halves": 400**-0.25})
     rows = doubling.table(frame, 800).to_dict("records")
     assert [row["method"] for row in rows] == ["from scratch"] * 3 + [
-        doubling.METHODS[name].label for name in ("both", "width")
+        doubling.METHODS[name].label for name in ("both", "halves")
     ]
     assert [row["saved, %"] for row in rows[3:]] == ["20.0 ± 0.0", "-25.0 ± 0.0"]
     assert rows[3]["rise, %"] == "1.50 ± 0.50"
     assert rows[3]["operations"] == f"{500 / 800:.2f}"
-    doubling.draw(frame, tmp_path / "figure.png")
+    doubling.draw(frame, 800, tmp_path / "figure.png")
     text = (tmp_path / "figure.svg").read_text()
-    assert all(doubling.METHODS[name].label in text for name in ("scratch", "both", "width"))
+    assert all(doubling.METHODS[name].label in text for name in ("scratch", "both", "halves"))
 
 
 def test_rates_are_searched_until_the_best_has_worse_neighbours(study, monkeypatch):
