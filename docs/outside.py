@@ -106,7 +106,9 @@ def _notebook_page(path: str) -> dict[str, bytes]:
                 pictures[picture] = base64.b64decode(shown["image/png"])
                 parts.append(f"![what the cell draws]({posixpath.basename(picture)})")
             elif "text/html" in shown:
-                parts.append(re.sub(r"\n\s*", "\n", shown["text/html"]))
+                # Markdown drops tags of SVG that close themselves.
+                whole = re.sub(r"<(\w+)([^<>]*)/>", r"<\1\2></\1>", shown["text/html"])
+                parts.append(re.sub(r"\n\s*", "\n", f"<div>{whole}</div>"))
             else:
                 parts.append(_fenced(shown.get("text/plain", "".join(output.get("text", ())))))
     return {page: "\n\n".join(parts).encode(), **pictures}

@@ -71,7 +71,7 @@ STUDIES = {
     ),
     # Networks that were added when the rule was fixed; UNRUN are not in the results.
     "more_dags": Study(_dags(_DAGS[5:22]), {}),
-    "more_chains": Study(_chains(1, 3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
+    "more_chains": Study(_chains(3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
     "more_adam": Study(_dags(_DAGS[2:16]), {"optimizer": "adam"}),
     "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),
     "more_widths": Study([(text, n) for text in _DAGS[2:5] for n in (32, 64, 256, 512)], {}),

@@ -1,11 +1,13 @@
 """What the pages promise of the code, and the code of the pages. `make docs` checks their links."""
 
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import pkgutil
 import re
 
+import markdown
 import pytest
 import yaml
 
@@ -103,3 +105,34 @@ def test_commands_name_binaries_and_flags_that_exist():
             assert source.exists(), f"{page}: {package}.{name}"
             unknown = set(re.findall(r"--(\w+)", given)) - flags(source) - {"help"}
             assert not unknown, f"{page}: {name} has no flag {unknown}"
+
+
+def test_what_the_readme_says_is_tested_has_that_test():
+    readme = (ROOT / "README.md").read_text()
+    named = re.findall(r"\[(test_\w+)\]\(([^)]+)\)", readme)
+    assert len(named) == 8
+    for name, path in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_the_landing_page_names_the_version():
+    assert f"Version {archscale_jax.__version__}," in PAGES["index.md"]
+
+
+def test_all_of_a_picture_in_the_output_of_a_notebook_reaches_the_site():
+    spec = importlib.util.spec_from_file_location("outside", DOCS / "outside.py")
+    assert spec and spec.loader
+    outside = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(outside)
+    name = "notebooks/audit_a_training"
+    page = outside._notebook_page(f"{name}.ipynb")[f"{name}.md"].decode()
+    shown = markdown.markdown(page, extensions=["pymdownx.superfences"])
+    for tag in ("circle", "path", "text"):
+        drawn = (ROOT / f"{name}.ipynb").read_text().count(f"<{tag} ")
+        assert shown.count(f"<{tag} ") == drawn > 0
+
+
+@pytest.mark.parametrize("words", ["weight decay", "scan", "tied embeddings", "batch norm"])
+def test_what_is_searched_for_stands_in_a_heading(words):
+    headings = re.findall(r"^##+ (.*)", "\n".join(PAGES.values()), re.M)
+    assert any(words in heading.lower() for heading in headings)

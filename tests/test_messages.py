@@ -284,6 +284,17 @@ class TestBinaries:
             assert (done.returncode, done.stderr) == (0, "")
             assert "--workdir: " in done.stdout and "--quiet" in done.stdout.replace("[no]", "")
 
+    def test_help_is_grouped_and_has_every_flag_once(self, tmp_path):
+        text, all_flags = (
+            run_forked("scaling", [flag], tmp_path, ROOT).stdout
+            for flag in ("--help", "--helpshort")
+        )
+        named = [re.findall(r"^ +--(\S+?):", one, re.M) for one in (text, all_flags)]
+        assert len(named[0]) > 20 and sorted(named[0]) == sorted(named[1])
+        titles = ["This binary", "Network", "Data", "Training", "Where trials run"]
+        assert re.findall(r"^([A-Z][\w ]+)$", text, re.M) == [*titles, "Folder and output"]
+        assert "A DAG string is a network" in text and "  --rule" not in text.split("Network")[1]
+
     def test_bad_arguments_and_folders_end_with_one_line(self, tmp_path, run_again):
         (tmp_path / "file").touch()
         for workdir, flags, message in (

@@ -18,9 +18,17 @@ pytestmark = pytest.mark.quick_compilation
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 PATHS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
-NAMES = ("find_a_learning_rate", "grow_a_network", "trace_and_check", "wrap_your_optimizer")
-CHOICE = 'SETTING = "{}"  # @param ["tiny", "small", "accelerator"]'
-INSTALLING = 'if importlib.util.find_spec("archscale_jax") is None:\n    %pip install'
+NAMES = (  # in the order in which a reader needs them
+    "tune_small_train_large",
+    "audit_a_training",
+    "your_own_model",
+    "measure_instead_of_derive",
+    "grow_a_network",
+)
+CHOICE = 'SETTING = "{}"  # @param ["tiny", "small"]'
+INSTALLING = (
+    'if importlib.util.find_spec("archscale_jax") is None:\n    %pip install --quiet {SOURCE}'
+)
 
 
 def read(name):
@@ -75,45 +83,62 @@ def tiny(name):
     return sources
 
 
-def test_every_notebook_is_known():
-    assert tuple(PATHS) == NAMES
+def test_every_notebook_is_known_and_listed_in_this_order():
+    assert sorted(PATHS) == sorted(NAMES)
+    links = {"notebooks/README.md": r"\((\w+)\.ipynb\)", "mkdocs.yml": r"notebooks/(\w+)\.md"}
+    for page, link in links.items():
+        assert re.findall(link, (FOLDER.parent / page).read_text()) == [*NAMES], page
 
 
-def test_wrap_your_optimizer(shell):
-    namespace, images = run(shell, tiny("wrap_your_optimizer"))
-    assert len(images) == 3
-    assert set(namespace["deep"]) == set(namespace["ways"])
-    multipliers = archscale.learning_rate_multipliers(namespace["arch"], namespace["base"])
+def test_tune_small_train_large(shell):
+    namespace, images = run(shell, tiny("tune_small_train_large"))
+    assert len(images) == 1
+    assert namespace["plan"].base is namespace["base"].architecture
+    losses = np.array(list(namespace["curves"].values()))
+    assert losses.shape == (2, 2, 2) and (losses < np.log(256) + 1).all()
+
+
+def test_audit_a_training(shell):
+    namespace, images = run(shell, tiny("audit_a_training"))
+    assert len(images) == 1
+    plan, loss_fn, batch = (namespace[name] for name in ("plan", "loss_fn", "batch"))
+    kinds = [
+        {one.kind for one in archscale.audit(plan, tx(1e-3), loss_fn, params, batch).findings}
+        for tx, params in namespace["setups"].values()
+    ]
+    assert kinds == [set(), {"decay"}, {"start"}, {"rate", "decay"}]
+
+
+def test_your_own_model(shell):
+    namespace, images = run(shell, tiny("your_own_model"))
+    assert len(images) == 2
+    assert set(namespace["losses"]) == set(namespace["ways"])
+    plan, base = namespace["plan"], namespace["base"]
+    multipliers = archscale.learning_rate_multipliers(plan.architecture, base.architecture)
     assert set(np.round(list(multipliers.values()), 12)) == {
         round(4**-1.5, 12)
     }  # chains of 4 and 1
+    assert archscale.path_statistics(namespace["read"].architecture.graph).max_depth == 3
 
 
-def test_find_a_learning_rate(shell):
-    namespace, images = run(shell, tiny("find_a_learning_rate"))
+def test_measure_instead_of_derive(shell):
+    namespace, images = run(shell, tiny("measure_instead_of_derive"))
     assert len(images) == 2
-    assert list(namespace["searches"]) == list(namespace["networks"])
+    assert list(namespace["searches"]) == list(namespace["plans"])
     # What all know of chains: the deep one wants the smaller rate.
-    assert namespace["guesses"]["chain of 8"] < namespace["base_rate"]
-    assert namespace["guesses"]["base"] == pytest.approx(namespace["base_rate"])
-
-
-def test_trace_and_check(shell):
-    namespace, images = run(shell, tiny("trace_and_check"))
-    assert len(images) == 3
-    assert max(archscale.tuning.flatness(namespace["curves"]["scaled"]).values()) < 3
-    assert list(namespace["checks"]) == ["scaled"]
-    assert set(namespace["checks"]["scaled"].searches) == {(1, 16), (1, 32)}
+    predictions, base = namespace["predictions"], namespace["base"]
+    assert predictions["chain of 8"] < base.rate
+    assert predictions["base"] == pytest.approx(base.rate)
 
 
 def test_grow_a_network(shell):
     namespace, images = run(shell, tiny("grow_a_network"))
     assert len(images) == 1
-    grown, curve, edits = namespace["runs"][0]
-    assert len(edits) == 2
-    assert all(after <= before for _, growth in edits for before, after in [growth.losses])
+    grown, curve, growths = namespace["runs"][0]
+    assert len(growths) == 2
+    assert all(after <= before for _, growth in growths for before, after in [growth.losses])
     neurons = archscale.contrib.count_neurons(grown, namespace["groups"])
-    added = sum(number for _, growth in edits for number in growth.numbers.values())
+    added = sum(number for _, growth in growths for number in growth.numbers.values())
     assert sum(neurons.values()) == 4 * len(neurons) + added
     assert (np.diff(curve[:, 0]) > 0).all()
 
@@ -121,7 +146,7 @@ def test_grow_a_network(shell):
 def test_an_unknown_setting_raises(shell):
     for name in NAMES:
         first = code(read(name))[0].replace(CHOICE.format("small"), 'SETTING = "large"')
-        with pytest.raises(ValueError, match="'large'; accepted are tiny, small, accelerator"):
+        with pytest.raises(ValueError, match="'large'; accepted are tiny, small"):
             run(shell, [first])
 
 
@@ -132,7 +157,8 @@ def test_what_is_stored(name):
     assert PATHS[name].stat().st_size < 2**20
     sources = code(notebook)
     assert CHOICE.format("small") in sources[0]
-    assert INSTALLING in sources[1]
+    assert INSTALLING in sources[0]  # what it needs is set up in one cell
+    assert not re.search(r"\b(experiments|benchmarks)\b|archscale(_jax)?\._", "".join(sources))
     assert notebook.cells[-1].source.startswith("## What this does not show")
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]

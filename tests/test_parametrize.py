@@ -583,6 +583,49 @@ def test_bases_of_several_widths_may_be_shallower_and_narrower():
     assert both["Dense_1"]["kernel"] == pytest.approx(1 / 16)
 
 
+class Tokens(nn.Module):
+    """Residual blocks behind tokens of a fixed size, which are joined to a fixed width."""
+
+    depth: int
+    width: int
+    token: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(20, self.token)(tokens).reshape(len(tokens), -1)
+        x = nn.Dense(self.width)(x)
+        for _ in range(self.depth):
+            x = x + nn.Dense(self.width)(nn.relu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(5)(nn.LayerNorm()(x))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("joined", [16, 8, 12])
+def test_a_width_that_stays_beside_others_in_a_base_of_another_depth(joined, optimizer):
+    """Multipliers are ratios: those of both together are those of depth times those of width.
+
+    Also where the width that stays is one that the base has elsewhere, 8.
+    """
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    small, deep, both = (Tokens(*size, joined // 4) for size in ((1, 8), (3, 8), (3, 32)))
+    plans = [
+        archscale.parametrize(one, tokens, base=base, optimizer=optimizer)
+        for one, base in ((both, small), (both, deep), (deep, small))
+    ]
+    for what in ("learning_rate", "weight_decay", "epsilon"):
+        found, width, depth = (named_leaves(getattr(plan, what)) for plan in plans)
+        products = {name: width[name] * depth[name] for name in width}
+        assert found == pytest.approx(products, rel=1e-12), what
+
+
+@pytest.mark.parametrize("joined", [32, 128])
+def test_a_width_that_stays_and_is_one_that_scales_elsewhere_raises(joined):
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    large, base = Tokens(3, 32, joined // 4), Tokens(1, 8, joined // 4)
+    with pytest.raises(ValueError, match="Pass a base that differs in width or in depth alone"):
+        archscale.parametrize(large, tokens, base=base)
+
+
 class Additions(nn.Module):
     depth: int
     normalized: bool

@@ -21,10 +21,12 @@ size 1/n, not 1/√n as frameworks draw it.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import weakref
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -421,22 +423,57 @@ def _counterparts(architecture: Architecture, base: Architecture) -> Callable[[P
 
 
 def _at_widths_of(architecture: Architecture, base: Architecture) -> tuple[Parameter, ...]:
-    """The parameters at the widths of a base that has the same, or all in one ratio; else none."""
-    ours, theirs = (sorted(_widths(one)) for one in (architecture, base))
-    if ours == theirs:
+    """The parameters at the widths of a base, if its layers tell one width for each; else none."""
+    if _widths(architecture) == _widths(base):
         return architecture.parameters
-    if len(ours) != len(theirs) or len({a / b for a, b in zip(ours, theirs, strict=True)}) > 1:
-        return ()
-    return with_widths(architecture, dict(zip(ours, theirs, strict=True))).parameters
+    found = _base_widths(architecture, base)
+    return with_widths(architecture, found[0]).parameters if len(found) == 1 else ()
+
+
+def _base_widths(architecture: Architecture, base: Architecture) -> list[dict[int, int]]:
+    """What widths may be in a base of another depth: as they are or in one ratio, each as its own.
+
+    All layers together then have the features that those of the base have, which rarely leaves two
+    answers: where tokens of fixed size are joined to 256 features, only these stay.
+    """
+    ours, theirs = sorted(_widths(architecture)), _widths(base)
+    wanted = _layers(base, {width: width for width in theirs})
+    found: list[dict[int, int]] = []
+    for ratio in {Fraction(one, other) for one in ours for other in theirs if one != other}:
+        choices = [sorted({one, one / ratio} & theirs) for one in ours]
+        if math.prod(map(len, choices)) > MOST_CHOICES:
+            continue
+        for chosen in itertools.product(*choices):
+            widths = dict(zip(ours, map(int, chosen), strict=True))
+            if widths not in found and _layers(architecture, widths) == wanted:
+                found.append(widths)
+    return found
+
+
+def _layers(architecture: Architecture, widths: Mapping[int, int]) -> set[tuple[Any, ...]]:
+    """Roles and features of all layers, at other widths."""
+    return {
+        (
+            *_kind(one),
+            *(widths[n] if side in INNER[one.role] else n for side, n in enumerate(features(one))),
+        )
+        for one in architecture.parameters
+        if one.role in INNER
+    }
+
+
+INNER = {Role.HIDDEN: (0, 1), Role.INPUT: (1,), Role.READOUT: (0,)}
+"""Which sides of a layer are features of the network: what it reads, what it writes."""
+
+MOST_CHOICES = 4096
+"""Widths that repeat in every ratio, as in no known model, would take for ever."""
 
 
 def _widths(architecture: Architecture) -> set[int]:
     """Numbers of features that layers read from layers or write for them."""
-    found: set[int] = set()
-    for one in architecture.parameters:
-        inner = {Role.HIDDEN: (0, 1), Role.INPUT: (1,), Role.READOUT: (0,)}.get(one.role, ())
-        found.update(int(features(one)[side]) for side in inner)
-    return found
+    return {
+        features(one)[side] for one in architecture.parameters for side in INNER.get(one.role, ())
+    }
 
 
 def _sizes(base: Parameter, parameter: Parameter) -> _Sizes:

@@ -19,7 +19,16 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._trees import PyTree
 from archscale_jax.rules import INITIALIZATION_RULES
-from experiments.lab import display, files, interrupts, provenance, ranges, runners, training
+from experiments.lab import (
+    display,
+    files,
+    grouped_help,
+    interrupts,
+    provenance,
+    ranges,
+    runners,
+    training,
+)
 from experiments.lab.data_flags import define_data_flags
 from experiments.lab.datasets import Dataset
 from experiments.lab.models import ACTIVATIONS, NORMALIZATIONS
@@ -129,6 +138,9 @@ def _told(error: Exception) -> str:
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
+        if "--help" in arguments:
+            sys.stdout.write(grouped_help.text(sys.modules["__main__"].__doc__ or ""))
+            sys.exit()
         return FLAGS(arguments)
     except flags.Error as error:
         sys.exit(f"error: {error}; see --help")

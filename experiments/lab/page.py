@@ -104,7 +104,7 @@ def publish(
     tables: Mapping[str, Table],
     figures: Mapping[pathlib.Path, str],
 ) -> None:
-    """Ends a study: prints its tables and the files, and writes them as table.md and `write` does.
+    """Ends a study: prints remarks, tables and files, and writes them as table.md and `write` does.
 
     Arguments and errors are those of `write`.
     """
@@ -112,7 +112,7 @@ def publish(
     text = "\n".join(f"{caption}\n\n{markdown(one)}" for caption, one in filled.items())
     files.write_text(workdir / "table.md", text)
     report = write(workdir, title, about, remarks=remarks, tables=filled, figures=figures)
-    print(text, *remarks, sep="\n", end="\n\n")
+    print(*remarks, *[""] * bool(remarks), text, sep="\n", end="\n\n")
     for path in figures:
         print(f"figure:  {path}")
     print(f"report:  {report}\nresults: {workdir / 'results.jsonl'}")
