@@ -137,7 +137,7 @@ METHODS = {
     "reset": Method("both, moments anew", BOTH, moments=False),
     "nothing": Method("nothing at ⅓ and ½", (("nothing", 1 / 3), ("nothing", 1 / 2))),
 }
-SHOWN = ("scratch", "both", "thirds", "halves", "random", "small")
+SHOWN = ("scratch", "both", "thirds", "halves", "random", "faint")
 """Methods of the figure."""
 
 
