@@ -81,6 +81,7 @@ ranges.define("warmup", 0.1, "Share of updates in which the rate rises.", "momen
 ranges.define("clip", 1.0, "Largest global norm of a gradient; 0 clips none.", "weight_decay")
 flags.DEFINE_string("text", texts.STANDARD_LIBRARY, "`stdlib`, or a folder of files.")
 ranges.define("validation_windows", 512, "Windows of held-out text.", "batch_size")
+flags.DEFINE_bool("rematerialize", False, "Compute blocks again for derivatives: less memory.")
 flags.DEFINE_bool("cost_only", False, "Print the cost of an update, without running any.")
 flags.DEFINE_string("workdir", "runs/language", "Folder for config, results and figures.")
 runners.define_flags()
@@ -97,7 +98,8 @@ def run() -> None:
     """Trains what is missing, prints and draws."""
     settings = resolved()
     if FLAGS.cost_only:
-        print(f"an update of {title(settings)}:", *cost(settings), sep="\n")
+        lines = cost(settings | {"rematerialize": FLAGS.rematerialize})
+        print(f"an update of {title(settings)}:", *lines, sep="\n")
         return
     values = [[float(one) for one in FLAGS.rate], [float(one) for one in FLAGS.weight_decay],
               [int(one) for one in FLAGS.seed]]  # fmt: skip
@@ -107,7 +109,12 @@ def run() -> None:
         journal = workdir / "results.jsonl"
         saves = workdir / "checkpoints"
         records = run_study(
-            trials, train, journal, checkpoints=saves, description="trainings", **options
+            trials,
+            functools.partial(train, rematerialize=FLAGS.rematerialize),
+            journal,
+            checkpoints=saves,
+            description="trainings",
+            **options,
         )
         runners.check_finished(records, journal)
     figure = workdir / "language.png"
@@ -192,7 +199,14 @@ def decoder(trial: Trial, prefix: str = "", *, scan: bool = True) -> Decoder:
         trial["context"],
         trial["tied"],
         scan,
+        trial.get("rematerialize", False),
     )
+
+
+def parameters(trial: Trial) -> int:
+    """Returns how many parameters the decoder of a trial has."""
+    shapes = jax.eval_shape(decoder(trial).init, jax.random.key(0), tokens_of(trial))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def tokens_of(trial: Trial) -> jax.ShapeDtypeStruct:
@@ -262,6 +276,7 @@ def train(
     folder: pathlib.Path | None = None,
     *,
     parametrize: Callable[[Trial], Parametrized] = parametrized,
+    rematerialize: bool = False,
 ) -> dict[str, Any]:
     """Trains a decoder, from the last checkpoint of a folder on, if there is one.
 
@@ -269,6 +284,7 @@ def train(
       trial: see `resolved`, with `rate`, `weight_decay` and `seed`.
       folder: of checkpoints; with None nothing is saved, and held-out text is read at the end only.
       parametrize: how the decoder of a trial is trained.
+      rematerialize: see `Decoder`; it is no part of the trial, as it changes no number.
 
     Returns:
       `steps` done, and after each part of the training the mean `losses` of its updates and the
@@ -276,7 +292,7 @@ def train(
     """
     text = texts.load_text(trial["text"])
     shared = {name: value for name, value in trial.items() if name not in LISTS}
-    program = _program(tuple(shared.items()), parametrize)
+    program = _program((*shared.items(), ("rematerialize", rematerialize)), parametrize)
     base_values = trial["seed"], trial["rate"], trial["weight_decay"]
     params, optimizer_state = program.start(*base_values)
     state = State(params, optimizer_state, 0)
@@ -360,33 +376,38 @@ def _program(items: tuple[tuple[str, Any], ...], parametrize: Callable) -> Progr
 def cost(trial: Trial) -> list[str]:
     """Returns what an update costs, in lines; it is compiled for this machine and not run.
 
-    Blocks are not stacked here, as XLA counts the body of a loop once.
+    Operations are those of blocks that are not stacked, as XLA counts the body of a loop once;
+    memory is that of stacked ones, as they are trained.
     """
-    model = decoder(trial, scan=False)
     tokens = tokens_of(trial)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     optimizer = optax.adamw(1e-3)
 
-    def update(params, state, rows):
-        def loss(params):
-            logits = model.apply(params, rows)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, rows).mean()  # pyright: ignore[reportArgumentType]
+    def compiled(*, scan: bool) -> tuple[Any, PyTree]:
+        model = decoder(trial, scan=scan)
 
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        def update(params, state, rows):
+            def loss(params):
+                logits = model.apply(params, rows)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, rows).mean()  # pyright: ignore[reportArgumentType]
 
-    state = jax.eval_shape(optimizer.init, params)
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        state = jax.eval_shape(optimizer.init, params)
+        lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, tokens)
+        return lowered.compile(), params
+
+    unrolled, params = compiled(scan=False)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     read = math.prod(tokens.shape)
-    analysis: Any = compiled.cost_analysis()
     values = {
         "parameters": count,
         "bytes of text": read,
-        "floating-point operations": analysis["flops"],
+        "floating-point operations": unrolled.cost_analysis()["flops"],
         "6 · parameters · bytes of text": 6.0 * count * read,
     }
-    if (memory := compiled.memory_analysis()) is not None:
+    if (memory := compiled(scan=True)[0].memory_analysis()) is not None:
         values["bytes of temporary memory, on one device"] = memory.temp_size_in_bytes
     return [f"{name}: {value:.4g}" for name, value in values.items()]
 

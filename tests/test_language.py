@@ -3,8 +3,10 @@
 import importlib
 import math
 import os
+import pathlib
 import signal
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,14 @@ import pytest
 from absl import flags
 
 from archscale_jax._trees import named_leaves
-from experiments.lab import checkpoints, files
+from experiments import language_scaling
+from experiments.lab import checkpoints, files, sweeps
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder, attend, rotate
 from tests.binaries import FORKS, imported
 
-language_transfer = imported("language_transfer")  # it imports the other
+language_transfer = imported("language_transfer")  # it imports the others
+language_study = imported("language_study")
 language = imported("language")
 
 pytestmark = pytest.mark.quick_compilation
@@ -212,6 +216,14 @@ class TestTraining:
         assert alone["losses"] == whole["losses"]
         assert alone["validation"] == [None] * 9 + whole["validation"][-1:]
 
+    def test_blocks_computed_again_change_no_loss(self, trial):
+        trial = trial | {"depth": 3, "width": 32, "steps": 10}
+        once = language.train(trial)
+        again = language.train(trial, rematerialize=True)
+        assert once["steps"] == again["steps"] and len(again["losses"]) > 1
+        np.testing.assert_allclose(again["losses"], once["losses"], rtol=1e-5)
+        assert again["validation"][-1] == pytest.approx(once["validation"][-1], rel=1e-5)
+
     def test_one_that_diverges_ends(self, trial):
         options = {"rate": 1e30, "parametrization": "standard", "steps": 100}
         found = language.train(trial | options)
@@ -258,13 +270,18 @@ class TestTraining:
         assert language.plan_of(trial).duration.kappa == 1
 
     def test_costs_grow_by_the_same_for_every_block(self, trial):
-        lines = [language.cost(trial | {"depth": depth}) for depth in (1, 2, 3)]
-        parameters, flops = (
-            [float(one[index].rpartition(" ")[2]) for one in lines] for index in (0, 2)
-        )
+        trial = trial | {"context": 32}
+        trials = [trial | {"depth": depth} for depth in (1, 2, 3)]
+        trials.append(trials[-1] | {"rematerialize": True})
+        lines = [[float(line.rpartition(" ")[2]) for line in language.cost(one)] for one in trials]
+        parameters, _, flops, _, memory = zip(*lines, strict=True)
         assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.02)
         # The products of attention, which have no parameters, come on top.
-        assert flops[1] > 6 * (parameters[1] - 256 * 16) * 4 * 8
+        assert flops[1] > 6 * (parameters[1] - 256 * 16) * 4 * 32
+        # Of three passes over a block, one is made again.
+        assert parameters[3] == parameters[2]
+        assert 1.1 < flops[3] / flops[2] < 4 / 3
+        assert memory[3] < 0.7 * memory[2]
 
 
 class TestTransfer:
@@ -277,10 +294,10 @@ class TestTransfer:
                            for p in points})  # fmt: skip
 
         losses = {}
-        assert language_transfer.descend(measure, losses) == (2, -1)
+        assert language_study.descend(measure, losses) == (2, -1)
         assert len(asked) == len(set(asked)) == len(losses)
         losses = {}
-        language_transfer.bracket(measure, losses, (0, 0), (1, 0))
+        language_study.bracket(measure, losses, (0, 0), (1, 0))
         assert sorted(losses) == [(step, 0) for step in range(-1, 4)]
 
     def test_the_vertex_of_a_parabola_is_found(self):
@@ -291,8 +308,17 @@ class TestTransfer:
         np.testing.assert_allclose(found.drift, np.log(2) * np.array([1.3, 0.9]))
         assert language_transfer.vertex({(0, 0): [1.0]}, (0, 0), (1, 0)) is None
 
+    def test_the_best_is_that_of_all_seeds_where_its_neighbours_have_them(self):
+        losses = {(-1, 0): [3.0, 3.0, 3.0], (0, 0): [2.2, 2.2, 0.7], (1, 0): [2.0, 2.0, 2.0],
+                  (2, 0): [3.0, 3.0]}  # fmt: skip
+        found = language_transfer.vertex(losses, (0, 0), (1, 0))
+        assert found is not None and found.best == (0, 0) and len(found.drift) == 3
+        del losses[-1, 0]
+        found = language_transfer.vertex(losses, (0, 0), (1, 0))
+        assert found is not None and found.best == (1, 0) and len(found.drift) == 2
+
     def test_the_table_says_what_the_base_values_give_up(self):
-        study = language_transfer.Study.__new__(language_transfer.Study)
+        study = language_study.Study.__new__(language_study.Study)
         parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
         study.best = {"plan": (1, 2), "standard": (0, 0)}
         study.losses = {
@@ -309,7 +335,7 @@ class TestTransfer:
         assert other["given up, %"] == other["best: nats"] == "–"
 
     def test_points_are_compared_on_the_seeds_that_they_share(self):
-        assert language_transfer.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
+        assert language_study.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"
 
     def test_the_decay_of_a_plan_can_be_put_behind_it(self, trial, monkeypatch):
         """With its own multipliers it is the plan's optimizer; with 1 optax's in front of them."""
@@ -322,7 +348,7 @@ class TestTransfer:
         def updates(optimizer):
             return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
 
-        module = language_transfer
+        module = language_study
         before = module.with_decay(plan, "decay_before", 2.0)(rate, 0.3)
         scaled = optax.chain(
             optax.adamw(rate, weight_decay=0.3, mask=jax.tree.map(lambda one: one > 0,
@@ -336,7 +362,7 @@ class TestTransfer:
 
     def test_the_root_of_the_width_is_in_the_decay(self, trial):
         plan = language.plan_of(trial | {"depth": 4, "width": 32})
-        found = named_leaves(language_transfer.decay_multipliers(plan, "decay_root", 2.0))
+        found = named_leaves(language_study.decay_multipliers(plan, "decay_root", 2.0))
         root = 2**0.5
         assert found["params/blocks/query/kernel"] == pytest.approx(root)
         assert found["params/blocks/down/kernel"] == pytest.approx(2 * root)  # depth: as it was
@@ -346,7 +372,7 @@ class TestTransfer:
     def test_only_the_embedding_gets_another_rate(self, trial):
         trial = trial | {"width": 64, "depth": 1}
         one, other = (
-            language_transfer.parametrized(trial | {"method": method})
+            language_study.parametrized(trial | {"method": method})
             for method in ("standard", "embedding")
         )
         params = jax.jit(one.init)(jax.random.key(0))
@@ -359,7 +385,7 @@ class TestTransfer:
             np.testing.assert_allclose(moved[1][name], ratio * leaf, rtol=1e-6)
 
     def test_methods_train_what_they_say(self, trial):
-        study = language_transfer.Study.__new__(language_transfer.Study)
+        study = language_study.Study.__new__(language_study.Study)
         study._settings = trial | {"depth": 4, "width": 32}
         batch = study.trial("sde", "batch", (1, -1), 2)
         assert (batch["batch_size"], batch["steps"], batch["base_batch_size"]) == (16, 5, 4)
@@ -368,11 +394,82 @@ class TestTransfer:
         blind = study.trial("plan", "updates", (0, 0), 0)
         assert (blind["steps"], blind["base_steps"], blind["base_batch_size"]) == (80, 80, 4)
         assert study.trial("warmup", "target", (0, 0), 0)["warmup"] == pytest.approx(0.2)
-        for size, sizes in {"target": (4, 32), "wide": (2, 32), "deep": (4, 16)}.items():
+        sizes_of = {"target": (4, 32), "wide": (2, 32), "deep": (4, 16), "twice": (4, 32),
+                    "four": (8, 64)}  # fmt: skip
+        for size, sizes in sizes_of.items():
             found = study.trial("plan", size, (0, 0), 0)
             assert (found["depth"], found["width"]) == sizes
         # Where the decay is not multiplied by the rate, what changes is η at the same η·λ.
-        assert language_transfer.METHODS["independent"].direction == (1, -1)
+        assert language_study.METHODS["independent"].direction == (1, -1)
+
+    def test_stages_are_those_that_flags_name(self, monkeypatch):
+        def named(**given):
+            given = {"methods": language_study.METHODS, "searches": ("rate", "decay")} | given
+            given.setdefault("sizes", language_study.USUAL)
+            monkeypatch.setattr(language_study, "FLAGS", types.SimpleNamespace(**given))
+            return language_study.chosen()
+
+        usual = named()
+        assert {one[1] for one in language_study.STAGES} == {*language_study.SIZES, "base"}
+        assert {one[1] for one in usual} == {*language_study.USUAL, "base"}
+        assert [one for one in language_study.STAGES if one in usual] == usual
+        few = named(sizes=["wide"], methods=["plan", "independent"], searches=["rate"])
+        assert set(few) == {("plan", "wide", (1, 0)), ("independent", "wide", (1, -1)),
+                            ("plan", "base", (1, 0))}  # fmt: skip
+
+    def test_points_of_a_search_that_was_cut_off_are_shown(self, trial, monkeypatch):
+        given = types.SimpleNamespace(only_finished=True, num_seeds=3, rematerialize=False)
+        monkeypatch.setattr(language_study, "FLAGS", given)
+        study = language_study.Study(trial, pathlib.Path("none.jsonl"), {})
+        study.best = {"plan": (0, 0)}
+        done = [study.trial("plan", "target", (0, 0), seed) for seed in range(3)]
+        done += [study.trial("plan", "target", (-3, 0), seed) for seed in range(2)]
+        done += [study.trial("plan", "target", (-2, 0), 0)]  # of two seeds
+        study._records = {
+            sweeps.trial_hash(one): {"trial": one, "result": {"validation": [2.0 + one["seed"]]}}
+            for one in done
+        }
+        with pytest.raises(language_study.UnfinishedError):
+            study.along("plan", "target", (1, 0))
+        assert study.losses["plan", "target"] == {(0, 0): [2.0, 3.0, 4.0], (-3, 0): [2.0, 3.0]}
+
+    def test_tables_over_size_find_the_laws_that_losses_follow(self, trial):
+        """Best rates c·N^(-1/4), what a nat costs ∝ N^(1/2), the lowest loss 1 + 10·N^(-1/2)."""
+        settings = trial | {"depth": 16, "width": 128, "steps": 5}
+        study = language_study.Study.__new__(language_study.Study)
+        study._settings = settings
+        study.best = {"plan": (0, 0), "standard": (0, 0)}
+        study.losses = {}
+        for method, factor in (("plan", 1.0), ("standard", 1.1)):
+            for size in ("base", "twice", "four", "target"):
+                count = language.parameters(study.trial(method, size, (0, 0), 0))
+                best = -math.log(count / 1e4) / 4
+                lowest = factor * (1 + 10 * count**-0.5)
+                nats = {step: step * math.log(2) - best for step in range(-4, 5)}
+                study.losses[method, size] = {
+                    (step, 0): [lowest * (1 + 1e-6 * count**0.5 * one**2)] * 2
+                    for step, one in nats.items()
+                }
+        measured, laws = language_transfer.size_tables(study)
+        assert measured["size"].tolist()[:4] == ["2 × 16", "4 × 32", "8 × 64", "16 × 128"]
+        for law, limit in zip(laws.to_dict("records"), ("1.00", "1.10"), strict=True):
+            assert law["b"] == "-0.25 ± 0.00" and law["left, nats"] == "0.00"
+            assert law["κ"] == "0.50" and law["left"] == "0.00"
+            assert law["E"] == limit and law["a"] == "0.50"
+
+    def test_laws_are_found_again(self):
+        sizes = np.array([1e4, 7e4, 5e5, 3e6])
+        truth = np.log(3.0) - 0.3 * np.log(sizes)
+        law = language_scaling.power_law(sizes, np.stack([truth, truth + 1.0], axis=1))
+        np.testing.assert_allclose(law.exponent, -0.3)
+        assert law.residual < 1e-9
+        noise = np.array([0.1, -0.1, -0.1, 0.1])
+        assert 0.1 < language_scaling.power_law(sizes, (truth + noise)[:, None]).residual < 0.2
+        found = language_scaling.saturation(sizes, 1.5 + 20 * sizes**-0.4)
+        assert found is not None and found.residual < 1e-4
+        assert found.limit == pytest.approx(1.5, abs=1e-3)
+        assert found.exponent == pytest.approx(0.4, abs=1e-3)
+        assert language_scaling.saturation(sizes[:3], [3.0, 2.0, 1.5]) is None
 
 
 def _assert_close(one, other, tolerance):

@@ -694,8 +694,8 @@ def chain(depth):
 
 
 def test_chains_of_another_depth():
-    """SGD: (Σ L³)^(-1/2), L = 6 after 2 [AAS Eq. 8]; Adam: 1/L with stem and readout, 8 after 4."""
-    rates = {"sgd": (6 / 2) ** -1.5, "adam": 4 / 8, "muon": 1.0}
+    """SGD: (Σ L³)^(-1/2), L = 7 after 3 [AAS Eq. 8]; Adam: 1/L with stem and readout, 8 after 4."""
+    rates = {"sgd": (7 / 3) ** -1.5, "adam": 4 / 8, "muon": 1.0}
     for optimizer, rate in rates.items():
         plan = archscale.parametrize(chain(7), X, base=chain(3), optimizer=optimizer)
         (found,) = set(named_leaves(plan.learning_rate).values())

@@ -173,11 +173,10 @@ def test_path_sum_is_the_sum_over_all_paths(text, base_text, kernel, base_kernel
     expected = (
         math.sqrt(sum_of_cubes(base) / sum_of_cubes(graph)) * (base_kernel or 1) / (kernel or 1)
     )
-    found = learning_rate_scale(graph, base, rule_options={"depth_offset": offset})
+    found = learning_rate_scale(graph, base, "path_sum", rule_options={"depth_offset": offset})
     assert found == pytest.approx(expected, rel=1e-12)
-    assert found * learning_rate_scale(
-        base, graph, rule_options={"depth_offset": offset}
-    ) == pytest.approx(1)
+    back = learning_rate_scale(base, graph, "path_sum", rule_options={"depth_offset": offset})
+    assert found * back == pytest.approx(1)
     if offset == 1:  # the activation of the stem
         assert found == learning_rate_scale(graph, base, "path_sum_activations")
 
@@ -187,7 +186,7 @@ def test_path_sum_takes_the_kernel_of_the_network_from_each_graph():
         dag_graph("2_02", kernel_size=5), dag_graph("2_02", kernel_size=3)
     ) == (pytest.approx(3 / 5))
     # Networks of cells share a stem of kernel size 3, whatever the cell.
-    assert learning_rate_scale(cell_graph("3_00_010"), cell_graph("2_00_010")) == 1
+    assert learning_rate_scale(cell_graph("3_00_010"), cell_graph("2_00_010"), "path_sum") == 1
 
 
 @hypothesis.settings(deadline=None, max_examples=50)
@@ -213,7 +212,7 @@ def test_rules_of_depth_agree_on_chains(num_layers):
 def test_residual_blocks_have_their_closed_forms(make, num_blocks):
     graph, base = make(num_blocks), dag_graph("2")
     cubes = num_blocks**2 * (num_blocks + 3) * 2**num_blocks // 8
-    assert learning_rate_scale(graph, base) == pytest.approx(cubes**-0.5, rel=1e-12)
+    assert learning_rate_scale(graph, base, "path_sum") == pytest.approx(cubes**-0.5, rel=1e-12)
     assert learning_rate_scale(graph, base, "depth") == pytest.approx(num_blocks**-1.5)
 
 
@@ -283,7 +282,9 @@ def test_graphs_without_weights_raise(rule):
 
 
 def test_the_stem_gives_a_graph_without_weights_a_depth():
-    found = learning_rate_scale(dag_graph("1_11"), dag_graph("2"), rule_options={"depth_offset": 1})
+    found = learning_rate_scale(
+        dag_graph("1_11"), dag_graph("2"), "path_sum", rule_options={"depth_offset": 1}
+    )
     assert found == pytest.approx(math.sqrt(8 / 2))
     assert learning_rate_scale(dag_graph("1_11"), rule="chen2024_code") == 1
 
@@ -394,7 +395,7 @@ def test_what_a_rule_says_of_itself():
 def test_options_that_a_rule_does_not_have_are_named():
     graph = dag_graph("2")
     for call in (
-        lambda: learning_rate_scale(graph, graph, rule_options={"depth_ofset": 1}),
+        lambda: learning_rate_scale(graph, graph, "path_sum", rule_options={"depth_ofset": 1}),
         lambda: LEARNING_RATE_RULES.resolve("path_sum")(graph, graph, depth_ofset=1),
     ):
         with pytest.raises(TypeError, match="path_sum: 'depth_ofset'; .* mean 'depth_offset'"):
@@ -926,7 +927,7 @@ def test_a_base_with_more_paths_than_floats_reach_raises_by_value_error():
         np.concatenate([np.full(2 * blocks, Operator.LINEAR), np.full(blocks, Operator.SKIP)]),
     )
     with pytest.raises(ValueError, match="path_sum' gives the multiplier inf"):
-        learning_rate_scale(dag_graph("2"), huge)
+        learning_rate_scale(dag_graph("2"), huge, "path_sum")
 
 
 def test_options_reach_an_initialization_rule():

@@ -544,7 +544,7 @@ class TestErrors:
         assert learning_rate_multipliers(network, BASE, "none") == {}
         plain = Architecture(dag_graph("2_22"), PARAMETERS)  # layers alone are summed
         assert learning_rate_multipliers(plain, BASE) == learning_rate_multipliers(
-            plain, BASE, "path_sum"
+            plain, BASE, "path_sum_activations"
         )
 
     @pytest.mark.parametrize(

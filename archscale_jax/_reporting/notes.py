@@ -135,7 +135,7 @@ def _comparison_notes(subject: Subject, base: Architecture) -> Iterator[str]:
         way = (
             "depth_rule='sgd', 'adam' or 'muon' does"
             if all(counts)
-            else "rule='path_sum' or another learning-rate rule does"
+            else "rule='path_sum_activations' or another learning-rate rule does"
         )
         yield (
             f"depths differ ({depths[0]} layers, {depths[1]} in the base), and no multiplier "

@@ -10,6 +10,7 @@ from archscale_jax.contrib._gradinit import (
 )
 from archscale_jax.contrib._growth.architecture import grown_architecture
 from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
+from archscale_jax.contrib._growth.expand import Expanded, expand
 from archscale_jax.contrib._growth.grow import Growth, grow
 from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup, find_neuron_groups
 from archscale_jax.contrib._growth.schedule import Edit, GrowthSchedule, choose_growth, geometric
@@ -18,6 +19,7 @@ from archscale_jax.contrib._growth.widen import compact, count_neurons, count_pa
 __all__ = [
     "Bottleneck",
     "Edit",
+    "Expanded",
     "GradInitRecord",
     "Growth",
     "GrowthSchedule",
@@ -29,6 +31,7 @@ __all__ = [
     "compact",
     "count_neurons",
     "count_parameters",
+    "expand",
     "find_neuron_groups",
     "geometric",
     "gradinit",

@@ -242,5 +242,5 @@ def _branch_share(base: Architecture, exponent: float, share: float | None) -> f
 
 
 _SHARE, _SHARE_OF_NORMALIZED = 0.25, 2.0
-_WITHOUT_STREAM = {"sgd": "path_sum", "adam": "inverse_depth"}
+_WITHOUT_STREAM = {"sgd": "path_sum_activations", "adam": "inverse_depth"}
 """Learning-rate rules of networks that only sum layers, by kind of optimizer."""

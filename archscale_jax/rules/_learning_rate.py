@@ -36,7 +36,7 @@ class MissingBaseError(ValueError):
 def learning_rate_scale(
     graph: jraph.GraphsTuple,
     base: jraph.GraphsTuple | None = None,
-    rule: str | LearningRateRule = "path_sum",
+    rule: str | LearningRateRule = "path_sum_activations",
     *,
     rule_options: Mapping[str, Any] | None = None,
 ) -> float:

@@ -48,7 +48,7 @@ def learning_rate_multipliers(
       base: the network on which the base rate was tuned, or its graph.
       rule: see `archscale_jax.rules.learning_rate_scale`: one multiplier for all weights and
         biases. None is `none` with a width rule or a depth rule, which are asked for what they say
-        alone; without them it is `path_sum`, for networks that are plain sums of layers.
+        alone; without them it is `path_sum_activations`, for plain sums of layers.
       rule_options: options of the rule, such as `{"depth_offset": 1}`.
       kernel_per_layer: [AAS Eq. 9] divides by one kernel size for the whole network. True gives
         every layer its own: q_network / q_layer on top, which raises layers of smaller kernels.
@@ -125,7 +125,7 @@ class RateRules:
         found += ["concatenations"] * bool(np.any(operators == Operator.CONCATENATION))
         found += ["products"] * bool(np.any(operators == Operator.PRODUCT))
         if not found:
-            return LEARNING_RATE_RULES.resolve("path_sum")
+            return LEARNING_RATE_RULES.resolve("path_sum_activations")
         depth = "depth_rule='sgd', 'adam' or 'muon' for the depth of a residual stack, "
         raise ValueError(
             f"the network has {' and '.join(found)}, where no learning-rate rule is safe unless it "

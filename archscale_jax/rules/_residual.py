@@ -329,7 +329,7 @@ def block_ratio(
     if not all(counts):
         raise ValueError(
             f"depth rule: the network has {counts[0]} residual additions and the base "
-            f"{counts[1]}; both need some. Chains have the rules depth and path_sum"
+            f"{counts[1]}; both need some. Chains have the rules depth and path_sum_activations"
         )
     return counts[0] / counts[1]
 

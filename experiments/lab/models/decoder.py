@@ -28,6 +28,7 @@ class Decoder(nn.Module):
       context: the most tokens, of `gpt2`.
       tied: the readout is the table of embeddings.
       scan: blocks are stacked, each leaf with a first axis of `depth`; else `block_0`, `block_1`, …
+      rematerialize: what is inside a block is computed again for its derivatives, and not kept.
     """
 
     kind: Literal["gpt2", "llama"]
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
     context: int
     tied: bool = False
     scan: bool = True
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
@@ -47,6 +49,9 @@ class Decoder(nn.Module):
             positions = jnp.arange(tokens.shape[-1])
             x = x + nn.Embed(self.context, self.width, name="positions")(positions)
         of = self.kind, self.width, self.heads, self.kv_heads
+        block = Block
+        if self.rematerialize:  # a loop keeps XLA from merging both computations, by itself
+            block = nn.remat(Block, prevent_cse=not self.scan)
         if self.scan:
             stack = nn.scan(
                 lambda block, x, _: (block(x), None),
@@ -54,10 +59,10 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 length=self.depth,
             )
-            x, _ = stack(Block(*of, name="blocks"), x, None)
+            x, _ = stack(block(*of, name="blocks"), x, None)
         else:
             for index in range(self.depth):
-                x = Block(*of, name=f"block_{index}")(x)
+                x = block(*of, name=f"block_{index}")(x)
         x = _norm(self.kind, "final_norm")(x)
         if self.tied:
             return table.attend(x)
