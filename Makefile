@@ -19,7 +19,7 @@ FAST := architecture bottleneck coordinate drawing gradinit graph growth growth_
 	tracing transform vertex_features width zoo
 FAST_TESTS := $(wildcard $(patsubst %,tests/test_%.py,$(FAST)))
 
-.PHONY: help run test test-fast lint docs chromium bench test-oldest test-pinned test-newest dist data clean
+.PHONY: help run test test-fast lint docs chromium bench test-oldest test-pinned test-newest dist test-dist data clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
@@ -106,6 +106,13 @@ build/newest.txt:
 dist: $(READY_TO_TEST)  ## the wheel and the source distribution, into dist/
 	rm -rf dist
 	$(PY) -m hatchling build -d dist
+
+# With PYTHON=python3.13 another Python. Nothing of the checkout is imported.
+test-dist: dist  ## the README's ten lines, by the wheel in an environment of its own
+	$(PYTHON) -m venv --clear build/dist
+	build/dist/bin/python -m pip install --disable-pip-version-check --quiet "$$(echo dist/*.whl)[models,plot]"
+	sed -n '/^```python/,/^```/{//!p}' README.md > build/dist/readme.py
+	cd build/dist && bin/python -W error readme.py && test -s network.png
 
 # Debian's package needs no root to download and unpack. It is unpacked beside its place first.
 data:  ## Fashion-MNIST from Debian's package, into data/fashion_mnist

@@ -29,7 +29,7 @@ from archscale_jax.tuning import (
     transfer_check,
 )
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Architecture",

@@ -115,8 +115,16 @@ def test_what_the_readme_says_is_tested_has_that_test():
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
 
 
-def test_the_landing_page_names_the_version():
-    assert f"Version {archscale_jax.__version__}," in PAGES["index.md"]
+def test_landing_page_citation_and_changelog_name_the_version():
+    version = archscale_jax.__version__
+    assert f"Version {version}," in PAGES["index.md"]
+    newest = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
+    if ".dev" in version:  # the citation is of the last release
+        assert newest == f"{version.partition('.dev')[0]} (unreleased)"
+        return
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert newest == f"{version} ({citation['date-released'].isoformat()})"
 
 
 def test_all_of_a_picture_in_the_output_of_a_notebook_reaches_the_site():
