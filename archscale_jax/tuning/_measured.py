@@ -117,9 +117,9 @@ def matched_multipliers(
         updates = [{name: 1.0 for name in groups if groups[name] == group} for group in GROUPS]
         measured.append((measurer(one, loss), updates))
     spread_of = [_output_spread(one) for one in (network, base)]
-    logs: list[np.ndarray] = []
-    while not _certain(logs):
-        key = jax.random.key(len(logs))
+
+    def of_draw(number: int) -> np.ndarray:
+        key = jax.random.key(number)
         spreads = [float(spread(key)) for spread in spread_of]
         scales = [float(_ratio(spreads[1], spreads[0])) ** trained, 1.0]
         sizes = [
@@ -127,7 +127,11 @@ def matched_multipliers(
             for (measure, updates), scale in zip(measured, scales, strict=True)
         ]
         _check_matched(*sizes)
-        logs.append(np.log(matching(*sizes)))
+        return np.log(matching(*sizes))
+
+    logs: list[np.ndarray] = []
+    while not _certain(logs):
+        logs.append(of_draw(len(logs)))
     values = dict(zip(GROUPS, np.exp(np.mean(logs, axis=0)).tolist(), strict=True))
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
@@ -139,9 +143,10 @@ def matched_multipliers(
 
 def _certain(logs: Sequence[np.ndarray]) -> bool:
     """Whether the mean over draws is known well enough, or no more draws are made."""
-    if len(logs) < LEAST_DRAWS or len(logs) == MOST_DRAWS:
-        return len(logs) == MOST_DRAWS
-    return bool(np.max(np.std(logs, axis=0, ddof=1)) <= STANDARD_ERROR * math.sqrt(len(logs)))
+    if len(logs) < LEAST_DRAWS:
+        return False
+    errors = np.std(logs, axis=0, ddof=1) / math.sqrt(len(logs))
+    return len(logs) == MOST_DRAWS or bool(np.max(errors) <= STANDARD_ERROR)
 
 
 def group_sizes(effects: Effects) -> Float[Array, "4"]:
