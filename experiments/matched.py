@@ -170,7 +170,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
         if "width" in title:
             panels.plain_sizes(panel, (32, 64, 128, 256, 512))
         else:
-            panel.set_xticks((1, 5, 10, 15, 20) if sizes is None else (2, 4, 7, 10, 14, 20))
+            panel.set_xticks((1, 10, 20, 30, 40) if sizes is None else (2, 4, 7, 10, 14, 20))
         panel.set_yscale("log")
         panel.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4], ["1/8", "1/4", "1/2", "1", "2", "4"])
         panel.minorticks_off()
