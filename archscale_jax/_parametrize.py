@@ -114,9 +114,8 @@ def parametrize(
       model_kwargs: keyword arguments of the call of model and base, such as `{"train": True}`.
       learning_rate: `rules`, or `measured`: the rates of stem, hidden layers and readout are
         multiplied further so that the first update of each does what it does in the base, measured
-        on `inputs`, which are arrays then (theory §14). It helps MLPs over depth, width and
-        activation; rates of random graphs become too small, and it misleads convolutions, and
-        batch normalization without skips.
+        on `inputs`, which are arrays then (theory §14). It helps MLPs and CNNs over depth,
+        topology, width and activation, and misleads batch normalization without skips.
       loss_fn: of `measured`, the outputs to the loss.
       roles: roles of leaves that the function does not tell, by name.
       unknown: see `archscale_jax.trace`.

@@ -51,7 +51,11 @@ def _dags(texts: Sequence[str]) -> list[Place]:
     return [(text, None) for text in texts]
 
 
-_PILOT = [*_chains(4, 10, 20), *_dags(_DAGS[:2]), *((chain_string(4), n) for n in (32, 512))]
+_PILOT = [
+    *_chains(4, 10, 20),
+    *_dags([*_DAGS[:22], *_CNNS[:5]]),
+    *((chain_string(4), n) for n in (32, 512)),
+]
 """Networks on which the rule was chosen; on all others no choice was made."""
 _MIXED = [*_chains(4, 10), *_dags(_DAGS[:2])]
 STUDIES = {
@@ -69,16 +73,16 @@ STUDIES = {
         + [(text, width) for text in (chain_string(4), _DAGS[0]) for width in (32, 512)],
         {"optimizer": "adam"},
     ),
-    # Networks that were added when the rule was fixed; UNRUN are not in the results.
     "more_dags": Study(_dags(_DAGS[5:22]), {}),
+    # Networks that were added when the rule was fixed.
+    "fresh_dags": Study(_dags(_DAGS[22:42]), {}),
+    "fresh_cnns": Study(_dags(_CNNS[5:25]), {"kernel_size": 3}),
     "more_chains": Study(_chains(3, 5, 6, 8, 9, *range(11, 14), *range(15, 20)), {}),
     "more_adam": Study(_dags(_DAGS[2:16]), {"optimizer": "adam"}),
     "more_layer_norm": Study(_dags(_DAGS[2:18]), {"normalization": "layer"}),
     "more_widths": Study([(text, n) for text in _DAGS[2:5] for n in (32, 64, 256, 512)], {}),
 }
-UNRUN = ("more_chains", "more_adam", "more_layer_norm", "more_widths")
-_RUN = [one for one in STUDIES if one not in UNRUN]
-flags.DEFINE_list("study", _RUN, f"Studies of {', '.join(STUDIES)}.")
+flags.DEFINE_list("study", list(STUDIES), f"Studies of {', '.join(STUDIES)}.")
 flags.DEFINE_list(
     "method", ["uniform", "matched", "flerm"], "uniform, rules of matched_rules, again."
 )
@@ -86,7 +90,7 @@ flags.DEFINE_string("dataset", "fashion_mnist", "Data set of all.")
 flags.DEFINE_integer("steps", 117, "Updates of every training.", lower_bound=2)
 flags.DEFINE_integer("num_seeds", 3, "Seeds of every search.", lower_bound=1)
 flags.DEFINE_integer("every", 39, "Updates between measurements of --method=again.", lower_bound=1)
-flags.DEFINE_integer("draws", 2, "Draws that a measurement averages.", lower_bound=1)
+flags.DEFINE_integer("draws", 2, f"Draws of {', '.join(matched_rules.BY_DRAWS)}.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/matched", "Folder for results and the table.")
 
 
@@ -142,6 +146,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
     """Draws best rates, in units of the base's, against depth, width and topology."""
     is_chain, layers = table["network"].str.startswith("chain"), table["layers"]
     deep = is_chain & table["width"].isna()
+    graphs = table["study"].isin(("dags", "more_dags", "fresh_dags"))
     wide = is_chain & (layers == 4)
     chosen = {
         "depth of chains, SGD": (deep & (table["study"] == "chains"), layers),
@@ -149,7 +154,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
         "depth of chains, GELU": (deep & (table["study"] == "gelu"), layers),
         "width of a chain, SGD": (wide & (table["study"] == "widths"), table["width"].fillna(128)),
         "width of a chain, Adam": (wide & (table["study"] == "adam"), table["width"].fillna(128)),
-        "random graphs, by number": (table["study"].isin(("dags", "more_dags")), None),
+        "random graphs, by number": (graphs, None),
     }
     figure, drawn = panels.create_panels(len(chosen), 2.1, width=2.7, columns=3, sharey=True)
     for panel, (title, (rows, sizes)) in zip(drawn, chosen.items(), strict=True):
@@ -165,7 +170,7 @@ def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
         if "width" in title:
             panels.plain_sizes(panel, (32, 64, 128, 256, 512))
         else:
-            panel.set_xticks((1, 5, 10, 15, 20) if sizes is None else (2, 4, 7, 10, 14, 20))
+            panel.set_xticks((1, 10, 20, 30, 40) if sizes is None else (2, 4, 7, 10, 14, 20))
         panel.set_yscale("log")
         panel.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4], ["1/8", "1/4", "1/2", "1", "2", "4"])
         panel.minorticks_off()
@@ -187,7 +192,7 @@ def trial_of(place: Place, study: str, method: str) -> dict[str, Any]:
         "seeds": FLAGS.num_seeds,
         "architecture": architecture,
         "method": method,
-        "draws": 0 if method == "uniform" else FLAGS.draws,
+        "draws": FLAGS.draws if method in matched_rules.BY_DRAWS else 0,
         **({"every": FLAGS.every} if method == "again" else {}),
     }
 

@@ -3,6 +3,8 @@
 `matched` is that of `archscale_jax.parametrize(..., learning_rate="measured")`; the others are what
 it was chosen among (docs/results/learning_rates.md):
 
+  drawn      as `matched`, the readout as drawn
+  trained    as `matched`, the readout scaled until outputs are as large as the base's
   uncapped   as `matched`, without the cap of the readout's multiplier under SGD
   inner      as `matched`, the readout left as it is
   outputs    every group changes the outputs as in the base
@@ -21,6 +23,7 @@ import numpy as np
 
 from archscale_jax.tuning._measured import (
     GROUPS,
+    TRAINED,
     Effects,
     Measurable,
     groups_of,
@@ -28,6 +31,8 @@ from archscale_jax.tuning._measured import (
     measurer,
 )
 
+BY_DRAWS = ("outputs", "flerm", "local")
+"""Rules that average a given number of draws; the others as many as they need."""
 Loss = Callable[[Any], jax.Array]
 
 
@@ -41,12 +46,13 @@ def multipliers(
       network: the network to train.
       base: the network whose rate is known.
       loss: of the outputs.
-      draws: how many draws are averaged, in log.
+      draws: how many draws `outputs`, `flerm` and `local` average, in log.
       is_sgd: whether the optimizer is SGD, with momentum or without.
     """
-    if rule in ("matched", "uncapped", "inner"):
-        capped = is_sgd and rule == "matched"
-        parts = matched_multipliers(network, base, loss, seeds=draws, cap_readout=capped)
+    if rule in ("matched", "drawn", "trained", "uncapped", "inner"):
+        capped = is_sgd and rule not in ("uncapped", "inner")
+        trained = {"drawn": 0.0, "trained": 1.0}.get(rule, TRAINED)
+        parts = matched_multipliers(network, base, loss, trained=trained, cap_readout=capped)
         left = "readout" if rule == "inner" else ""
         return {name: 1.0 if one.place == left else one.value for name, one in parts.items()}
     of = {"outputs": _outputs, "flerm": _by_leaf, "local": _by_vertex}[rule]

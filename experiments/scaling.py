@@ -45,7 +45,7 @@ ranges.define("random_vertices", 7, "Vertices of a random DAG.")
 ranges.define("random_seed", 0, "Seed of the random DAGs.", "seed")
 ranges.define_list(
     "rules",
-    ["none", "path_sum"],
+    ["none", "path_sum_activations"],
     "Learning-rate rules to compare.",
     ranges.RuleName(LEARNING_RATE_RULES),
 )

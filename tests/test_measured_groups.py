@@ -13,8 +13,10 @@ from archscale_jax._trees import named_leaves
 from archscale_jax.tuning._measured import (
     GROUPS,
     Measurable,
+    group_sizes,
     groups_of,
     matched_multipliers,
+    matching,
     measurer,
 )
 from experiments import matched_again, matched_rules
@@ -118,6 +120,33 @@ def test_effects_are_those_of_small_steps(name, optimizer):
             assert found.outputs[row] == approx(rms((f_up - f_down) / 2e-6))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "trained", "power"),
+    [(optax.sgd, 0, -1), (optax.sgd, 0.5, -0.5), (optax.sgd, 1, 0), (optax.adam, 0.5, 0)],
+)
+def test_features_of_another_size(optimizer, trained, power):
+    """Features of c times the size, a linear loss: stems do c^-power of what they do at size 1."""
+
+    def measurable(size):
+        def apply(params, x):
+            return size * jnp.tanh(x @ params["stem"]) @ params["head"]
+
+        params = {"stem": jnp.eye(12), "head": jnp.ones((12, 5)) / 12}
+        draw = lambda key: params | {"head": jax.random.normal(key, (12, 5)) / 12}  # noqa: E731
+        architecture = archscale.trace(apply, params, X)
+        return Measurable(apply, architecture, draw, optimizer(1.0), (X,))
+
+    parts = matched_multipliers(
+        measurable(4.0), measurable(1.0), lambda outputs: jnp.mean(outputs * X[:, :5]),
+        trained=trained,
+    )  # fmt: skip
+    assert parts["stem"].value == pytest.approx(4.0**power, rel=1e-4)
+    # The readout reads what is c times as large, whatever its own size.
+    assert parts["head"].value == pytest.approx(
+        4.0 ** (-2 if optimizer is optax.sgd else -1), rel=1e-4
+    )
+
+
 def test_a_network_that_is_the_base_keeps_its_rates():
     rates = matched(Mlp(3, 16), Mlp(3, 16)).learning_rate
     assert jax.tree.leaves(rates) == pytest.approx([1.0] * len(jax.tree.leaves(rates)), rel=1e-4)
@@ -125,15 +154,24 @@ def test_a_network_that_is_the_base_keeps_its_rates():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_groups_do_what_those_of_the_base_do(optimizer):
-    """Together stem and hidden layers change the last features, and the readout the outputs."""
+    """Together stem and hidden layers change the last features, and the readout the outputs.
+
+    With a readout half-way to outputs as spread as the base's.
+    """
     base = planned(Mlp(2, 16), optimizer=optimizer)
     plan = matched(Mlp(8, 64), base, optimizer)
     found = []
-    for one in (plan, base):
+    (draws,) = {int(part.symbols["draws"]) for part in plan.measured.values()}
+    keys = [jax.random.key(seed) for seed in range(draws)]
+    outputs = [[one.apply(one.init(key), X) for key in keys] for one in (plan, base)]
+    spreads = [[rms(of - np.mean(of, axis=0)) for of in one] for one in outputs]
+    scales = np.sqrt(np.divide(spreads[1], spreads[0])), np.ones(draws)
+    for one, scale in zip((plan, base), scales, strict=True):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
         rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
-        draws = [measurer(network, loss_of)(jax.random.key(seed), rows) for seed in range(2)]
-        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in draws]
+        measure = measurer(network, loss_of)
+        found_by_draw = [measure(*each) for each in zip(keys, [rows] * draws, scale, strict=True)]
+        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in found_by_draw]
         found.append(np.exp(np.mean(np.log(effects), axis=0)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
     assert found[0][1] <= found[1][1] * 1.05
@@ -351,10 +389,9 @@ def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     assert same.multipliers == pytest.approx(np.ones(3), rel=1e-4)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b), before, after)))
     _, state = trained(plans[0], 1, base=record.effects)
-    ours, theirs = (
-        Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,)) for one in plans
-    )
-    parts = matched_multipliers(ours, theirs, loss_of, seeds=1)
-    expected = {part.place: part.value for part in parts.values()}
-    found = dict(zip(GROUPS, state.multipliers.tolist(), strict=True))
-    assert found == pytest.approx(expected, rel=1e-4)
+    sizes = []
+    for one in plans:
+        measurable = Measurable(one.apply, one.architecture, one.init, optax.sgd(1.0), (X,))
+        rows = [members_of(one, (group,)) for group in GROUPS]
+        sizes.append(group_sizes(measurer(measurable, loss_of)(jax.random.key(0), rows)))
+    assert state.multipliers == pytest.approx(np.asarray(matching(*sizes)), rel=1e-4)

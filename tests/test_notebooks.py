@@ -116,8 +116,8 @@ def test_your_own_model(shell):
     plan, base = namespace["plan"], namespace["base"]
     multipliers = archscale.learning_rate_multipliers(plan.architecture, base.architecture)
     assert set(np.round(list(multipliers.values()), 12)) == {
-        round(4**-1.5, 12)
-    }  # chains of 4 and 1
+        round((5 / 2) ** -1.5, 12)
+    }  # chains of 4 and 1, and their stems
     assert archscale.path_statistics(namespace["read"].architecture.graph).max_depth == 3
 
 

@@ -130,8 +130,8 @@ def test_core_is_quick_to_import_works_alone_and_names_the_extras(installed, bin
     assert pathlib.Path(found["path"]).is_relative_to(installed)
     assert "archscale_jax" in found["added"]
     assert not (SLOW | MISSING) & set(found["added"])
-    # A path of 3 layers beside one of 1, the stem not counted: η ∝ (ΣL³)^-1/2 [AAS Eq. 8].
-    assert found["factors"] == pytest.approx([27**-0.5], rel=1e-5)
+    # A path of 4 layers beside one of 2, the stem counted: η ∝ (ΣL³)^-1/2 [AAS Eq. 8].
+    assert found["factors"] == pytest.approx([8**-0.5], rel=1e-5)
     assert found["deviation"] == pytest.approx((2 / 8) ** 0.5, rel=0.25)  # of 64 draws
     assert len(found["errors"]) == len(EXTRAS)
     for (name, message), (package, user, extra) in zip(found["errors"], EXTRAS, strict=True):

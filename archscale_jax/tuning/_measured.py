@@ -23,6 +23,11 @@ from archscale_jax.tracing.trace import vertex_features
 
 GROUPS: tuple[str, ...] = ("stem", "hidden", "readout")
 _GROUPS = {Role.INPUT: "stem", Role.HIDDEN: "hidden", Role.READOUT: "readout"}
+TRAINED = 0.5
+"""How far the readout is scaled to the size that training gives it, see `matched_multipliers`."""
+LEAST_DRAWS, MOST_DRAWS = 4, 32
+STANDARD_ERROR = 0.1
+"""Of the log of a multiplier, at which no more draws are made."""
 BATCH_NOTE = (
     "measured rates: outputs of an example depend on the others of its batch, as under batch "
     "normalization, where measured rates of deep chains are far too small; compare with "
@@ -82,19 +87,25 @@ def matched_multipliers(
     base: Measurable,
     loss: Callable[[Any], jax.Array],
     *,
-    seeds: int = 2,
+    trained: float = TRAINED,
     cap_readout: bool = False,
 ) -> dict[str, Part]:
     """Returns the multiplier of every parameter that makes its group do what the base's does.
 
     Stem and hidden layers change the last features relatively as much as in the base, each group by
-    itself and then both together; the readout changes the outputs as much.
+    itself and then both together; the readout changes the outputs as much. Multipliers are
+    averaged over 4 to 32 draws, in log, until their standard error is 0.1.
+
+    Gradients pass through the readout, which is as drawn in the first updates only. Training makes
+    outputs of one size, whatever that of the features: a readout that is drawn as in the base and
+    gives outputs of c times the spread ends c times as small. It is measured half-way, in log: the
+    network's readout over √c.
 
     Args:
       network: the network to train.
       base: the network on which the rate was tuned; same optimizer, a batch of the same size.
       loss: of the outputs.
-      seeds: how many draws are averaged, in log.
+      trained: power of 1/c by which the readout is scaled: 0 as drawn, 1 as trained.
       cap_readout: whether the readout's multiplier is at most 1.
 
     Raises:
@@ -105,19 +116,37 @@ def matched_multipliers(
         groups = groups_of(one.architecture)
         updates = [{name: 1.0 for name in groups if groups[name] == group} for group in GROUPS]
         measured.append((measurer(one, loss), updates))
-    logs = []
-    for seed in range(seeds):
-        key = jax.random.key(seed)
-        sizes = [group_sizes(measure(key, updates)) for measure, updates in measured]
+    spread_of = [_output_spread(one) for one in (network, base)]
+
+    def of_draw(number: int) -> np.ndarray:
+        key = jax.random.key(number)
+        spreads = [float(spread(key)) for spread in spread_of]
+        scales = [float(_ratio(spreads[1], spreads[0])) ** trained, 1.0]
+        sizes = [
+            group_sizes(measure(key, updates, scale))
+            for (measure, updates), scale in zip(measured, scales, strict=True)
+        ]
         _check_matched(*sizes)
-        logs.append(np.log(matching(*sizes)))
+        return np.log(matching(*sizes))
+
+    logs: list[np.ndarray] = []
+    while not _certain(logs):
+        logs.append(of_draw(len(logs)))
     values = dict(zip(GROUPS, np.exp(np.mean(logs, axis=0)).tolist(), strict=True))
     if cap_readout:
         values["readout"] = min(values["readout"], 1.0)
     return {
-        name: Part(values[group], "measured", group, {"draws": seeds}, "(theory §14)")
+        name: Part(values[group], "measured", group, {"draws": len(logs)}, "(theory §14)")
         for name, group in groups_of(network.architecture).items()
     }
+
+
+def _certain(logs: Sequence[np.ndarray]) -> bool:
+    """Whether the mean over draws is known well enough, or no more draws are made."""
+    if len(logs) < LEAST_DRAWS:
+        return False
+    errors = np.std(logs, axis=0, ddof=1) / math.sqrt(len(logs))
+    return len(logs) == MOST_DRAWS or bool(np.max(errors) <= STANDARD_ERROR)
 
 
 def group_sizes(effects: Effects) -> Float[Array, "4"]:
@@ -149,7 +178,8 @@ def matching(network: Float[Array, "4"], base: Float[Array, "4"]) -> Float[Array
     return jnp.stack([stem * joint, hidden * joint, readout])
 
 
-def _ratio(base: jax.Array, network: jax.Array) -> jax.Array:
+def _ratio(base: jax.typing.ArrayLike, network: jax.typing.ArrayLike) -> jax.Array:
+    base, network = jnp.asarray(base), jnp.asarray(network)
     return jnp.where((base > 0) & (network > 0), base / network, 1.0)
 
 
@@ -164,31 +194,46 @@ def _check_matched(network: Float[Array, "4"], base: Float[Array, "4"]) -> None:
             )
 
 
-def measurer(
-    network: Measurable, loss: Callable[[Any], jax.Array]
-) -> Callable[[jax.Array, Sequence[Mapping[str, float]]], Effects]:
-    """Returns a function of a key and R updates to what the updates do.
+def measurer(network: Measurable, loss: Callable[[Any], jax.Array]) -> Callable[..., Effects]:
+    """Returns a function of a key, R updates and a scale to what the updates do.
 
     An update is told by what it multiplies the optimizer's first update of every leaf with, by
     name; a leaf that is not named stays. Costs about a training step and one more pass forward an
-    update.
+    update. The scale, 1 by default, multiplies the drawn readout; a tied table stays.
     """
+    scaled = {one.name for one in network.architecture.parameters if one.layer == Role.READOUT}
 
     @jax.jit
-    def effects(key: jax.Array, rows: jax.Array) -> Effects:
-        params = network.draw(key)
+    def effects(key: jax.Array, rows: jax.Array, scale: jax.Array) -> Effects:
+        params = map_with_names(
+            lambda name, leaf: leaf * scale.astype(leaf.dtype) if name in scaled else leaf,
+            network.draw(key),
+        )
         gradients = jax.grad(lambda params: loss(network.apply(params, *network.inputs)))(params)
         optimizer = network.optimizer
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         return effects_of(network.apply, params, network.inputs, update, rows)
 
-    def measured(key: jax.Array, updates: Sequence[Mapping[str, float]]) -> Effects:
+    def measured(
+        key: jax.Array, updates: Sequence[Mapping[str, float]], scale: float = 1.0
+    ) -> Effects:
         names = list(named_leaves(jax.eval_shape(network.draw, key)))
-        return effects(
-            key, np.array([[one.get(name, 0.0) for name in names] for one in updates], np.float32)
-        )
+        rows = [[one.get(name, 0.0) for name in names] for one in updates]
+        return effects(key, np.array(rows, np.float32), jnp.float32(scale))
 
     return measured
+
+
+def _output_spread(network: Measurable) -> Callable[[jax.Array], jax.Array]:
+    """The standard deviation of outputs over examples, of the draw of a key."""
+
+    @jax.jit
+    def spread(key: jax.Array) -> jax.Array:
+        outputs = jax.tree.leaves(network.apply(network.draw(key), *network.inputs))
+        found = [exact(one) for one in outputs if jnp.ndim(one)]
+        return _rms([one - jnp.mean(one, axis=0) for one in found]) if found else jnp.float32(0)
+
+    return spread
 
 
 def effects_of(

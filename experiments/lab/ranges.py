@@ -112,7 +112,9 @@ def check_dag(text: str) -> None:
     if text.count("_") >= MOST_LAYERS:
         raise ValueError(f"accepted are DAG strings of {MOST_LAYERS + 1} vertices at most")
     try:
-        archscale.learning_rate_scale(archscale.dag_graph(text), archscale.dag_graph("2"))
+        archscale.learning_rate_scale(
+            archscale.dag_graph(text), archscale.dag_graph("2"), "path_sum"
+        )
     except ValueError as error:
         if "weight edge" not in str(error):
             raise
