@@ -202,12 +202,10 @@ class Reader:
             for results in zip(*found, strict=True):
                 self._unite_values(results)
             return found[0]
-        inner = inner_jaxpr(one), inner_jaxpr(other)
-        if inner[0] is None or inner[1] is None:
+        small, large = inner_jaxpr(one), inner_jaxpr(other)
+        if small is None or large is None or len(small.jaxpr.invars) != len(operands):
             return None
-        if len(inner[0].jaxpr.invars) != len(operands):
-            return None
-        return self._inner(*inner, operands)  # pyright: ignore[reportArgumentType]
+        return self._inner(small, large, operands)
 
     def _inner(
         self, small: core.ClosedJaxpr, large: core.ClosedJaxpr, operands: list[Value]
@@ -217,9 +215,9 @@ class Reader:
 
     def _unite_values(self, values: Sequence[Value]) -> None:
         for nodes in zip(*(value.nodes for value in values), strict=True):
-            first, *rest = [node for labels in nodes for node in labels] or [None]
-            for node in rest:
-                self.unite(node, first)  # pyright: ignore[reportArgumentType]
+            met = [node for labels in nodes for node in labels]
+            for node in met[1:]:
+                self.unite(node, met[0])
 
     def _scan(self, one: core.JaxprEqn, other: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         """Reads the body once; what is carried has the same axes before and after it."""
@@ -346,8 +344,8 @@ def _scales(name: str, operands: Sequence[Value], kind: int) -> frozenset[str] |
         return None
     first = operands[0].scales
     if name in ("add", "sub", "add_any"):
-        both = [operand.scales for operand in operands]
-        return None if None in both else frozenset().union(*both)  # pyright: ignore[reportArgumentType]
+        known = [one for operand in operands if (one := operand.scales) is not None]
+        return frozenset().union(*known) if len(known) == len(operands) else None
     if name in ("mul", "dot_general", "conv_general_dilated"):
         found = [one for operand in operands if (one := operand.scales) is not None]
         return min(found, key=len, default=None)
