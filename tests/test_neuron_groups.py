@@ -240,7 +240,7 @@ def halves(x):
 FEATURES = "features of a layer that reads it depend on others of its features too"
 NOT_0 = "a neuron that is 0 is not 0 where 'w2' reads it: its activation is not 0 at 0"
 FLAT = "what follows is flat at 0: a small neuron has no effect"
-NORMALIZED = "a normalization stands before 'w2'"
+NORMALIZED = "a normalization without a scale stands before 'w2'"
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,8 @@ def test_widths_that_the_inputs_fix():
 
     params = draw(0, w1=(5, 5), w2=(5, 2))
     assert find(outputs, params)["w1"].blocker == NOT_0
-    # Two examples whose first feature is 0, as pixels at an edge, do not tell; widening does.
-    batch = VECTORS[0].at[:2, 0].set(0), VECTORS[1]
+    # Three examples whose first feature is 0, as pixels at an edge, do not tell; widening does.
+    batch = VECTORS[0].at[:3, 0].set(0), VECTORS[1]
     group = find(outputs, params, batch)["w1"]
     assert group.blocker is None
     with pytest.raises(ValueError, match=r"does not take the wider arrays .*'w1': \(5, 6\)"):
@@ -564,10 +564,13 @@ def test_a_linen_network_with_normalization():
 
         return next(iter(find(outputs, params).values()))
 
-    assert (first(nn.LayerNorm).blocker or "").startswith(FEATURES)
+    blocker = first(nn.LayerNorm).blocker or ""
+    assert blocker.startswith(FEATURES) and "'LayerNorm_0/scale'" in blocker
+    assert blocker.endswith("contrib.expand widens it")
     found = first(functools.partial(nn.BatchNorm, use_running_average=False))
-    assert found.blocker is not None
-    assert found.blocker.startswith("a normalization stands before 'Dense_1/kernel'")
+    assert found.blocker is None and found.links == (
+        Link("Dense_0/kernel", "Dense_1/kernel", "same", 0.5, "BatchNorm_0/scale"),
+    )
     assert ("BatchNorm_0/scale", 0, "mean") in found.vectors
     assert ("BatchNorm_0/bias", 0, "zero") in found.vectors
     # With its averages fixed it is a scale.
@@ -849,7 +852,6 @@ def test_curved_activations_are_flat_at_0(activation):
     assert find(functools.partial(hidden, activation), CHAIN)["w1"].blocker == FLAT
 
 
-@defect("a layer that multiplies another, which is 0, counts as normalized")
 def test_gates():
     def outputs(params, inputs):
         gate = jax.nn.sigmoid(inputs @ params["gate"])

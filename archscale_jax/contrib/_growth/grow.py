@@ -165,6 +165,13 @@ def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
             raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
+    for group in groups:
+        scales = [link.scale for link in group.links if link.scale is not None]
+        if method == "gradmax" and scales:
+            raise ValueError(
+                f"neuron group {group.name!r} cannot grow by 'gradmax': fan-ins of 0 have no "
+                f"variance for the normalization of {scales[0]!r}; accepted are tiny, random"
+            )
     numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
     names = [group.name for group in groups]
     for name in numbers:

@@ -73,7 +73,10 @@ def _check_statistics(
     group: NeuronGroup, pair: PairStatistics, kinds: Mapping[str, LayerKind]
 ) -> None:
     alive = int(np.sum(np.diag(pair.before) > 0))
-    biases = sum(kinds[name].bias is not None for name in group.producers)
+    # A normalization takes the mean, and biases with it.
+    biases = sum(
+        kinds[name].bias is not None and not group.scales(name) for name in group.producers
+    )
     if alive <= biases or not np.any(np.asarray(pair.projected)):
         what = "inputs" if alive <= biases else "gradients"
         raise ValueError(

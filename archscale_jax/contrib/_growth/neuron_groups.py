@@ -26,9 +26,11 @@ from archscale_jax.tracing.layers import (
 )
 
 Joint = Literal["same", "mean", "flat"]
+WIDEN = "contrib.expand widens it"
 _STEP = 1e-3  # of a feature, to measure the slope of what follows it at 0
 _TOLERANCE = 1e-2  # of the responses to it, relative; in low precision so many epsilons at least:
 _EPSILONS = 16  # means over positions cancel
+_EXAMPLES = 3  # two that are standardized are 1 and -1, whatever they were
 _SIZES = (1.0, 0.03)  # of features; activations that saturate are flat at the one or the other
 
 
@@ -41,12 +43,15 @@ class Link(NamedTuple):
       joint: what happens to their positions: the `same`, their `mean`, or joined into one vector,
         `flat`, features last.
       slope: of what stands between, activations and pools, at 0; of ReLU 1/2, the mean of its two.
+      scale: of a batch normalization that stands between, the name of its scale: the size of a
+        neuron is its entry there, and that of its fan-in does not matter. None where it does.
     """
 
     producer: str
     consumer: str
     joint: Joint
     slope: float
+    scale: str | None = None
 
 
 class NeuronGroup(NamedTuple):
@@ -89,6 +94,11 @@ class NeuronGroup(NamedTuple):
         slopes = {(link.producer, link.consumer): link.slope for link in self.links}
         return slopes.get((producer, consumer), 0.0)
 
+    def scales(self, producer: str) -> tuple[tuple[str, int], ...]:
+        """Returns the scales of the normalizations behind a layer, and their axes of neurons."""
+        names = {link.scale for link in self.links if link.producer == producer}
+        return tuple((name, axis) for name, axis, _ in self.vectors if name in names)
+
     def joint(self, consumer: str) -> Joint:
         """Returns what happens to positions before a layer reads them."""
         return next(link.joint for link in self.links if link.consumer == consumer)
@@ -105,7 +115,7 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
     Args:
       loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
       params: tree of arrays.
-      batch: tree of arrays [n, ...], n examples; two of them are read.
+      batch: tree of arrays [n, ...], n examples; three of them are read.
 
     Returns:
       All groups; those that cannot grow say why in `blocker`.
@@ -120,7 +130,7 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
                 f"batch holds {leaf!r}; accepted are arrays with examples along their first axis: "
                 "bind keys and constants to loss_fn"
             )
-    batch = jax.tree.map(lambda array: array[:2], batch)
+    batch = jax.tree.map(lambda array: array[:_EXAMPLES], batch)
     probe = _Probe(loss_fn, params, batch)
     return tuple(_group(probe, producers) for producers in _summed(probe))
 
@@ -261,8 +271,8 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
         return group._replace(blocker="no layer reads its outputs")
     if any(name in probe.mixed for name in producers):
         return group._replace(
-            blocker="features of a layer that reads it depend on others of its features too: it "
-            "is normalized over features, joined to others or split"
+            blocker="features of a layer that reads it depend on others of its features too: "
+            f"{_mixture(probe, producers, list(patterns))}"
         )
     shared = [name for name in biases if name not in axes]
     if shared:
@@ -272,27 +282,11 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
 
 def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
     """Measures what stands between, on the neutral first neuron of a network that is 0 else."""
-    neutral = {}
-    for name, axis, value in group.vectors:
-        leaf = np.asarray(probe.leaves[name])
-        neutral[name] = np.array(neutral.get(name, leaf))
-        neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
-    zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
-    rest = probe.between(zeros, neutral).inputs
+    trial = _Trial(probe, group)
     links = []
     for producer in group.producers:
-        entries = np.random.default_rng(1).normal(size=zeros[producer].shape[:-1])
-        # Low precision rounds a step, and the slope is one over the step that was made.
-        made = np.asarray(_STEP * entries, zeros[producer].dtype).astype(np.float64) / _STEP
-        answers = [rest]
-        for size in (_STEP, -_STEP, 1.0, 2.0):
-            moved = zeros[producer].copy()
-            moved[..., 0] = size * entries
-            answers.append(probe.between({**zeros, producer: moved}, neutral).inputs)
-        count = zeros[producer].shape[-1]
         for consumer in (one for one in probe.outputs if one in probe.reached[producer]):
-            reads = [np.asarray(answer[consumer])[..., ::count] for answer in answers]
-            link = _link(producer, consumer, made, reads)
+            link = trial.link(producer, consumer)
             if isinstance(link, str):
                 return group._replace(blocker=link)
             links.append(link)
@@ -301,27 +295,163 @@ def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
         return group._replace(blocker="the layers that make it have different positions")
     if not any(link.slope for link in links):
         return group._replace(blocker="what follows is flat at 0: a small neuron has no effect")
-    return group._replace(links=tuple(links))
+    blocker = _shared_norm(links)
+    return group._replace(links=() if blocker else tuple(links), blocker=blocker)
+
+
+def _shared_norm(links: Sequence[Link]) -> str | None:
+    """What keeps the size of a neuron from being an entry of scales of its layer's own."""
+    for link in links:
+        if link.scale is None:
+            continue
+        others = [one for one in links if one.scale != link.scale and one.producer == link.producer]
+        makers = {one.producer for one in links if one.scale == link.scale}
+        if len(makers) > 1:
+            return (
+                f"the normalization of {link.scale!r} takes the sum of {_named(makers)}: new "
+                f"neurons of theirs have no closed form; {WIDEN}"
+            )
+        if any(one.scale is None for one in others):
+            return (
+                f"the outputs of {link.producer!r} are read behind the normalization of "
+                f"{link.scale!r}, where the size of a neuron does not matter, and without it by "
+                f"{_named(one.consumer for one in others if one.scale is None)}; {WIDEN}"
+            )
+    return None
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _mixture(probe: _Probe, producers: list[str], consumers: list[str]) -> str:
+    """Says what makes features depend on others: a normalization is told by what it forgets."""
+    count = probe.outputs[producers[0]].shape[-1]
+    axes = [one for one in probe.vectors if probe.leaves[one[0]].shape[one[1]] == count]
+    scales = [one for one in axes if "scale" in probe.kinds.get(one[0], set())]
+    once, twice = (
+        probe.between(
+            {name: (size * probe.base[name]).astype(probe.base[name].dtype) for name in producers},
+            {name: size * probe.leaves[name] for name, axis in axes if (name, axis) not in scales},
+        ).inputs
+        for size in (1 / _SIZES[-1], 2 / _SIZES[-1])
+    )
+    for consumer in consumers:
+        if np.any(once[consumer]) and np.allclose(once[consumer], twice[consumer], rtol=1e-2):
+            names = [name for name, axis in scales if consumer in probe.vectors[name, axis]]
+            of = f" of {_named(names)}" if names else ""
+            return f"the normalization{of} before {consumer!r} is taken over features; {WIDEN}"
+    return (
+        "they are joined to others, split, or multiplied by others as in heads of attention; "
+        "contrib.expand may widen them"
+    )
+
+
+class _Trial:
+    """The neutral first neuron of a group, in a network that is 0 else, at several sizes."""
+
+    def __init__(self, probe: _Probe, group: NeuronGroup):
+        self._probe = probe
+        self._scales = {
+            name: axis for name, axis, value in group.vectors if value != "zero"
+        }  # of what may be the scale of a normalization
+        self._neutral: dict[str, np.ndarray] = {}
+        for name, axis, value in group.vectors:
+            leaf = np.asarray(probe.leaves[name])
+            self._neutral[name] = np.array(self._neutral.get(name, leaf))
+            self._neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
+        self._zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
+        self._read: dict[tuple[str, float, str | None, float], BetweenLayers] = {}
+
+    def link(self, producer: str, consumer: str) -> Link | str:
+        """Returns how a layer reads the neuron, or what blocks it."""
+        zeros = self._zeros[producer]
+        # Low precision rounds a step, and the slope is one over the step that was made.
+        step = float(np.asarray(_STEP, zeros.dtype))
+        rest, up, down, once, twice = (
+            self._answer(producer, consumer, size) for size in (0, _STEP, -_STEP, 1, 2)
+        )
+        if np.any(rest != 0):
+            return (
+                f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
+                "at 0"
+            )
+        entries = self._entries(producer)
+        if not np.allclose(once, twice, rtol=1e-3):
+            made = np.asarray(_STEP * entries, zeros.dtype).astype(np.float64)
+            return _link(producer, consumer, made, up, down)
+        if not np.any(once):
+            return (
+                f"{producer!r} is multiplied by what other layers make before {consumer!r} reads "
+                f"it: a small neuron in both is of second order; {WIDEN}"
+            )
+        return self._behind_norm(producer, consumer, step)
+
+    def _behind_norm(self, producer: str, consumer: str, step: float) -> Link | str:
+        entries = self._entries(producer)
+        if len(entries) < _EXAMPLES:
+            return (
+                f"a normalization stands before {consumer!r}, of which {len(entries)} examples do "
+                f"not tell over what; give {_EXAMPLES}"
+            )
+        made = step * (entries - entries.mean()) / entries.std()
+        seen = [name for name in self._scales
+                if not np.any(self._answer(producer, consumer, 1, name, 0))]  # fmt: skip
+        if not seen:
+            return (
+                f"a normalization without a scale stands before {consumer!r}: the size of a new "
+                f"neuron would not matter, and it would not begin at 0; {WIDEN}"
+            )
+        for name in seen:
+            up, down, once, twice = (
+                self._answer(producer, consumer, 1, name, size) for size in (_STEP, -_STEP, 1, 2)
+            )
+            if np.allclose(once, twice, rtol=1e-3):  # before the normalization
+                continue
+            link = _link(producer, consumer, made, up, down)
+            if not isinstance(link, str):
+                return link._replace(scale=name)
+        return (
+            f"the normalization of {_named(seen)} before {consumer!r} is not taken of the outputs "
+            f"of {producer!r} alone and over all examples and positions, or positions are pooled "
+            f"or moved behind it; {WIDEN}"
+        )
+
+    def _entries(self, producer: str) -> np.ndarray:
+        """Entries of the neuron, of unit variance: statistics of examples and of all differ."""
+        shape = self._zeros[producer].shape[:-1]
+        drawn = np.random.default_rng(1).normal(size=shape)
+        sizes = (1 + np.arange(len(drawn))).reshape(-1, *[1] * (drawn.ndim - 1))
+        drawn = drawn * sizes
+        if drawn.size > 1:
+            drawn = (drawn - drawn.mean()) / drawn.std()
+        return 0.5 + drawn
+
+    def _answer(
+        self, producer: str, consumer: str, size: float, scale: str | None = None, entry: float = 0
+    ) -> np.ndarray:
+        """What a layer reads of so many times the entries, [n, ..., copies]."""
+        key = producer, size, scale, entry
+        if key not in self._read:
+            moved = self._zeros[producer].copy()
+            moved[..., 0] = size * self._entries(producer)
+            neutral = dict(self._neutral)
+            if scale is not None:
+                neutral[scale] = neutral[scale].copy()
+                neutral[scale][_first(self._scales[scale])] = entry
+            self._read[key] = self._probe.between({**self._zeros, producer: moved}, neutral)
+        count = self._zeros[producer].shape[-1]
+        return np.asarray(self._read[key].inputs[consumer])[..., ::count]
 
 
 def _link(
-    producer: str, consumer: str, made: Float[np.ndarray, "n *s"], reads: Sequence[np.ndarray]
+    producer: str, consumer: str, made: Float[np.ndarray, "n *s"], up: np.ndarray, down: np.ndarray
 ) -> Link | str:
     """Returns how a layer reads a neuron with the entries `made`, or what blocks it.
 
-    `reads` is what it reads, [n, ..., copies], at 0, `_STEP`, -`_STEP`, 1 and 2 times the entries.
+    It reads `up` of them and `down` of their opposite, [n, ..., copies].
     """
-    rest, up, down, once, twice = reads
-    if np.any(rest != 0):
-        return (
-            f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 at 0"
-        )
-    if np.allclose(once, twice, rtol=1e-3):
-        return (
-            f"a normalization stands before {consumer!r}: the size of a new neuron would not "
-            "matter, and it would not begin at 0"
-        )
-    response = (up.astype(np.float64) - down.astype(np.float64)) / (2 * _STEP)
+    response = (up.astype(np.float64) - down.astype(np.float64)) / 2
     joint, expected = "same", made[..., None]
     if response.shape != expected.shape:
         joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)

@@ -14,7 +14,7 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.measured import Measured
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.neurons import Neurons, finite, new_neurons, with_sign
-from archscale_jax.contrib._growth.statistics import Block, PairStatistics, blocks
+from archscale_jax.contrib._growth.statistics import Block, PairStatistics, blocks, deviations
 from archscale_jax.contrib._growth.widen import occupied
 
 METHODS = ("tiny", "gradmax", "random")
@@ -66,7 +66,8 @@ def solve(
         for group in groups:
             both = blocks(group, measured.kinds, params, restricted)
             used = np.flatnonzero(occupied(params, group))
-            found[group.name] = _normalized(found[group.name], leaves, *both, used)
+            pair = measured.pairs[group.name]
+            found[group.name] = _normalized(found[group.name], group, pair, leaves, *both, used)
     return found
 
 
@@ -110,29 +111,38 @@ def _within_budget(found: Mapping[str, Neurons], budget: int) -> dict[str, int]:
 
 def _normalized(
     neurons: Neurons,
+    group: NeuronGroup,
+    pair: PairStatistics,
     leaves: Mapping[str, Any],
     made: list[Block],
     read: list[Block],
     places: np.ndarray,
 ) -> Neurons:
-    """Gives new neurons the size of those at `places`: the root mean squares of both norms."""
+    """Gives new neurons the size of those at `places`: the root mean squares of both norms.
+
+    Behind a batch normalization the entry in its scale is the size of a neuron, not its fan-in.
+    """
     if not len(places) or not neurons.number:
         return neurons
     capacity = leaves[made[0].weight].shape[-1]
-    fan_in = [np.asarray(leaves[one.weight])[..., places] for one in made]
+    new_in = list(deviations(group, made, pair, neurons.fan_in).values()) or [neurons.fan_in]
+    fan_in = [
+        np.take(np.asarray(leaves[name]), places, axis)
+        for one in made for name, axis in group.scales(one.weight)[:1]
+    ] or [np.asarray(leaves[one.weight])[..., places] for one in made]  # fmt: skip
     fan_out = []
     for one in read:
         leaf = np.asarray(leaves[one.weight])
         fan_out.append(leaf.reshape(-1, capacity, leaf.shape[-1])[:, places])
 
-    def scale(new: np.ndarray, old: list[np.ndarray]) -> float:
-        size = np.sqrt(np.sum(np.square(new)) / neurons.number)
+    def scale(new: list[np.ndarray], old: list[np.ndarray]) -> float:
+        size = np.sqrt(sum(np.sum(np.square(one)) for one in new) / neurons.number)
         total = sum(float(np.sum(np.square(part.astype(np.float64)))) for part in old)
         return np.sqrt(total / len(places)) / size if size > 0 and total > 0 else 1.0
 
     return neurons._replace(
-        fan_in=neurons.fan_in * scale(neurons.fan_in, fan_in),
-        fan_out=neurons.fan_out * scale(neurons.fan_out, fan_out),
+        fan_in=neurons.fan_in * scale(new_in, fan_in),
+        fan_out=neurons.fan_out * scale([neurons.fan_out], fan_out),
     )
 
 

@@ -26,7 +26,8 @@ class PairStatistics(NamedTuple):
     Attributes:
       examples: n.
       positions: rows of B⁻ in all, examples times positions.
-      before: Σ B⁻ B⁻ᵀ, [A, A].
+      before: Σ B⁻ B⁻ᵀ, [A, A]; where a batch normalization stands behind the layer, of B⁻ less
+        its mean over the batch.
       targets: Σ B⁻ Vᵀ, [A, O].
       projected: Σ B⁻ V_projᵀ, [A, O].
     """
@@ -90,8 +91,11 @@ def _pair_sums(
     )
     grid = gradients[group.producers[0]].outputs.shape[1:-1]
 
+    means = _means(group, kinds, arrays[0])
+
     def sums(inputs: dict[str, Array], targets: dict[str, Array]) -> tuple[Array, Array, Array]:
         rows = {name: rows_of(kinds[name], inputs[name]) for name in names[0]}
+        rows |= {name: rows[name] - mean for name, mean in means.items()}
         stacked = jnp.concatenate([rows[name] for name in names[0]], axis=-1)
         wanted, rest = [], []
         for name in names[1]:
@@ -112,6 +116,23 @@ def _pair_sums(
     count = len(arrays[0][group.producers[0]])
     positions = count * math.prod(grid)
     return PairStatistics(jnp.float32(count), jnp.float32(positions), *found)
+
+
+def _means(
+    group: NeuronGroup, kinds: Mapping[str, LayerKind], inputs: Mapping[str, Array]
+) -> dict[str, Float[Array, " r"]]:
+    """The means of what the layers read behind which a batch normalization stands, by name."""
+
+    def mean(name: str) -> Array:
+        def sums(array: Array) -> tuple[Array, Array]:
+            rows = rows_of(kinds[name], array)
+            return rows.sum(axis=(0, 1)), jnp.float32(rows.shape[0] * rows.shape[1])
+
+        one_by_one = kinds[name].window is not None
+        total, count = sum_over_examples(sums, (inputs[name],), one_by_one=one_by_one)
+        return total / count
+
+    return {name: mean(name) for name in group.producers if group.scales(name)}
 
 
 def _seen(
@@ -169,3 +190,21 @@ def blocks(
         return Block(name, None, entries, len(entries) * outputs)
 
     return [maker(name) for name in group.producers], [reader(name) for name in group.consumers]
+
+
+def deviations(
+    group: NeuronGroup, made: list[Block], pair: PairStatistics, fan_in: Float[np.ndarray, "a k"]
+) -> dict[str, Float[np.ndarray, " k"]]:
+    """Returns the standard deviations of K neurons before batch normalizations.
+
+    Of what every layer that has one behind it adds to them, by the names of weights.
+    """
+    found, start = {}, 0
+    for block in made:
+        own = slice(start, start + block.size)
+        start += block.size
+        if group.scales(block.weight):
+            covariance = np.asarray(pair.before[own, own], np.float64) / float(pair.positions)
+            variance = np.einsum("ak,ab,bk->k", fan_in[own], covariance, fan_in[own])
+            found[block.weight] = np.sqrt(np.maximum(variance, 0.0))
+    return found
