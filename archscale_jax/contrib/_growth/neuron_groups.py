@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from archscale_jax._trees import PyTree, named_leaves, with_leaves
 from archscale_jax.tracing.layers import (
@@ -150,9 +150,10 @@ def _summed(probe: "_Probe") -> list[list[str]]:
 class _Probe:
     """The function between the layers, and which features of which layers depend on which others.
 
-    What is added to features, biases and offsets, is taken as 0.
+    What is added to features, biases and offsets, is taken as 0, and a scale of 0 as 1.
 
     Attributes:
+      hiding: scales with entries of 0, as they are.
       biases: of the layers that have one, its name.
       outputs: shapes of the outputs of the layers, by the names of weights, in their order.
       reached: by producer, the consumers whose inputs depend on it, and which of their features
@@ -173,6 +174,13 @@ class _Probe:
             # What is added could hold an activation where it is flat.
             if self.is_offset(name) and name not in self.outputs:
                 self.leaves[name] = jnp.zeros_like(leaf)
+        self.hiding = {
+            name: leaf
+            for name, leaf in self.leaves.items()
+            if "scale" in self.kinds.get(name, set()) and np.any(leaf == 0)
+        }
+        for name, leaf in self.hiding.items():
+            self.leaves[name] = jnp.where(leaf == 0, jnp.ones_like(leaf), leaf)
 
         @jax.jit
         def evaluate(outputs: dict[str, Array], leaves: dict[str, Array]) -> BetweenLayers:
@@ -282,11 +290,13 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
 
 def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
     """Measures what stands between, on the neutral first neuron of a network that is 0 else."""
-    trial = _Trial(probe, group)
+    trial, true = _Trial(probe, group, {}), _Trial(probe, group, probe.hiding)
     links = []
     for producer in group.producers:
         for consumer in (one for one in probe.outputs if one in probe.reached[producer]):
             link = trial.link(producer, consumer)
+            if probe.hiding and not isinstance(link, str):
+                link = true.measured(producer, consumer, link.scale) or _moved(producer, consumer)
             if isinstance(link, str):
                 return group._replace(blocker=link)
             links.append(link)
@@ -347,17 +357,21 @@ def _mixture(probe: _Probe, producers: list[str], consumers: list[str]) -> str:
     )
 
 
+def _moved(producer: str, consumer: str) -> str:
+    return f"positions are pooled or moved between {producer!r} and {consumer!r}"
+
+
 class _Trial:
     """The neutral first neuron of a group, in a network that is 0 else, at several sizes."""
 
-    def __init__(self, probe: _Probe, group: NeuronGroup):
+    def __init__(self, probe: _Probe, group: NeuronGroup, leaves: Mapping[str, Any]):
         self._probe = probe
         self._scales = {
             name: axis for name, axis, value in group.vectors if value != "zero"
         }  # of what may be the scale of a normalization
-        self._neutral: dict[str, np.ndarray] = {}
+        self._neutral = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         for name, axis, value in group.vectors:
-            leaf = np.asarray(probe.leaves[name])
+            leaf = np.asarray(leaves.get(name, probe.leaves[name]))
             self._neutral[name] = np.array(self._neutral.get(name, leaf))
             self._neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
         self._zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
@@ -365,57 +379,72 @@ class _Trial:
 
     def link(self, producer: str, consumer: str) -> Link | str:
         """Returns how a layer reads the neuron, or what blocks it."""
-        zeros = self._zeros[producer]
-        # Low precision rounds a step, and the slope is one over the step that was made.
-        step = float(np.asarray(_STEP, zeros.dtype))
-        rest, up, down, once, twice = (
-            self._answer(producer, consumer, size) for size in (0, _STEP, -_STEP, 1, 2)
-        )
+        rest, once, twice = (self._answer(producer, consumer, size) for size in (0, 1, 2))
         if np.any(rest != 0):
             return (
                 f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
                 "at 0"
             )
-        entries = self._entries(producer)
-        if not np.allclose(once, twice, rtol=1e-3):
-            made = np.asarray(_STEP * entries, zeros.dtype).astype(np.float64)
-            return _link(producer, consumer, made, up, down)
         if not np.any(once):
             return (
                 f"{producer!r} is multiplied by what other layers make before {consumer!r} reads "
-                f"it: a small neuron in both is of second order; {WIDEN}"
+                f"it: a neuron that is small in both is of second order; {WIDEN}"
             )
-        return self._behind_norm(producer, consumer, step)
+        if np.allclose(once, twice, rtol=1e-3):
+            return self._behind_norm(producer, consumer)
+        return self.measured(producer, consumer, None) or _moved(producer, consumer)
 
-    def _behind_norm(self, producer: str, consumer: str, step: float) -> Link | str:
-        entries = self._entries(producer)
-        if len(entries) < _EXAMPLES:
+    def _behind_norm(self, producer: str, consumer: str) -> Link | str:
+        examples = len(self._zeros[producer])
+        if examples < _EXAMPLES:
             return (
-                f"a normalization stands before {consumer!r}, of which {len(entries)} examples do "
-                f"not tell over what; give {_EXAMPLES}"
+                f"a normalization stands before {consumer!r}, of which {examples} examples do not "
+                f"tell over what; give {_EXAMPLES}"
             )
-        made = step * (entries - entries.mean()) / entries.std()
         seen = [name for name in self._scales
                 if not np.any(self._answer(producer, consumer, 1, name, 0))]  # fmt: skip
         if not seen:
             return (
-                f"a normalization without a scale stands before {consumer!r}: the size of a new "
-                f"neuron would not matter, and it would not begin at 0; {WIDEN}"
+                f"a normalization without a scale that could be 0 stands before {consumer!r}: the "
+                f"size of a new neuron would not matter, and it would not begin at 0; {WIDEN}"
             )
         for name in seen:
-            up, down, once, twice = (
-                self._answer(producer, consumer, 1, name, size) for size in (_STEP, -_STEP, 1, 2)
-            )
-            if np.allclose(once, twice, rtol=1e-3):  # before the normalization
-                continue
-            link = _link(producer, consumer, made, up, down)
-            if not isinstance(link, str):
-                return link._replace(scale=name)
+            once, twice = (self._answer(producer, consumer, 1, name, size) for size in (1, 2))
+            before = np.allclose(once, twice, rtol=1e-3)
+            link = None if before else self.measured(producer, consumer, name)
+            if link is not None:
+                return link
         return (
             f"the normalization of {_named(seen)} before {consumer!r} is not taken of the outputs "
             f"of {producer!r} alone and over all examples and positions, or positions are pooled "
             f"or moved behind it; {WIDEN}"
         )
+
+    def measured(self, producer: str, consumer: str, scale: str | None) -> Link | None:
+        """Returns the link whose size is that of a fan-in, or an entry of a scale, if it is one."""
+        entries, dtype = self._entries(producer), self._zeros[producer].dtype
+        if scale is None:
+            up, down = (self._answer(producer, consumer, size) for size in (_STEP, -_STEP))
+            # Low precision rounds a step, and the slope is one over the step that was made.
+            made = np.asarray(_STEP * entries, dtype).astype(np.float64)
+        else:
+            up, down = (
+                self._answer(producer, consumer, 1, scale, size) for size in (_STEP, -_STEP)
+            )
+            made = float(np.asarray(_STEP, dtype)) * (entries - entries.mean()) / entries.std()
+        response = (up.astype(np.float64) - down.astype(np.float64)) / 2
+        joint, expected = "same", made[..., None]
+        if response.shape != expected.shape:
+            joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)
+        if response.shape != expected.shape:
+            joint, expected = "flat", made.reshape(len(made), -1)
+        if response.shape != expected.shape:
+            return None
+        slope = np.vdot(response, expected) / np.vdot(expected, expected)
+        tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(up.dtype).eps))
+        if np.linalg.norm(response - slope * expected) > tolerance * np.linalg.norm(response):
+            return None
+        return Link(producer, consumer, joint, float(f"{slope:.4g}"), scale)
 
     def _entries(self, producer: str) -> np.ndarray:
         """Entries of the neuron, of unit variance: statistics of examples and of all differ."""
@@ -442,24 +471,3 @@ class _Trial:
             self._read[key] = self._probe.between({**self._zeros, producer: moved}, neutral)
         count = self._zeros[producer].shape[-1]
         return np.asarray(self._read[key].inputs[consumer])[..., ::count]
-
-
-def _link(
-    producer: str, consumer: str, made: Float[np.ndarray, "n *s"], up: np.ndarray, down: np.ndarray
-) -> Link | str:
-    """Returns how a layer reads a neuron with the entries `made`, or what blocks it.
-
-    It reads `up` of them and `down` of their opposite, [n, ..., copies].
-    """
-    response = (up.astype(np.float64) - down.astype(np.float64)) / 2
-    joint, expected = "same", made[..., None]
-    if response.shape != expected.shape:
-        joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)
-    if response.shape != expected.shape:
-        joint, expected = "flat", made.reshape(len(made), -1)
-    if response.shape == expected.shape:
-        slope = np.vdot(response, expected) / np.vdot(expected, expected)
-        tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(up.dtype).eps))
-        if np.linalg.norm(response - slope * expected) <= tolerance * np.linalg.norm(response):
-            return Link(producer, consumer, joint, float(f"{slope:.4g}"))
-    return f"positions are pooled or moved between {producer!r} and {consumer!r}"
