@@ -1,6 +1,7 @@
 """Growth behind normalizations, against finite differences, random search and whole models."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -384,3 +385,45 @@ def test_a_residual_network_of_nnx():
     assert "'norms/2/scale' takes the sum of" in (found[0].blocker or "")
     growth = trains_on(outputs, params, batch, groups)
     assert named_leaves(growth.params)["norms/1/scale"].shape == (4,)
+
+
+class Decoder(nn.Module):
+    """A pre-norm block on tokens; attention is of layers of other forms."""
+
+    hidden: int
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"param_dtype": jnp.float64}
+        x = nn.Dense(8, name="embed", **options)(x)
+        y = self.norm(**options)(x)
+        x += nn.MultiHeadDotProductAttention(2, **options)(y, y)
+        y = nn.Dense(self.hidden, name="up", **options)(self.norm(**options)(x))
+        x += nn.Dense(8, name="down", **options)(nn.gelu(y))
+        return nn.Dense(2, name="readout", **options)(jnp.mean(self.norm(**options)(x), axis=1))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_the_mlp_of_a_pre_norm_decoder(norm):
+    def outputs(params, inputs):
+        hidden = params["up"]["kernel"].shape[-1]
+        return Decoder(hidden, norm).apply({"params": params}, inputs)
+
+    images, targets = image_batch()
+    batch = images.reshape(len(images), 12, 6), targets
+    params = jax.jit(Decoder(3, norm).init)(jax.random.key(0), batch[0])["params"]
+    loss = growing.squared(outputs)
+    found = archscale.contrib.find_neuron_groups(loss, params, batch)
+    groups = [one for one in found if one.blocker is None]
+    assert [(one.producers, one.consumers) for one in groups] == [
+        (("up/kernel",), ("down/kernel",))
+    ]
+    trains_on(outputs, params, batch, groups)
+    stream = next(one for one in found if one.name == "embed/kernel")
+    assert stream.producers == ("embed/kernel", "down/kernel")
+    assert f"the normalization of '{norm.__name__}_1/scale' before 'up/kernel' is" in (
+        stream.blocker or ""
+    )
+    heads = next(one for one in found if one.name.endswith("query/kernel"))
+    assert "accepted are x @ W" in (heads.blocker or "")

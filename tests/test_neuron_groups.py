@@ -1,6 +1,7 @@
 """Neurons found in functions that are known by construction, and slots for them."""
 
 import functools
+import re
 from typing import Any
 
 import equinox as eqx
@@ -437,28 +438,33 @@ def scanned(params, inputs):
     return lax.scan(layer, inputs @ params["w1"], params["stack"])[0] @ params["w2"]
 
 
-ERRORS: dict[str, Any] = {
-    "scan": (scanned, {"w1": (5, 4), "stack": (3, 4, 4), "w2": (4, 2)}, "'stack'"),
+OTHERS: dict[str, Any] = {
+    "scan": (scanned, {"w1": (5, 4), "stack": (3, 4, 4), "w2": (4, 2)}, "stack",
+             "the layer of .'stack'. .* made of several leaves"),
     "depthwise": (depthwise, {"k1": (3, 3, 2, 3), "depthwise": (3, 3, 1, 3), "w": (3, 2)},
-                  "'depthwise' .* in one group"),
+                  "depthwise", "'depthwise' .* in one group"),
     "tied": (lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w1"] @ p["w2"],
-             {"w1": (5, 5), "w2": (5, 2)}, "2 layers share the weight 'w1'"),
+             {"w1": (5, 5), "w2": (5, 2)}, "w1", "2 layers share the weight 'w1'"),
     "reordered": (
         lambda p, x: jnp.tanh(x @ p["w1"].astype(jnp.float32)[::-1]) @ p["w2"],
-        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or changed first"),
+        {"w1": (5, 4), "w2": (4, 2)}, "w1", "'w1' .* is transposed or changed first"),
     "weight_norm": (
         lambda p, x: jnp.tanh(x @ (p["w1"] / jnp.linalg.norm(p["w1"], axis=0))) @ p["w2"],
-        {"w1": (5, 4), "w2": (4, 2)}, "'w1' .* is transposed or changed first"),
+        {"w1": (5, 4), "w2": (4, 2)}, "w1", "'w1' .* is transposed or changed first"),
     "transposed": (lambda p, x: jnp.einsum("oi,ni->no", p["w1"], x) @ p["w2"],
-                   {"w1": (4, 5), "w2": (4, 2)}, "accepted are x @ W"),
+                   {"w1": (4, 5), "w2": (4, 2)}, "w1", "accepted are x @ W"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_layers_of_other_forms_raise(name):
-    outputs, shapes, match = ERRORS[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_forms_are_blocked_and_raise_where_they_are_measured(name):
+    outputs, shapes, weight, match = OTHERS[name]
+    params, batch = draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS
+    found = find(outputs, params, batch)
+    assert re.search(match, found[weight].blocker or "") and found[weight].producers == (weight,)
+    assert all(one.blocker for one in found.values())
     with pytest.raises(archscale.TraceError, match=match):
-        find(outputs, draw(0, **shapes), IMAGES if name == "depthwise" else VECTORS)
+        archscale.bottleneck(squared(outputs), params, [batch])
 
 
 # Models of other libraries.
@@ -608,8 +614,9 @@ def test_equinox():
     # Its own layers multiply from the left.
     mlp = eqx.nn.MLP(5, 2, 4, 1, key=jax.random.key(0), dtype=jnp.float64)
     params, rest = eqx.partition(mlp, eqx.is_array)
-    with pytest.raises(archscale.TraceError, match="accepted are x @ W with W"):
-        find(lambda params, inputs: jax.vmap(eqx.combine(params, rest))(inputs), params)
+    found = find(lambda params, inputs: jax.vmap(eqx.combine(params, rest))(inputs), params)
+    assert list(found) == [f"layers/{place}/weight" for place in range(2)]
+    assert all("accepted are x @ W with W" in (one.blocker or "") for one in found.values())
 
 
 def test_haiku():
@@ -675,6 +682,8 @@ def test_transformers_grow_their_feed_forward_blocks():
     assert attention.producers == ("query", "key", "value")
     for one in (stream, attention):
         assert (one.blocker or "").startswith(FEATURES)
+    assert "the normalization before 'query' is taken over features" in (stream.blocker or "")
+    assert "as in heads of attention; contrib.expand" in (attention.blocker or "")
     able = [one for one in found.values() if one.blocker is None]
     assert [(one.producers, one.consumers) for one in able] == [(("widen",), ("narrow",))]
     check_growth(transformer, params, SEQUENCES, able)

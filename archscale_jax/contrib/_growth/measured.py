@@ -44,8 +44,9 @@ def measure(
       TraceError: see `grow`.
       ValueError: see `grow`.
     """
-    kinds = layer_kinds(loss_fn, params, batches[0])
     names = readers(groups)
+    layers = {*names, *(name for group in groups for name in group.producers)}
+    kinds = layer_kinds(loss_fn, params, batches[0], layers)
     found = bottleneck(loss_fn, params, batches, layers=names, cutoff=cutoff)
     leaves = named_leaves(params)
     by_name = {kind.weight: kind for kind in kinds}

@@ -20,7 +20,7 @@ from archscale_jax.tracing.layers import (
     BetweenLayers,
     Loss,
     between_layers,
-    layer_kinds,
+    find_layers,
     layer_outputs,
     parameter_kinds,
 )
@@ -118,10 +118,12 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
       batch: tree of arrays [n, ...], n examples; three of them are read.
 
     Returns:
-      All groups; those that cannot grow say why in `blocker`.
+      All groups; those that cannot grow say why in `blocker`. Layers that are neither `x @ W` nor a
+      convolution of images [n, rows, columns, inputs] in one group, or share their weights, as
+      projections to heads [inputs, heads, features] and layers of a scan, come last.
 
     Raises:
-      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
+      TraceError: what `trace` raises.
       ValueError: a batch that holds anything but arrays of examples.
     """
     for leaf in jax.tree.leaves(batch):
@@ -132,7 +134,9 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
             )
     batch = jax.tree.map(lambda array: array[:_EXAMPLES], batch)
     probe = _Probe(loss_fn, params, batch)
-    return tuple(_group(probe, producers) for producers in _summed(probe))
+    found = [_group(probe, producers) for producers in _summed(probe)]
+    others = probe.others.items()
+    return (*found, *(NeuronGroup(name, (name,), (), (), reason) for name, reason in others))
 
 
 def _summed(probe: "_Probe") -> list[list[str]]:
@@ -153,6 +157,7 @@ class _Probe:
     What is added to features, biases and offsets, is taken as 0, and a scale of 0 as 1.
 
     Attributes:
+      others: layers that cannot grow, and why; they are a part of what stands between.
       hiding: scales with entries of 0, as they are.
       biases: of the layers that have one, its name.
       outputs: shapes of the outputs of the layers, by the names of weights, in their order.
@@ -164,7 +169,7 @@ class _Probe:
     """
 
     def __init__(self, loss_fn: Loss, params: PyTree, batch: Any):
-        kinds = layer_kinds(loss_fn, params, batch)
+        kinds, self.others = find_layers(loss_fn, params, batch)
         self.biases = {kind.weight: kind.bias for kind in kinds if kind.bias is not None}
         shapes = layer_outputs(loss_fn, params, batch)
         self.outputs = {kind.weight: shapes[kind.weight] for kind in kinds}
@@ -272,15 +277,14 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
     )
     group = NeuronGroup(first, tuple(producers), vectors, (), None)
     if any(name in probe.observed for name in producers):
-        return group._replace(
-            blocker="no layer follows: the result depends on its outputs themselves"
-        )
+        follows = "no layer follows" if not probe.others else "no layer that could grow follows"
+        return group._replace(blocker=f"{follows}: the result depends on its outputs themselves")
     if not patterns:
         return group._replace(blocker="no layer reads its outputs")
     if any(name in probe.mixed for name in producers):
         return group._replace(
             blocker="features of a layer that reads it depend on others of its features too: "
-            f"{_mixture(probe, producers, list(patterns))}"
+            f"{_mixture(probe, producers, [one for one in probe.outputs if one in patterns])}"
         )
     shared = [name for name in biases if name not in axes]
     if shared:
@@ -339,17 +343,19 @@ def _mixture(probe: _Probe, producers: list[str], consumers: list[str]) -> str:
     count = probe.outputs[producers[0]].shape[-1]
     axes = [one for one in probe.vectors if probe.leaves[one[0]].shape[one[1]] == count]
     scales = [one for one in axes if "scale" in probe.kinds.get(one[0], set())]
+    added = {name: np.zeros_like(probe.leaves[name]) for name, axis in axes
+             if (name, axis) not in scales}  # fmt: skip
     once, twice = (
         probe.between(
             {name: (size * probe.base[name]).astype(probe.base[name].dtype) for name in producers},
-            {name: size * probe.leaves[name] for name, axis in axes if (name, axis) not in scales},
+            added,
         ).inputs
         for size in (1 / _SIZES[-1], 2 / _SIZES[-1])
     )
     for consumer in consumers:
         if np.any(once[consumer]) and np.allclose(once[consumer], twice[consumer], rtol=1e-2):
-            names = [name for name, axis in scales if consumer in probe.vectors[name, axis]]
-            of = f" of {_named(names)}" if names else ""
+            own = [name for name, axis in scales if probe.vectors[name, axis].get(consumer) == (0,)]
+            of = f" of {_named(own)}" if own else ""
             return f"the normalization{of} before {consumer!r} is taken over features; {WIDEN}"
     return (
         "they are joined to others, split, or multiplied by others as in heads of attention; "

@@ -72,8 +72,9 @@ def pair_statistics(
     `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
     beyond them is summed.
     """
-    _, gradients = layer_gradients(loss_fn, params, batch)
     by_name = {kind.weight: kind for kind in kinds}
+    names = {name for group in groups for name in (*group.producers, *group.consumers)}
+    _, gradients = layer_gradients(loss_fn, params, batch, names)
     return {one.name: _pair_sums(one, by_name, gradients, updates, restricted) for one in groups}
 
 
