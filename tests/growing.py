@@ -173,6 +173,22 @@ def normalized_residual(activation=jnp.tanh, count: int = 12) -> Network:
 
 
 @functools.cache
+def gated(activation=jax.nn.silu, count: int = 12) -> Network:
+    """A gated feed-forward block on normalized tokens, with biases and a scale on its neurons."""
+
+    def outputs(params, inputs):
+        x = inputs / jnp.sqrt(jnp.mean(jnp.square(inputs), -1, keepdims=True))
+        gate = activation(x @ params["gate"] + params["gate_bias"])
+        hidden = gate * (x @ params["up"] + params["up_bias"]) * params["scale"]
+        return jnp.mean(inputs + hidden @ params["down"], axis=1)
+
+    params = draw(0, gate=(4, 3), gate_bias=(3,), up=(4, 3), up_bias=(3,), down=(3, 4)) | {
+        "scale": jnp.array([0.5, 1.5, 1.0])
+    }
+    return Network(squared(outputs), outputs, params, data(1, count, (5, 4), 4))
+
+
+@functools.cache
 def graph(text: str, kernel_size: int | None, count: int = 30, **options) -> Network:
     """A `DagMLP` or `DagCNN` with GELU."""
     model = create_network(
@@ -198,6 +214,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "flattened": flattened,
     "residual": residual,
     "tokens": tokens,
+    "gated": gated,
     "normalized": normalized,
     "normalized_residual": normalized_residual,
     "dag_mlp": lambda: graph("2_22_012", None),

@@ -142,6 +142,33 @@ def layer_gradients(
     }
 
 
+def layer_response(
+    loss_fn: Loss, params: PyTree, batch: Any, producer: str, consumer: str
+) -> Float[Array, "n *s c"]:
+    """Returns by how much the inputs of a layer change with the outputs of another, all alike.
+
+    Args:
+      loss_fn: `(params, batch)` to a scalar.
+      params: tree of arrays.
+      batch: tree of arrays.
+      producer: the weight of the layer whose outputs change.
+      consumer: the weight of the layer that reads them.
+
+    Raises:
+      TraceError: what `trace` raises.
+    """
+
+    def inputs(shift: Array) -> Array:
+        reading = read(
+            loss_fn, params, (batch,), (), evaluate=True, perturbations={producer: shift}
+        )
+        return next(one.inputs for one in _layers(reading) if one.use.leaf == consumer)
+
+    shape = layer_outputs(loss_fn, params, batch)[producer]
+    shift = jnp.zeros(shape.shape, shape.dtype)
+    return jax.jvp(inputs, (shift,), (jnp.ones_like(shift),))[1]
+
+
 class BetweenLayers(NamedTuple):
     """What stands between the layers of a function, see `between_layers`.
 

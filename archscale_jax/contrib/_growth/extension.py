@@ -17,7 +17,7 @@ from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.neurons import Neurons
 from archscale_jax.contrib._growth.statistics import Block, blocks, deviations
 from archscale_jax.contrib._growth.widen import occupied, widen
-from archscale_jax.tracing.layers import Loss
+from archscale_jax.tracing.layers import LayerKind, Loss
 
 AMPLITUDES = (0.0, *(2.0**power for power in range(-5, 8)))
 """What growth chooses from, where nothing else is asked for."""
@@ -64,9 +64,13 @@ def extend(
         own, _ = widen(params, {group.name: needed[group.name]}, groups)
         made, read = blocks(group, measured.kinds, params, restricted)
         leaves, new, slots = named_leaves(own), neurons[group.name], free[group.name]
+        placed: dict[str, np.ndarray] = {}
+        if group.gates:
+            new, like = _of_gates(new, measured.gates[group.name])
+            placed = _copies(group, measured.kinds, leaves, like, slots)
         added = _changes(new, leaves, made, read, slots)
         sizes = deviations(group, made, measured.pairs[group.name], new.fan_in)
-        placed = _behind_norms(group, sizes, leaves, added, slots)
+        placed |= _behind_norms(group, sizes, leaves, added, slots)
         empty = jax.tree.map(_zeros, own)
         others = {name: count for name, count in needed.items() if name != group.name}
         change, wide = (
@@ -118,6 +122,36 @@ def _changes(
         weight[np.asarray(block.entries)[:, None], slots, :outputs] = new.swapaxes(0, 1)
         found[block.weight] = found.get(block.weight, 0) + weight.reshape(shape)
     return {name: value.astype(leaves[name].dtype) for name, value in found.items()}
+
+
+def _of_gates(
+    neurons: Neurons, gates: Int[np.ndarray, " g"]
+) -> tuple[Neurons, Int[np.ndarray, " k"]]:
+    """Returns gated neurons with the fan-ins of one gate, and the neurons that are gated alike."""
+    rows = len(neurons.fan_in) // len(gates)
+    by_gate = neurons.fan_in.reshape(len(gates), rows, neurons.number)
+    chosen = np.argmax(np.any(by_gate != 0, axis=1), axis=0)
+    return neurons._replace(fan_in=by_gate.sum(axis=0)), gates[chosen]
+
+
+def _copies(
+    group: NeuronGroup,
+    kinds: tuple[LayerKind, ...],
+    leaves: Mapping[str, Any],
+    like: Int[np.ndarray, " k"],
+    slots: Int[np.ndarray, " k"],
+) -> dict[str, np.ndarray]:
+    """Returns what makes K neurons gated, and scaled, as others are; see `_behind_norms`."""
+    own = {kind.bias for kind in kinds if kind.weight in group.makers}
+    copied = [(name, leaves[name].ndim - 1) for name in group.gates]
+    copied += [(name, axis) for name, axis, _ in group.vectors if name not in own]
+    placed = {}
+    for name, axis in copied:
+        leaf = np.asarray(leaves[name])
+        index = [slice(None)] * axis
+        placed[name] = np.zeros_like(leaf)
+        placed[name][*index, slots] = leaf[*index, like] - leaf[*index, slots]
+    return placed
 
 
 def _behind_norms(

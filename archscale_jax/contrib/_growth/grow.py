@@ -165,9 +165,14 @@ def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
             raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
-    for group in groups:
+    for group in groups if method == "gradmax" else ():
+        if group.gates:
+            raise ValueError(
+                f"neuron group {group.name!r} cannot grow by 'gradmax': its neurons are gated by "
+                f"{', '.join(map(repr, group.gates))}; accepted are tiny, random"
+            )
         scales = [link.scale for link in group.links if link.scale is not None]
-        if method == "gradmax" and scales:
+        if scales:
             raise ValueError(
                 f"neuron group {group.name!r} cannot grow by 'gradmax': fan-ins of 0 have no "
                 f"variance for the normalization of {scales[0]!r}; accepted are tiny, random"

@@ -67,6 +67,8 @@ class NeuronGroup(NamedTuple):
       links: to every layer that reads them; each holds rows of a neuron in its weight's last axis
         but one.
       blocker: why the group cannot grow, or None.
+      gates: those of the producers that only make what the outputs of the last are multiplied by. A
+        new neuron is gated as one that is there.
     """
 
     name: str
@@ -74,6 +76,12 @@ class NeuronGroup(NamedTuple):
     vectors: tuple[tuple[str, int, str], ...]
     links: tuple[Link, ...]
     blocker: str | None
+    gates: tuple[str, ...] = ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The producers that are no gates."""
+        return tuple(name for name in self.producers if name not in self.gates)
 
     @property
     def consumers(self) -> tuple[str, ...]:
@@ -295,15 +303,18 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
 def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
     """Measures what stands between, on the neutral first neuron of a network that is 0 else."""
     trial, true = _Trial(probe, group, {}), _Trial(probe, group, probe.hiding)
+    pairs = [(producer, consumer) for producer in group.producers for consumer in probe.outputs
+             if consumer in probe.reached[producer]]  # fmt: skip
+    if any(trial.is_multiplied(*pair) for pair in pairs):
+        return _gated(probe, group, trial, list(dict.fromkeys(one for _, one in pairs)))
     links = []
-    for producer in group.producers:
-        for consumer in (one for one in probe.outputs if one in probe.reached[producer]):
-            link = trial.link(producer, consumer)
-            if probe.hiding and not isinstance(link, str):
-                link = true.measured(producer, consumer, link.scale) or _moved(producer, consumer)
-            if isinstance(link, str):
-                return group._replace(blocker=link)
-            links.append(link)
+    for producer, consumer in pairs:
+        link = trial.link(producer, consumer)
+        if probe.hiding and not isinstance(link, str):
+            link = true.measured(producer, consumer, link.scale) or _moved(producer, consumer)
+        if isinstance(link, str):
+            return group._replace(blocker=link)
+        links.append(link)
     grids = {probe.outputs[name].shape[:-1] for name in group.producers}
     if len(grids) > 1:
         return group._replace(blocker="the layers that make it have different positions")
@@ -311,6 +322,23 @@ def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
         return group._replace(blocker="what follows is flat at 0: a small neuron has no effect")
     blocker = _shared_norm(links)
     return group._replace(links=() if blocker else tuple(links), blocker=blocker)
+
+
+def _gated(probe: _Probe, group: NeuronGroup, trial: "_Trial", consumers: list[str]) -> NeuronGroup:
+    """A group some of whose layers multiply the others: one that is linear, given the rest."""
+    biases = {probe.biases.get(name) for name in group.producers}
+    offsets = [name for name, _, value in group.vectors if value == "zero" and name not in biases]
+    shapes = {probe.outputs[name].shape for name in group.producers}
+    for name in reversed(group.producers if len(shapes) == 1 and not offsets else ()):
+        if len(consumers) == 1 and trial.is_linear(name, group.producers, consumers[0]):
+            gates = tuple(one for one in group.producers if one != name)
+            link = Link(name, consumers[0], "same", 1.0)
+            return group._replace(gates=gates, links=(link,))
+    return group._replace(
+        blocker=f"{_named(group.producers)} are multiplied before {_named(consumers)} reads them: "
+        "a neuron that is small in both is of second order, and the product is not linear in one "
+        f"of them, entry by entry, of one reader and without offsets between; {WIDEN}"
+    )
 
 
 def _shared_norm(links: Sequence[Link]) -> str | None:
@@ -383,6 +411,32 @@ class _Trial:
         self._zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
         self._read: dict[tuple[str, float, str | None, float], BetweenLayers] = {}
 
+    def is_multiplied(self, producer: str, consumer: str) -> bool:
+        """Whether the neuron does nothing where what other layers make is 0, though it is read."""
+        return not any(np.any(self._answer(producer, consumer, size)) for size in (0, 1))
+
+    def is_linear(self, producer: str, producers: Iterable[str], consumer: str) -> bool:
+        """Whether a layer reads the outputs of one times what those of others say, by entry."""
+        shape = self._zeros[producer].shape[:-1]
+        drawn = np.random.default_rng(2).normal(size=(2, *shape))
+        others = {name: self._zeros[name].copy() for name in producers if name != producer}
+        for place, entries in enumerate(others.values()):
+            entries[..., 0] = np.random.default_rng(3 + place).normal(size=shape)
+
+        def read(entries: np.ndarray) -> np.ndarray:
+            outputs = {**self._zeros, **others, producer: self._zeros[producer].copy()}
+            outputs[producer][..., 0] = entries
+            inputs = self._probe.between(outputs, self._neutral).inputs[consumer]
+            return np.asarray(inputs, np.float64)[..., :: self._zeros[producer].shape[-1]]
+
+        first, second = read(drawn[0]), read(drawn[1])
+        if first.shape != (*shape, 1) or not np.any(first) or np.any(read(0 * drawn[0])):
+            return False
+        crossed = first * drawn[1][..., None], second * drawn[0][..., None]
+        error = np.linalg.norm(crossed[0] - crossed[1])
+        tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(self._zeros[producer].dtype).eps))
+        return bool(error <= tolerance * np.linalg.norm(crossed[0]))
+
     def link(self, producer: str, consumer: str) -> Link | str:
         """Returns how a layer reads the neuron, or what blocks it."""
         rest, once, twice = (self._answer(producer, consumer, size) for size in (0, 1, 2))
@@ -390,11 +444,6 @@ class _Trial:
             return (
                 f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
                 "at 0"
-            )
-        if not np.any(once):
-            return (
-                f"{producer!r} is multiplied by what other layers make before {consumer!r} reads "
-                f"it: a neuron that is small in both is of second order; {WIDEN}"
             )
         if np.allclose(once, twice, rtol=1e-3):
             return self._behind_norm(producer, consumer)
