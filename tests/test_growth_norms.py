@@ -392,6 +392,7 @@ class Decoder(nn.Module):
 
     hidden: int
     norm: Any
+    gated: bool
 
     @nn.compact
     def __call__(self, x):
@@ -399,25 +400,34 @@ class Decoder(nn.Module):
         x = nn.Dense(8, name="embed", **options)(x)
         y = self.norm(**options)(x)
         x += nn.MultiHeadDotProductAttention(2, **options)(y, y)
-        y = nn.Dense(self.hidden, name="up", **options)(self.norm(**options)(x))
-        x += nn.Dense(8, name="down", **options)(nn.gelu(y))
+        x = x + self.mlp(self.norm(**options)(x), options)
         return nn.Dense(2, name="readout", **options)(jnp.mean(self.norm(**options)(x), axis=1))
 
+    def mlp(self, x, options):
+        up = nn.Dense(self.hidden, name="up", **options)(x)
+        gate = nn.Dense(self.hidden, name="gate", **options)(x) if self.gated else None
+        hidden = nn.gelu(up) if gate is None else nn.silu(gate) * up
+        return nn.Dense(8, name="down", **options)(hidden)
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
-def test_the_mlp_of_a_pre_norm_decoder(norm):
+
+@pytest.mark.parametrize(
+    "norm, gated", [(nn.LayerNorm, False), (nn.RMSNorm, False), (nn.RMSNorm, True)],
+    ids=["gpt2", "rms", "llama"],
+)  # fmt: skip
+def test_the_mlp_of_a_pre_norm_decoder(norm, gated):
     def outputs(params, inputs):
         hidden = params["up"]["kernel"].shape[-1]
-        return Decoder(hidden, norm).apply({"params": params}, inputs)
+        return Decoder(hidden, norm, gated).apply({"params": params}, inputs)
 
     images, targets = image_batch()
     batch = images.reshape(len(images), 12, 6), targets
-    params = jax.jit(Decoder(3, norm).init)(jax.random.key(0), batch[0])["params"]
+    params = jax.jit(Decoder(3, norm, gated).init)(jax.random.key(0), batch[0])["params"]
     loss = growing.squared(outputs)
     found = archscale.contrib.find_neuron_groups(loss, params, batch)
     groups = [one for one in found if one.blocker is None]
-    assert [(one.producers, one.consumers) for one in groups] == [
-        (("up/kernel",), ("down/kernel",))
+    gates = ("gate/kernel",) if gated else ()
+    assert [(one.makers, one.gates, one.consumers) for one in groups] == [
+        (("up/kernel",), gates, ("down/kernel",))
     ]
     trains_on(outputs, params, batch, groups)
     stream = next(one for one in found if one.name == "embed/kernel")
@@ -427,3 +437,7 @@ def test_the_mlp_of_a_pre_norm_decoder(norm):
     )
     heads = next(one for one in found if one.name.endswith("query/kernel"))
     assert "accepted are x @ W" in (heads.blocker or "")
+    # What is not asked for may have any form.
+    assert list(archscale.bottleneck(loss, params, [batch], layers=["up/kernel"])) == ["up/kernel"]
+    with pytest.raises(archscale.TraceError, match="accepted are x @ W"):
+        archscale.bottleneck(loss, params, [batch])

@@ -259,9 +259,10 @@ NORMALIZED = "a normalization without a scale that could be 0 stands before 'w2'
         (lambda x: x + 1, 4, NOT_0),
         (jnp.square, 4, FLAT),
         (jnp.abs, 4, FLAT),
+        (lambda x: jax.nn.relu(x - 1), 4, FLAT),
     ],
     ids=["layer_norm", "rms_norm", "softmax", "split", "reversed", "slice", "batch_norm",
-         "sigmoid", "cos", "shifted", "square", "abs"],
+         "sigmoid", "cos", "shifted", "square", "abs", "dead"],
 )  # fmt: skip
 def test_blockers_between_dense_layers(between, rows, blocker):
     params = CHAIN | {"w2": CHAIN["w2"][:rows]}

@@ -30,10 +30,12 @@ class Growth(NamedTuple):
       optimizer_state: its optimizer's state, moments of old entries carried over, 0 of new ones.
       architecture: its architecture; empty slots count in shapes, not in fans.
       numbers: of new neurons, by the names of groups.
-      amplitude: γ, which multiplies their fan-ins and fan-outs.
+      amplitude: γ, which multiplies their fan-outs, and their fan-ins or, behind a batch
+        normalization, their entries in its scale.
       losses: held-out loss before and after.
       predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured; with
-        ReLU, of the mean of its two slopes.
+        ReLU, of the mean of its two slopes. An estimate where one ReLU follows another, as the sums
+        of a stream, or where batch normalizations see several batches, whose variances differ.
       singular_values: λ of the new neurons, by the names of groups.
       bottlenecks: of the layers that read the groups, before, by the names of weights.
     """
@@ -71,6 +73,9 @@ def grow(
 ) -> Growth:
     """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
 
+    Behind a batch normalization fan-ins have unit variance whatever the amplitude, and it is in the
+    scale. A gated neuron has the gate of one that is there.
+
     Empty slots are filled first; if there are too few, arrays are widened, and `loss_fn` must take
     the wider ones: Flax NNX, Equinox and plain functions do; for a linen module build the module in
     it from the shapes of params. Pure: nothing is changed in place.
@@ -101,8 +106,9 @@ def grow(
       optimizer_state: of the optimizer, to be carried over; see `widen`.
 
     Raises:
-      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
-      ValueError: a group with a blocker, or whose layers are dead (read or pass back nothing but
+      TraceError: what `trace` raises.
+      ValueError: a group with a blocker, one of gates without a neuron, `gradmax` behind a batch
+        normalization or gates, or whose layers are dead (read or pass back nothing but
         0); too few examples for the statistics; no batch; statistics or losses that are not finite;
         a function that does not take wider arrays; an option outside its range.
     """

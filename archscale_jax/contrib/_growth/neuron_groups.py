@@ -305,7 +305,7 @@ def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
     trial, true = _Trial(probe, group, {}), _Trial(probe, group, probe.hiding)
     pairs = [(producer, consumer) for producer in group.producers for consumer in probe.outputs
              if consumer in probe.reached[producer]]  # fmt: skip
-    if any(trial.is_multiplied(*pair) for pair in pairs):
+    if len(group.producers) > 1 and any(trial.is_multiplied(*pair) for pair in pairs):
         return _gated(probe, group, trial, list(dict.fromkeys(one for _, one in pairs)))
     links = []
     for producer, consumer in pairs:
@@ -445,7 +445,7 @@ class _Trial:
                 f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
                 "at 0"
             )
-        if np.allclose(once, twice, rtol=1e-3):
+        if np.any(once) and np.allclose(once, twice, rtol=1e-3):
             return self._behind_norm(producer, consumer)
         return self.measured(producer, consumer, None) or _moved(producer, consumer)
 
