@@ -163,6 +163,41 @@ def test_scales_of_0_do_not_hide_layers():
     assert [one for one in found if one.blocker is None] == growing.growable(network)
 
 
+def test_two_normalizations_of_one_layer():
+    def outputs(params, inputs):
+        x = inputs @ params["w1"]
+        first = jnp.tanh(batch_norm(x, params, "n")) @ params["a"]
+        return first + jnp.tanh(batch_norm(x, params, "m")) @ params["b"]
+
+    params = draw(0, w1=(5, 4), a=(4, 2), b=(4, 2)) | scales(1, n=4, m=4)
+    batch = growing.data(1, 40, (5,), 2)
+    network = growing.Network(growing.squared(outputs), outputs, params, batch)
+    groups = growing.growable(network)
+    assert groups[0].scales("w1") == (("m_scale", 0), ("n_scale", 0))
+    measured = measure(network.loss, params, [batch], groups)
+    neurons = solve(params, measured, groups, number=2)
+    expected = predicted_decrease(neurons, measured, groups)
+    assert expected > 1e-2
+    np.testing.assert_allclose(
+        difference(network, groups, neurons, measured, 1e-4), expected, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_types_do_not_matter(dtype):
+    network = growing.normalized()
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(dtype), (network.params, network.batch))
+    found = archscale.contrib.find_neuron_groups(network.loss, params, batch)
+    for one, other in zip(found, growing.growable(network), strict=False):
+        assert one.blocker is None and one._replace(links=()) == other._replace(links=())
+        assert [link.scale for link in one.links] == [link.scale for link in other.links]
+        assert one.slope == pytest.approx(1, abs=2e-2 if dtype == jnp.bfloat16 else 2e-3)
+    if dtype == jnp.bfloat16:
+        growth = archscale.grow(network.loss, params, [batch], batch, found[:1], number=1)
+        assert {leaf.dtype for leaf in jax.tree.leaves(growth.params)} == {jnp.dtype(dtype)}
+        assert growth.losses[1] < growth.losses[0]
+
+
 # What stands in the way.
 
 

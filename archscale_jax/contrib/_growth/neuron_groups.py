@@ -391,6 +391,12 @@ def _mixture(probe: _Probe, producers: list[str], consumers: list[str]) -> str:
     )
 
 
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether arrays are the same but for rounding."""
+    tolerance = max(1e-3, 4 * float(jnp.finfo(one.dtype).eps))
+    return np.allclose(one.astype(np.float64), other.astype(np.float64), rtol=tolerance)
+
+
 def _moved(producer: str, consumer: str) -> str:
     return f"positions are pooled or moved between {producer!r} and {consumer!r}"
 
@@ -445,7 +451,7 @@ class _Trial:
                 f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
                 "at 0"
             )
-        if np.any(once) and np.allclose(once, twice, rtol=1e-3):
+        if np.any(once) and _same(once, twice):
             return self._behind_norm(producer, consumer)
         return self.measured(producer, consumer, None) or _moved(producer, consumer)
 
@@ -465,7 +471,7 @@ class _Trial:
             )
         for name in seen:
             once, twice = (self._answer(producer, consumer, 1, name, size) for size in (1, 2))
-            before = np.allclose(once, twice, rtol=1e-3)
+            before = _same(once, twice)
             link = None if before else self.measured(producer, consumer, name)
             if link is not None:
                 return link
