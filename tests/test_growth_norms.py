@@ -476,3 +476,60 @@ def test_the_mlp_of_a_pre_norm_decoder(norm, gated):
     assert list(archscale.bottleneck(loss, params, [batch], layers=["up/kernel"])) == ["up/kernel"]
     with pytest.raises(archscale.TraceError, match="accepted are x @ W"):
         archscale.bottleneck(loss, params, [batch])
+
+
+def random_stream(seed: int) -> growing.Network:
+    """A residual stream of tokens: layers with and without norms, gates, scales and biases."""
+    generator = np.random.default_rng(seed)
+    shapes: dict[str, tuple[int, ...]] = {"w0": (4, 3)}
+    counts: dict[str, int] = {}
+    blocks = [
+        (generator.choice(["plain", "normed", "gated"]), bool(generator.integers(2)), place)
+        for place in range(3)
+    ]
+    for kind, normed, place in blocks:
+        shapes |= {f"a{place}": (3, 2), f"b{place}": (2, 3), f"c{place}": (3,)}
+        shapes |= {f"g{place}": (3, 2)} if kind == "gated" else {}
+        counts |= {f"m{place}": 2} if kind == "normed" else {}
+        counts |= {f"n{place}": 3} if normed else {}
+    stem = bool(generator.integers(2))
+    counts |= {"n": 3} if stem else {}
+
+    def outputs(params, inputs):
+        x = inputs @ params["w0"]
+        x = batch_norm(x, params, "n") if stem else 2 * x
+        for kind, normed, place in blocks:
+            y = jnp.tanh(x) @ params[f"a{place}"]
+            if kind == "normed":
+                y = batch_norm(y, params, f"m{place}")
+            gate = jax.nn.silu(jnp.tanh(x) @ params[f"g{place}"]) if kind == "gated" else None
+            y = jax.nn.gelu(y) if gate is None else gate * y
+            y = y @ params[f"b{place}"]
+            x = x + (batch_norm(y, params, f"n{place}") if normed else y + params[f"c{place}"])
+        return jnp.mean(jnp.tanh(x), axis=1) @ params["w"]
+
+    params = draw(seed, **shapes, w=(3, 2)) | scales(seed, **counts)
+    inputs, targets = growing.data(seed, 30, (3, 4), 2)
+    return growing.Network(growing.squared(outputs), outputs, params, (inputs + 0.5, targets))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_predictions_of_random_programs(seed):
+    """Streams in which some layers are normalized and some are not, with gates beside."""
+    network = random_stream(seed)
+    groups = growing.growable(network)
+    assert len(groups) == 4  # the stream, and a hidden layer of every block
+    measured = measure(network.loss, network.params, [network.batch], groups)
+    neurons = solve(network.params, measured, groups, method="random", number=2,
+                    key=jax.random.key(seed))  # fmt: skip
+    extension, _ = extend(network.params, groups, neurons, measured)
+
+    @jax.jit
+    @jax.grad
+    @jax.grad
+    def curvature(amplitude):
+        return network.loss(extended(extension, amplitude), network.batch)
+
+    expected = predicted_decrease(neurons, measured, groups)
+    assert abs(expected) > 1e-3
+    np.testing.assert_allclose(-0.5 * curvature(0.0), expected, rtol=2e-3)

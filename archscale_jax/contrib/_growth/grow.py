@@ -162,6 +162,20 @@ def grow(
     )
 
 
+def _check_gradmax(group: NeuronGroup) -> None:
+    scales = [link.scale for link in group.links if link.scale is not None]
+    reason = ""
+    if group.gates:
+        reason = f"its neurons are gated by {', '.join(map(repr, group.gates))}"
+    elif scales:
+        reason = f"fan-ins of 0 have no variance for the normalization of {scales[0]!r}"
+    if reason:
+        raise ValueError(
+            f"neuron group {group.name!r} cannot grow by 'gradmax': {reason}; accepted are tiny, "
+            "random"
+        )
+
+
 def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
     for name, values in (("groups", groups), ("batches", batches), ("amplitudes", amplitudes)):
         if not len(values):
@@ -172,17 +186,7 @@ def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
     for group in groups if method == "gradmax" else ():
-        if group.gates:
-            raise ValueError(
-                f"neuron group {group.name!r} cannot grow by 'gradmax': its neurons are gated by "
-                f"{', '.join(map(repr, group.gates))}; accepted are tiny, random"
-            )
-        scales = [link.scale for link in group.links if link.scale is not None]
-        if scales:
-            raise ValueError(
-                f"neuron group {group.name!r} cannot grow by 'gradmax': fan-ins of 0 have no "
-                f"variance for the normalization of {scales[0]!r}; accepted are tiny, random"
-            )
+        _check_gradmax(group)
     numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
     names = [group.name for group in groups]
     for name in numbers:
@@ -218,6 +222,6 @@ def _check_shapes(loss_fn: Loss, params: PyTree, batch: Any) -> None:
         shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
         raise ValueError(
             f"loss_fn does not take the wider arrays {shapes}: {type(error).__name__}: {error}. "
-            "Build the model inside loss_fn from the shapes of params, or begin with empty slots "
-            "(rows and columns of 0)"
+            "Build the model, and running averages of its normalizations, inside loss_fn from the "
+            "shapes of params, or begin with empty slots (rows and columns of 0)"
         ) from error
