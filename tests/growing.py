@@ -116,6 +116,78 @@ def tokens(count: int = 12) -> Network:
     return Network(squared(outputs), outputs, params, data(1, count, (5, 4), 4))
 
 
+def batch_norm(features, params, name):
+    """Over examples and positions, with a scale and an offset."""
+    axes = tuple(range(features.ndim - 1))
+    centred = features - jnp.mean(features, axes)
+    standard = centred / jnp.sqrt(jnp.mean(jnp.square(centred), axes) + 1e-5)
+    return standard * params[f"{name}_scale"] + params[f"{name}_offset"]
+
+
+def scales(seed: int, **counts: int) -> dict[str, jax.Array]:
+    """Scales that differ, and offsets, of batch normalizations of so many features."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for name, count in counts.items():
+        found[f"{name}_scale"] = jnp.asarray(generator.uniform(0.5, 1.5, count))
+        found[f"{name}_offset"] = jnp.asarray(generator.normal(size=count) / 4)
+    return found
+
+
+@functools.cache
+def normalized(activation=jnp.tanh, count: int = 40) -> Network:
+    """Two hidden dense layers, each behind a batch normalization, the first with a bias too."""
+
+    def outputs(params, inputs):
+        hidden = activation(batch_norm(inputs @ params["w1"] + params["b1"], params, "n1"))
+        return activation(batch_norm(hidden @ params["w2"], params, "n2")) @ params["w3"]
+
+    params = draw(0, w1=(5, 4), b1=(4,), w2=(4, 3), w3=(3, 2)) | scales(2, n1=4, n2=3)
+    inputs, targets = data(1, count, (5,), 2)
+    return Network(squared(outputs), outputs, params, (inputs + 1, targets))
+
+
+@functools.cache
+def normalized_residual(activation=jnp.tanh, count: int = 12) -> Network:
+    """A stem and two blocks of convolutions and batch normalizations, the second with a stride.
+
+    As in ResNet, activations stand behind sums, each layer has a normalization of its own, and the
+    projection beside the second block does too.
+    """
+
+    def outputs(params, inputs):
+        def layer(features, name, stride=1):
+            return batch_norm(convolve(features, params[name], stride), params, f"{name}_norm")
+
+        first = activation(layer(inputs, "stem"))
+        second = activation(first + layer(activation(layer(first, "a1")), "a2"))
+        third = layer(second, "skip", 2) + layer(activation(layer(second, "b1", 2)), "b2")
+        return jnp.mean(activation(third), axis=(1, 2)) @ params["w"] + params["bias"]
+
+    params = draw(
+        0, stem=(3, 3, 2, 3), a1=(3, 3, 3, 4), a2=(3, 3, 4, 3), skip=(1, 1, 3, 2),
+        b1=(3, 3, 3, 2), b2=(3, 3, 2, 2), w=(2, 3), bias=(3,),
+    ) | scales(2, stem_norm=3, a1_norm=4, a2_norm=3, skip_norm=2, b1_norm=2, b2_norm=2)  # fmt: skip
+    inputs, targets = data(1, count, (4, 4, 2), 3)
+    return Network(squared(outputs), outputs, params, (inputs + 1, targets))
+
+
+@functools.cache
+def gated(activation=jax.nn.silu, count: int = 12) -> Network:
+    """A gated feed-forward block on normalized tokens, with biases and a scale on its neurons."""
+
+    def outputs(params, inputs):
+        x = inputs / jnp.sqrt(jnp.mean(jnp.square(inputs), -1, keepdims=True))
+        gate = activation(x @ params["gate"] + params["gate_bias"])
+        hidden = gate * (x @ params["up"] + params["up_bias"]) * params["scale"]
+        return jnp.mean(inputs + hidden @ params["down"], axis=1)
+
+    params = draw(0, gate=(4, 3), gate_bias=(3,), up=(4, 3), up_bias=(3,), down=(3, 4)) | {
+        "scale": jnp.array([0.5, 1.5, 1.0])
+    }
+    return Network(squared(outputs), outputs, params, data(1, count, (5, 4), 4))
+
+
 @functools.cache
 def graph(text: str, kernel_size: int | None, count: int = 30, **options) -> Network:
     """A `DagMLP` or `DagCNN` with GELU."""
@@ -142,6 +214,9 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "flattened": flattened,
     "residual": residual,
     "tokens": tokens,
+    "gated": gated,
+    "normalized": normalized,
+    "normalized_residual": normalized_residual,
     "dag_mlp": lambda: graph("2_22_012", None),
     "dag_cnn": lambda: graph("2_22", 3),
 }

@@ -1,7 +1,7 @@
 """What every layer of a function reads, and which way the loss wants its output to go."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,43 +58,79 @@ class LayerGradient(NamedTuple):
     outputs: Array
 
 
-def layer_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[LayerKind, ...]:
-    """Returns the layers of a function in the order in which it calls them; reads shapes alone.
+class Layers(NamedTuple):
+    """The layers of a function in the order in which it calls them.
+
+    Attributes:
+      kinds: of those that are `x @ W`, or convolutions of images [n, rows, columns, inputs] in one
+        group, with a weight that no other layer has and nothing but its dtype is changed of.
+      others: why the others are none of these, by the names of weights.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    others: dict[str, str]
+
+
+def find_layers(loss_fn: Loss, params: PyTree, batch: Any) -> Layers:
+    """Returns the layers of a function; reads shapes alone.
 
     Raises:
-      TraceError: what `trace` raises; a weight that several layers share, that is transposed or
-        changed (but for its dtype) before its use, or is not a weight of `x @ W` or of a
-        convolution of images [n, rows, columns, inputs] in one group.
+      TraceError: what `trace` raises.
     """
-    found: list[tuple[LayerKind, ...]] = []
+    found: list[Layers] = []
 
     def read_kinds(params: PyTree, batch: Any) -> Array:
         reading = read(loss_fn, params, (batch,), (), evaluate=True)
-        leaves = named_leaves(params)
-        found.append(tuple(_kind(layer, reading, leaves) for layer in _layers(reading)))
+        found.append(_layers_of(reading, named_leaves(params)))
         return reading.results[0].array
 
     jax.eval_shape(read_kinds, params, batch)
-    kinds = found[-1]
-    names = [kind.weight for kind in kinds]
-    for name in names:
-        if names.count(name) > 1:
-            raise TraceError(f"{names.count(name)} layers share the weight {name!r}")
+    return found[-1]
+
+
+def layer_kinds(
+    loss_fn: Loss, params: PyTree, batch: Any, names: Collection[str] | None = None
+) -> tuple[LayerKind, ...]:
+    """Returns the layers of a function in the order in which it calls them; reads shapes alone.
+
+    Args:
+      loss_fn: `(params, batch)` to a scalar.
+      params: tree of arrays.
+      batch: tree of arrays.
+      names: of the weights of layers that are asked for; None for all.
+
+    Raises:
+      TraceError: what `trace` raises; one of these is none of `Layers.kinds`.
+    """
+    kinds, others = find_layers(loss_fn, params, batch)
+    for name, reason in others.items():
+        if names is None or name in names:
+            raise TraceError(reason)
     return kinds
 
 
 def layer_gradients(
-    loss_fn: Loss, params: PyTree, batch: Any
+    loss_fn: Loss, params: PyTree, batch: Any, names: Collection[str] | None = None
 ) -> tuple[Float[Array, ""], dict[str, LayerGradient]]:
     """Returns the loss, and inputs and output gradients of its layers by the names of weights.
 
+    Args:
+      loss_fn: `(params, batch)` to a scalar.
+      params: tree of arrays.
+      batch: tree of arrays.
+      names: of the weights of layers that are asked for, each of one layer; None for all.
+
     Raises:
-      TraceError: see `layer_kinds`.
+      TraceError: what `trace` raises.
     """
 
     def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, tuple]]:
         reading = read(loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations)
-        arrays = {one.use.leaf: (one.inputs, one.output) for one in _layers(reading)}
+        arrays = {
+            one.use.leaf: (one.inputs, one.output)
+            for one in _layers(reading)
+            if names is None or one.use.leaf in names
+        }
         return reading.results[0].array, arrays
 
     shapes = jax.eval_shape(functools.partial(evaluate, {}))[1]
@@ -106,12 +142,39 @@ def layer_gradients(
     }
 
 
+def layer_response(
+    loss_fn: Loss, params: PyTree, batch: Any, producer: str, consumer: str
+) -> Float[Array, "n *s c"]:
+    """Returns by how much the inputs of a layer change with the outputs of another, all alike.
+
+    Args:
+      loss_fn: `(params, batch)` to a scalar.
+      params: tree of arrays.
+      batch: tree of arrays.
+      producer: the weight of the layer whose outputs change.
+      consumer: the weight of the layer that reads them.
+
+    Raises:
+      TraceError: what `trace` raises.
+    """
+
+    def inputs(shift: Array) -> Array:
+        reading = read(
+            loss_fn, params, (batch,), (), evaluate=True, perturbations={producer: shift}
+        )
+        return next(one.inputs for one in _layers(reading) if one.use.leaf == consumer)
+
+    shape = layer_outputs(loss_fn, params, batch)[producer]
+    shift = jnp.zeros(shape.shape, shape.dtype)
+    return jax.jvp(inputs, (shift,), (jnp.ones_like(shift),))[1]
+
+
 class BetweenLayers(NamedTuple):
     """What stands between the layers of a function, see `between_layers`.
 
     Attributes:
       loss: the loss.
-      inputs: what every layer reads, by the names of weights.
+      inputs: what these layers read, by the names of weights.
     """
 
     loss: Float[Array, ""]
@@ -121,19 +184,22 @@ class BetweenLayers(NamedTuple):
 def between_layers(
     loss_fn: Loss, params: PyTree, batch: Any, outputs: Mapping[str, Array]
 ) -> BetweenLayers:
-    """Evaluates what stands between the layers of a function, with their outputs given.
+    """Evaluates what stands between layers of a function, with their outputs given.
 
     Args:
       loss_fn: `(params, batch)` to a scalar.
-      params: only leaves that are not a layer's weight matter.
+      params: all leaves matter but the weights of these layers.
       batch: tree of arrays.
-      outputs: of the layers, before their biases, by the names of weights.
+      outputs: of layers that are to be replaced, each the only one with its weight, before their
+        biases, by the names of weights.
 
     Raises:
-      TraceError: see `layer_kinds`.
+      TraceError: what `trace` raises.
     """
     reading = read(loss_fn, params, (batch,), (), evaluate=True, outputs=outputs)
-    inputs = {layer.use.leaf: layer.inputs for layer in _layers(reading)}
+    inputs = {
+        layer.use.leaf: layer.inputs for layer in _layers(reading) if layer.use.leaf in outputs
+    }
     return BetweenLayers(reading.results[0].array, inputs)
 
 
@@ -166,6 +232,19 @@ def parameter_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, set[
 def _layers(reading: Reading) -> list[Layer]:
     assert reading.evaluation is not None
     return reading.evaluation.layers
+
+
+def _layers_of(reading: Reading, leaves: Mapping[str, Array]) -> Layers:
+    layers, kinds, others = _layers(reading), [], {}
+    names = [layer.use.leaf for layer in layers]
+    for layer, name in zip(layers, names, strict=True):
+        try:
+            if names.count(name) > 1 and not layer.use.slices:
+                raise TraceError(f"{names.count(name)} layers share the weight {name!r}")
+            kinds.append(_kind(layer, reading, leaves))
+        except TraceError as error:
+            others[name] = str(error)
+    return Layers(tuple(kinds), others)
 
 
 def _kind(layer: Layer, reading: Reading, leaves: Mapping[str, Array]) -> LayerKind:

@@ -9,7 +9,7 @@ from archscale_jax._trees import PyTree
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.widen import occupied
 from archscale_jax.tracing import trace
-from archscale_jax.tracing.layers import Loss, layer_kinds
+from archscale_jax.tracing.layers import Loss, find_layers
 
 _WHOLE = (1, 1)
 
@@ -38,7 +38,7 @@ def grown_architecture(
         vectors = [name for name, _, _ in group.vectors]
         parts |= {(name, "fan_out"): part for name in (*group.producers, *vectors)}
         parts |= {(name, "fan_in"): part for name in (*group.consumers, *vectors)}
-    for kind in layer_kinds(loss_fn, params, batch):
+    for kind in find_layers(loss_fn, params, batch).kinds:
         if kind.bias is not None:  # has the fans of its weight
             for fan in ("fan_in", "fan_out"):
                 parts[kind.bias, fan] = parts.get((kind.weight, fan), _WHOLE)

@@ -70,7 +70,7 @@ def bottleneck(
     total: dict[str, LayerStatistics] | None = None
     for batch in batches:
         if total is None:
-            kinds = _chosen(layer_kinds(loss_fn, params, batch), layers)
+            kinds = _chosen(layer_kinds(loss_fn, params, batch, layers), layers)
         found = layer_statistics(params, batch, loss_fn=loss_fn, kinds=kinds)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
@@ -104,7 +104,8 @@ def layer_statistics(
     params: PyTree, batch: Any, *, loss_fn: Loss, kinds: tuple[LayerKind, ...]
 ) -> dict[str, LayerStatistics]:
     """Returns the sums of one batch by the names of weights."""
-    _, gradients = layer_gradients(loss_fn, params, batch)
+    names = [kind.weight for kind in kinds]
+    _, gradients = layer_gradients(loss_fn, params, batch, names)
     return {kind.weight: _sums(kind, *gradients[kind.weight]) for kind in kinds}
 
 

@@ -15,9 +15,9 @@ from archscale_jax._trees import PyTree, named_leaves, with_leaves
 from archscale_jax.contrib._growth.measured import Measured
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.neurons import Neurons
-from archscale_jax.contrib._growth.statistics import Block, blocks
+from archscale_jax.contrib._growth.statistics import Block, blocks, deviations
 from archscale_jax.contrib._growth.widen import occupied, widen
-from archscale_jax.tracing.layers import Loss
+from archscale_jax.tracing.layers import LayerKind, Loss
 
 AMPLITUDES = (0.0, *(2.0**power for power in range(-5, 8)))
 """What growth chooses from, where nothing else is asked for."""
@@ -27,8 +27,9 @@ class Extension(NamedTuple):
     """A network with slots, and what growth adds to it: three trees alike.
 
     Attributes:
-      params: with slots; the function is that of before.
-      change: the new neurons at amplitude 1.
+      params: with slots; the function is that of before. What new neurons read before a batch
+        normalization is in place, of unit variance, and their entry in its scale is 0.
+      change: the new neurons at amplitude 1; before a batch normalization their entry in its scale.
       move: δW* of the layers that read them, or 0.
     """
 
@@ -62,10 +63,20 @@ def extend(
         # Of a network in which this group alone is wider, then with the slots of the others.
         own, _ = widen(params, {group.name: needed[group.name]}, groups)
         made, read = blocks(group, measured.kinds, params, restricted)
-        added = _changes(neurons[group.name], named_leaves(own), made, read, free[group.name])
-        tree = with_leaves(jax.tree.map(_zeros, own), added)
+        leaves, new, slots = named_leaves(own), neurons[group.name], free[group.name]
+        placed: dict[str, np.ndarray] = {}
+        if group.gates:
+            new, like = _of_gates(new, measured.gates[group.name])
+            placed = _copies(group, measured.kinds, leaves, like, slots)
+        added = _changes(new, leaves, made, read, slots)
+        sizes = deviations(group, made, measured.pairs[group.name], new.fan_in)
+        placed |= _behind_norms(group, sizes, leaves, added, slots)
+        empty = jax.tree.map(_zeros, own)
         others = {name: count for name, count in needed.items() if name != group.name}
-        change = jax.tree.map(np.add, change, widen(tree, others, groups)[0])
+        change, wide = (
+            jax.tree.map(np.add, total, widen(with_leaves(empty, one), others, groups)[0])
+            for total, one in ((change, added), (wide, placed))
+        )
     move = jax.tree.map(_zeros, params)
     if update:
         updates = [measured.bottlenecks[name].update for name in readers(groups)]
@@ -111,6 +122,71 @@ def _changes(
         weight[np.asarray(block.entries)[:, None], slots, :outputs] = new.swapaxes(0, 1)
         found[block.weight] = found.get(block.weight, 0) + weight.reshape(shape)
     return {name: value.astype(leaves[name].dtype) for name, value in found.items()}
+
+
+def _of_gates(
+    neurons: Neurons, gates: Int[np.ndarray, " g"]
+) -> tuple[Neurons, Int[np.ndarray, " k"]]:
+    """Returns gated neurons with the fan-ins of one gate, and the neurons that are gated alike."""
+    rows = len(neurons.fan_in) // len(gates)
+    by_gate = neurons.fan_in.reshape(len(gates), rows, neurons.number)
+    chosen = np.argmax(np.any(by_gate != 0, axis=1), axis=0)
+    return neurons._replace(fan_in=by_gate.sum(axis=0)), gates[chosen]
+
+
+def _copies(
+    group: NeuronGroup,
+    kinds: tuple[LayerKind, ...],
+    leaves: Mapping[str, Any],
+    like: Int[np.ndarray, " k"],
+    slots: Int[np.ndarray, " k"],
+) -> dict[str, np.ndarray]:
+    """Returns what makes K neurons gated, and scaled, as others are; see `_behind_norms`."""
+    own = {kind.bias for kind in kinds if kind.weight in group.makers}
+    copied = [(name, leaves[name].ndim - 1) for name in group.gates]
+    copied += [(name, axis) for name, axis, _ in group.vectors if name not in own]
+    placed = {}
+    for name, axis in copied:
+        leaf = np.asarray(leaves[name])
+        index = [slice(None)] * axis
+        placed[name] = np.zeros_like(leaf)
+        placed[name][*index, slots] = leaf[*index, like] - leaf[*index, slots]
+    return placed
+
+
+def _behind_norms(
+    group: NeuronGroup,
+    sizes: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    added: dict[str, np.ndarray],
+    slots: Int[np.ndarray, " k"],
+) -> dict[str, np.ndarray]:
+    """Moves the sizes of neurons from fan-ins to the scales of normalizations behind them.
+
+    Args:
+      group: of the neurons.
+      sizes: before the normalizations, by the weights behind which they stand.
+      leaves: with slots.
+      added: of `_changes`; fan-ins are taken out of it, and entries of scales put in.
+      slots: of the neurons.
+
+    Returns:
+      What is to be added at every amplitude: fan-ins of unit variance, and what makes scales 0.
+    """
+    placed: dict[str, np.ndarray] = {}
+    for name, size in sizes.items():
+        # A layer that reads what it makes has fan-outs, which are no part of fan-ins, too.
+        placed[name] = np.zeros_like(added[name])
+        unit = added[name][..., slots] / np.where(size > 0, size, 1.0)
+        placed[name][..., slots] = unit.astype(added[name].dtype)
+        added[name][..., slots] = 0
+        for scale, axis in group.scales(name):
+            leaf = np.asarray(leaves[scale])
+            entries = *[slice(None)] * axis, slots
+            placed[scale], added[scale] = np.zeros_like(leaf), np.zeros_like(leaf)
+            placed[scale][entries] = -leaf[entries]
+            added[scale][entries] = size.reshape(-1, *[1] * (leaf.ndim - axis - 1))
+    return placed
 
 
 def extended(extension: Extension, amplitude: float | Float[Array, ""]) -> PyTree:

@@ -30,10 +30,12 @@ class Growth(NamedTuple):
       optimizer_state: its optimizer's state, moments of old entries carried over, 0 of new ones.
       architecture: its architecture; empty slots count in shapes, not in fans.
       numbers: of new neurons, by the names of groups.
-      amplitude: γ, which multiplies their fan-ins and fan-outs.
+      amplitude: γ, which multiplies their fan-outs, and their fan-ins or, behind a batch
+        normalization, their entries in its scale.
       losses: held-out loss before and after.
       predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured; with
-        ReLU, of the mean of its two slopes.
+        ReLU, of the mean of its two slopes. An estimate where one ReLU follows another, as the sums
+        of a stream, or where batch normalizations see several batches, whose variances differ.
       singular_values: λ of the new neurons, by the names of groups.
       bottlenecks: of the layers that read the groups, before, by the names of weights.
     """
@@ -71,6 +73,9 @@ def grow(
 ) -> Growth:
     """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
 
+    Behind a batch normalization fan-ins have unit variance whatever the amplitude, and it is in the
+    scale. A gated neuron has the gate of one that is there.
+
     Empty slots are filled first; if there are too few, arrays are widened, and `loss_fn` must take
     the wider ones: Flax NNX, Equinox and plain functions do; for a linen module build the module in
     it from the shapes of params. Pure: nothing is changed in place.
@@ -101,8 +106,9 @@ def grow(
       optimizer_state: of the optimizer, to be carried over; see `widen`.
 
     Raises:
-      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
-      ValueError: a group with a blocker, or whose layers are dead (read or pass back nothing but
+      TraceError: what `trace` raises.
+      ValueError: a group with a blocker, one of gates without a neuron, `gradmax` behind a batch
+        normalization or gates, or whose layers are dead (read or pass back nothing but
         0); too few examples for the statistics; no batch; statistics or losses that are not finite;
         a function that does not take wider arrays; an option outside its range.
     """
@@ -156,6 +162,20 @@ def grow(
     )
 
 
+def _check_gradmax(group: NeuronGroup) -> None:
+    scales = [link.scale for link in group.links if link.scale is not None]
+    reason = ""
+    if group.gates:
+        reason = f"its neurons are gated by {', '.join(map(repr, group.gates))}"
+    elif scales:
+        reason = f"fan-ins of 0 have no variance for the normalization of {scales[0]!r}"
+    if reason:
+        raise ValueError(
+            f"neuron group {group.name!r} cannot grow by 'gradmax': {reason}; accepted are tiny, "
+            "random"
+        )
+
+
 def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
     for name, values in (("groups", groups), ("batches", batches), ("amplitudes", amplitudes)):
         if not len(values):
@@ -165,6 +185,8 @@ def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
             raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
+    for group in groups if method == "gradmax" else ():
+        _check_gradmax(group)
     numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
     names = [group.name for group in groups]
     for name in numbers:
@@ -200,6 +222,6 @@ def _check_shapes(loss_fn: Loss, params: PyTree, batch: Any) -> None:
         shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
         raise ValueError(
             f"loss_fn does not take the wider arrays {shapes}: {type(error).__name__}: {error}. "
-            "Build the model inside loss_fn from the shapes of params, or begin with empty slots "
-            "(rows and columns of 0)"
+            "Build the model, and running averages of its normalizations, inside loss_fn from the "
+            "shapes of params, or begin with empty slots (rows and columns of 0)"
         ) from error

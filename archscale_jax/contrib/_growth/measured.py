@@ -12,7 +12,11 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.statistics import PairStatistics, pair_statistics
+from archscale_jax.contrib._growth.widen import occupied
 from archscale_jax.tracing.layers import LayerKind, Loss, layer_kinds
+
+GATES = 8
+"""The most neurons of a group whose gates new ones may have; sums grow with their square."""
 
 
 class Measured(NamedTuple):
@@ -22,11 +26,13 @@ class Measured(NamedTuple):
       kinds: of its layers.
       bottlenecks: of the layers that read the groups, by the names of weights.
       pairs: sums for the groups, by name.
+      gates: neurons whose gates new ones may have, by the names of gated groups.
     """
 
     kinds: tuple[LayerKind, ...]
     bottlenecks: dict[str, Bottleneck]
     pairs: dict[str, PairStatistics]
+    gates: dict[str, np.ndarray]
 
 
 def measure(
@@ -44,8 +50,9 @@ def measure(
       TraceError: see `grow`.
       ValueError: see `grow`.
     """
-    kinds = layer_kinds(loss_fn, params, batches[0])
     names = readers(groups)
+    layers = {*names, *(name for group in groups for name in group.producers)}
+    kinds = layer_kinds(loss_fn, params, batches[0], layers)
     found = bottleneck(loss_fn, params, batches, layers=names, cutoff=cutoff)
     leaves = named_leaves(params)
     by_name = {kind.weight: kind for kind in kinds}
@@ -56,24 +63,46 @@ def measure(
         return np.vstack([rows, *(bias.reshape(1, -1) for bias in update.values())])
 
     updates = {name: best_update(name) for name in names}
+    gates = {group.name: _gates(params, group) for group in groups if group.gates}
     total: dict[str, PairStatistics] | None = None
     for batch in batches:
         sums = pair_statistics(
             params, batch, updates, loss_fn=loss_fn, kinds=kinds, groups=tuple(groups),
-            restricted=restricted,
+            restricted=restricted, gates=gates,
         )  # fmt: skip
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None  # there is a batch
     for group in groups:
-        _check_statistics(group, total[group.name], by_name)
-    return Measured(kinds, found, jax.tree.map(np.asarray, total))
+        _check_statistics(group, total[group.name], by_name, gates.get(group.name, ()))
+    return Measured(kinds, found, jax.tree.map(np.asarray, total), gates)
+
+
+def _gates(params: PyTree, group: NeuronGroup) -> np.ndarray:
+    """Neurons evenly among those that are there.
+
+    Raises:
+      ValueError: there is none.
+    """
+    used = np.flatnonzero(occupied(params, group))
+    if not len(used):
+        raise ValueError(
+            f"neuron group {group.name!r} holds no neuron, and a new one is gated as one that is "
+            "there; begin with one at least"
+        )
+    places = np.linspace(0, len(used) - 1, min(GATES, len(used)))
+    return used[np.round(places).astype(int)]
 
 
 def _check_statistics(
-    group: NeuronGroup, pair: PairStatistics, kinds: Mapping[str, LayerKind]
+    group: NeuronGroup,
+    pair: PairStatistics,
+    kinds: Mapping[str, LayerKind],
+    gates: Sequence[int] | np.ndarray,
 ) -> None:
-    alive = int(np.sum(np.diag(pair.before) > 0))
-    biases = sum(kinds[name].bias is not None for name in group.producers)
+    inputs = np.diag(pair.before).reshape(max(len(gates), 1), -1) > 0
+    alive = int(np.max(np.sum(inputs, axis=1)))
+    # A normalization takes the mean, and biases with it.
+    biases = sum(kinds[name].bias is not None and not group.scales(name) for name in group.makers)
     if alive <= biases or not np.any(np.asarray(pair.projected)):
         what = "inputs" if alive <= biases else "gradients"
         raise ValueError(

@@ -13,22 +13,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from archscale_jax._trees import PyTree, named_leaves, with_leaves
 from archscale_jax.tracing.layers import (
     BetweenLayers,
     Loss,
     between_layers,
-    layer_kinds,
+    find_layers,
     layer_outputs,
     parameter_kinds,
 )
 
 Joint = Literal["same", "mean", "flat"]
+WIDEN = "contrib.expand widens it"
 _STEP = 1e-3  # of a feature, to measure the slope of what follows it at 0
 _TOLERANCE = 1e-2  # of the responses to it, relative; in low precision so many epsilons at least:
 _EPSILONS = 16  # means over positions cancel
+_EXAMPLES = 3  # two that are standardized are 1 and -1, whatever they were
 _SIZES = (1.0, 0.03)  # of features; activations that saturate are flat at the one or the other
 
 
@@ -41,12 +43,15 @@ class Link(NamedTuple):
       joint: what happens to their positions: the `same`, their `mean`, or joined into one vector,
         `flat`, features last.
       slope: of what stands between, activations and pools, at 0; of ReLU 1/2, the mean of its two.
+      scale: of a batch normalization that stands between, the name of its scale: the size of a
+        neuron is its entry there, and that of its fan-in does not matter. None where it does.
     """
 
     producer: str
     consumer: str
     joint: Joint
     slope: float
+    scale: str | None = None
 
 
 class NeuronGroup(NamedTuple):
@@ -62,6 +67,8 @@ class NeuronGroup(NamedTuple):
       links: to every layer that reads them; each holds rows of a neuron in its weight's last axis
         but one.
       blocker: why the group cannot grow, or None.
+      gates: those of the producers that only make what the outputs of the last are multiplied by. A
+        new neuron is gated as one that is there.
     """
 
     name: str
@@ -69,6 +76,12 @@ class NeuronGroup(NamedTuple):
     vectors: tuple[tuple[str, int, str], ...]
     links: tuple[Link, ...]
     blocker: str | None
+    gates: tuple[str, ...] = ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The producers that are no gates."""
+        return tuple(name for name in self.producers if name not in self.gates)
 
     @property
     def consumers(self) -> tuple[str, ...]:
@@ -89,6 +102,11 @@ class NeuronGroup(NamedTuple):
         slopes = {(link.producer, link.consumer): link.slope for link in self.links}
         return slopes.get((producer, consumer), 0.0)
 
+    def scales(self, producer: str) -> tuple[tuple[str, int], ...]:
+        """Returns the scales of the normalizations behind a layer, and their axes of neurons."""
+        names = {link.scale for link in self.links if link.producer == producer}
+        return tuple((name, axis) for name, axis, _ in self.vectors if name in names)
+
     def joint(self, consumer: str) -> Joint:
         """Returns what happens to positions before a layer reads them."""
         return next(link.joint for link in self.links if link.consumer == consumer)
@@ -105,13 +123,15 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
     Args:
       loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
       params: tree of arrays.
-      batch: tree of arrays [n, ...], n examples; two of them are read.
+      batch: tree of arrays [n, ...], n examples; three of them are read.
 
     Returns:
-      All groups; those that cannot grow say why in `blocker`.
+      All groups; those that cannot grow say why in `blocker`. Layers that are neither `x @ W` nor a
+      convolution of images [n, rows, columns, inputs] in one group, or share their weights, as
+      projections to heads [inputs, heads, features] and layers of a scan, come last.
 
     Raises:
-      TraceError: see `archscale_jax.tracing.layers.layer_kinds`.
+      TraceError: what `trace` raises.
       ValueError: a batch that holds anything but arrays of examples.
     """
     for leaf in jax.tree.leaves(batch):
@@ -120,9 +140,11 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
                 f"batch holds {leaf!r}; accepted are arrays with examples along their first axis: "
                 "bind keys and constants to loss_fn"
             )
-    batch = jax.tree.map(lambda array: array[:2], batch)
+    batch = jax.tree.map(lambda array: array[:_EXAMPLES], batch)
     probe = _Probe(loss_fn, params, batch)
-    return tuple(_group(probe, producers) for producers in _summed(probe))
+    found = [_group(probe, producers) for producers in _summed(probe)]
+    others = probe.others.items()
+    return (*found, *(NeuronGroup(name, (name,), (), (), reason) for name, reason in others))
 
 
 def _summed(probe: "_Probe") -> list[list[str]]:
@@ -140,9 +162,11 @@ def _summed(probe: "_Probe") -> list[list[str]]:
 class _Probe:
     """The function between the layers, and which features of which layers depend on which others.
 
-    What is added to features, biases and offsets, is taken as 0.
+    What is added to features, biases and offsets, is taken as 0, and a scale of 0 as 1.
 
     Attributes:
+      others: layers that cannot grow, and why; they are a part of what stands between.
+      hiding: scales with entries of 0, as they are.
       biases: of the layers that have one, its name.
       outputs: shapes of the outputs of the layers, by the names of weights, in their order.
       reached: by producer, the consumers whose inputs depend on it, and which of their features
@@ -153,7 +177,7 @@ class _Probe:
     """
 
     def __init__(self, loss_fn: Loss, params: PyTree, batch: Any):
-        kinds = layer_kinds(loss_fn, params, batch)
+        kinds, self.others = find_layers(loss_fn, params, batch)
         self.biases = {kind.weight: kind.bias for kind in kinds if kind.bias is not None}
         shapes = layer_outputs(loss_fn, params, batch)
         self.outputs = {kind.weight: shapes[kind.weight] for kind in kinds}
@@ -163,6 +187,13 @@ class _Probe:
             # What is added could hold an activation where it is flat.
             if self.is_offset(name) and name not in self.outputs:
                 self.leaves[name] = jnp.zeros_like(leaf)
+        self.hiding = {
+            name: leaf
+            for name, leaf in self.leaves.items()
+            if "scale" in self.kinds.get(name, set()) and np.any(leaf == 0)
+        }
+        for name, leaf in self.hiding.items():
+            self.leaves[name] = jnp.where(leaf == 0, jnp.ones_like(leaf), leaf)
 
         @jax.jit
         def evaluate(outputs: dict[str, Array], leaves: dict[str, Array]) -> BetweenLayers:
@@ -254,15 +285,14 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
     )
     group = NeuronGroup(first, tuple(producers), vectors, (), None)
     if any(name in probe.observed for name in producers):
-        return group._replace(
-            blocker="no layer follows: the result depends on its outputs themselves"
-        )
+        follows = "no layer follows" if not probe.others else "no layer that could grow follows"
+        return group._replace(blocker=f"{follows}: the result depends on its outputs themselves")
     if not patterns:
         return group._replace(blocker="no layer reads its outputs")
     if any(name in probe.mixed for name in producers):
         return group._replace(
-            blocker="features of a layer that reads it depend on others of its features too: it "
-            "is normalized over features, joined to others or split"
+            blocker="features of a layer that reads it depend on others of its features too: "
+            f"{_mixture(probe, producers, [one for one in probe.outputs if one in patterns])}"
         )
     shared = [name for name in biases if name not in axes]
     if shared:
@@ -272,64 +302,233 @@ def _group(probe: _Probe, producers: list[str]) -> NeuronGroup:
 
 def _linked(probe: _Probe, group: NeuronGroup) -> NeuronGroup:
     """Measures what stands between, on the neutral first neuron of a network that is 0 else."""
-    neutral = {}
-    for name, axis, value in group.vectors:
-        leaf = np.asarray(probe.leaves[name])
-        neutral[name] = np.array(neutral.get(name, leaf))
-        neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
-    zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
-    rest = probe.between(zeros, neutral).inputs
+    trial, true = _Trial(probe, group, {}), _Trial(probe, group, probe.hiding)
+    pairs = [(producer, consumer) for producer in group.producers for consumer in probe.outputs
+             if consumer in probe.reached[producer]]  # fmt: skip
+    if len(group.producers) > 1 and any(trial.is_multiplied(*pair) for pair in pairs):
+        return _gated(probe, group, trial, list(dict.fromkeys(one for _, one in pairs)))
     links = []
-    for producer in group.producers:
-        entries = np.random.default_rng(1).normal(size=zeros[producer].shape[:-1])
-        # Low precision rounds a step, and the slope is one over the step that was made.
-        made = np.asarray(_STEP * entries, zeros[producer].dtype).astype(np.float64) / _STEP
-        answers = [rest]
-        for size in (_STEP, -_STEP, 1.0, 2.0):
-            moved = zeros[producer].copy()
-            moved[..., 0] = size * entries
-            answers.append(probe.between({**zeros, producer: moved}, neutral).inputs)
-        count = zeros[producer].shape[-1]
-        for consumer in (one for one in probe.outputs if one in probe.reached[producer]):
-            reads = [np.asarray(answer[consumer])[..., ::count] for answer in answers]
-            link = _link(producer, consumer, made, reads)
-            if isinstance(link, str):
-                return group._replace(blocker=link)
-            links.append(link)
+    for producer, consumer in pairs:
+        link = trial.link(producer, consumer)
+        if probe.hiding and not isinstance(link, str):
+            link = true.measured(producer, consumer, link.scale) or _moved(producer, consumer)
+        if isinstance(link, str):
+            return group._replace(blocker=link)
+        links.append(link)
     grids = {probe.outputs[name].shape[:-1] for name in group.producers}
     if len(grids) > 1:
         return group._replace(blocker="the layers that make it have different positions")
     if not any(link.slope for link in links):
         return group._replace(blocker="what follows is flat at 0: a small neuron has no effect")
-    return group._replace(links=tuple(links))
+    blocker = _shared_norm(links)
+    return group._replace(links=() if blocker else tuple(links), blocker=blocker)
 
 
-def _link(
-    producer: str, consumer: str, made: Float[np.ndarray, "n *s"], reads: Sequence[np.ndarray]
-) -> Link | str:
-    """Returns how a layer reads a neuron with the entries `made`, or what blocks it.
+def _gated(probe: _Probe, group: NeuronGroup, trial: "_Trial", consumers: list[str]) -> NeuronGroup:
+    """A group some of whose layers multiply the others: one that is linear, given the rest."""
+    biases = {probe.biases.get(name) for name in group.producers}
+    offsets = [name for name, _, value in group.vectors if value == "zero" and name not in biases]
+    shapes = {probe.outputs[name].shape for name in group.producers}
+    for name in reversed(group.producers if len(shapes) == 1 and not offsets else ()):
+        if len(consumers) == 1 and trial.is_linear(name, group.producers, consumers[0]):
+            gates = tuple(one for one in group.producers if one != name)
+            link = Link(name, consumers[0], "same", 1.0)
+            return group._replace(gates=gates, links=(link,))
+    return group._replace(
+        blocker=f"{_named(group.producers)} are multiplied before {_named(consumers)} reads them: "
+        "a neuron that is small in both is of second order, and the product is not linear in one "
+        f"of them, entry by entry, of one reader and without offsets between; {WIDEN}"
+    )
 
-    `reads` is what it reads, [n, ..., copies], at 0, `_STEP`, -`_STEP`, 1 and 2 times the entries.
-    """
-    rest, up, down, once, twice = reads
-    if np.any(rest != 0):
+
+def _shared_norm(links: Sequence[Link]) -> str | None:
+    """What keeps the size of a neuron from being an entry of scales of its layer's own."""
+    for link in links:
+        if link.scale is None:
+            continue
+        others = [one for one in links if one.scale != link.scale and one.producer == link.producer]
+        makers = {one.producer for one in links if one.scale == link.scale}
+        if len(makers) > 1:
+            return (
+                f"the normalization of {link.scale!r} takes the sum of {_named(makers)}: new "
+                f"neurons of theirs have no closed form; {WIDEN}"
+            )
+        if any(one.scale is None for one in others):
+            return (
+                f"the outputs of {link.producer!r} are read behind the normalization of "
+                f"{link.scale!r}, where the size of a neuron does not matter, and without it by "
+                f"{_named(one.consumer for one in others if one.scale is None)}; {WIDEN}"
+            )
+    return None
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _mixture(probe: _Probe, producers: list[str], consumers: list[str]) -> str:
+    """Says what makes features depend on others: a normalization is told by what it forgets."""
+    count = probe.outputs[producers[0]].shape[-1]
+    axes = [one for one in probe.vectors if probe.leaves[one[0]].shape[one[1]] == count]
+    scales = [one for one in axes if "scale" in probe.kinds.get(one[0], set())]
+    added = {name: np.zeros_like(probe.leaves[name]) for name, axis in axes
+             if (name, axis) not in scales}  # fmt: skip
+    once, twice = (
+        probe.between(
+            {name: (size * probe.base[name]).astype(probe.base[name].dtype) for name in producers},
+            added,
+        ).inputs
+        for size in (1 / _SIZES[-1], 2 / _SIZES[-1])
+    )
+    for consumer in consumers:
+        if np.any(once[consumer]) and np.allclose(once[consumer], twice[consumer], rtol=1e-2):
+            own = [name for name, axis in scales if probe.vectors[name, axis].get(consumer) == (0,)]
+            of = f" of {_named(own)}" if own else ""
+            return f"the normalization{of} before {consumer!r} is taken over features; {WIDEN}"
+    return (
+        "they are joined to others, split, or multiplied by others as in heads of attention; "
+        "contrib.expand may widen them"
+    )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether arrays are the same but for rounding."""
+    tolerance = max(1e-3, 4 * float(jnp.finfo(one.dtype).eps))
+    return np.allclose(one.astype(np.float64), other.astype(np.float64), rtol=tolerance)
+
+
+def _moved(producer: str, consumer: str) -> str:
+    return f"positions are pooled or moved between {producer!r} and {consumer!r}"
+
+
+class _Trial:
+    """The neutral first neuron of a group, in a network that is 0 else, at several sizes."""
+
+    def __init__(self, probe: _Probe, group: NeuronGroup, leaves: Mapping[str, Any]):
+        self._probe = probe
+        self._scales = {
+            name: axis for name, axis, value in group.vectors if value != "zero"
+        }  # of what may be the scale of a normalization
+        self._neutral = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+        for name, axis, value in group.vectors:
+            leaf = np.asarray(leaves.get(name, probe.leaves[name]))
+            self._neutral[name] = np.array(self._neutral.get(name, leaf))
+            self._neutral[name][_first(axis)] = 0 if value == "zero" else leaf.mean(axis=axis)
+        self._zeros = {name: np.zeros_like(output) for name, output in probe.base.items()}
+        self._read: dict[tuple[str, float, str | None, float], BetweenLayers] = {}
+
+    def is_multiplied(self, producer: str, consumer: str) -> bool:
+        """Whether the neuron does nothing where what other layers make is 0, though it is read."""
+        return not any(np.any(self._answer(producer, consumer, size)) for size in (0, 1))
+
+    def is_linear(self, producer: str, producers: Iterable[str], consumer: str) -> bool:
+        """Whether a layer reads the outputs of one times what those of others say, by entry."""
+        shape = self._zeros[producer].shape[:-1]
+        drawn = np.random.default_rng(2).normal(size=(2, *shape))
+        others = {name: self._zeros[name].copy() for name in producers if name != producer}
+        for place, entries in enumerate(others.values()):
+            entries[..., 0] = np.random.default_rng(3 + place).normal(size=shape)
+
+        def read(entries: np.ndarray) -> np.ndarray:
+            outputs = {**self._zeros, **others, producer: self._zeros[producer].copy()}
+            outputs[producer][..., 0] = entries
+            inputs = self._probe.between(outputs, self._neutral).inputs[consumer]
+            return np.asarray(inputs, np.float64)[..., :: self._zeros[producer].shape[-1]]
+
+        first, second = read(drawn[0]), read(drawn[1])
+        if first.shape != (*shape, 1) or not np.any(first) or np.any(read(0 * drawn[0])):
+            return False
+        crossed = first * drawn[1][..., None], second * drawn[0][..., None]
+        error = np.linalg.norm(crossed[0] - crossed[1])
+        tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(self._zeros[producer].dtype).eps))
+        return bool(error <= tolerance * np.linalg.norm(crossed[0]))
+
+    def link(self, producer: str, consumer: str) -> Link | str:
+        """Returns how a layer reads the neuron, or what blocks it."""
+        rest, once, twice = (self._answer(producer, consumer, size) for size in (0, 1, 2))
+        if np.any(rest != 0):
+            return (
+                f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 "
+                "at 0"
+            )
+        if np.any(once) and _same(once, twice):
+            return self._behind_norm(producer, consumer)
+        return self.measured(producer, consumer, None) or _moved(producer, consumer)
+
+    def _behind_norm(self, producer: str, consumer: str) -> Link | str:
+        examples = len(self._zeros[producer])
+        if examples < _EXAMPLES:
+            return (
+                f"a normalization stands before {consumer!r}, of which {examples} examples do not "
+                f"tell over what; give {_EXAMPLES}"
+            )
+        seen = [name for name in self._scales
+                if not np.any(self._answer(producer, consumer, 1, name, 0))]  # fmt: skip
+        if not seen:
+            return (
+                f"a normalization without a scale that could be 0 stands before {consumer!r}: the "
+                f"size of a new neuron would not matter, and it would not begin at 0; {WIDEN}"
+            )
+        for name in seen:
+            once, twice = (self._answer(producer, consumer, 1, name, size) for size in (1, 2))
+            before = _same(once, twice)
+            link = None if before else self.measured(producer, consumer, name)
+            if link is not None:
+                return link
         return (
-            f"a neuron that is 0 is not 0 where {consumer!r} reads it: its activation is not 0 at 0"
+            f"the normalization of {_named(seen)} before {consumer!r} is not taken of the outputs "
+            f"of {producer!r} alone and over all examples and positions, or positions are pooled "
+            f"or moved behind it; {WIDEN}"
         )
-    if np.allclose(once, twice, rtol=1e-3):
-        return (
-            f"a normalization stands before {consumer!r}: the size of a new neuron would not "
-            "matter, and it would not begin at 0"
-        )
-    response = (up.astype(np.float64) - down.astype(np.float64)) / (2 * _STEP)
-    joint, expected = "same", made[..., None]
-    if response.shape != expected.shape:
-        joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)
-    if response.shape != expected.shape:
-        joint, expected = "flat", made.reshape(len(made), -1)
-    if response.shape == expected.shape:
+
+    def measured(self, producer: str, consumer: str, scale: str | None) -> Link | None:
+        """Returns the link whose size is that of a fan-in, or an entry of a scale, if it is one."""
+        entries, dtype = self._entries(producer), self._zeros[producer].dtype
+        if scale is None:
+            up, down = (self._answer(producer, consumer, size) for size in (_STEP, -_STEP))
+            # Low precision rounds a step, and the slope is one over the step that was made.
+            made = np.asarray(_STEP * entries, dtype).astype(np.float64)
+        else:
+            up, down = (
+                self._answer(producer, consumer, 1, scale, size) for size in (_STEP, -_STEP)
+            )
+            made = float(np.asarray(_STEP, dtype)) * (entries - entries.mean()) / entries.std()
+        response = (up.astype(np.float64) - down.astype(np.float64)) / 2
+        joint, expected = "same", made[..., None]
+        if response.shape != expected.shape:
+            joint, expected = "mean", made.reshape(len(made), -1).mean(axis=1, keepdims=True)
+        if response.shape != expected.shape:
+            joint, expected = "flat", made.reshape(len(made), -1)
+        if response.shape != expected.shape:
+            return None
         slope = np.vdot(response, expected) / np.vdot(expected, expected)
         tolerance = max(_TOLERANCE, _EPSILONS * float(jnp.finfo(up.dtype).eps))
-        if np.linalg.norm(response - slope * expected) <= tolerance * np.linalg.norm(response):
-            return Link(producer, consumer, joint, float(f"{slope:.4g}"))
-    return f"positions are pooled or moved between {producer!r} and {consumer!r}"
+        if np.linalg.norm(response - slope * expected) > tolerance * np.linalg.norm(response):
+            return None
+        return Link(producer, consumer, joint, float(f"{slope:.4g}"), scale)
+
+    def _entries(self, producer: str) -> np.ndarray:
+        """Entries of the neuron, of unit variance: statistics of examples and of all differ."""
+        shape = self._zeros[producer].shape[:-1]
+        drawn = np.random.default_rng(1).normal(size=shape)
+        sizes = (1 + np.arange(len(drawn))).reshape(-1, *[1] * (drawn.ndim - 1))
+        drawn = drawn * sizes
+        if drawn.size > 1:
+            drawn = (drawn - drawn.mean()) / drawn.std()
+        return 0.5 + drawn
+
+    def _answer(
+        self, producer: str, consumer: str, size: float, scale: str | None = None, entry: float = 0
+    ) -> np.ndarray:
+        """What a layer reads of so many times the entries, [n, ..., copies]."""
+        key = producer, size, scale, entry
+        if key not in self._read:
+            moved = self._zeros[producer].copy()
+            moved[..., 0] = size * self._entries(producer)
+            neutral = dict(self._neutral)
+            if scale is not None:
+                neutral[scale] = neutral[scale].copy()
+                neutral[scale][_first(self._scales[scale])] = entry
+            self._read[key] = self._probe.between({**self._zeros, producer: moved}, neutral)
+        count = self._zeros[producer].shape[-1]
+        return np.asarray(self._read[key].inputs[consumer])[..., ::count]

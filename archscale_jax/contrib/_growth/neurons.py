@@ -137,6 +137,61 @@ def new_neurons(
     )
 
 
+def gated_neurons(
+    before: Float[Matrix, "ga ga"],
+    projected: Float[Matrix, "ga o"],
+    count: float | Matrix,
+    gates: int,
+    *,
+    number: int,
+    threshold: float = 1e-3,
+    cutoff: float = 1e-6,
+) -> Neurons:
+    """Neurons each of which is gated by one of g given gates: g(x) α B⁻.
+
+    `new_neurons` of g·B⁻ one after the other, each of the gate with the largest λ; what a neuron
+    explains is taken from V_proj. Of one gate these are `new_neurons`.
+
+    Args:
+      before: Σ over samples of the products of g·B⁻, stacked by gates.
+      projected: Σ g·B⁻ V_projᵀ, stacked by gates.
+      count: n.
+      gates: how many.
+      number: the most neurons.
+      threshold: see `new_neurons`.
+      cutoff: see `new_neurons`.
+
+    Raises:
+      ValueError: statistics that are not finite, or of no sample.
+    """
+    n = _count(count)
+    covariance, moment = finite("before", before) / n, finite("projected", projected) / n
+    size = len(moment) // gates
+    blocks = [slice(size * place, size * (place + 1)) for place in range(gates)]
+    roots = [inverse_root(covariance[one, one], cutoff=cutoff) for one in blocks]
+    least = 1e-9 * np.linalg.norm(moment)
+    fan_in, fan_out, values = [], [], []
+    while len(values) < number:
+        tops = []
+        for root, one in zip(roots, blocks, strict=True):
+            left, found, right = np.linalg.svd(root.T @ moment[one], full_matrices=False)
+            tops.append((found[0], root @ left[:, 0], right[0]) if len(found) else (0.0, 0, 0))
+        place = int(np.argmax([value for value, *_ in tops]))
+        value, inwards, outwards = tops[place]
+        if value <= (max(threshold, least) if values else 0.0):
+            break
+        feature = np.zeros(len(moment))
+        feature[blocks[place]] = inwards  # of mean square 1
+        fan_in.append(np.sqrt(value) * feature)
+        fan_out.append(np.sqrt(value) * outwards)
+        values.append(value)
+        moment = moment - np.outer(covariance @ feature, feature @ moment)
+    shapes = (len(values), len(moment)), (len(values), moment.shape[1])
+    return with_sign(
+        Neurons(np.reshape(fan_in, shapes[0]).T, np.reshape(fan_out, shapes[1]), np.asarray(values))
+    )
+
+
 def with_sign(neurons: Neurons) -> Neurons:
     """Turns neurons so that the largest entry of every fan-out is positive.
 

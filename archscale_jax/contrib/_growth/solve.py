@@ -3,6 +3,7 @@
 Directions by TINY, by GradMax or at random; how many; and their sizes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,14 @@ from jaxtyping import Array
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.measured import Measured
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
-from archscale_jax.contrib._growth.neurons import Neurons, finite, new_neurons, with_sign
-from archscale_jax.contrib._growth.statistics import Block, PairStatistics, blocks
+from archscale_jax.contrib._growth.neurons import (
+    Neurons,
+    finite,
+    gated_neurons,
+    new_neurons,
+    with_sign,
+)
+from archscale_jax.contrib._growth.statistics import Block, PairStatistics, blocks, deviations
 from archscale_jax.contrib._growth.widen import occupied
 
 METHODS = ("tiny", "gradmax", "random")
@@ -40,33 +47,31 @@ def solve(
         pair = measured.pairs[group.name]
         limit = number.get(group.name) if isinstance(number, Mapping) else number
         limit = min(pair.projected.shape) if limit is None else limit
+        gates = len(measured.gates.get(group.name, ()))
+        sums = pair.before, pair.projected, pair.examples
+        options = {"number": limit, "threshold": threshold, "cutoff": cutoff}
         if method == "tiny":
-            new = new_neurons(
-                pair.before,
-                pair.projected,
-                pair.examples,
-                number=limit,
-                threshold=threshold,
-                cutoff=cutoff,
-            )
+            new = gated_neurons(*sums, gates, **options) if gates else new_neurons(*sums, **options)
         elif method == "gradmax":
             new = _largest_gradients(pair, limit)
         else:
             assert key is not None  # checked by grow
-            new = _random(pair, limit, jax.random.fold_in(key, index))
+            new = _random(pair, limit, max(gates, 1), jax.random.fold_in(key, index))
         # Rounding must not reach into empty slots, nor random weights to inputs that are always 0.
         fan_in = new.fan_in * (np.diag(np.asarray(pair.before)) > 0)[:, None]
         fan_out = new.fan_out * np.any(np.asarray(pair.targets) != 0, axis=0)
         found[group.name] = new._replace(fan_in=fan_in, fan_out=fan_out)
     if budget is not None:
-        numbers = _within_budget(found, budget)
+        prices = {group.name: _price(params, group, measured, restricted) for group in groups}
+        numbers = _within_budget(found, prices, budget)
         found = {name: new.first(numbers[name]) for name, new in found.items()}
     if normalize or method != "tiny":
         leaves = named_leaves(params)
         for group in groups:
             both = blocks(group, measured.kinds, params, restricted)
             used = np.flatnonzero(occupied(params, group))
-            found[group.name] = _normalized(found[group.name], leaves, *both, used)
+            pair = measured.pairs[group.name]
+            found[group.name] = _normalized(found[group.name], group, pair, leaves, *both, used)
     return found
 
 
@@ -78,15 +83,29 @@ def _largest_gradients(statistics: PairStatistics, number: int) -> Neurons:
     return with_sign(Neurons(np.zeros((len(moment), len(kept))), right[kept], values[kept]))
 
 
-def _random(statistics: PairStatistics, number: int, key: Array) -> Neurons:
+def _random(statistics: PairStatistics, number: int, gates: int, key: Array) -> Neurons:
+    """Neurons with random weights; the gates take turns."""
     rows, columns = statistics.projected.shape
     keys = jax.random.split(key)
     fan_in = np.asarray(jax.random.normal(keys[0], (rows, number)), np.float64)
+    fan_in = fan_in * (
+        np.repeat(np.arange(gates), rows // gates)[:, None] == np.arange(number) % gates
+    )
     fan_out = np.asarray(jax.random.normal(keys[1], (number, columns)), np.float64)
     return Neurons(fan_in, fan_out, np.zeros(number))
 
 
-def _within_budget(found: Mapping[str, Neurons], budget: int) -> dict[str, int]:
+def _price(params: PyTree, group: NeuronGroup, measured: Measured, restricted: bool) -> int:
+    """Returns the parameters of the fan-in and fan-out of a neuron, and of its gates."""
+    made, read = blocks(group, measured.kinds, params, restricted)
+    leaves = named_leaves(params)
+    gates = sum(math.prod(leaves[name].shape[:-1]) for name in group.gates)
+    return sum(block.size for block in (*made, *read)) + gates
+
+
+def _within_budget(
+    found: Mapping[str, Neurons], prices: Mapping[str, int], budget: int
+) -> dict[str, int]:
     """Returns how many neurons of each group a number of parameters buys, the best value first.
 
     The worth of a neuron is λ², its price the parameters of its fan-in and fan-out; of random ones,
@@ -94,7 +113,7 @@ def _within_budget(found: Mapping[str, Neurons], budget: int) -> dict[str, int]:
     """
     offers = []
     for name, neurons in found.items():
-        price = len(neurons.fan_in) + neurons.fan_out.shape[1]
+        price = prices[name]
         for rank, value in enumerate(neurons.singular_values):
             offers.append((-(value**2) / price, rank, name, price))
     numbers = dict.fromkeys(found, 0)
@@ -110,29 +129,38 @@ def _within_budget(found: Mapping[str, Neurons], budget: int) -> dict[str, int]:
 
 def _normalized(
     neurons: Neurons,
+    group: NeuronGroup,
+    pair: PairStatistics,
     leaves: Mapping[str, Any],
     made: list[Block],
     read: list[Block],
     places: np.ndarray,
 ) -> Neurons:
-    """Gives new neurons the size of those at `places`: the root mean squares of both norms."""
+    """Gives new neurons the size of those at `places`: the root mean squares of both norms.
+
+    Behind a batch normalization the entry in its scale is the size of a neuron, not its fan-in.
+    """
     if not len(places) or not neurons.number:
         return neurons
     capacity = leaves[made[0].weight].shape[-1]
-    fan_in = [np.asarray(leaves[one.weight])[..., places] for one in made]
+    new_in = list(deviations(group, made, pair, neurons.fan_in).values()) or [neurons.fan_in]
+    fan_in = [
+        np.take(np.asarray(leaves[name]), places, axis)
+        for one in made for name, axis in group.scales(one.weight)[:1]
+    ] or [np.asarray(leaves[one.weight])[..., places] for one in made]  # fmt: skip
     fan_out = []
     for one in read:
         leaf = np.asarray(leaves[one.weight])
         fan_out.append(leaf.reshape(-1, capacity, leaf.shape[-1])[:, places])
 
-    def scale(new: np.ndarray, old: list[np.ndarray]) -> float:
-        size = np.sqrt(np.sum(np.square(new)) / neurons.number)
+    def scale(new: list[np.ndarray], old: list[np.ndarray]) -> float:
+        size = np.sqrt(sum(np.sum(np.square(one)) for one in new) / neurons.number)
         total = sum(float(np.sum(np.square(part.astype(np.float64)))) for part in old)
         return np.sqrt(total / len(places)) / size if size > 0 and total > 0 else 1.0
 
     return neurons._replace(
-        fan_in=neurons.fan_in * scale(neurons.fan_in, fan_in),
-        fan_out=neurons.fan_out * scale(neurons.fan_out, fan_out),
+        fan_in=neurons.fan_in * scale(new_in, fan_in),
+        fan_out=neurons.fan_out * scale([neurons.fan_out], fan_out),
     )
 
 

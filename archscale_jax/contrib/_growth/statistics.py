@@ -8,25 +8,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import desired_change
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.patches import EXACT, product, rows_of, slices, sum_over_examples
-from archscale_jax.tracing.layers import LayerGradient, LayerKind, Loss, layer_gradients
+from archscale_jax.tracing.layers import (
+    LayerGradient,
+    LayerKind,
+    Loss,
+    layer_gradients,
+    layer_response,
+)
 
 
 class PairStatistics(NamedTuple):
     """Sums over n examples and positions, for neurons with A inputs and O outputs.
 
-    The inputs of all layers that make a neuron are stacked, a 1 for every bias included, and so
+    The inputs of all layers that make a neuron are stacked, a 1 for every bias included, those of a
+    gated one times each of the gates that a new neuron may have, by gates, and so
     are the outputs of all that read it, those of a convolution by rows and columns of its kernel.
 
     Attributes:
       examples: n.
       positions: rows of B⁻ in all, examples times positions.
-      before: Σ B⁻ B⁻ᵀ, [A, A].
+      before: Σ B⁻ B⁻ᵀ, [A, A]; where a batch normalization stands behind the layer, of B⁻ less
+        its mean over the batch.
       targets: Σ B⁻ Vᵀ, [A, O].
       projected: Σ B⁻ V_projᵀ, [A, O].
     """
@@ -65,15 +74,28 @@ def pair_statistics(
     kinds: tuple[LayerKind, ...],
     groups: tuple[NeuronGroup, ...],
     restricted: bool,
+    gates: Mapping[str, Int[Array, " g"]],
 ) -> dict[str, PairStatistics]:
     """Returns the sums of one batch by the names of groups, which have no blockers; see `grow`.
 
     `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
-    beyond them is summed.
+    beyond them is summed. `gates` are the neurons, by the names of gated groups, whose gates new
+    ones may have.
     """
-    _, gradients = layer_gradients(loss_fn, params, batch)
     by_name = {kind.weight: kind for kind in kinds}
-    return {one.name: _pair_sums(one, by_name, gradients, updates, restricted) for one in groups}
+    names = {name for group in groups for name in (*group.producers, *group.consumers)}
+    _, gradients = layer_gradients(loss_fn, params, batch, names)
+
+    def factors(group: NeuronGroup) -> Array | None:
+        if not group.gates:
+            return None
+        response = layer_response(loss_fn, params, batch, *group.links[0][:2])
+        return exact(response[..., gates[group.name]])
+
+    return {
+        one.name: _pair_sums(one, by_name, gradients, updates, factors(one), restricted)
+        for one in groups
+    }
 
 
 def _pair_sums(
@@ -81,17 +103,29 @@ def _pair_sums(
     kinds: Mapping[str, LayerKind],
     gradients: Mapping[str, LayerGradient],
     updates: Mapping[str, Array],
+    factors: Float[Array, "n *s g"] | None,
     restricted: bool,
 ) -> PairStatistics:
-    names = group.producers, group.consumers
+    names = group.makers, group.consumers
     arrays = (
         {name: gradients[name].inputs for name in (*names[0], *names[1])},
         {name: desired_change(gradients[name].outputs) for name in names[1]},
+        factors,
     )
-    grid = gradients[group.producers[0]].outputs.shape[1:-1]
+    grid = gradients[names[0][0]].outputs.shape[1:-1]
+    means = _means(group, kinds, arrays[0])
 
-    def sums(inputs: dict[str, Array], targets: dict[str, Array]) -> tuple[Array, Array, Array]:
+    def sums(
+        inputs: dict[str, Array], targets: dict[str, Array], factors: Array | None
+    ) -> tuple[Array, Array, Array]:
         rows = {name: rows_of(kinds[name], inputs[name]) for name in names[0]}
+        rows |= {name: rows[name] - mean for name, mean in means.items()}
+        if factors is not None:  # of one layer
+            by_gate = factors.reshape(len(factors), -1, factors.shape[-1])
+            (own,) = rows.values()
+            rows = {
+                names[0][0]: jnp.einsum("npg,npa->npga", by_gate, own).reshape(*own.shape[:2], -1)
+            }
         stacked = jnp.concatenate([rows[name] for name in names[0]], axis=-1)
         wanted, rest = [], []
         for name in names[1]:
@@ -109,9 +143,26 @@ def _pair_sums(
 
     convolutional = any(kinds[name].window is not None for name in (*names[0], *names[1]))
     found = sum_over_examples(sums, arrays, one_by_one=convolutional)
-    count = len(arrays[0][group.producers[0]])
+    count = len(arrays[0][names[0][0]])
     positions = count * math.prod(grid)
     return PairStatistics(jnp.float32(count), jnp.float32(positions), *found)
+
+
+def _means(
+    group: NeuronGroup, kinds: Mapping[str, LayerKind], inputs: Mapping[str, Array]
+) -> dict[str, Float[Array, " r"]]:
+    """The means of what the layers read behind which a batch normalization stands, by name."""
+
+    def mean(name: str) -> Array:
+        def sums(array: Array) -> tuple[Array, Array]:
+            rows = rows_of(kinds[name], array)
+            return rows.sum(axis=(0, 1)), jnp.float32(rows.shape[0] * rows.shape[1])
+
+        one_by_one = kinds[name].window is not None
+        total, count = sum_over_examples(sums, (inputs[name],), one_by_one=one_by_one)
+        return total / count
+
+    return {name: mean(name) for name in group.makers if group.scales(name)}
 
 
 def _seen(
@@ -150,7 +201,10 @@ def _middle(kind: LayerKind) -> int:
 def blocks(
     group: NeuronGroup, kinds: tuple[LayerKind, ...], params: PyTree, restricted: bool = False
 ) -> tuple[list[Block], list[Block]]:
-    """Returns the layers stacked along A and along O in the `PairStatistics` of a group."""
+    """Returns the layers stacked along A and along O in the `PairStatistics` of a group.
+
+    Of a gated group, along the part of A of one gate.
+    """
     by_name = {kind.weight: kind for kind in kinds}
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
     capacity = shapes[group.producers[0]][-1]
@@ -168,4 +222,22 @@ def blocks(
             entries = (_middle(by_name[name]),)
         return Block(name, None, entries, len(entries) * outputs)
 
-    return [maker(name) for name in group.producers], [reader(name) for name in group.consumers]
+    return [maker(name) for name in group.makers], [reader(name) for name in group.consumers]
+
+
+def deviations(
+    group: NeuronGroup, made: list[Block], pair: PairStatistics, fan_in: Float[np.ndarray, "a k"]
+) -> dict[str, Float[np.ndarray, " k"]]:
+    """Returns the standard deviations of K neurons before batch normalizations.
+
+    Of what every layer that has one behind it adds to them, by the names of weights.
+    """
+    found, start = {}, 0
+    for block in made:
+        own = slice(start, start + block.size)
+        start += block.size
+        if group.scales(block.weight):
+            covariance = np.asarray(pair.before[own, own], np.float64) / float(pair.positions)
+            variance = np.einsum("ak,ab,bk->k", fan_in[own], covariance, fan_in[own])
+            found[block.weight] = np.sqrt(np.maximum(variance, 0.0))
+    return found
