@@ -3,7 +3,7 @@
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
 Writes config.json, results.jsonl (a line an epoch), checkpoints, table.md, train.png and
-report.html, and prints the table. Killed and started again it goes on from the last checkpoint and
+report.html, and prints the answer. Killed and started again it goes on from the last checkpoint and
 ends bit for bit where it would have ended. With more --steps or --epochs a run of the constant
 schedule goes on from where it ended, to rounding as one long training would.
 """
@@ -66,7 +66,7 @@ def run() -> None:
         workdir,
         f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}",
         __doc__,
-        remarks=[f"R{rate[1:]}."],
+        remarks=[answer(records), f"R{rate[1:]}."],
         tables={"Loss (nats) and accuracy after every epoch.": _lines(records)},
         figures={figure: "Loss and accuracy after every epoch."},
     )
@@ -138,6 +138,18 @@ def train(
                 files.append_record(results, metrics)
             advance(note=_line(metrics))
     return records
+
+
+def answer(records: list[dict[str, Any]]) -> str:
+    """Returns where the training ended."""
+    last = records[-1]
+    if last["diverged"]:
+        return f"After {last['step']} updates it is no better than guessing: take a smaller rate."
+    return (
+        f"After {last['step']} updates it reads {last['test_accuracy']:.1%} of the test examples "
+        f"right, at a loss of {number(last['test_loss'], '.4f', 'no finite number of')} nats; "
+        "one seed."
+    )
 
 
 def _line(metrics: dict) -> str:

@@ -43,6 +43,7 @@ from experiments.lab.training import (
     train_losses,
     vertex_features,
 )
+from tests.binaries import imported
 
 BATCH, EXAMPLES, TESTS, CLASSES = 8, 43, 21, 3  # five whole batches, three examples left over
 
@@ -718,6 +719,16 @@ class TestLonger:
             assert done.returncode == bool(reason), done.stderr
             assert re.match(reason, (done.stderr.splitlines() or [""])[-1])
             assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 20
+
+    def test_is_answered_in_a_sentence(self):
+        train = imported("train")
+        last = {"step": 44, "diverged": 0.0, "test_accuracy": 0.351, "test_loss": 1.86094}
+        assert train.answer([{}, last]) == (
+            "After 44 updates it reads 35.1% of the test examples right, at a loss of 1.8609 nats; "
+            "one seed."
+        )
+        ended = {"step": 44, "diverged": 1.0, "test_accuracy": 0.1, "test_loss": None}
+        assert "no better than guessing: take a smaller" in train.answer([ended])
 
     def test_is_not_made_shorter(self, tmp_path, run_again):
         for steps, code in ((30, 0), (20, 1), (30, 0)):
