@@ -263,13 +263,13 @@ def answer(groups: Mapping[tuple[str, str], Group]) -> list[str]:
         axis, (base, *larger) = STUDIES[study].axis, group.searches
         where = f"{study}, {how}: the best rate of {axis} {base}"
         apart = f"best rates lie {check.drift:.2f} nats apart"
-        noise = f"{apart}, noise explains {check.limit:.2f}"
+        noise = f"{apart}, and noise explains up to {check.limit:.2f}"
         if not check.bracketed or math.isinf(check.limit):
             said = f"{where} may stay or move: a search ended where its rates end; {apart}"
         elif math.isnan(check.limit):
             said = f"{where} may stay or move, which one seed does not tell: {apart}"
         elif check.transfers:
-            said = f"{where} stays up to {axis} {larger[-1]}: {noise}"
+            said = f"{where} serves up to {axis} {larger[-1]}, as far as searches tell: {noise}"
         else:
             said = f"{where} does not serve up to {axis} {larger[-1]}: {noise}"
         worst = max(larger, key=check.excess.__getitem__)

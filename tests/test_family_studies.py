@@ -85,8 +85,13 @@ def test_the_answer_names_the_flattest_parametrization():
 @pytest.mark.parametrize(
     ("moved", "seeds", "edge", "said"),
     [
-        (0.0, 3, 10.0, "stays up to depth 4: best rates lie 0.00 nats apart, noise explains "),
-        (1.5, 3, 10.0, "does not serve up to depth 4: best rates lie 1.50 nats apart, noise exp"),
+        (
+            0.0,
+            3,
+            10.0,
+            "serves up to depth 4, as far as searches tell: best rates lie 0.00 nats apart",
+        ),
+        (1.5, 3, 10.0, "does not serve up to depth 4: best rates lie 1.50 nats apart, and noise"),
         (1.5, 1, 10.0, "may stay or move, which one seed does not tell: best rates lie 1.50 nats"),
         (0.0, 3, 0.1, "may stay or move: a search ended where its rates end; best rates lie 0.00"),
     ],
