@@ -437,13 +437,16 @@ def answer(records: list[dict[str, Any]]) -> list[str]:
     best = min(means, key=means.__getitem__)
     of_points = f", the best of {len(means)} points" if len(means) > 1 else ""
     if math.isinf(means[best]):
-        return ["Every training diverged: take smaller rates." if len(means) > 1 or
-                len(records) > 1 else "The training diverged: take a smaller rate."]  # fmt: skip
+        return [
+            "At every rate a training diverged: take smaller ones."
+            if len(records) > 1
+            else "The training diverged: take a smaller rate."
+        ]
     seeds = len(losses[best])
-    scatter = f" ± {np.std(losses[best], ddof=1):.4f} from seed to seed" if seeds > 1 else ""
+    scatter = f", ± {np.std(losses[best], ddof=1):.4f} nats from seed to seed" if seeds > 1 else ""
     lines = [
         f"At rate {best[0]:g} and weight decay {best[1]:g}{of_points}, the held-out loss is "
-        f"{means[best]:.4f}{scatter} nats a byte, {means[best] / math.log(2):.3f} bits."
+        f"{means[best]:.4f} nats a byte, {means[best] / math.log(2):.3f} bits{scatter}."
     ]
     for place, name in enumerate(("rate", "weight decay")):
         tried = sorted({point[place] for point in means})

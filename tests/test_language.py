@@ -267,7 +267,7 @@ class TestTraining:
         ]
         assert language.answer(records) == [
             "At rate 0.02 and weight decay 0.1, the best of 6 points, the held-out loss is 2.1000 "
-            "± 0.1414 from seed to seed nats a byte, 3.030 bits.",
+            "nats a byte, 3.030 bits, ± 0.1414 nats from seed to seed.",
             "No smaller weight decay was tried; it may be better.",
         ]
         (first, edge, seed) = language.answer([record(0.1, 0.1, 0, 2.0), record(0.2, 0.1, 0, 1.0)])
@@ -275,7 +275,9 @@ class TestTraining:
         assert seed == "One seed: how far the loss scatters is not known."
         diverged = [record(0.1, 0.1, 0, None)]
         assert language.answer(diverged) == ["The training diverged: take a smaller rate."]
-        assert language.answer(diverged * 2) == ["Every training diverged: take smaller rates."]
+        assert language.answer([*diverged, record(0.1, 0.1, 1, 2.0)]) == [
+            "At every rate a training diverged: take smaller ones."
+        ]
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
