@@ -5,7 +5,7 @@
 Trains every network for a few steps and measures the change of all its vertices: with the standard
 parametrization (Flax's initialization, one rate), with the closed forms of this library, and with
 the rate that a measurement predicts. Writes config.json, results.jsonl, a figure for each axis,
-table.md and report.html, and prints the table. Killed and started again it goes on with the
+table.md and report.html, and prints the answer. Killed and started again it goes on with the
 networks that are missing. The defaults are the run of the docs; it takes about an hour on two
 cores.
 """
@@ -100,6 +100,7 @@ def run() -> None:
         workdir,
         f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
+        remarks=answer(curves, FLAGS.num_seeds),
         tables={"Largest over smallest change of a feature over all sizes; 1 is best.":
                 table(curves)},
         figures=figures,
@@ -215,6 +216,38 @@ def _coordinates(rows: Sequence[Sequence[Any]]) -> Iterator[coordinate.Coordinat
     for *place, change, feature in rows:
         values = (math.nan if value is None else value for value in (change, feature))
         yield coordinate.Coordinate(*place, *values)
+
+
+def answer(curves: Curves, num_seeds: int) -> list[str]:
+    """Returns a sentence for every family and axis: under what updates change all sizes most alike.
+
+    A parametrization counts by its worst vertex, the output included, after the last update.
+    """
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for (family, axis, how), steps in curves.items():
+        ratios = archscale.tuning.flatness(steps[max(steps)])
+        worst.setdefault((family, axis), {})[how.replace("_", " ")] = max(ratios.values())
+    lines = []
+    for (family, axis), found in worst.items():
+        steps = next(one for key, one in curves.items() if key[:2] == (family, axis))
+        step, sizes = max(steps), list(steps[max(steps)]["output"])
+        best = min(found, key=found.__getitem__)
+        where = f"the {family} of {axis} {sizes[0]} to {sizes[-1]}"
+        if math.isinf(found[best]):
+            lines.append(f"Updates change {where} alike under no parametrization: all diverged.")
+            continue
+        others = "".join(f", {how} {_factor(ratio)}" for how, ratio in found.items() if how != best)
+        lines.append(
+            f"Updates change {where} most alike under {best}: by factors up to "
+            f"{_factor(found[best])} after {step} updates{others}."
+        )
+    if num_seeds == 1:
+        lines.append("One seed: how far these factors scatter is not known.")
+    return lines
+
+
+def _factor(ratio: float) -> str:
+    return tables.number(ratio, ".3g", missing="without bound")
 
 
 def table(curves: Curves) -> pd.DataFrame:

@@ -5,14 +5,16 @@ updates, three seeds. At base size both are trained at their own best rate. At f
 and four times the width the plan is trained at the rate that was best for it at base size; the
 framework's start at the rate that was best for it there, and at the best of its own.
 
-    .venv/bin/python -m experiments.defaults --workdir=runs/defaults
+    python -m experiments.defaults --workdir=runs/defaults
 
-Writes results.jsonl (a line a training) and table.md; a run that was cut off goes on.
+Writes config.json, results.jsonl (a line a training), table.md and report.html, and prints the
+answer. A run that was cut off goes on; the same --workdir takes more families later.
 """
 
 import functools
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,57 +28,114 @@ from absl import flags
 import archscale_jax as archscale
 from experiments import default_ppo
 from experiments.default_networks import FAMILIES
-from experiments.lab import common, files, tables
+from experiments.lab import common, display, page, ranges, runners, tables
 from experiments.lab.sweeps import run_study
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("family", list(FAMILIES), "Families, see experiments/default_networks.py.")
-flags.DEFINE_integer("steps", 200, "Updates of every training.", lower_bound=20)
-flags.DEFINE_integer("num_seeds", 3, "Seeds of every network and rate.", lower_bound=1)
-flags.DEFINE_integer("growth", 4, "Times the depth, and times the width.", lower_bound=2)
-flags.DEFINE_string("workdir", "runs/defaults", "Folder for results and the table.")
+ranges.define_list(
+    "family",
+    list(FAMILIES),
+    "Families, see experiments/default_networks.py.",
+    ranges.name_of("family", FAMILIES),
+)
+ranges.define("steps", 200, "Updates of every training.", "steps_of_20")
+ranges.define("num_seeds", 3, "Seeds of every network and rate.")
+ranges.define("growth", 4, "Times the depth, and times the width.")
+flags.DEFINE_string("workdir", "runs/defaults", "Folder for results, table and report.")
+runners.define_flags()
 
+EXTENSIBLE = ("family", "num_seeds")
 METHODS = ("framework", "plan")
 SIZES = ("base", "deep", "wide")
 STARTS = {"sgd": 0.1, "adam": 0.01}
 """Rates at which searches begin, of networks of this size."""
 
 
-def main() -> None:
-    workdir = pathlib.Path(FLAGS.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    rows = [row for family in FLAGS.family for row in compare(family, workdir / "results.jsonl")]
-    text = tables.markdown(pd.DataFrame(rows))
-    files.write_text(workdir / "table.md", text)
-    print(text)
+def run() -> None:
+    """Trains what is missing, and prints."""
+    settings = common.settings(sys.argv[0])
+    with runners.runner() as options:
+        workdir = common.claim_directory(FLAGS.workdir, settings, extensible=EXTENSIBLE)
+        study = functools.partial(run_study, journal=workdir / "results.jsonl", **options)
+        results = pd.DataFrame([row for family in FLAGS.family for row in compare(family, study)])
+    page.publish(
+        workdir,
+        "The plan against the framework's own start with one rate",
+        __doc__,
+        remarks=answer(results, FLAGS.num_seeds),
+        tables={
+            "Losses of the last quarter, means over seeds: of the plan at its base's best rate, of "
+            "the framework's start at its own best rate and at its base's.": table(results)
+        },
+        figures={},
+    )
 
 
-def compare(family: str, journal: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns a row for every size of a family: losses of both methods, and their rates."""
-    loss_at = functools.partial(mean_loss, journal, family)
+def compare(family: str, study: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns a row for every size of a family: losses of both methods, and their rates.
+
+    `best` at rate `best_rate` and `transferred`, at the base's best rate, are the framework's;
+    `plan` at rate `plan_rate`. A loss is infinite where a seed diverged.
+    """
+    loss_at = functools.partial(mean_loss, study, family)
     start = STARTS[FAMILIES[family].optimizer]
-    best = {method: search(functools.partial(loss_at, "base", method), start) for method in METHODS}
+    base = {method: search(functools.partial(loss_at, "base", method), start) for method in METHODS}
     rows = []
     for size in SIZES:
-        own, at_base_rate = best["framework"], best["framework"][1]
+        best, transferred = base["framework"], base["framework"][1]
         if size != "base":
             at = functools.partial(loss_at, size, "framework")
-            own, at_base_rate = search(at, best["framework"][0]), at(best["framework"][0])
-        rate = best["plan"][0]
-        loss = loss_at(size, "plan", rate)
-        found = {
-            "framework's best": own[1],
-            "its rate": own[0],
-            "at its base rate": at_base_rate,
-            "plan": loss,
-            "plan's rate": rate,
-        }
-        row = {"family": family, "size": size}
-        row |= {name: tables.number(value, ".4g", "diverged") for name, value in found.items()}
-        for name, other in (("against best, %", own[1]), ("against base rate, %", at_base_rate)):
-            row[name] = tables.number(100 * (loss / other - 1), "+.1f")
+            best, transferred = search(at, best[0]), at(best[0])
+        rate = base["plan"][0]
+        row = {"family": family, "size": size, "best": best[1], "best_rate": best[0]}
+        row |= {"transferred": transferred, "plan": loss_at(size, "plan", rate), "plan_rate": rate}
         rows.append(row)
     return rows
+
+
+def answer(results: pd.DataFrame, num_seeds: int) -> list[str]:
+    """Returns where the plan is worse than the framework's best, and than its base's rate."""
+    grown = results["size"] != "base"
+    lines = []
+    for where, of_size in (("at base size", results[~grown]), ("grown", results[grown])):
+        excess = of_size["plan"] / of_size["best"] - 1
+        worse = excess > 0
+        line = f"The plan is worse than the framework's own best on {worse.sum()} of {len(excess)} "
+        line += f"networks {where}"
+        if worse.any():
+            worst = of_size.loc[excess.idxmax()]
+            most = f"{excess.max():.1%}" if math.isfinite(excess.max()) else "divergence"
+            line += f", by {most} at most ({worst['family']}, {worst['size']})"
+        if where == "grown":
+            transferred = (of_size["plan"] > of_size["transferred"]).sum()
+            line += f"; than its start at the base's rate on {transferred}"
+        lines.append(f"{line}.")
+    lines.append(
+        "One seed: noise alone lets one be worse."
+        if num_seeds == 1
+        else f"Losses are means over {num_seeds} seeds; small differences may be noise."
+    )
+    return lines
+
+
+def table(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns the losses and rates, and by how much the plan's exceeds the framework's."""
+    rows = []
+    for one in results.itertuples():
+        found = {
+            "framework's best": one.best,
+            "its rate": one.best_rate,
+            "at its base rate": one.transferred,
+            "plan": one.plan,
+            "plan's rate": one.plan_rate,
+        }
+        row = {"family": one.family, "size": one.size}
+        row |= {name: tables.number(value, ".4g", "diverged") for name, value in found.items()}
+        against = {"against best, %": one.best, "against base rate, %": one.transferred}
+        for name, other in against.items():
+            row[name] = tables.number(100 * (one.plan / other - 1), "+.1f")
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def search(loss_at: Callable[[float], float], start: float) -> tuple[float, float]:
@@ -100,20 +159,20 @@ def search(loss_at: Callable[[float], float], start: float) -> tuple[float, floa
     return found, losses[found]
 
 
-def mean_loss(journal: pathlib.Path, family: str, size: str, method: str, rate: float) -> float:
+def mean_loss(
+    study: Callable[..., list[dict[str, Any]]], family: str, size: str, method: str, rate: float
+) -> float:
     """Returns the mean loss over seeds, infinite where one diverged."""
     trial = {"family": family, "size": size, "method": method, "rate": rate, "steps": FLAGS.steps}
     trials = [trial | {"growth": FLAGS.growth, "seed": seed} for seed in range(FLAGS.num_seeds)]
-    records = run_study(trials, run, journal, description=f"{family} {size} {method}")
-    failed = [one for one in records if "error" in one]
-    if failed:
-        raise ValueError(f"trial {failed[0]['trial']} failed: {failed[0]['error']}")
+    records = study(trials, train, description=f"{family} {size} {method}")
+    runners.check_finished(records, pathlib.Path(FLAGS.workdir) / "results.jsonl")
     losses = [one["result"]["loss"] for one in records]
-    print(family, size, method, f"{rate:.4g}", losses, flush=True)
+    display.note(f"{family} {size} {method}, rate {rate:.4g}: losses {losses}")
     return math.inf if None in losses else float(np.mean(losses))
 
 
-def run(trial: dict[str, Any]) -> dict[str, Any]:
+def train(trial: dict[str, Any]) -> dict[str, Any]:
     """Trains one network; its loss is the mean over the last quarter, None where it diverged."""
     family, key = FAMILIES[trial["family"]], jax.random.key(trial["seed"])
     of = trial["family"], trial["size"], trial["growth"]
@@ -196,4 +255,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    common.run_binary(main)
+    common.run_binary(run)

@@ -4,7 +4,7 @@
 
 Draws every network by two initializations, learns multipliers on each, measures, and trains over a
 range of learning rates without warm-up. Writes config.json, results.jsonl, multipliers.json,
-table.md, figures and report.html, and prints the table. Killed and started again it runs what is
+table.md, figures and report.html, and prints the answer. Killed and started again it runs what is
 missing; the same --workdir takes more networks later. At the paper's size: --dataset=cifar10
 --network=plain_19,plain_19_norm,residual_54,residual_54_norm --images_downscale=1 --images_width=64
 --batch_size=128 --gradinit_steps=390 --steps=78000.
@@ -13,7 +13,7 @@ missing; the same --workdir takes more networks later. At the paper's size: --da
 import functools
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         workdir,
         f"GradInit on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
-        remarks=studies.failures(records),
+        remarks=[*answer(every), *studies.failures(records)],
         tables={
             "Each network at its best rate: mean and deviation over seeds.": table(every),
             "What learning the scales changes, seed by seed.": gains(every),
@@ -230,23 +230,53 @@ def _cost(method: Method, rate: float | None) -> str:
     return number(excess, "+.3f", missing="diverged")
 
 
+def compared(every: Methods) -> Iterator[tuple[Method, Method]]:
+    """Yields each way of learning beside the same start without it, of as many seeds."""
+    for (network, start, learned), method in every.items():
+        plain = every.get((network, start, "none"))
+        if learned != "none" and plain is not None and len(plain.results) == len(method.results):
+            yield method, plain
+
+
+def changes(method: Method, plain: Method) -> list[float]:
+    """By how much learning changes the final loss at the best rate of either, seed by seed."""
+    pairs = zip(best_runs(method), best_runs(plain), strict=True)
+    return [final_loss(new) - final_loss(old) for new, old in pairs]
+
+
+def answer(every: Methods) -> list[str]:
+    """Returns a sentence for every way of learning: on how many starts of networks it helps."""
+    found: dict[str, list[list[float]]] = {}
+    for method, plain in compared(every):
+        found.setdefault(method.learned, []).append(changes(method, plain))
+    lines = []
+    for learned, starts in found.items():
+        helped = sum(max(one) < 0 for one in starts)
+        harmed = sum(min(one) > 0 for one in starts)
+        median = np.median([np.mean(one) for one in starts])
+        lines.append(
+            f"{learned} helps on {helped} of {len(starts)} starts of networks: the final loss at "
+            f"the best rate falls with every seed; on {harmed} it rises with every seed. The "
+            f"median change is {number(float(median), '+.3f', 'not finite')} nats."
+        )
+    if any(len(one) == 1 for starts in found.values() for one in starts):
+        lines.append("Of one seed, as here, noise alone lets a loss fall or rise.")
+    return lines
+
+
 def gains(every: Methods) -> pd.DataFrame:
     """Returns what each way of learning changes, at the best rate of either, seed by seed."""
     rows = []
-    for (network, start, learned), method in every.items():
-        plain = every.get((network, start, "none"))
-        if learned == "none" or plain is None or len(plain.results) != len(method.results):
-            continue
-        pairs = list(zip(best_runs(method), best_runs(plain), strict=True))
-        losses = [final_loss(new) - final_loss(old) for new, old in pairs]
+    for method, plain in compared(every):
+        pairs = zip(best_runs(method), best_runs(plain), strict=True)
         points = [100 * ((new["accuracy"] or 0) - (old["accuracy"] or 0)) for new, old in pairs]
         costs = [_cost(one, predicted_rate(one, every)) for one in (plain, method)]
         rows.append(
             {
-                "network": network,
-                "start": start,
-                "learned": learned,
-                "loss": _signed(losses, "+.3f"),
+                "network": method.network,
+                "start": method.start,
+                "learned": method.learned,
+                "loss": _signed(changes(method, plain), "+.3f"),
                 "accuracy, points": _signed(points, "+.1f"),
                 "rates that train": f"{len(trained_rates(plain))} → {len(trained_rates(method))}",
                 "measured rate costs": " → ".join(costs),

@@ -5,7 +5,7 @@
 Decoders like GPT-2 or Llama on the sources of Python's standard library, AdamW or Muon, warm-up and
 decay. Rate and weight decay are those of the base, `--base_depth` × `--base_width`; several of
 either, or several seeds, are a sweep. Writes config.json, results.jsonl (a line a training), the
-loss curves, table.md and report.html, and prints the table. Killed and started again it goes on
+loss curves, table.md and report.html, and prints the answer. Killed and started again it goes on
 from the last checkpoint. `--cost_only` prints what an update costs, and runs nothing.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pandas as pd
 from absl import flags
@@ -92,6 +93,11 @@ OPTIONS = (
     *("parametrization", "schedule", "warmup", "clip", "text", "validation_windows"),
 )
 """Flags that with those of `PRESETS` say what is trained."""
+ANEW = (
+    "one of another length begins anew: warm-up and schedule spread over all updates, and the "
+    "checkpoints of a finished training are removed"
+)
+"""Why a longer training does not go on from a finished one."""
 
 
 def run() -> None:
@@ -105,6 +111,7 @@ def run() -> None:
               [int(one) for one in FLAGS.seed]]  # fmt: skip
     trials = [settings | dict(zip(LISTS, one, strict=True)) for one in itertools.product(*values)]
     with runners.runner() as options:
+        common.check_length(FLAGS.workdir, settings, ("steps", "base_steps"), ANEW)
         workdir = common.claim_directory(FLAGS.workdir, settings)
         journal = workdir / "results.jsonl"
         saves = workdir / "checkpoints"
@@ -123,6 +130,7 @@ def run() -> None:
         workdir,
         f"{title(settings)} on {settings['text'].partition('#')[0]}",
         __doc__,
+        remarks=answer(records),
         tables={"Losses in nats a byte; of training, of the last tenth.": table(records)},
         figures={figure: "Loss over updates: of training (lines), of held-out files (points)."},
     )
@@ -413,6 +421,41 @@ def cost(trial: Trial) -> list[str]:
 
 
 # What is shown.
+
+
+def answer(records: list[dict[str, Any]]) -> list[str]:
+    """Returns the best rate and decay and their held-out loss, and what these trainings leave open.
+
+    Losses are means over seeds, infinite where one diverged.
+    """
+    losses: dict[tuple[float, float], list[float]] = {}
+    for one in records:
+        found = one["result"]["validation"][-1]
+        point = one["trial"]["rate"], one["trial"]["weight_decay"]
+        losses.setdefault(point, []).append(math.inf if found is None else found)
+    means = {point: float(np.mean(found)) for point, found in losses.items()}
+    best = min(means, key=means.__getitem__)
+    of_points = f", the best of {len(means)} points" if len(means) > 1 else ""
+    if math.isinf(means[best]):
+        return [
+            "At every rate a training diverged: take smaller ones."
+            if len(records) > 1
+            else "The training diverged: take a smaller rate."
+        ]
+    seeds = len(losses[best])
+    scatter = f", ± {np.std(losses[best], ddof=1):.4f} nats from seed to seed" if seeds > 1 else ""
+    lines = [
+        f"At rate {best[0]:g} and weight decay {best[1]:g}{of_points}, the held-out loss is "
+        f"{means[best]:.4f} nats a byte, {means[best] / math.log(2):.3f} bits{scatter}."
+    ]
+    for place, name in enumerate(("rate", "weight decay")):
+        tried = sorted({point[place] for point in means})
+        if len(tried) > 1 and best[place] in (tried[0], tried[-1]):
+            end = "smaller" if best[place] == tried[0] else "larger"
+            lines.append(f"No {end} {name} was tried; it may be better.")
+    if seeds == 1:
+        lines.append("One seed: how far the loss scatters is not known.")
+    return lines
 
 
 def table(records: list[dict[str, Any]]) -> pd.DataFrame:

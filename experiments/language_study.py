@@ -143,7 +143,7 @@ def chosen() -> list[tuple[str, str, Point | None]]:
     ]
 
 
-class UnfinishedError(Exception):
+class UnfinishedError(ValueError):
     """A training is missing, and none is to be run."""
 
 
@@ -157,12 +157,17 @@ class Study:
 
     def __init__(self, settings: Trial, journal: pathlib.Path, options: Mapping[str, Any]) -> None:
         self._settings, self._journal, self._options = settings, journal, options
-        self._records = {one["hash"]: one for one in files.read_records(journal)}
+        found = files.read_records(journal)
+        self._records = {one["hash"]: one for one in found if "result" in one}
         self.best: dict[str, Point] = {}
         self.losses: dict[tuple[str, str], Losses] = {}
 
     def run(self) -> bool:
-        """Runs all, what matters most first; returns whether all is finished."""
+        """Runs all, what matters most first; returns whether all is finished.
+
+        Raises:
+          UnfinishedError: trainings of the base are missing, without which nothing can be shown.
+        """
         for method in ("standard", "plan"):
             measure = functools.partial(self.measure, method, "base")
             self.best[method] = descend(measure, self.losses.setdefault((method, "base"), {}))
@@ -225,7 +230,11 @@ class Study:
             if None not in done:
                 of_size[point] = [_loss(one) for one in done if one is not None]
         if any(point not in of_size for point in points):
-            raise UnfinishedError
+            raise UnfinishedError(
+                f"{self._journal} lacks {len(missing)} of the {number_of_seeds * len(points)} "
+                f"trainings that the search of {method} at {size} needs next; run the same command "
+                "without --only_finished"
+            )
 
     def trial(self, method: str, size: str, point: Point, seed: int) -> dict[str, Any]:
         """Returns the settings of a training."""
@@ -253,11 +262,10 @@ class Study:
         """Returns a row for every training of the journal."""
         rows = []
         for one in self._records.values():
-            trial, result = one["trial"], one.get("result")
+            trial, result = one["trial"], one["result"]
             names = ("method", "size", "depth", "width", "batch_size", "steps", *language.LISTS)
             row = {name: trial[name] for name in names}
-            if result is not None:
-                row |= {"training": result["losses"][-1], "held_out": result["validation"][-1]}
+            row |= {"training": result["losses"][-1], "held_out": result["validation"][-1]}
             rows.append(row)
         return pd.DataFrame(rows)
 

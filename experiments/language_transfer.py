@@ -68,6 +68,7 @@ def run() -> None:
         workdir,
         f"{language.title(settings)}, tuned at {settings['base_depth']} × {settings['base_width']}",
         __doc__,
+        remarks=answer(study),
         tables={
             "Best rate and decay at the base, by search.": base_table(study),
             "At other sizes: the loss at the base's values; how many nats the best rate or decay "
@@ -140,6 +141,49 @@ def drift(study: Study, method: str, size: str, direction: Point) -> tuple[float
         return math.nan, math.nan
     target, origin = (one.drift for one in ends if one is not None)
     return float(target.mean() - origin.mean()), math.hypot(error(target), error(origin))
+
+
+def answer(study: Study) -> list[str]:
+    """Returns a sentence for plan and standard: whether the base's best rate serves a larger size.
+
+    That is the first of `SIZES` at which the rate was searched, the target where it was.
+    """
+    lines = []
+    for method in ("plan", "standard"):
+        start = study.best[method]
+        sizes = (
+            (size, line)
+            for size in SIZES
+            if len(line := line_of(study.losses.get((method, size), {}), start, RATES)) > 1
+            and 0 in line
+        )
+        label = METHODS[method].label
+        if (found := next(sizes, None)) is None:
+            lines.append(f"Under {label} no rate was searched at another size than the base.")
+            continue
+        size, line = found
+        base, target = (
+            f"{one['depth']} × {one['width']}"
+            for one in (study.trial(method, of, start, 0) for of in ("base", size))
+        )
+        what = target if base != target else SIZES[size]
+        nats, margin = drift(study, method, size, RATES)
+        gives_up = f"gives up {_percent(line[0], line[lowest_of(line)])} % of loss"
+        if math.isinf(max(line[0])):
+            gives_up = "diverges"
+        if math.isnan(nats):
+            lines.append(
+                f"Under {label} the best rate at {what} is not known, as trainings beside it are "
+                f"missing; that of {base} {gives_up} beside those that are there."
+            )
+            continue
+        lines.append(
+            f"Under {label} the rate that is best for {base} {gives_up} at {what}, whose best lies "
+            f"{_plus_minus(nats, margin)} nats from it."
+        )
+        if math.isnan(margin):
+            lines.append("One seed: how far these numbers scatter is not known.")
+    return lines
 
 
 def base_table(study: Study) -> pd.DataFrame:

@@ -7,7 +7,7 @@ initialization and rate for all, and those whose initialization and rate follow 
 `author_code`, `path_sum`, `measured`, and `mup`, which sees widths alone. First it searches the
 rate of the base cells that the recipes scale from, and measures one update of every cell. Then it
 says how accuracies, their order and their gaps change. Writes config.json, bases.jsonl,
-measurements.jsonl, results.jsonl, figures, table.md and report.html, and prints the table. Killed
+measurements.jsonl, results.jsonl, figures, table.md and report.html, and prints the answer. Killed
 and started again it goes on. The defaults are the run of the docs; --preset=paper is the paper's.
 """
 
@@ -144,7 +144,7 @@ def report(
         workdir,
         f"Ranking of {len(ranking_.cells)} cells under {len(ranking_.accuracies)} recipes",
         __doc__,
-        remarks=failed,
+        remarks=[*answer(ranking_), *failed],
         tables={
             "Accuracy, gain and Kendall's tau of every recipe, with 95 % intervals.":
                 table(ranking_)
@@ -238,6 +238,37 @@ def ranking_of(
         fixed,
         published or {},
         {one: f"{np.isnan(x).sum()} of {np.size(x)}" for one, x in accuracies.items()},
+    )
+
+
+def answer(study: Ranking, *, resamples: int = 1000) -> list[str]:
+    """Returns a sentence for every recipe: whether the ranking under the fixed one survives it.
+
+    It does where Kendall's tau to it lies no further below that of seeds among themselves than the
+    95 % interval over cells allows.
+    """
+    return [_verdict(study, recipe, resamples) for recipe in study.others]
+
+
+def _verdict(study: Ranking, recipe: str, resamples: int) -> str:
+    pair = study.accuracies[study.fixed], study.accuracies[recipe]
+    tau = tau_to_fixed(study, recipe, (1.0,), resamples)
+    assert tau is not None
+    found = f"Kendall's tau is {number(float(tau.value[0]), 'z.2f')}"
+    gain = 100 * gains.gain_summary(*pair, **_options(resamples)).mean
+    ranking_ = f"the ranking of {len(study.cells)} cells under {study.fixed}"
+    ends = f"accuracy changes by {gain:+z.2f} points in the mean."
+    if num_seeds(study) < 2:
+        return f"Whether {ranking_} survives {recipe} one seed does not tell: {found}; {ends}"
+    below = ranking.tau_shortfall(*pair, (1.0,), **_options(resamples))
+    value, low, high = (float(one[0]) for one in (below.value, below.low, below.high))
+    if not all(map(math.isfinite, (value, low, high))):
+        return f"Whether {ranking_} survives {recipe} these runs do not tell: {found}; {ends}"
+    survives = "does not survive" if low > 1e-9 else "survives"  # rounding of equal taus
+    return (
+        f"{ranking_[0].upper()}{ranking_[1:]} {survives} {recipe}, as far as {num_seeds(study)} "
+        f"seeds tell: {found}, {value:z.2f} [{low:z.2f}, {high:z.2f}] below that of seeds among "
+        f"themselves; {ends}"
     )
 
 

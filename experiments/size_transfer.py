@@ -7,7 +7,7 @@ Flax initializes them with one rate (`standard`), with this library's initializa
 (`initialized`), and with multipliers of parameters on top (`factors`). A parametrization transfers
 if its best rate stays; for the first two, every rule predicts the rates from that of the smallest
 network. Writes config.json, results.jsonl, measurements.jsonl, a figure, table.md and report.html,
-and prints the table. Killed and started again it goes on. The defaults are the run of the docs.
+and prints the answer. Killed and started again it goes on. The defaults are the run of the docs.
 """
 
 import functools
@@ -120,6 +120,7 @@ def run() -> None:
         workdir,
         f"Learning rates of growing networks on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
+        remarks=answer(groups),
         tables={"How far the rates of each rule miss (nats), and what that costs.": table(groups)},
         figures={figure: "Best rates against size, with the prediction of every rule (dashed)."},
     )
@@ -248,6 +249,36 @@ def _compared(trial: Trial, rule: str, measurements: Records) -> Any:
 def _architecture(family: str, width: int, depth: int) -> archscale.Architecture:
     dataset = datasets.load("digits")  # the graph does not depend on the images
     return families.create_network(family, dataset, width, depth, abstract=True).architecture
+
+
+def answer(groups: Mapping[tuple[str, str], Group]) -> list[str]:
+    """Returns a sentence for every study and parametrization: whether the base's best rate stays.
+
+    As `archscale.tuning.summarise_transfer` has it: it stays where the best rates of all sizes lie
+    no further apart than the noise of seeds and grid explains.
+    """
+    lines = []
+    for (study, how), group in groups.items():
+        check = archscale.tuning.summarise_transfer(group.searches)
+        axis, (base, *larger) = STUDIES[study].axis, group.searches
+        where = f"{study}, {how}: the best rate of {axis} {base}"
+        apart = f"best rates lie {check.drift:.2f} nats apart"
+        noise = f"{apart}, and noise explains up to {check.limit:.2f}"
+        if not check.bracketed or math.isinf(check.limit):
+            said = f"{where} may stay or move: a search ended where its rates end; {apart}"
+        elif math.isnan(check.limit):
+            said = f"{where} may stay or move, which one seed does not tell: {apart}"
+        elif check.transfers:
+            said = f"{where} serves up to {axis} {larger[-1]}, as far as searches tell: {noise}"
+        else:
+            said = f"{where} does not serve up to {axis} {larger[-1]}: {noise}"
+        worst = max(larger, key=check.excess.__getitem__)
+        if math.isinf(check.excess[worst]):
+            said += f"; {axis} {worst} diverges at it."
+        else:
+            said += f"; it gives up {check.excess[worst]:.1%} of loss at most, at {axis} {worst}."
+        lines.append(said)
+    return lines
 
 
 def table(groups: Mapping[tuple[str, str], Group]) -> pd.DataFrame:

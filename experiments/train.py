@@ -3,8 +3,9 @@
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
 Writes config.json, results.jsonl (a line an epoch), checkpoints, table.md, train.png and
-report.html, and prints the table. Killed and started again it goes on from the last checkpoint and
-ends bit for bit where it would have ended.
+report.html, and prints the answer. Killed and started again it goes on from the last checkpoint and
+ends bit for bit where it would have ended. With more --steps or --epochs a run of the constant
+schedule goes on from where it ended, to rounding as one long training would.
 """
 
 import math
@@ -55,7 +56,7 @@ def run() -> None:
     )
     recipe.check_training(settings, network, steps)
 
-    workdir = common.claim_directory(FLAGS.workdir, settings)
+    workdir = claim(settings, steps)
     rate = f"rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
     display.note(f"{FLAGS.architecture} on {dataset.name}: {rate}")
     records = train(settings, network, optimizer, steps, workdir)
@@ -65,10 +66,35 @@ def run() -> None:
         workdir,
         f"{FLAGS.architecture} on {dataset.name}, seed {FLAGS.seed}",
         __doc__,
-        remarks=[f"R{rate[1:]}."],
+        remarks=[answer(records), f"R{rate[1:]}."],
         tables={"Loss (nats) and accuracy after every epoch.": _lines(records)},
         figures={figure: "Loss and accuracy after every epoch."},
     )
+
+
+LENGTHS = ("epochs", "steps")
+"""Flags that say how long is trained."""
+
+
+def claim(settings: dict[str, Any], steps: int) -> pathlib.Path:
+    """Claims the folder of a training, also of a shorter one that is the same so far.
+
+    Raises:
+      ValueError: the folder holds another training, or one that is longer.
+    """
+    records = files.read_records(pathlib.Path(FLAGS.workdir) / "results.jsonl")
+    done = records[-1].get("step", 0) if records else 0
+    constant = settings["schedule"] == "constant"
+    if constant and done <= steps:
+        return common.claim_directory(FLAGS.workdir, settings, extensible=LENGTHS)
+    reason = f"it has done {done} updates, more than {steps}"
+    if not constant:
+        reason = (
+            f"--schedule={settings['schedule']} spreads over all updates, so that none of another "
+            "length goes on from it; those of --schedule=constant do"
+        )
+    common.check_length(FLAGS.workdir, settings, LENGTHS, reason)
+    return common.claim_directory(FLAGS.workdir, settings)
 
 
 def train(
@@ -85,20 +111,45 @@ def train(
     results, saves = workdir / "results.jsonl", workdir / "checkpoints"
     state = recipe.initial_state(network, optimizer, settings["seed"])
     records = files.read_records(results)[:0]  # raises where the file is another's
-    if found := checkpoints.restore_checkpoint(saves, state, settings):
+    last = None
+    if found := checkpoints.restore_checkpoint(saves, state, settings, extensible=LENGTHS):
         _, state, records = found
-        display.note(f"resumed after epoch {int(state.epoch)}")
+        last = records[-1]
+        if last["step"] > total_steps:  # its journal was cut off behind the checkpoint
+            raise ValueError(
+                f"{saves} holds a training of {last['step']} updates, more than {total_steps}; "
+                "raise --steps, or choose another --workdir"
+            )
+        display.note(f"resumed after epoch {last['epoch']}, update {last['step']}")
     files.write_records(results, records)
     dataset, options = network.dataset, recipe.batching(settings)
     options |= {"graphdef": network.graphdef, "optimizer": optimizer}
     epochs = math.ceil(total_steps / max(len(dataset.train_images) // settings["batch_size"], 1))
-    with display.progress("epochs", epochs, done=int(state.epoch)) as advance:
-        for after, metrics in training.fit(state, dataset, total_steps=total_steps, **options):
-            records.append(files.strict_json(metrics))
+    done = last["step"] * epochs // total_steps if last else 0
+    with display.progress("epochs", epochs, done=done) as advance:
+        fitting = training.fit(state, dataset, total_steps=total_steps, last=last, **options)
+        for after, metrics in fitting:
+            finishes = bool(records) and records[-1]["epoch"] == metrics["epoch"]
+            records[len(records) - finishes :] = [files.strict_json(metrics)]
             checkpoints.save_checkpoint(saves, int(after.epoch), after, settings, log=records)
-            files.append_record(results, metrics)
+            if finishes:
+                files.write_records(results, records)
+            else:
+                files.append_record(results, metrics)
             advance(note=_line(metrics))
     return records
+
+
+def answer(records: list[dict[str, Any]]) -> str:
+    """Returns where the training ended."""
+    last = records[-1]
+    if last["diverged"]:
+        return f"After {last['step']} updates it is no better than guessing: take a smaller rate."
+    return (
+        f"After {last['step']} updates it reads {last['test_accuracy']:.1%} of the test examples "
+        f"right, at a loss of {number(last['test_loss'], '.4f', 'no finite number of')} nats; "
+        "one seed."
+    )
 
 
 def _line(metrics: dict) -> str:

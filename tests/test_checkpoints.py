@@ -99,6 +99,15 @@ class TestRoundTrip:
         assert found is not None
         assert (found[0], int(found[1]["x"])) == (10, 10)
 
+    def test_settings_that_are_extensible_may_differ(self, tmp_path):
+        save_checkpoint(tmp_path, 1, {"x": jnp.int32(1)}, {"rate": 0.1, "steps": 10})
+        like, longer = {"x": jnp.int32(0)}, {"rate": 0.1, "steps": 20}
+        assert restore_checkpoint(tmp_path, like, longer, extensible=("steps",)) is not None
+        with pytest.raises(ValueError, match=r"saved with steps=10 \(now 20\)$"):
+            restore_checkpoint(tmp_path, like, longer)
+        with pytest.raises(ValueError, match=r"saved with rate=0.1 \(now 0.2\)$"):
+            restore_checkpoint(tmp_path, like, longer | {"rate": 0.2}, extensible=("steps",))
+
     @pytest.mark.parametrize("make", [False, True])
     def test_nothing_there_is_none(self, tmp_path, make):
         if make:

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 import archscale_jax as archscale
@@ -14,6 +15,7 @@ from experiments.lab.sweeps import trial_hash
 from tests.binaries import imported
 
 coordinate, study = imported("coordinate"), imported("size_transfer")
+defaults = imported("defaults")
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -26,6 +28,9 @@ def test_the_coordinate_binary_measures_prints_and_draws(tmp_path, run_again):
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
+    said = done.stdout.splitlines()
+    assert said[0].startswith("Updates change the mlp of depth 1 to 2 most alike under ")
+    assert said[1] == "One seed: how far these factors scatter is not known."
     rows = [line.split("|") for line in table.splitlines()[4:]]
     names = {tuple(cell.strip() for cell in row[1:4]) for row in rows}
     assert names == {("mlp", "depth", how) for how in ("standard", "closed_form", "measured")}
@@ -52,6 +57,75 @@ def test_what_diverged_is_not_flat():
     records = [{"result": {"records": rows[:4]}}, {"result": {"records": rows[4:]}}]
     table = coordinate.table(coordinate.curves_of(trials, records))
     assert table.iloc[0].tolist() == ["mlp", "width", "standard", "diverged", "1"]
+
+
+def test_the_answer_names_the_flattest_parametrization():
+    def curves(*values):
+        names = ("0", "output")
+        return {5: {name: {64: 1.0, 256: one} for name, one in zip(names, values, strict=True)}}
+
+    found = {
+        ("mlp", "width", "standard"): curves(1.0, 7.5),
+        ("mlp", "width", "closed_form"): curves(1.25, 0.8),
+        ("cnn", "depth", "standard"): curves(math.inf, 1.0),
+        ("cnn", "depth", "measured"): curves(2.0, math.nan),
+        ("resnet", "depth", "standard"): curves(1.0, math.inf),
+        ("resnet", "depth", "closed_form"): curves(4.0, 1.0),
+    }
+    assert coordinate.answer(found, 3) == [
+        "Updates change the mlp of width 64 to 256 most alike under closed form: by factors up to "
+        "1.25 after 5 updates, standard 7.5.",
+        "Updates change the cnn of depth 64 to 256 alike under no parametrization: all diverged.",
+        "Updates change the resnet of depth 64 to 256 most alike under closed form: by factors up "
+        "to 4 after 5 updates, standard without bound.",
+    ]
+    assert len(coordinate.answer(found, 1)) == 4
+
+
+@pytest.mark.parametrize(
+    ("moved", "seeds", "edge", "said"),
+    [
+        (
+            0.0,
+            3,
+            10.0,
+            "serves up to depth 4, as far as searches tell: best rates lie 0.00 nats apart",
+        ),
+        (1.5, 3, 10.0, "does not serve up to depth 4: best rates lie 1.50 nats apart, and noise"),
+        (1.5, 1, 10.0, "may stay or move, which one seed does not tell: best rates lie 1.50 nats"),
+        (0.0, 3, 0.1, "may stay or move: a search ended where its rates end; best rates lie 0.00"),
+    ],
+)
+def test_the_answer_says_whether_a_rate_stays_and_what_cannot_be_told(moved, seeds, edge, said):
+    """Parabolas around 0.1, and around a rate so many nats beside it, up to a largest rate."""
+
+    def search(nats):
+        rates = [rate for rate in np.geomspace(1e-3, 10, 41).tolist() if rate <= edge * 1.01]
+        return archscale.tuning.summarise_runs(
+            archscale.tuning.Run(rate, seed, 1 + (math.log(rate / 0.1) - nats - 0.01 * seed) ** 2)
+            for rate in rates
+            for seed in range(seeds)
+        )
+
+    group = study.Group({1: search(0.0), 2: search(moved / 2), 4: search(moved)}, {})
+    (line,) = study.answer({("resnet_depth", "factors"): group})
+    assert line.startswith(f"resnet_depth, factors: the best rate of depth 1 {said}")
+    cost = float(line.rpartition("it gives up ")[2].partition("%")[0])
+    assert cost == pytest.approx(100 * moved**2, abs=5)
+    assert line.endswith("of loss at most, at depth 4.") == (moved > 0)
+
+
+def test_a_rate_at_which_a_larger_size_diverges_is_said_to():
+    def search(limit):
+        return archscale.tuning.summarise_runs(
+            archscale.tuning.Run(rate, seed, math.log(rate) ** 2 + 1 if rate < limit else math.inf)
+            for rate in np.geomspace(0.01, 10, 16).tolist()
+            for seed in (0, 1)
+        )
+
+    group = study.Group({1: search(20), 2: search(0.1)}, {})
+    (line,) = study.answer({("resnet_depth", "standard"): group})
+    assert line.endswith("; depth 2 diverges at it.")
 
 
 def test_studies_that_are_not_there_raise():
@@ -181,6 +255,9 @@ def test_the_study_of_defaults_compares_at_three_sizes_and_goes_on(tmp_path, run
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()]
     assert [row[1].strip() for row in rows[-3:]] == ["base", "deep", "wide"]
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    assert done.stdout.startswith("The plan is worse than the framework's own best on ")
+    assert (tmp_path / "report.html").exists() and (tmp_path / "config.json").exists()
     trained = files.read_records(tmp_path / "results.jsonl")
     losses: dict[str, dict[float, float]] = {"base": {}, "deep": {}, "wide": {}}
     for trial, result in ((one["trial"], one["result"]) for one in trained):
@@ -190,7 +267,29 @@ def test_the_study_of_defaults_compares_at_three_sizes_and_goes_on(tmp_path, run
     best = min(losses["base"], key=losses["base"].__getitem__)
     assert losses["deep"].keys() == losses["wide"].keys() == {best}
     kept = (tmp_path / "results.jsonl").read_bytes()
-    assert run_again("defaults", tmp_path, *flags).stdout.endswith(
-        (tmp_path / "table.md").read_text() + "\n"
-    )
+    assert run_again("defaults", tmp_path, *flags).stdout == done.stdout
     assert (tmp_path / "results.jsonl").read_bytes() == kept
+
+
+def test_the_answer_of_defaults_counts_where_the_plan_is_worse():
+    names = ("family", "size", "best", "best_rate", "transferred", "plan", "plan_rate")
+    rows = [
+        ("graph", "base", 1.0, 0.1, 1.0, 0.9, 0.1),
+        ("graph", "deep", 1.0, 0.1, 2.0, 1.5, 0.1),
+        ("graph", "wide", 1.0, 0.1, 1.05, 1.1, 0.1),
+        ("resnet", "base", 1.0, 0.1, 1.0, 1.0, 0.1),
+        ("resnet", "deep", 2.0, 0.1, math.inf, 1.0, 0.1),
+        ("resnet", "wide", 2.0, 0.1, 2.0, 1.0, 0.1),
+    ]
+    results = pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
+    assert defaults.answer(results, 3) == [
+        "The plan is worse than the framework's own best on 0 of 2 networks at base size.",
+        "The plan is worse than the framework's own best on 2 of 4 networks grown, by 50.0% at "
+        "most (graph, deep); than its start at the base's rate on 1.",
+        "Losses are means over 3 seeds; small differences may be noise.",
+    ]
+    shown = defaults.table(results).to_dict("records")[4]
+    assert (shown["at its base rate"], shown["plan"]) == ("diverged", "1")
+    assert (shown["against best, %"], shown["against base rate, %"]) == ("-50.0", "-100.0")
+    diverged = results.assign(plan=math.inf)
+    assert "by divergence at most (graph, base)" in defaults.answer(diverged, 1)[0]

@@ -26,6 +26,9 @@ def test_the_binary_learns_trains_prints_draws_and_goes_on(tmp_path, run_again):
     done = run_again("gradinit", tmp_path, *TINY, "--num_seeds=1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() in done.stdout
+    said = done.stdout.splitlines()
+    assert said[0].startswith("gradinit helps on ") and " of 2 starts of networks: " in said[0]
+    assert said[2] == "Of one seed, as here, noise alone lets a loss fall or rise."
     for name in ("success", "curves", "multipliers", "gradients"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.html").read_text().count("<svg") == 4
@@ -170,8 +173,27 @@ def test_tables_of_known_records():
     assert gains[0] == ["plain_12", "he", "gradinit", "-1.000 (-1.500 to -0.500)",
                         "+25.0 (+25.0 to +25.0)", "0 → 3", "+0.500 → +0.000"]  # fmt: skip
     assert len(gains) == 1
+    assert gradinit.answer(methods) == [
+        "gradinit helps on 1 of 1 starts of networks: the final loss at the best rate falls with "
+        "every seed; on 0 it rises with every seed. The median change is -1.000 nats."
+    ]
     assert gradinit.by_network(methods)
     assert not gradinit.by_network({("plain_6", "he", "none"): plain})
+
+
+def test_the_answer_counts_what_every_seed_agrees_on():
+    """One start that falls, one that rises, and one of which seeds disagree."""
+    ends = {"plain_4": (0.5, 0.6), "plain_5": (1.5, 1.25), "plain_7": (0.5, 1.75)}
+    records = []
+    for network, losses in ends.items():
+        for seed, new in enumerate(losses):
+            records.append(record(network, "he", "none", seed, {0.1: 1.0, 0.2: 2.0}))
+            records.append(record(network, "he", "nio", seed, {0.1: new, 0.2: new}))
+    (line,) = gradinit.answer(gradinit.methods(records))
+    assert line == (
+        "nio helps on 1 of 3 starts of networks: the final loss at the best rate falls with every "
+        "seed; on 1 it rises with every seed. The median change is +0.125 nats."
+    )
 
 
 def test_variants_are_trials_of_their_networks():

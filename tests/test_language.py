@@ -242,6 +242,42 @@ class TestTraining:
         assert record["result"] == language.train(record["trial"], tmp_path / "whole")
         assert (tmp_path / "run" / "report.html").exists()
         assert "held out" in done.stdout
+        loss = record["result"]["validation"][-1]
+        assert done.stdout.startswith(
+            f"At rate 0.01 and weight decay 0.1, the held-out loss is {loss:.4f} nats a byte, "
+            f"{loss / math.log(2):.3f} bits.\nOne seed: how far the loss scatters is not known.\n"
+        )
+        longer = run_again("language", tmp_path / "run", *FLAGS, f"--text={folder}", "--steps=40")
+        assert longer.returncode == 1
+        (line,) = longer.stderr.splitlines()
+        assert line.startswith(f"error: {tmp_path / 'run'} holds a run with base_steps=20 (now 40)")
+        assert "one of another length begins anew: warm-up and schedule spread over all" in line
+
+    def test_the_answer_is_the_best_point_and_what_is_left_open(self):
+        def record(rate, decay, seed, loss):
+            trial = {"rate": rate, "weight_decay": decay, "seed": seed}
+            return {"trial": trial, "result": {"validation": [5.0, loss]}}
+
+        ends = {0.01: (2.5, 2.7), 0.02: (2.0, 2.2), 0.04: (1.0, None)}
+        records = [
+            record(rate, decay, seed, loss if decay == 0.1 or loss is None else loss + 0.1)
+            for rate, losses in ends.items()
+            for decay in (0.1, 0.2)
+            for seed, loss in enumerate(losses)
+        ]
+        assert language.answer(records) == [
+            "At rate 0.02 and weight decay 0.1, the best of 6 points, the held-out loss is 2.1000 "
+            "nats a byte, 3.030 bits, ± 0.1414 nats from seed to seed.",
+            "No smaller weight decay was tried; it may be better.",
+        ]
+        (first, edge, seed) = language.answer([record(0.1, 0.1, 0, 2.0), record(0.2, 0.1, 0, 1.0)])
+        assert "rate 0.2" in first and edge == "No larger rate was tried; it may be better."
+        assert seed == "One seed: how far the loss scatters is not known."
+        diverged = [record(0.1, 0.1, 0, None)]
+        assert language.answer(diverged) == ["The training diverged: take a smaller rate."]
+        assert language.answer([*diverged, record(0.1, 0.1, 1, 2.0)]) == [
+            "At every rate a training diverged: take smaller ones."
+        ]
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -333,6 +369,43 @@ class TestTransfer:
         assert searched["given up, %"] == "0.00 ± 0.00"
         assert other["over parametrize, %"] == "3.00 ± 1.00"
         assert other["given up, %"] == other["best: nats"] == "–"
+
+    def test_the_answer_is_where_the_best_rate_lies_and_what_the_base_gives_up(self, trial):
+        study = language_study.Study.__new__(language_study.Study)
+        study._settings = trial | {"depth": 4, "width": 32}
+        parabola = {step: (step - 0.5) ** 2 for step in range(-3, 4)}
+        study.best = {"plan": (1, 2), "standard": (0, 0)}
+        study.losses = {
+            ("plan", "base"): {(step + 1, 2): [2 + one] * 2 for step, one in parabola.items()},
+            ("plan", "wide"): {(step, 2): [1 + one, 2 + one] for step, one in parabola.items()},
+            ("plan", "target"): {(step - 1, 2): [1 + one] * 2 for step, one in parabola.items()},
+            ("standard", "target"): {(0, 0): [2.0, 2.0], (1, 0): [1.0, 1.0]},
+        }
+        # The base's best lies at 1.5 octaves, that of the target at -0.5, where two rates tie.
+        assert language_transfer.answer(study) == [
+            "Under parametrize the rate that is best for 2 × 16 gives up 160.00 ± 0.00 % of loss "
+            f"at 4 × 32, whose best lies {-2 * math.log(2):.2f} ± 0.00 nats from it.",
+            "Under optax defaults the best rate at 4 × 32 is not known, as trainings beside it are "
+            "missing; that of 2 × 16 gives up 100.00 ± 0.00 % of loss beside those that are there.",
+        ]
+        del study.losses["plan", "target"], study.losses["standard", "target"]
+        wide, none = language_transfer.answer(study)
+        assert " gives up 0.00 ± 0.00 % of loss at 2 × 32, whose best lies -0.69 ± 0.00" in wide
+        assert none == "Under optax defaults no rate was searched at another size than the base."
+        study.losses = {key: {point: one[:1] for point, one in found.items()}
+                        for key, found in study.losses.items()}  # fmt: skip
+        assert "One seed: how far these numbers scatter is not known." in (
+            language_transfer.answer(study)
+        )
+
+    def test_nothing_finished_is_said_in_one_line(self, folder, tmp_path, run_again):
+        flags = [*FLAGS, f"--text={folder}", "--num_seeds=2", "--only_finished"]
+        done = run_again("language_transfer", tmp_path / "run", *flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines() == [
+            f"error: {tmp_path / 'run' / 'results.jsonl'} lacks 10 of the 10 trainings that the "
+            "search of standard at base needs next; run the same command without --only_finished"
+        ]
 
     def test_points_are_compared_on_the_seeds_that_they_share(self):
         assert language_study.lowest_of({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0]}) == "a"

@@ -59,6 +59,11 @@ ERRORS = {  # by the binary: flags, and what is said of them
         "--family=rnn": "value should be one of",
     },
     "gradinit": {"--network=plain_99999999": "of DEPTH 1 to 256 and the families plain"},
+    "defaults": {
+        "--family=rnn": "unknown family 'rnn'; accepted are ",
+        "--steps=19": "accepted is an integer from 20",
+        "--growth=1": "accepted is an integer from 2 to 64",
+    },
     "size_transfer": {"--study=": "accepted are 1 to 1000 items between commas, found 0"},
     "transfer": {"--max_networks=1": "accepted is an integer from 2"},
 }

@@ -52,6 +52,32 @@ def test_the_table_tells_what_each_recipe_does():
     assert rows["reversed"]["tau to published"] == "-1.00 [-1.00, -1.00]"
 
 
+def test_the_answer_says_whether_a_ranking_survives():
+    better, reversed_ = rank.answer(rank.ranking_of(accuracies_of(), CELLS), resamples=50)
+    assert better == (
+        "The ranking of 12 cells under fixed survives better, as far as 3 seeds tell: Kendall's "
+        "tau is 1.00, 0.00 [0.00, 0.00] below that of seeds among themselves; accuracy changes by "
+        "+5.00 points in the mean."
+    )
+    assert reversed_.startswith(
+        "The ranking of 12 cells under fixed does not survive reversed, as far as 3 seeds tell: "
+        "Kendall's tau is -1.00, 2.00 [2.00, 2.00] below"
+    )
+    one_seed = rank.answer(rank.ranking_of(accuracies_of(seeds=1), CELLS), resamples=5)
+    assert one_seed[1].startswith(
+        "Whether the ranking of 12 cells under fixed survives reversed one seed does not tell: "
+        "Kendall's tau is -1.00; accuracy changes by "
+    )
+
+
+def test_a_ranking_within_the_noise_of_seeds_survives():
+    """Two draws of the same noise, far larger than what the cells differ by."""
+    rng = np.random.default_rng(1)
+    found = {name: 0.5 + 0.1 * rng.random((12, 4)) for name in ("fixed", "other")}
+    (line,) = rank.answer(rank.ranking_of(found, CELLS), resamples=200)
+    assert " fixed survives other, as far as 4 seeds tell: " in line
+
+
 def test_cells_without_a_run_of_a_recipe_are_excluded_from_all():
     accuracies = accuracies_of()
     accuracies["better"][0] = math.nan

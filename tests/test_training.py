@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from archscale_jax._spaces import dag_graph
 from archscale_jax.tuning._search import find_learning_rate
 from experiments.lab.checkpoints import restore_checkpoint, save_checkpoint
 from experiments.lab.datasets import Dataset, augment, epoch_indices
+from experiments.lab.files import read_records
 from experiments.lab.models import DagMLP
 from experiments.lab.training import (
     create_optimizer,
@@ -41,6 +43,7 @@ from experiments.lab.training import (
     train_losses,
     vertex_features,
 )
+from tests.binaries import imported
 
 BATCH, EXAMPLES, TESTS, CLASSES = 8, 43, 21, 3  # five whole batches, three examples left over
 
@@ -565,6 +568,25 @@ class TestFit:
         assert [metrics for _, metrics in first + second] == [metrics for _, metrics in whole]
         assert to_bytes(second[-1][0]) == to_bytes(whole[-1][0])
 
+    @pytest.mark.parametrize(("short", "long"), [(3, 12), (7, 9), (5, 8), (6, 6)])
+    def test_with_more_steps_goes_on_to_where_it_would_have_come(self, short, long):
+        """Of five updates an epoch: the shorter ends within the first, within another, behind one.
+
+        The optimizer, here of a cosine over 20 updates, is the same for both.
+        """
+        whole = self.fit(fresh_state(momentum_optimizer()), long)
+        first = self.fit(fresh_state(momentum_optimizer()), short)
+        more = self.fit(first[-1][0], long, last=first[-1][1])
+        whole_epochs = [one for one in first if short == long or one[1]["step"] % 5 == 0]
+        found = [*whole_epochs, *more]
+        assert len(found) == len(whole)
+        for (_, one), (_, other) in zip(found, whole, strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        leaves = (jax.tree.leaves(run[-1][0]) for run in (found, whole))
+        for one, other in zip(*leaves, strict=True):
+            if not jnp.issubdtype(one.dtype, jax.dtypes.prng_key):  # scans of other lengths round
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize(
         ("loss", "diverged"),
         [(0.0, False), (2.30, False), (math.log(10), True), (math.inf, True), (math.nan, True)],
@@ -645,16 +667,84 @@ FLAGS = [
 ]
 
 
+def last_checkpoint(workdir):
+    """The last checkpoint as orbax reads it: its number, and its leaves by name."""
+    folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    last = max(folders, key=lambda path: int(path.name))
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(last / "tree")
+    return last.name, {name: np.asarray(leaf) for name, leaf in tree.items()}
+
+
+class TestLonger:
+    """`python -m experiments.train` with more updates in the folder of a finished training."""
+
+    FLAGS = (
+        *("--dataset=digits", "--architecture=2_12", "--width=8", "--normalization=batch"),
+        *("--momentum=0.9", "--base_rate=0.1", "--padding=1", "--warmup_steps=5", "--quiet"),
+    )
+
+    @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+    def test_ends_as_one_from_scratch(self, tmp_path, run_again):
+        """Of 22 updates an epoch: it ends within the second, behind that, then within the third."""
+        for flag in ("--steps=30", "--epochs=2", "--steps=50"):
+            done = run_again("train", tmp_path / "longer", *self.FLAGS, flag)
+            assert done.returncode == 0, done.stderr
+        whole = run_again("train", tmp_path / "whole", *self.FLAGS, "--steps=50")
+        assert whole.returncode == 0, whole.stderr
+        found, expected = (
+            read_records(tmp_path / name / "results.jsonl") for name in ("longer", "whole")
+        )
+        assert [one["step"] for one in found] == [one["step"] for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+        (one, leaves), (other, wanted) = (
+            last_checkpoint(tmp_path / name) for name in ("longer", "whole")
+        )
+        assert one == other and leaves.keys() == wanted.keys()
+        for name, leaf in wanted.items():  # to rounding: scans of other lengths are other programs
+            np.testing.assert_allclose(leaves[name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
+        assert "This run was resumed" in (tmp_path / "longer" / "report.html").read_text()
+
+    def test_goes_on_only_where_it_is_the_same_training(self, tmp_path, run_again):
+        for schedule, steps, reason in (
+            ("cosine", 20, ""),
+            ("cosine", 30, "error: .* holds a run with steps=20 .now 30., and --schedule=cosine "
+             "spreads over all updates, so that none of another length goes on from it; those of "
+             "--schedule=constant do; choose another --workdir"),
+            ("constant", 20, "error: .* holds a run with schedule='cosine' .now 'constant'."),
+        ):  # fmt: skip
+            flags = [*self.FLAGS, f"--schedule={schedule}", f"--steps={steps}"]
+            done = run_again("train", tmp_path / "run", *flags)
+            assert done.returncode == bool(reason), done.stderr
+            assert re.match(reason, (done.stderr.splitlines() or [""])[-1])
+            assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 20
+
+    def test_is_answered_in_a_sentence(self):
+        train = imported("train")
+        last = {"step": 44, "diverged": 0.0, "test_accuracy": 0.351, "test_loss": 1.86094}
+        assert train.answer([{}, last]) == (
+            "After 44 updates it reads 35.1% of the test examples right, at a loss of 1.8609 nats; "
+            "one seed."
+        )
+        ended = {"step": 44, "diverged": 1.0, "test_accuracy": 0.1, "test_loss": None}
+        assert "no better than guessing: take a smaller" in train.answer([ended])
+
+    def test_is_not_made_shorter(self, tmp_path, run_again):
+        for steps, code in ((30, 0), (20, 1), (30, 0)):
+            done = run_again("train", tmp_path, *self.FLAGS, f"--steps={steps}")
+            assert done.returncode == code, done.stderr
+            if code:
+                assert (
+                    "steps=30 (now 20), and it has done 30 updates, more than 20; choose"
+                    in (done.stderr.splitlines()[-1])
+                )
+            assert json.loads((tmp_path / "config.json").read_text())["steps"] == 30
+        assert len(read_records(tmp_path / "results.jsonl")) == 2
+
+
 class TestKill:
     """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
-
-    def checkpoint(self, workdir):
-        """The last checkpoint as orbax reads it, bytes by leaf."""
-        folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-        last = max(folders, key=lambda path: int(path.name))
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(last / "tree")
-        return last.name, {name: np.asarray(leaf).tobytes() for name, leaf in tree.items()}
 
     # Orbax warns that it restores without being told a sharding.
     @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
@@ -685,7 +775,8 @@ class TestKill:
         assert whole.returncode == 0, whole.stderr
         assert results.read_bytes() == (undisturbed / "results.jsonl").read_bytes()
         assert results.read_bytes().count(b"\n") == 4
-        assert self.checkpoint(killed) == self.checkpoint(undisturbed)
+        (one, leaves), (other, wanted) = map(last_checkpoint, (killed, undisturbed))
+        assert one == other and to_bytes(leaves) == to_bytes(wanted)
         reports = [(one / "report.html").read_text() for one in (killed, undisturbed)]
         assert ["was resumed: 2 commands" in one for one in reports] == [True, False]
         tables = [one.partition("<h2>Settings")[0] for one in reports]

@@ -9,7 +9,7 @@ import logging
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +89,11 @@ def save_checkpoint(
 
 
 def restore_checkpoint(
-    directory: str | pathlib.Path, like: PyTree | Callable[[Any], PyTree], settings: Settings
+    directory: str | pathlib.Path,
+    like: PyTree | Callable[[Any], PyTree],
+    settings: Settings,
+    *,
+    extensible: Sequence[str] = (),
 ) -> Restored | None:
     """Restores the last checkpoint that is whole.
 
@@ -101,6 +105,7 @@ def restore_checkpoint(
         log; random keys must be arrays, scalars scalars of the type to restore, the rest may be
         `jax.ShapeDtypeStruct`.
       settings: must equal those saved.
+      extensible: settings that may differ, as they only say how far a run goes.
 
     Returns:
       The tree bit for bit as saved; None where no checkpoint was finished.
@@ -125,7 +130,9 @@ def restore_checkpoint(
         except (OSError, ValueError, TypeError, LookupError) as error:
             damaged = _damaged(where, error)
             continue
-        if different := files.different_settings(record["settings"], _json(settings)):
+        saved = record["settings"], _json(settings)
+        fixed = ({k: v for k, v in one.items() if k not in extensible} for one in saved)
+        if different := files.different_settings(*fixed):
             raise ValueError(f"{where} belongs to another run: it was saved with {different}")
         wanted = like(record["log"]) if callable(like) else like
         expected = _stored(wanted)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import pathlib
 import sys
@@ -201,6 +202,31 @@ def claim_directory(
         folder, resumed=resumed, devices=jax.devices() if computes_here else ()
     )
     return folder
+
+
+def check_length(
+    workdir: str | pathlib.Path, config: dict[str, Any], lengths: Sequence[str], reason: str
+) -> None:
+    """Checks that a folder holds no run that differs in its length alone.
+
+    Args:
+      workdir: the folder, which may be missing.
+      config: see `claim_directory`.
+      lengths: the settings that say how long a run is.
+      reason: why none of another length can go on.
+
+    Raises:
+      ValueError: it holds one; the message has the reason.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    both = files.read_json(path), json.loads(json.dumps(config))
+    others = ({k: v for k, v in one.items() if k not in lengths} for one in both)
+    if (different := files.different_settings(*both)) and not files.different_settings(*others):
+        raise ValueError(
+            f"{workdir} holds a run with {different}, and {reason}; choose another --workdir"
+        )
 
 
 def settings(*modules: str) -> dict[str, Any]:

@@ -136,6 +136,7 @@ KINDS: dict[str, Parser] = {
     "kernel_size": Number(int, 1, 255),
     "cells_per_stage": Number(int, 1, MOST_LAYERS),
     "random_vertices": Number(int, 2, 64),
+    "growth": Number(int, 2, 64),
     "growths": Number(int, 0, 1000),
     # Data.
     "batch_size": Number(int, 1, 2**20),
@@ -145,6 +146,7 @@ KINDS: dict[str, Parser] = {
     "test_examples": _COUNT,
     # Training.
     "steps": _COUNT,
+    "steps_of_20": Number(int, 20, _LARGEST),
     "steps_or_0": Number(int, 0, _LARGEST),
     "epochs": Number(float, 0, 1e6, open=("low",)),
     "rate": _POSITIVE,

@@ -1,7 +1,7 @@
 """Whole runs, read as they go: part by part with their losses, or epoch by epoch with metrics."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -100,8 +100,11 @@ def fit(
     total_steps: int,
     flip: bool = False,
     padding: int = 0,
+    last: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """Trains from `state.epoch` to the end, epoch by epoch.
+
+    An epoch that an earlier call with fewer steps ended in is finished, and its metrics come anew.
 
     Args:
       state: a new state, or one restored from a checkpoint.
@@ -112,6 +115,7 @@ def fit(
       total_steps: updates in all; the last epoch stops where they are done.
       flip: see `train_epoch`.
       padding: see `train_epoch`.
+      last: the metrics that came with a restored state.
 
     Yields:
       After each epoch the state and its metrics: `epoch`, `step`, `running_loss` (mean over the
@@ -128,18 +132,27 @@ def fit(
         "train": (dataset.train_images, dataset.train_labels),
         "test": (dataset.test_images, dataset.test_labels),
     }
-    for epoch in range(int(state.epoch), math.ceil(total_steps / max(steps_per_epoch, 1))):
-        left = total_steps - epoch * steps_per_epoch
-        state, losses = jitted_train_epoch(
-            state,
-            *splits["train"],
-            graphdef=graphdef,
-            optimizer=optimizer,
-            batch_size=batch_size,
-            max_steps=left if left < steps_per_epoch else None,
-            flip=flip,
-            padding=padding,
-        )
+    options = {"graphdef": graphdef, "optimizer": optimizer, "flip": flip, "padding": padding}
+    start, begun = int(state.epoch), 0
+    if last is not None and last["step"] < min(start * steps_per_epoch, total_steps):
+        start -= 1
+        begun = last["step"] - start * steps_per_epoch
+        state = state._replace(epoch=jnp.int32(start))
+    for epoch in range(start, math.ceil(total_steps / max(steps_per_epoch, 1))):
+        left = min(total_steps - epoch * steps_per_epoch, steps_per_epoch)
+        if begun and last is not None:
+            state, losses = _finish_epoch(state, *splits["train"], begun, left, batch_size, options)
+            before = math.nan if last["running_loss"] is None else last["running_loss"]
+            losses = jnp.concatenate([jnp.full(begun, before, losses.dtype), losses])
+        else:
+            state, losses = jitted_train_epoch(
+                state,
+                *splits["train"],
+                batch_size=batch_size,
+                max_steps=left if left < steps_per_epoch else None,
+                **options,
+            )
+        begun = 0
         metrics = {
             "epoch": epoch + 1,
             "step": epoch * steps_per_epoch + len(losses),
@@ -150,3 +163,20 @@ def fit(
             metrics |= {f"{split}_{name}": float(value) for name, value in measured.items()}
         metrics["diverged"] = float(has_diverged(metrics["train_loss"], dataset.num_classes))
         yield state, metrics
+
+
+def _finish_epoch(
+    state: TrainState,
+    images: Any,
+    labels: Any,
+    begun: int,
+    end: int,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> tuple[TrainState, Any]:
+    """The updates of an epoch from `begun` to `end`, and their losses."""
+    batches = _jitted_epoch_batches(state, len(images), batch_size)[begun:end]
+    state, losses = jitted_train_batches(
+        state, images, labels, batches, jnp.int32(begun), **options
+    )
+    return state._replace(epoch=state.epoch + 1), losses
