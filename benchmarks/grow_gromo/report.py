@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.grow_gromo import cases
-from experiments.lab.tables import NONE, spread
+from experiments.lab.tables import spread
 
 Record = Mapping[str, Any]
 PAIRS = (("ours", "gromo, 64 bits"), ("ours", "gromo, 32 bits"),
@@ -55,19 +55,22 @@ def operations(record: Record, settings: Mapping[str, Any]) -> tuple[float, floa
     return training + sum(growths), float(sum(growths))
 
 
-def seconds(records: Sequence[Record], arm: str, part: str = "total") -> list[float]:
-    """Returns processor seconds of the trainings of an arm that compiled nothing."""
-    return [
-        record["processor_seconds"][part]
+def seconds(records: Sequence[Record], arm: str, part: str = "total") -> dict[int, float]:
+    """Returns processor seconds of an arm by seed, with everything compiled."""
+    return {
+        record["seed"]: record["again"]["processor_seconds"][part]
         for record in records
-        if record["arm"] == arm and record.get("programs") == 0
+        if record["arm"] == arm and "again" in record
+    }
+
+
+def compiling(records: Sequence[Record], arm: str) -> list[float]:
+    """Returns by how many processor seconds trainings take longer than when repeated."""
+    return [
+        record["processor_seconds"]["total"] - record["again"]["processor_seconds"]["total"]
+        for record in records
+        if record["arm"] == arm and "again" in record
     ]
-
-
-def compiling(records: Sequence[Record], arm: str) -> float:
-    """Returns by how many processor seconds the first training of an arm takes longer."""
-    first = next(record for record in records if record["arm"] == arm and "accuracy" in record)
-    return first["processor_seconds"]["total"] - float(np.median(seconds(records, arm)))
 
 
 def lines(
@@ -79,7 +82,6 @@ def lines(
              "compiling, s", "seconds", "of it growing", *parts[2:], "seeds"]]  # fmt: skip
     for arm, best in arms.items():
         flops = np.array([operations(record, settings) for record in best])
-        compiled = len(seconds(records, arm)) > 0
         rows.append(
             [
                 arm,
@@ -88,11 +90,8 @@ def lines(
                 f"{np.mean([parameters(record['widths'][-1]) for record in best]):,.0f}",
                 f"{flops[:, 0].mean() / 1e9:.1f}",
                 f"{100 * (flops[:, 1] / flops[:, 0]).mean():.0f}",
-                f"{compiling(records, arm):.1f}" if compiled else NONE,
-                *(
-                    f"{np.median(seconds(records, arm, part)):.2f}" if compiled else NONE
-                    for part in parts
-                ),
+                spread(compiling(records, arm), "z.1f", ddof=1),
+                *(spread([*seconds(records, arm, part).values()], ".2f", ddof=1) for part in parts),
                 f"{len(best)}",
             ]
         )
@@ -100,10 +99,7 @@ def lines(
 
 
 def differences(arms: Mapping[str, Sequence[Record]], records: Sequence[Record]) -> list[list[str]]:
-    """Returns ours against gromo: points of accuracy by seed, ratios of seconds where none compile.
-
-    Ratios are of trainings with one rate and seed.
-    """
+    """Returns ours against gromo by seed: points of accuracy, ratios of seconds when compiled."""
     parts = ("total", "growing", "training")
     rows = [["", "points", *(f"seconds, {part}" for part in parts)]]
     for ours, theirs in PAIRS:
@@ -113,16 +109,11 @@ def differences(arms: Mapping[str, Sequence[Record]], records: Sequence[Record])
             for one in arms.get(ours, ())
             if one["seed"] in accuracy
         ]
-        found = [
-            {
-                (one["rate"], one["seed"]): one["processor_seconds"]
-                for one in records
-                if one["arm"] == arm and one.get("programs") == 0
-            }
-            for arm in (ours, theirs)
-        ]
-        shared = [(found[0][key], found[1][key]) for key in found[0] if key in found[1]]
-        ratios = [spread([a[part] / b[part] for a, b in shared], ".2f", ddof=1) for part in parts]
+        ratios = []
+        for part in parts:
+            one, other = (seconds(records, arm, part) for arm in (ours, theirs))
+            shared = [one[seed] / other[seed] for seed in one if seed in other]
+            ratios.append(spread(shared, ".2f", ddof=1))
         rows.append([f"{ours} against {theirs}", spread(points, "+.1f", ddof=1), *ratios])
     return rows
 
