@@ -5,8 +5,8 @@ same batches, optimizer and growths. Alike in all (64 and 32 bits of gromo), and
 used, see `cases.ARMS`. Every one of these has a process with one thread, which trains all rates and
 seeds, in turns with the others. At the first rate every training is repeated at once, with all
 programs compiled: what the first takes longer is compiling. Times are those of the processor, which
-other programs on the machine change little. The package stands in an environment of its own, made
-on the first call.
+other programs on the machine change little. A run that was cut off goes on. The package stands in
+an environment of its own, made on the first call.
 """
 
 import contextlib
@@ -48,7 +48,10 @@ TINY: dict[str, Any] = {
 def main() -> None:
     settings = common.sized(SETTINGS, TINY)
     rates, seeds = common.sized((FLAGS.rate, FLAGS.seeds), (FLAGS.rate[:1], 2))
-    shared, records, versions = settings | {"data_dir": FLAGS.data_dir}, [], {}
+    shared, records = settings | {"data_dir": FLAGS.data_dir}, []
+    journal = common.journal("grow_gromo", "quick" if FLAGS.quick else "trainings", [])
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    done = read_journal(journal)
     with tempfile.TemporaryDirectory() as folder, workers() as running:
         shared["folder"] = folder
         write_data(shared)
@@ -56,15 +59,17 @@ def main() -> None:
             write_arrays(shared, seed)
         for number, (rate, seed) in enumerate(itertools.product(rates, range(seeds))):
             for name in turns(list(cases.ARMS), number):
-                case = shared | cases.ARMS[name] | {"rate": rate, "arrays": f"{seed}.npz"}
-                case["again"] = rate == rates[0]  # times hardly depend on it
-                result = ask(running[name], case)
-                versions |= result.pop("versions", {})
-                records.append({"arm": name, "rate": rate, "seed": seed} | result)
-                shown = {key: result.get(key) for key in ("accuracy", "error")}
+                case = cases.ARMS[name] | {"rate": rate, "seed": seed, "again": rate == rates[0]}
+                label = json.dumps(settings | case, sort_keys=True)
+                if label not in done:
+                    done[label] = ask(running[name], shared | case | {"arrays": f"{seed}.npz"})
+                    with journal.open("a") as file:
+                        print(json.dumps([label, done[label]]), file=file)
+                records.append({"arm": name, "rate": rate, "seed": seed} | done[label])
+                shown = {key: done[label].get(key) for key in ("accuracy", "error")}
                 print(f"rate {rate:g}, seed {seed}, {name}: {shown}", flush=True)
             results = {"settings": settings | {"rates": rates, "seeds": seeds},
-                       "versions": versions, "trainings": records}  # fmt: skip
+                       "trainings": records}  # fmt: skip
             common.write_results("grow_gromo", results)
     arms = report.best_rates(records)
     common.show("Growing by TINY, each at its best rate", report.lines(arms, records, settings))
@@ -99,6 +104,12 @@ def ask(worker: subprocess.Popen[str], case: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError(f"{worker.args} ended with {worker.wait()}; its error stands above")
 
 
+def read_journal(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Returns the trainings that were finished before, by their cases."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(map(json.loads, lines))
+
+
 def turns(names: list[str], number: int) -> list[str]:
     """All names, beginning with another one in every round."""
     first = number % len(names)
@@ -117,11 +128,9 @@ def write_data(case: dict[str, Any]) -> None:
 def write_arrays(case: dict[str, Any], seed: int) -> None:
     """Writes the weights at the start of a seed, and the examples of updates and growths."""
     data = studies.load(case["dataset"], case["data_dir"], 1)
-    np.savez(
-        pathlib.Path(case["folder"]) / f"{seed}.npz",
-        **ours.create(case["dataset"], case["data_dir"], case["start_width"], seed),
-        **cases.draw_indices(seed, len(data.train_images), case),
-    )
+    arrays: dict[str, Any] = cases.draw_indices(seed, len(data.train_images), case)
+    arrays |= ours.create(case["dataset"], case["data_dir"], case["start_width"], seed)
+    np.savez(pathlib.Path(case["folder"]) / f"{seed}.npz", **arrays)
 
 
 def python_with_gromo() -> pathlib.Path:
