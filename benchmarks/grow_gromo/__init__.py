@@ -1,0 +1,1 @@
+"""Growing by TINY against the package gromo, in an environment of its own."""
