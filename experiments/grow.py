@@ -5,7 +5,7 @@
 Grows perceptrons, convolutional networks on graphs and ResNet-18 from tiny ones, by TINY with three
 ways for the learning rate to follow, by GradMax and at random; trains the architecture that TINY
 ended with from scratch for the same computation, and the large network. Writes config.json,
-results.jsonl, table.md, figures and report.html, and prints the table. Killed and started again it
+results.jsonl, table.md, figures and report.html, and prints the answer. Killed and started again it
 goes on, a network that grows from its last growth; the same --workdir takes more networks, methods
 and seeds later. ResNet-18 at the paper's size: --dataset=cifar10 --network=resnet18_sixteenth
 --images_downscale=1 --start_width=1 --large_width=64 --growths=6 --interval=2000 --steps=60000
@@ -91,6 +91,7 @@ def _report(records: list[dict[str, Any]], workdir: pathlib.Path) -> None:
         workdir,
         f"Growing networks on {FLAGS.dataset.partition('#')[0]}",
         __doc__,
+        remarks=answer(runs),
         tables={
             "Every way of growing at its best rate.": table(runs),
             "TINY minus what it is compared with, by seed.": against(runs),
@@ -211,6 +212,30 @@ def failures(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             count = f"{len(failed)} of {len(found)}"
             rows.append((spec, LABELS[method], count, failed[0]))
     return pd.DataFrame(rows, columns=["network", "method", "failed", "first error"])
+
+
+def answer(runs: pd.DataFrame) -> list[str]:
+    """Returns a sentence for every network: whether growing beats its own end from scratch."""
+    lines = []
+    for (spec, name), tiny in by_method(runs).items():
+        scratch = reference(runs, spec, "scratch")
+        if name != "tiny" or scratch.empty:
+            continue
+        points = _pairs(*(at_rate(one, best_rate(one)) for one in (tiny, scratch)))["points"]
+        if not len(points):
+            lines.append(f"{spec}: TINY and its architecture from scratch have no seed in common.")
+            continue
+        side = "ahead of" if points.mean() > 0 else "behind"
+        size = spread(points if points.mean() > 0 else -points, "z.1f", ddof=1)
+        lines.append(
+            f"{spec}: TINY ends {size} points {side} the architecture that it grew, trained from "
+            f"scratch for as many operations ({_seeds(len(points))})."
+        )
+    return lines
+
+
+def _seeds(number: int) -> str:
+    return "one seed" if number == 1 else f"{number} seeds"
 
 
 def rescaling(runs: pd.DataFrame) -> pd.DataFrame:

@@ -126,6 +126,27 @@ def test_rescaling_is_compared_seed_by_seed_at_the_best_and_at_common_rates():
     ]
 
 
+def test_the_answer_compares_with_the_same_architecture_from_scratch():
+    records = [
+        *seeds("mlp", "tiny", 0.1, [0.8, 0.6]),
+        *seeds("mlp", "tiny", 0.2, [0.1, 0.1]),
+        *seeds("mlp", "scratch", 0.4, [0.9, 0.9]),
+        *seeds("dag_cnn", "tiny", 0.1, [0.5]),
+        *seeds("dag_cnn", "scratch", 0.1, [0.375]),
+        *seeds("resnet18_sixteenth", "tiny", 0.1, [0.5]),
+        record("resnet18_quarter", "tiny", 0.1, 0, 0.5),
+        record("resnet18_quarter", "scratch", 0.1, 1, 0.5),
+    ]
+    assert grow.answer(grow.runs_of(records)) == [
+        "mlp: TINY ends 20.0 ± 14.1 points behind the architecture that it grew, trained from "
+        "scratch for as many operations (2 seeds).",
+        "dag_cnn: TINY ends 12.5 points ahead of the architecture that it grew, trained from "
+        "scratch for as many operations (one seed).",
+        "resnet18_quarter: TINY and its architecture from scratch have no seed in common.",
+    ]
+    assert grow.answer(grow.runs_of(records[:1])) == []
+
+
 def test_tiny_is_compared_with_every_other_method():
     records = [
         *seeds("mlp", "tiny", 0.1, [0.8, 0.6], parameters=100, flops=1e9),
