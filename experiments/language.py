@@ -68,6 +68,8 @@ ranges.define("base_batch_size", None, "That of the base; by default the same.",
 ranges.define("steps", None, "Updates.")
 ranges.define("base_steps", None, "Those of the base; by default for as many bytes.", "steps")
 flags.DEFINE_enum("optimizer", "adamw", ["adamw", "muon"], "Optimizer.")
+ranges.define("adam_rate_ratio", None, "Under Muon and the plan: the rate of what AdamW has, over "
+              "that of matrices; by default 1.", "fraction")  # fmt: skip
 flags.DEFINE_enum(
     "parametrization",
     "plan",
@@ -90,7 +92,8 @@ runners.define_flags()
 LISTS = ("rate", "weight_decay", "seed")
 OPTIONS = (
     *("kind", "tied", "queries_per_key", "base_batch_size", "base_steps", "optimizer"),
-    *("parametrization", "schedule", "warmup", "clip", "text", "validation_windows"),
+    *("adam_rate_ratio", "parametrization", "schedule", "warmup", "clip", "text"),
+    "validation_windows",
 )
 """Flags that with those of `PRESETS` say what is trained."""
 ANEW = (
@@ -157,7 +160,8 @@ def check(settings: Trial) -> None:
     """Checks what flags cannot say of each other.
 
     Raises:
-      ValueError: a width without whole heads, or a text shorter than the context.
+      ValueError: a width without whole heads, a ratio that nothing reads, or a text shorter than
+        the context.
     """
     for flag in ("width", "base_width"):
         heads = settings[flag] / settings["head_size"]
@@ -169,6 +173,12 @@ def check(settings: Trial) -> None:
             )
     if settings["head_size"] % 2:
         raise ValueError(f"--head_size={settings['head_size']} is odd; rotations need pairs")
+    how = settings["optimizer"], settings["parametrization"]
+    if "adam_rate_ratio" in settings and how != ("muon", "plan"):
+        raise ValueError(
+            f"--adam_rate_ratio has no effect with --optimizer={how[0]} and --parametrization="
+            f"{how[1]}; accepted are muon and plan"
+        )
     shortest = min(map(len, texts.load_text(settings["text"])[1:]))
     if shortest <= settings["context"]:
         raise ValueError(
@@ -252,8 +262,12 @@ def standard(trial: Trial) -> Parametrized:
 def parametrized(trial: Trial) -> Parametrized:
     if trial["parametrization"] == "standard":
         return standard(trial)
-    plan = plan_of(trial)
-    return Parametrized(plan.init, plan.apply, plan.optimizer)
+    plan, ratio = plan_of(trial), trial.get("adam_rate_ratio")
+
+    def muon(rate: optax.Schedule, decay: Any) -> optax.GradientTransformation:
+        return plan.optimizer(rate, decay, adam_learning_rate=lambda step: ratio * rate(step))
+
+    return Parametrized(plan.init, plan.apply, muon if ratio else plan.optimizer)
 
 
 class State(NamedTuple):

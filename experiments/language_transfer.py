@@ -44,7 +44,14 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(language)
 flags.adopt_module_key_flags(language_study)
 
-SEARCHED = (*language.LISTS, "parametrization", "base_batch_size", "base_steps", "cost_only")
+SEARCHED = (
+    *language.LISTS,
+    "parametrization",
+    "adam_rate_ratio",
+    "base_batch_size",
+    "base_steps",
+    "cost_only",
+)
 """Flags of `language` that say what the study decides."""
 TARGET = {"depth": 8, "width": 128}
 

@@ -216,6 +216,15 @@ class TestTraining:
         assert alone["losses"] == whole["losses"]
         assert alone["validation"] == [None] * 9 + whole["validation"][-1:]
 
+    def test_under_muon_what_adamw_has_may_have_a_rate_of_its_own(self, trial):
+        trial = trial | {"optimizer": "muon", "steps": 4}
+        alone, alike, larger = (
+            language.train(trial | options)["losses"]
+            for options in ({}, {"adam_rate_ratio": 1.0}, {"adam_rate_ratio": 2.0})
+        )
+        np.testing.assert_allclose(alike, alone, rtol=1e-5)
+        assert np.abs(np.subtract(larger, alone)).max() > 1e-2
+
     def test_blocks_computed_again_change_no_loss(self, trial):
         trial = trial | {"depth": 3, "width": 32, "steps": 10}
         once = language.train(trial)
