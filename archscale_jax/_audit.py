@@ -19,7 +19,7 @@ from archscale_jax._auditing.figure import Row, rows_of, svg_of
 from archscale_jax._auditing.findings import Finding, html_of, text_of
 from archscale_jax._auditing.guess import guesses
 from archscale_jax._auditing.kinds import Kind
-from archscale_jax._auditing.probe import Probes, ask, compiled, matrix_probe
+from archscale_jax._auditing.probe import Answers, Chain, Probes, ask, compiled, matrix_probe
 from archscale_jax._auditing.promises import Promises
 from archscale_jax._auditing.step import Step, checked_epsilon, even_of, sizes_of, step_of
 from archscale_jax._parametrize import Parametrization
@@ -158,13 +158,23 @@ def audit(
 def _guessed(
     optimizer: Any, loss: Callable[[PyTree, Any], Any], params: PyTree, batch: Any
 ) -> Audit:
-    """What a set-up without a plan looks like."""
+    """What a set-up without a plan looks like, and what is wrong whatever the plan."""
     begun, leaves = time.perf_counter(), named_leaves(params)
     architecture = trace(loss, params, batch)
-    chain = compiled(optimizer, params, params)
-    answers = ask(chain, Probes(params, _matrices(architecture, params)))
+    gradient = losses.gradient_of(loss, params, batch)
+    chain = compiled(optimizer, params, params, gradient.loss)
+    probes = Probes(params, _matrices(architecture, params))
+    answers = ask(chain, probes)
     sizes = {name: leaf.dtype.itemsize for name, leaf in leaves.items()}
     found, whole = guesses(architecture, answers, sizes, sizes_of(params))
+    findings = [
+        *losses.checked_gradient(architecture, loss, params, batch, gradient),
+        *chains.movements(answers),
+    ]
+    if gradient.is_finite:
+        kinds = {name: one.kind for name, one in found.items()}
+        findings += _small_or_clipped(chain, probes, answers, kinds, gradient)
+        findings += losses.doubled(loss, params, batch, gradient.loss)
     records = [
         {
             "path": one.name,
@@ -178,8 +188,9 @@ def _guessed(
         for one in architecture.parameters
         if one.name in found
     ]
-    notes = [*whole, *(f"{one['path']}: {one['looks_like']}" for one in records)]
-    return Audit([], records, Features({}, {}, {}), notes, time.perf_counter() - begun)
+    compared = "rates, decay and initial weights were compared with nothing: there is no plan"
+    notes = [*whole, compared, *(f"{one['path']}: {one['looks_like']}" for one in records)]
+    return Audit(findings, records, Features({}, {}, {}), notes, time.perf_counter() - begun)
 
 
 class _Found(NamedTuple):
@@ -207,7 +218,7 @@ def _found(plan: Parametrization, optimizer: Any, asked: _Found) -> _Found:
     findings = [
         *weights.mixed_dtypes(plan, params),
         *weights.checked(plan, params, starts),
-        *losses.checked_gradient(plan, loss, params, batch, gradient),
+        *losses.checked_gradient(plan.architecture, loss, params, batch, gradient),
     ]
     found = asked._replace(findings=findings, starts=starts, gradient=gradient)
     found = _with_chain(plan, optimizer, found, gradient)
@@ -229,12 +240,7 @@ def _with_chain(
     findings, step = [*found.findings, *checked.findings], None
     if answers.first and gradient.is_finite:
         kinds = {name: one.kind for name, one in checked.leaves.items()}
-        faded = []
-        if Kind.ADAM in kinds.values():
-            even = even_of(chain, probes, answers, gradient)
-            faded = list(checked_epsilon(even, answers, kinds, gradient))
-        # Where epsilon exceeds gradients, updates under Adam do not show clipping.
-        findings += faded or clipped(chain, probes, answers, kinds, gradient.norm)
+        findings += _small_or_clipped(chain, probes, answers, kinds, gradient)
         step = step_of(chain, answers, gradient, params)
     return found._replace(
         findings=findings,
@@ -243,6 +249,24 @@ def _with_chain(
         step=step,
         period=answers.period,
     )
+
+
+def _small_or_clipped(
+    chain: Chain,
+    probes: Probes,
+    answers: Answers,
+    kinds: Mapping[str, Kind],
+    gradient: losses.Gradient,
+) -> list[Finding]:
+    """Findings on what the size of the batch's gradient does to the updates."""
+    faded = []
+    if not answers.first:
+        return faded
+    if Kind.ADAM in kinds.values():
+        faded = list(checked_epsilon(even_of(chain, probes, answers, gradient), answers, kinds,
+                                     gradient))  # fmt: skip
+    # Where epsilon exceeds gradients, updates under Adam do not show clipping.
+    return faded or clipped(chain, probes, answers, kinds, gradient.norm)
 
 
 def _with_loss(

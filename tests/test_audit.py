@@ -240,6 +240,35 @@ def test_without_a_plan_it_says_what_a_set_up_looks_like(optimizer):
     assert plain.notes[0].startswith("looks like the standard parametrization")
 
 
+WITHOUT_PLAN = {
+    "not_a_number": "loss",
+    "summed_loss": "loss",
+    "masked_leaf": "direction",
+    "frozen_leaf": "frozen",
+    "schedule_from_zero": "schedule",
+    "clipping_always": "clipping",
+    "detached_leaf": "gradient",
+}
+
+
+@pytest.mark.parametrize("fault", WITHOUT_PLAN)
+def test_without_a_plan_it_finds_what_is_wrong_whatever_the_plan(fault):
+    made = audit_faults.FAULTS[fault].make("mlp", "adamw")
+    assert made is not None
+    found = archscale.audit(None, *made[0][1:]).findings
+    assert {one.kind for one in found} == {WITHOUT_PLAN[fault]}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_clipping_is_a_finding_where_less_than_a_tenth_passes(optimizer):
+    plan, tx, loss_fn, params, batch = setup("mlp", optimizer)
+    norm = float(optax.global_norm(jax.grad(loss_fn)(params, batch)))
+    for part, kinds in ((0.003, ["clipping"]), (0.09, ["clipping"]), (0.12, []), (0.7, [])):
+        clipped = optax.chain(optax.clip_by_global_norm(part * norm), tx)
+        found = archscale.audit(plan, clipped, loss_fn, params, batch).findings
+        assert [one.kind for one in found] == kinds, part
+
+
 LOOKS = {
     ("gpt", "mup", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
     ("gpt", "completep", "adam"): "looks like μP with a readout that is multiplied in the model",

@@ -55,21 +55,13 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
       promises: of the plan.
       itemsizes: bytes of an entry of every leaf.
     """
+    findings = list(movements(answers))
     if not answers.first:
-        never = Finding(
-            "frozen",
-            ALL,
-            f"{LIMIT} gradients move nothing",
-            "an update, at the latest after the batches that are accumulated",
-            "nothing is trained",
-            "look for a schedule that stays at 0, set_to_zero, or a mask that holds no leaf",
-        )
-        return Checked([never], {}, [])
+        return Checked(findings, {}, [])
     kinds = {
         name: kind_of(answers, name, itemsizes[name], promises.kinds[name])
         for name in answers.large
     }
-    findings = [*_motionless(answers), *_uphill(answers), *_calls(answers)]
     named = {one.parameter for one in findings}
     findings += _other_kinds(kinds, promises, named)
     relative = list(_relative(answers, kinds, named))
@@ -105,6 +97,21 @@ def checked(answers: Answers, promises: Promises, itemsizes: Mapping[str, int]) 
 
 
 # Whether, when and which way leaves move.
+
+
+def movements(answers: Answers) -> Iterator[Finding]:
+    """Findings that need no plan: leaves that stay or go uphill, calls that move nothing."""
+    if answers.first:
+        yield from (*_motionless(answers), *_uphill(answers), *_calls(answers))
+        return
+    yield Finding(
+        "frozen",
+        ALL,
+        f"{LIMIT} gradients move nothing",
+        "an update, at the latest after the batches that are accumulated",
+        "nothing is trained",
+        "look for a schedule that stays at 0, set_to_zero, or a mask that holds no leaf",
+    )
 
 
 def _motionless(answers: Answers) -> Iterator[Finding]:

@@ -47,15 +47,23 @@ def _part(chain: Chain, probes: Probes, answers: Answers, names: list[str], size
 
 
 def _alike(chain: Chain, probes: Probes, answers: Answers, names: list[str], size: float) -> bool:
-    """Whether a gradient of this size moves as one that equals the one before it."""
+    """Whether no more than a tenth of a gradient of this size passes.
+
+    Behind one of a tenth of its size it then moves as one that equals the one before it, and behind
+    one of a hundredth as one that is no more than ten times the one before it.
+    """
     below = 1e-5
     if size < 10 * below:
         return False
-    pairs = (below, below), (below / 10, below), (size / 10, size)
+    pairs = ((below, below), (below / 10, below), (size, size), (size / 10, size),
+             (size / 100, size))  # fmt: skip
     sizes = [[one] * answers.first + [two] * answers.period for one, two in pairs]
     moves = _along(chain, probes, sizes, names)
-    equal, tenfold, own = (statistics.median(map(abs, one.values())) for one in moves)
-    return abs(tenfold / equal - 1) >= 0.05 and (own - tenfold) / (equal - tenfold) > 0.9
+    equal, tenfold, *own = (statistics.median(map(abs, one.values())) for one in moves)
+    if abs(tenfold / equal - 1) < 0.05:
+        return False
+    alike = (own[1] - tenfold) / (equal - tenfold) > 0.9
+    return alike and (own[2] / own[0] - tenfold / equal) / (1 - tenfold / equal) > -0.01
 
 
 def _along(

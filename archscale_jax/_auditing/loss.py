@@ -80,7 +80,7 @@ def _size(leaf: jax.Array) -> jax.Array:
 
 
 def checked_gradient(
-    plan: Parametrization, loss_fn: Loss, params: PyTree, batch: Any, gradient: Gradient
+    architecture: Architecture, loss_fn: Loss, params: PyTree, batch: Any, gradient: Gradient
 ) -> Iterator[Finding]:
     """Findings on values that are not finite, and on leaves without a gradient that want one."""
     broken = [name for name, size in gradient.sizes.items() if not math.isfinite(size)]
@@ -106,7 +106,7 @@ def checked_gradient(
             )
     if broken or not math.isfinite(gradient.loss):
         return
-    kept = {one.name for one in plan.architecture.parameters if not one.trained}
+    kept = {one.name for one in architecture.parameters if not one.trained}
     missing = [name for name, size in gradient.sizes.items() if size == 0 and name not in kept]
     if missing and _hidden_by_zeros(params, missing):
         filled = gradient_of(loss_fn, _filled(params), batch)
