@@ -65,10 +65,14 @@ class Layers(NamedTuple):
       kinds: of those that are `x @ W`, or convolutions of images [n, rows, columns, inputs] in one
         group, with a weight that no other layer has and nothing but its dtype is changed of.
       others: why the others are none of these, by the names of weights.
+      outputs: shapes of the outputs of all of them, by the names of weights.
+      uses: what the leaves do, by name: the kinds of `Use`.
     """
 
     kinds: tuple[LayerKind, ...]
     others: dict[str, str]
+    outputs: dict[str, jax.ShapeDtypeStruct]
+    uses: dict[str, set[str]]
 
 
 def find_layers(loss_fn: Loss, params: PyTree, batch: Any) -> Layers:
@@ -79,12 +83,11 @@ def find_layers(loss_fn: Loss, params: PyTree, batch: Any) -> Layers:
     """
     found: list[Layers] = []
 
-    def read_kinds(params: PyTree, batch: Any) -> Array:
+    def read_layers(params: PyTree, batch: Any) -> None:
         reading = read(loss_fn, params, (batch,), (), evaluate=True)
         found.append(_layers_of(reading, named_leaves(params)))
-        return reading.results[0].array
 
-    jax.eval_shape(read_kinds, params, batch)
+    jax.eval_shape(read_layers, params, batch)
     return found[-1]
 
 
@@ -102,11 +105,11 @@ def layer_kinds(
     Raises:
       TraceError: what `trace` raises; one of these is none of `Layers.kinds`.
     """
-    kinds, others = find_layers(loss_fn, params, batch)
-    for name, reason in others.items():
+    found = find_layers(loss_fn, params, batch)
+    for name, reason in found.others.items():
         if names is None or name in names:
             raise TraceError(reason)
-    return kinds
+    return found.kinds
 
 
 def layer_gradients(
@@ -209,24 +212,7 @@ def layer_outputs(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, jax.Sh
     Raises:
       TraceError: see `layer_kinds`.
     """
-
-    def outputs(params: PyTree, batch: Any) -> dict[str, Array]:
-        reading = read(loss_fn, params, (batch,), (), evaluate=True)
-        return {layer.use.leaf: layer.output for layer in _layers(reading)}
-
-    return jax.eval_shape(outputs, params, batch)
-
-
-def parameter_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, set[str]]:
-    """Returns what the leaves do, by name: the kinds of `Use`.
-
-    Raises:
-      TraceError: see `layer_kinds`.
-    """
-    found: dict[str, set[str]] = {}
-    for use in read(loss_fn, params, (batch,), ()).state.uses:
-        found.setdefault(use.leaf, set()).add(use.kind)
-    return found
+    return find_layers(loss_fn, params, batch).outputs
 
 
 def _layers(reading: Reading) -> list[Layer]:
@@ -244,7 +230,14 @@ def _layers_of(reading: Reading, leaves: Mapping[str, Array]) -> Layers:
             kinds.append(_kind(layer, reading, leaves))
         except TraceError as error:
             others[name] = str(error)
-    return Layers(tuple(kinds), others)
+    outputs = {
+        name: jax.ShapeDtypeStruct(layer.output.shape, layer.output.dtype)
+        for layer, name in zip(layers, names, strict=True)
+    }
+    uses: dict[str, set[str]] = {}
+    for use in reading.state.uses:
+        uses.setdefault(use.leaf, set()).add(use.kind)
+    return Layers(tuple(kinds), others, outputs, uses)
 
 
 def _kind(layer: Layer, reading: Reading, leaves: Mapping[str, Array]) -> LayerKind:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from archscale_jax._architecture import Architecture
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth.architecture import grown_architecture
+from archscale_jax.contrib._growth.architecture import without_slots
 from archscale_jax.contrib._growth.bottleneck import Bottleneck
 from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
 from archscale_jax.contrib._growth.measured import measure
@@ -113,7 +113,6 @@ def grow(
         a function that does not take wider arrays; an option outside its range.
     """
     _check(groups, batches, number, budget, method, amplitudes, key)
-    trace(loss_fn, params, batches[0])  # raises what it would raise in the end
     measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
         params,
@@ -148,11 +147,12 @@ def grow(
     if amplitude == 0:
         grown, state = params, optimizer_state
     else:
-        grown = extended(extension, jnp.float32(amplitude))
+        grown = jax.tree.map(jnp.asarray, extended(extension, np.float32(amplitude)))
+    architecture = trace(loss_fn, grown, batches[0])
     return Growth(
         grown,
         state,
-        grown_architecture(loss_fn, grown, batches[0], groups),
+        without_slots(architecture, grown, groups, measured.kinds),
         {name: one.number * (amplitude != 0) for name, one in neurons.items()},
         amplitude,
         (before, losses[best]),

@@ -64,36 +64,59 @@ class Block(NamedTuple):
     size: int
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds", "groups", "restricted"))
-def pair_statistics(
+class BatchArrays(NamedTuple):
+    """What is summed of a batch of n examples.
+
+    Attributes:
+      gradients: of the layers of groups, by the names of weights.
+      factors: what gates multiply neurons by, [n, …, gates], by the names of gated groups.
+    """
+
+    gradients: dict[str, LayerGradient]
+    factors: dict[str, Array]
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "groups"))
+def batch_arrays(
     params: PyTree,
     batch: Any,
-    updates: Mapping[str, Float[Array, "r o"]],
+    gates: Mapping[str, Int[Array, " g"]],
     *,
     loss_fn: Loss,
-    kinds: tuple[LayerKind, ...],
     groups: tuple[NeuronGroup, ...],
-    restricted: bool,
-    gates: Mapping[str, Int[Array, " g"]],
-) -> dict[str, PairStatistics]:
-    """Returns the sums of one batch by the names of groups, which have no blockers; see `grow`.
+) -> BatchArrays:
+    """Runs the loss and its gradient once; `groups` have no blockers, see `grow`.
 
-    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
-    beyond them is summed. `gates` are the neurons, by the names of gated groups, whose gates new
-    ones may have.
+    `gates` are the neurons, by the names of gated groups, whose gates new ones may have.
     """
-    by_name = {kind.weight: kind for kind in kinds}
     names = {name for group in groups for name in (*group.producers, *group.consumers)}
     _, gradients = layer_gradients(loss_fn, params, batch, names)
 
-    def factors(group: NeuronGroup) -> Array | None:
-        if not group.gates:
-            return None
+    def factors(group: NeuronGroup) -> Array:
         response = layer_response(loss_fn, params, batch, *group.links[0][:2])
         return exact(response[..., gates[group.name]])
 
+    return BatchArrays(gradients, {one.name: factors(one) for one in groups if one.gates})
+
+
+@functools.partial(jax.jit, static_argnames=("kinds", "groups", "restricted"))
+def pair_statistics(
+    arrays: BatchArrays,
+    updates: Mapping[str, Float[Array, "r o"]],
+    *,
+    kinds: tuple[LayerKind, ...],
+    groups: tuple[NeuronGroup, ...],
+    restricted: bool,
+) -> dict[str, PairStatistics]:
+    """Returns the sums of one batch by the names of groups.
+
+    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
+    beyond them is summed.
+    """
+    by_name = {kind.weight: kind for kind in kinds}
+    gradients, factors = arrays
     return {
-        one.name: _pair_sums(one, by_name, gradients, updates, factors(one), restricted)
+        one.name: _pair_sums(one, by_name, gradients, updates, factors.get(one.name), restricted)
         for one in groups
     }
 
