@@ -1,6 +1,5 @@
 """What every layer of a function reads, and which way the loss wants its output to go."""
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -32,8 +31,9 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
 
 
+@jax.tree_util.register_static
 class LayerKind(NamedTuple):
-    """What is known of a layer without its arrays; hashable.
+    """What is known of a layer without its arrays; hashable, and static in trees that are jitted.
 
     Attributes:
       weight: name of the leaf, [inputs, outputs] or [rows, columns, inputs, outputs].
@@ -50,10 +50,12 @@ class LayerGradient(NamedTuple):
     """Arrays of a layer on a batch of n examples.
 
     Attributes:
+      kind: what layer it is.
       inputs: [n, …, inputs].
       outputs: the gradient of the loss by the layer's output, [n, …, outputs].
     """
 
+    kind: LayerKind
     inputs: Array
     outputs: Array
 
@@ -105,11 +107,14 @@ def layer_kinds(
     Raises:
       TraceError: what `trace` raises; one of these is none of `Layers.kinds`.
     """
-    found = find_layers(loss_fn, params, batch)
-    for name, reason in found.others.items():
+    return _kinds(find_layers(loss_fn, params, batch), names)
+
+
+def _kinds(layers: Layers, names: Collection[str] | None) -> tuple[LayerKind, ...]:
+    for name, reason in layers.others.items():
         if names is None or name in names:
             raise TraceError(reason)
-    return found.kinds
+    return layers.kinds
 
 
 def layer_gradients(
@@ -121,27 +126,25 @@ def layer_gradients(
       loss_fn: `(params, batch)` to a scalar.
       params: tree of arrays.
       batch: tree of arrays.
-      names: of the weights of layers that are asked for, each of one layer; None for all.
+      names: of the weights of layers that are asked for; None for all.
 
     Raises:
-      TraceError: what `trace` raises.
+      TraceError: see `layer_kinds`.
     """
+    layers = find_layers(loss_fn, params, batch)
+    kinds = [one for one in _kinds(layers, names) if names is None or one.weight in names]
+    shapes = {kind.weight: layers.outputs[kind.weight] for kind in kinds}
 
-    def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, tuple]]:
+    def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         reading = read(loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations)
-        arrays = {
-            one.use.leaf: (one.inputs, one.output)
-            for one in _layers(reading)
-            if names is None or one.use.leaf in names
-        }
-        return reading.results[0].array, arrays
+        inputs = {one.use.leaf: one.inputs for one in _layers(reading) if one.use.leaf in shapes}
+        return reading.results[0].array, inputs
 
-    shapes = jax.eval_shape(functools.partial(evaluate, {}))[1]
-    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
-    loss, pull, arrays = jax.vjp(evaluate, zeros, has_aux=True)
+    zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    loss, pull, inputs = jax.vjp(evaluate, zeros, has_aux=True)
     (gradients,) = pull(jnp.ones_like(loss))
     return loss, {
-        name: LayerGradient(inputs, gradients[name]) for name, (inputs, _) in arrays.items()
+        one.weight: LayerGradient(one, inputs[one.weight], gradients[one.weight]) for one in kinds
     }
 
 

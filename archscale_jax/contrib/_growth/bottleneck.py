@@ -125,15 +125,13 @@ def layer_statistics(
 ) -> dict[str, LayerStatistics]:
     """Returns the sums of one batch by the names of weights."""
     names = [kind.weight for kind in kinds]
-    return layer_sums(layer_gradients(loss_fn, params, batch, names)[1], kinds=kinds)
+    return layer_sums(layer_gradients(loss_fn, params, batch, names)[1])
 
 
-@functools.partial(jax.jit, static_argnames="kinds")
-def layer_sums(
-    gradients: Mapping[str, LayerGradient], *, kinds: tuple[LayerKind, ...]
-) -> dict[str, LayerStatistics]:
+@jax.jit
+def layer_sums(gradients: Mapping[str, LayerGradient]) -> dict[str, LayerStatistics]:
     """Returns the sums of one batch whose arrays are there, by the names of weights."""
-    return {kind.weight: _sums(kind, *gradients[kind.weight]) for kind in kinds}
+    return {name: _sums(*one) for name, one in gradients.items()}
 
 
 def _sums(kind: LayerKind, inputs: Array, gradient: Array) -> LayerStatistics:

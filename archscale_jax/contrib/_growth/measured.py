@@ -15,7 +15,7 @@ from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottlenecks, la
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
 from archscale_jax.contrib._growth.statistics import PairStatistics, batch_arrays, pair_statistics
 from archscale_jax.contrib._growth.widen import occupied
-from archscale_jax.tracing.layers import LayerKind, Loss, layer_kinds
+from archscale_jax.tracing.layers import LayerKind, Loss
 
 Sums = TypeVar("Sums")
 GATES = 8
@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     """What growth needs to know of a network.
 
     Attributes:
-      kinds: of its layers.
+      kinds: of the layers of the groups.
       bottlenecks: of the layers that read the groups, by the names of weights.
       pairs: sums for the groups, by name.
       gates: neurons whose gates new ones may have, by the names of gated groups.
@@ -57,28 +57,25 @@ def measure(
       ValueError: see `grow`.
     """
     groups, names = tuple(groups), readers(groups)
-    layers = {*names, *(name for group in groups for name in group.producers)}
-    kinds = layer_kinds(loss_fn, params, batches[0], layers)
-    read = tuple(kind for kind in kinds if kind.weight in names)
     gates = {group.name: _gates(params, group) for group in groups if group.gates}
     run = functools.partial(batch_arrays, params, gates=gates, loss_fn=loss_fn, groups=groups)
     arrays = sums = pairs = None
     for batch in batches:
         arrays = None  # frees those of the batch before
         arrays = run(batch)
-        sums = _added(sums, layer_sums(arrays.gradients, kinds=read))
-    assert sums is not None  # there is a batch
-    found = bottlenecks(read, sums, params, cutoff)
+        sums = _added(sums, layer_sums({name: arrays.gradients[name] for name in names}))
+    assert arrays is not None and sums is not None  # there is a batch
+    kinds = {name: one.kind for name, one in arrays.gradients.items()}
+    found = bottlenecks([kinds[name] for name in names], sums, params, cutoff)
     updates = {name: _rows(name, found[name].update) for name in names}
     for batch in reversed(batches):
         arrays = arrays or run(batch)
-        new = pair_statistics(arrays, updates, kinds=kinds, groups=groups, restricted=restricted)
+        new = pair_statistics(arrays, updates, groups=groups, restricted=restricted)
         pairs, arrays = _added(pairs, new), None
     total: dict[str, PairStatistics] = jax.tree.map(np.asarray, pairs)
-    by_name = {kind.weight: kind for kind in kinds}
     for group in groups:
-        _check_statistics(group, total[group.name], by_name, gates.get(group.name, ()))
-    return Measured(kinds, found, total, gates)
+        _check_statistics(group, total[group.name], kinds, gates.get(group.name, ()))
+    return Measured(tuple(kinds.values()), found, total, gates)
 
 
 def _added(total: Sums | None, new: Sums) -> Sums:

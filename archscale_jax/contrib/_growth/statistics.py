@@ -15,6 +15,7 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import desired_change
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.patches import EXACT, product, rows_of, slices, sum_over_examples
+from archscale_jax.tracing import trace
 from archscale_jax.tracing.layers import (
     LayerGradient,
     LayerKind,
@@ -88,7 +89,11 @@ def batch_arrays(
     """Runs the loss and its gradient once; `groups` have no blockers, see `grow`.
 
     `gates` are the neurons, by the names of gated groups, whose gates new ones may have.
+
+    Raises:
+      TraceError: what `trace` raises; one of the layers is none of `Layers.kinds`.
     """
+    trace(loss_fn, params, batch)  # what grow would raise in the end; while it is compiled
     names = {name for group in groups for name in (*group.producers, *group.consumers)}
     _, gradients = layer_gradients(loss_fn, params, batch, names)
 
@@ -99,12 +104,11 @@ def batch_arrays(
     return BatchArrays(gradients, {one.name: factors(one) for one in groups if one.gates})
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "groups", "restricted"))
+@functools.partial(jax.jit, static_argnames=("groups", "restricted"))
 def pair_statistics(
     arrays: BatchArrays,
     updates: Mapping[str, Float[Array, "r o"]],
     *,
-    kinds: tuple[LayerKind, ...],
     groups: tuple[NeuronGroup, ...],
     restricted: bool,
 ) -> dict[str, PairStatistics]:
@@ -113,23 +117,23 @@ def pair_statistics(
     `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
     beyond them is summed.
     """
-    by_name = {kind.weight: kind for kind in kinds}
-    gradients, factors = arrays
     return {
-        one.name: _pair_sums(one, by_name, gradients, updates, factors.get(one.name), restricted)
+        one.name: _pair_sums(
+            one, arrays.gradients, updates, arrays.factors.get(one.name), restricted
+        )
         for one in groups
     }
 
 
 def _pair_sums(
     group: NeuronGroup,
-    kinds: Mapping[str, LayerKind],
     gradients: Mapping[str, LayerGradient],
     updates: Mapping[str, Array],
     factors: Float[Array, "n *s g"] | None,
     restricted: bool,
 ) -> PairStatistics:
     names = group.makers, group.consumers
+    kinds = {name: one.kind for name, one in gradients.items()}
     arrays = (
         {name: gradients[name].inputs for name in (*names[0], *names[1])},
         {name: desired_change(gradients[name].outputs) for name in names[1]},
