@@ -151,7 +151,7 @@ def grow(
     if amplitude == 0:
         grown, state = params, optimizer_state
     else:
-        grown = jax.tree.map(jnp.asarray, extended(extension, np.float32(amplitude)))
+        grown = jax.device_put(extended(extension, np.float32(amplitude)))
     architecture = trace(loss_fn, grown, batches[0])
     return Growth(
         grown,
