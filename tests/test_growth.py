@@ -403,3 +403,26 @@ def test_errors():
         archscale.contrib.widen(network.params, {"w1": 2}, groups)
     with pytest.raises(ValueError, match="neuron group in capacity .w9.; accepted are"):
         archscale.contrib.widen(network.params, {"w9": 2}, groups)
+
+
+def test_a_growth_of_known_shapes_calls_the_loss_for_its_architecture_and_its_shape_alone():
+    calls = []
+
+    def loss(params, batch):
+        calls.append(batch)
+        return jnp.mean((jax.nn.relu(batch @ params["w1"]) @ params["w2"] - 1.0) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w1": jax.random.normal(keys[0], (3, 2)), "w2": jax.random.normal(keys[1], (2, 2))}
+    batch = jax.random.normal(keys[2], (16, 3))
+    (group, _) = archscale.contrib.find_neuron_groups(loss, params, batch)
+    first = archscale.grow(loss, params, [batch[:8], batch[8:]], batch, [group], number=1)
+    assert first.numbers == {"w1": 1} and calls
+    calls.clear()
+    again = archscale.grow(loss, params, [batch[:8], batch[8:]], batch, [group], number=1)
+    assert len(calls) <= 2
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    whole = archscale.grow(loss, params, [batch], batch, [group], number=1)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6),
+                 whole.params, first.params)  # fmt: skip
+    assert whole.bottlenecks["w2"].relative == pytest.approx(first.bottlenecks["w2"].relative)

@@ -1,6 +1,5 @@
 """What every layer of a function reads, and which way the loss wants its output to go."""
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -32,8 +31,9 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
 
 
+@jax.tree_util.register_static
 class LayerKind(NamedTuple):
-    """What is known of a layer without its arrays; hashable.
+    """What is known of a layer without its arrays; hashable, and static in trees that are jitted.
 
     Attributes:
       weight: name of the leaf, [inputs, outputs] or [rows, columns, inputs, outputs].
@@ -50,10 +50,12 @@ class LayerGradient(NamedTuple):
     """Arrays of a layer on a batch of n examples.
 
     Attributes:
+      kind: what layer it is.
       inputs: [n, …, inputs].
       outputs: the gradient of the loss by the layer's output, [n, …, outputs].
     """
 
+    kind: LayerKind
     inputs: Array
     outputs: Array
 
@@ -65,10 +67,14 @@ class Layers(NamedTuple):
       kinds: of those that are `x @ W`, or convolutions of images [n, rows, columns, inputs] in one
         group, with a weight that no other layer has and nothing but its dtype is changed of.
       others: why the others are none of these, by the names of weights.
+      outputs: shapes of the outputs of all of them, by the names of weights.
+      uses: what the leaves do, by name: the kinds of `Use`.
     """
 
     kinds: tuple[LayerKind, ...]
     others: dict[str, str]
+    outputs: dict[str, jax.ShapeDtypeStruct]
+    uses: dict[str, set[str]]
 
 
 def find_layers(loss_fn: Loss, params: PyTree, batch: Any) -> Layers:
@@ -79,12 +85,11 @@ def find_layers(loss_fn: Loss, params: PyTree, batch: Any) -> Layers:
     """
     found: list[Layers] = []
 
-    def read_kinds(params: PyTree, batch: Any) -> Array:
+    def read_layers(params: PyTree, batch: Any) -> None:
         reading = read(loss_fn, params, (batch,), (), evaluate=True)
         found.append(_layers_of(reading, named_leaves(params)))
-        return reading.results[0].array
 
-    jax.eval_shape(read_kinds, params, batch)
+    jax.eval_shape(read_layers, params, batch)
     return found[-1]
 
 
@@ -102,11 +107,14 @@ def layer_kinds(
     Raises:
       TraceError: what `trace` raises; one of these is none of `Layers.kinds`.
     """
-    kinds, others = find_layers(loss_fn, params, batch)
-    for name, reason in others.items():
+    return _kinds(find_layers(loss_fn, params, batch), names)
+
+
+def _kinds(layers: Layers, names: Collection[str] | None) -> tuple[LayerKind, ...]:
+    for name, reason in layers.others.items():
         if names is None or name in names:
             raise TraceError(reason)
-    return kinds
+    return layers.kinds
 
 
 def layer_gradients(
@@ -118,27 +126,25 @@ def layer_gradients(
       loss_fn: `(params, batch)` to a scalar.
       params: tree of arrays.
       batch: tree of arrays.
-      names: of the weights of layers that are asked for, each of one layer; None for all.
+      names: of the weights of layers that are asked for; None for all.
 
     Raises:
-      TraceError: what `trace` raises.
+      TraceError: see `layer_kinds`.
     """
+    layers = find_layers(loss_fn, params, batch)
+    kinds = [one for one in _kinds(layers, names) if names is None or one.weight in names]
+    shapes = {kind.weight: layers.outputs[kind.weight] for kind in kinds}
 
-    def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, tuple]]:
+    def evaluate(perturbations: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         reading = read(loss_fn, params, (batch,), (), evaluate=True, perturbations=perturbations)
-        arrays = {
-            one.use.leaf: (one.inputs, one.output)
-            for one in _layers(reading)
-            if names is None or one.use.leaf in names
-        }
-        return reading.results[0].array, arrays
+        inputs = {one.use.leaf: one.inputs for one in _layers(reading) if one.use.leaf in shapes}
+        return reading.results[0].array, inputs
 
-    shapes = jax.eval_shape(functools.partial(evaluate, {}))[1]
-    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
-    loss, pull, arrays = jax.vjp(evaluate, zeros, has_aux=True)
+    zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    loss, pull, inputs = jax.vjp(evaluate, zeros, has_aux=True)
     (gradients,) = pull(jnp.ones_like(loss))
     return loss, {
-        name: LayerGradient(inputs, gradients[name]) for name, (inputs, _) in arrays.items()
+        one.weight: LayerGradient(one, inputs[one.weight], gradients[one.weight]) for one in kinds
     }
 
 
@@ -209,24 +215,7 @@ def layer_outputs(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, jax.Sh
     Raises:
       TraceError: see `layer_kinds`.
     """
-
-    def outputs(params: PyTree, batch: Any) -> dict[str, Array]:
-        reading = read(loss_fn, params, (batch,), (), evaluate=True)
-        return {layer.use.leaf: layer.output for layer in _layers(reading)}
-
-    return jax.eval_shape(outputs, params, batch)
-
-
-def parameter_kinds(loss_fn: Loss, params: PyTree, batch: Any) -> dict[str, set[str]]:
-    """Returns what the leaves do, by name: the kinds of `Use`.
-
-    Raises:
-      TraceError: see `layer_kinds`.
-    """
-    found: dict[str, set[str]] = {}
-    for use in read(loss_fn, params, (batch,), ()).state.uses:
-        found.setdefault(use.leaf, set()).add(use.kind)
-    return found
+    return find_layers(loss_fn, params, batch).outputs
 
 
 def _layers(reading: Reading) -> list[Layer]:
@@ -244,7 +233,14 @@ def _layers_of(reading: Reading, leaves: Mapping[str, Array]) -> Layers:
             kinds.append(_kind(layer, reading, leaves))
         except TraceError as error:
             others[name] = str(error)
-    return Layers(tuple(kinds), others)
+    outputs = {
+        name: jax.ShapeDtypeStruct(layer.output.shape, layer.output.dtype)
+        for layer, name in zip(layers, names, strict=True)
+    }
+    uses: dict[str, set[str]] = {}
+    for use in reading.state.uses:
+        uses.setdefault(use.leaf, set()).add(use.kind)
+    return Layers(tuple(kinds), others, outputs, uses)
 
 
 def _kind(layer: Layer, reading: Reading, leaves: Mapping[str, Array]) -> LayerKind:

@@ -136,8 +136,8 @@ def forward_flops(widths: Sequence[int]) -> int:
 def growth_flops(widths: Sequence[int], layer: int, case: Mapping[str, Any]) -> float:
     """Operations of a growth: statistics, decompositions and the search of the amplitude.
 
-    Either package takes Σ B⁻B⁻ᵀ, Σ B⁻Vᵀ, Σ BBᵀ and Σ BVᵀ. Ours makes a second pass over the
-    examples with V_proj in it; gromo sums Σ B⁻Bᵀ in one pass.
+    Either package runs forward and backward once, and takes Σ B⁻B⁻ᵀ, Σ B⁻Vᵀ, Σ BBᵀ and Σ BVᵀ.
+    Ours sums V_proj from the arrays that are still there; gromo has it from Σ B⁻Bᵀ.
 
     Args:
       widths: before the growth: inputs, neurons of every hidden layer, outputs.
@@ -150,11 +150,11 @@ def growth_flops(widths: Sequence[int], layer: int, case: Mapping[str, Any]) -> 
     small, large = sorted((made, outs))
     decompositions = 9 * made**3 + 4 * large**2 * small + 22 * small**3
     if case["package"] == "gromo":
-        passes, sums = 1, sums + made * read + outs * outs * case["as_used"]
+        sums += made * read + outs * outs * case["as_used"]
         # S⁻¹M by elimination, S^(-1/2) as a product of three matrices.
         decompositions += 2 * read**3 / 3 + 2 * read**2 * outs + 4 * made**3
     else:
-        passes, sums = 2, sums + made * outs + (read - 1) * outs
+        sums += made * outs + (read - 1) * outs
         decompositions += 9 * read**3
     searched = len(case["amplitudes"]) * case["held_out"]
-    return forward * (3 * passes * n + searched) + 2 * n * sums + decompositions
+    return forward * (3 * n + searched) + 2 * n * sums + decompositions

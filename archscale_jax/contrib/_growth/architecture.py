@@ -9,7 +9,7 @@ from archscale_jax._trees import PyTree
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.widen import occupied
 from archscale_jax.tracing import trace
-from archscale_jax.tracing.layers import Loss, find_layers
+from archscale_jax.tracing.layers import LayerKind, Loss, find_layers
 
 _WHOLE = (1, 1)
 
@@ -30,7 +30,20 @@ def grown_architecture(
     Raises:
       TraceError: see `trace`.
     """
-    architecture = trace(loss_fn, params, batch)
+    kinds = find_layers(loss_fn, params, batch).kinds
+    return without_slots(trace(loss_fn, params, batch), params, groups, kinds)
+
+
+def without_slots(
+    architecture: Architecture,
+    params: PyTree,
+    groups: Sequence[NeuronGroup],
+    kinds: Sequence[LayerKind],
+) -> Architecture:
+    """Returns the architecture of params with fans of neurons alone; see `grown_architecture`.
+
+    `kinds` are the layers of the network at any width.
+    """
     parts: dict[tuple[str, str], tuple[int, int]] = {}  # occupied slots, and all, by leaf and fan
     for group in groups:
         used = occupied(params, group)
@@ -38,7 +51,7 @@ def grown_architecture(
         vectors = [name for name, _, _ in group.vectors]
         parts |= {(name, "fan_out"): part for name in (*group.producers, *vectors)}
         parts |= {(name, "fan_in"): part for name in (*group.consumers, *vectors)}
-    for kind in find_layers(loss_fn, params, batch).kinds:
+    for kind in kinds:
         if kind.bias is not None:  # has the fans of its weight
             for fan in ("fan_in", "fan_out"):
                 parts[kind.bias, fan] = parts.get((kind.weight, fan), _WHOLE)

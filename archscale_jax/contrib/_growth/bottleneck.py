@@ -5,7 +5,7 @@ pass, and summed over examples into small matrices as batches come by; no activa
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,13 @@ from archscale_jax._precision import exact
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.neurons import LayerStatistics, least_squares
 from archscale_jax.contrib._growth.patches import product, rows_of, sum_over_examples
-from archscale_jax.tracing.layers import LayerKind, Loss, layer_gradients, layer_kinds
+from archscale_jax.tracing.layers import (
+    LayerGradient,
+    LayerKind,
+    Loss,
+    layer_gradients,
+    layer_kinds,
+)
 
 
 class Bottleneck(NamedTuple):
@@ -75,8 +81,22 @@ def bottleneck(
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("batches is empty; bottleneck needs at least one")
+    return bottlenecks(kinds, total, params, cutoff)
+
+
+def bottlenecks(
+    kinds: Iterable[LayerKind],
+    statistics: Mapping[str, LayerStatistics],
+    params: PyTree,
+    cutoff: float,
+) -> dict[str, Bottleneck]:
+    """Returns the bottlenecks of layers from their sums, both by the names of weights.
+
+    Raises:
+      ValueError: statistics that are not finite.
+    """
     leaves = named_leaves(params)
-    return {kind.weight: _solved(kind, total[kind.weight], leaves, cutoff) for kind in kinds}
+    return {kind.weight: _solved(kind, statistics[kind.weight], leaves, cutoff) for kind in kinds}
 
 
 def _chosen(kinds: tuple[LayerKind, ...], layers: Sequence[str] | None) -> tuple[LayerKind, ...]:
@@ -105,8 +125,13 @@ def layer_statistics(
 ) -> dict[str, LayerStatistics]:
     """Returns the sums of one batch by the names of weights."""
     names = [kind.weight for kind in kinds]
-    _, gradients = layer_gradients(loss_fn, params, batch, names)
-    return {kind.weight: _sums(kind, *gradients[kind.weight]) for kind in kinds}
+    return layer_sums(layer_gradients(loss_fn, params, batch, names)[1])
+
+
+@jax.jit
+def layer_sums(gradients: Mapping[str, LayerGradient]) -> dict[str, LayerStatistics]:
+    """Returns the sums of one batch whose arrays are there, by the names of weights."""
+    return {name: _sums(*one) for name, one in gradients.items()}
 
 
 def _sums(kind: LayerKind, inputs: Array, gradient: Array) -> LayerStatistics:

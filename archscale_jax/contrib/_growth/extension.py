@@ -189,7 +189,7 @@ def _behind_norms(
     return placed
 
 
-def extended(extension: Extension, amplitude: float | Float[Array, ""]) -> PyTree:
+def extended(extension: Extension, amplitude: float | np.float32 | Float[Array, ""]) -> PyTree:
     """Returns params + γ·neurons + γ²·δW*; bit for bit the unchanged ones at γ = 0."""
     return jax.tree.map(
         lambda old, new, move: (old + amplitude * new + amplitude**2 * move).astype(old.dtype),

@@ -1,5 +1,6 @@
 """Grows a network where it lacks expressivity: new neurons in closed form [TINY] (theory §8)."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from archscale_jax._architecture import Architecture
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth.architecture import grown_architecture
+from archscale_jax.contrib._growth.architecture import without_slots
 from archscale_jax.contrib._growth.bottleneck import Bottleneck
 from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
 from archscale_jax.contrib._growth.measured import measure
@@ -84,7 +85,7 @@ def grow(
       loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar. Programs
         are compiled once for it and every shape of params.
       params: tree of arrays.
-      batches: trees of arrays [n, ...], n examples; read twice.
+      batches: trees of arrays [n, ...], n examples; all but the last are read twice.
       held_out: a batch on which the amplitude is chosen.
       groups: where to add neurons, of `find_neuron_groups`.
       number: the most new neurons of each group, or of a group by its name; None, or a name that
@@ -113,7 +114,6 @@ def grow(
         a function that does not take wider arrays; an option outside its range.
     """
     _check(groups, batches, number, budget, method, amplitudes, key)
-    trace(loss_fn, params, batches[0])  # raises what it would raise in the end
     measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
         params,
@@ -138,21 +138,25 @@ def grow(
         capacity=capacity,
         optimizer_state=optimizer_state,
     )
-    _check_shapes(loss_fn, extension.params, batches[0])
+    is_wider = jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, extension.params)
+    if is_wider:
+        _check_shapes(loss_fn, extension.params, batches[0])
     if method == "gradmax":  # nothing but fan-outs, which change nothing yet
         amplitudes = (1.0,)
     before, losses = search_amplitude(extension, amplitudes, held_out, loss_fn=loss_fn)
-    _check_unchanged(loss_fn, params, extension.params, held_out, before)
+    if is_wider:
+        _check_unchanged(float(_loss(params, held_out, loss_fn=loss_fn)), before)
     best = int(np.nanargmin(losses))
     amplitude = amplitudes[best]
     if amplitude == 0:
         grown, state = params, optimizer_state
     else:
-        grown = extended(extension, jnp.float32(amplitude))
+        grown = jax.device_put(extended(extension, np.float32(amplitude)))
+    architecture = trace(loss_fn, grown, batches[0])
     return Growth(
         grown,
         state,
-        grown_architecture(loss_fn, grown, batches[0], groups),
+        without_slots(architecture, grown, groups, measured.kinds),
         {name: one.number * (amplitude != 0) for name, one in neurons.items()},
         amplitude,
         (before, losses[best]),
@@ -201,13 +205,13 @@ def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
         raise ValueError(f"amplitudes must be finite and not negative, found {tuple(amplitudes)}")
 
 
-def _check_unchanged(
-    loss_fn: Loss, params: PyTree, wide: PyTree, held_out: Any, before: float
-) -> None:
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _loss(params: PyTree, batch: Any, *, loss_fn: Loss) -> Array:
+    return loss_fn(params, batch)
+
+
+def _check_unchanged(loss: float, before: float) -> None:
     """What else depends on the number of features is seen here alone."""
-    if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wide):
-        return
-    loss = float(jax.jit(loss_fn)(params, held_out))
     if not math.isclose(loss, before, rel_tol=1e-2, abs_tol=1e-3):
         raise ValueError(
             f"the loss on held_out is {loss}, and {before} with empty slots: loss_fn depends on "

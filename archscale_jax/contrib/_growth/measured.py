@@ -1,20 +1,23 @@
 """What growth measures of a network: bottlenecks, and sums for pairs of layers (theory §8)."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from archscale_jax._trees import PyTree, named_leaves
-from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
+from archscale_jax._trees import PyTree
+from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottlenecks, layer_sums
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup, readers
-from archscale_jax.contrib._growth.statistics import PairStatistics, pair_statistics
+from archscale_jax.contrib._growth.statistics import PairStatistics, batch_arrays, pair_statistics
 from archscale_jax.contrib._growth.widen import occupied
-from archscale_jax.tracing.layers import LayerKind, Loss, layer_kinds
+from archscale_jax.tracing.layers import LayerKind, Loss
 
+Sums = TypeVar("Sums")
 GATES = 8
 """The most neurons of a group whose gates new ones may have; sums grow with their square."""
 
@@ -23,7 +26,7 @@ class Measured(NamedTuple):
     """What growth needs to know of a network.
 
     Attributes:
-      kinds: of its layers.
+      kinds: of the layers of the groups.
       bottlenecks: of the layers that read the groups, by the names of weights.
       pairs: sums for the groups, by name.
       gates: neurons whose gates new ones may have, by the names of gated groups.
@@ -44,37 +47,45 @@ def measure(
     restricted: bool = False,
     cutoff: float = 1e-6,
 ) -> Measured:
-    """Takes the statistics of `grow`, in two jitted passes over the batches.
+    """Takes the statistics of `grow`, in two passes over the batches.
+
+    The first gives δW*, the second what is asked for beyond it. The loss and its gradient run twice
+    on every batch but the last, whose arrays are still there; those of no other are kept.
 
     Raises:
       TraceError: see `grow`.
       ValueError: see `grow`.
     """
-    names = readers(groups)
-    layers = {*names, *(name for group in groups for name in group.producers)}
-    kinds = layer_kinds(loss_fn, params, batches[0], layers)
-    found = bottleneck(loss_fn, params, batches, layers=names, cutoff=cutoff)
-    leaves = named_leaves(params)
-    by_name = {kind.weight: kind for kind in kinds}
-
-    def best_update(name: str) -> np.ndarray:
-        update = {**found[name].update}
-        rows = update.pop(name).reshape(-1, leaves[name].shape[-1])
-        return np.vstack([rows, *(bias.reshape(1, -1) for bias in update.values())])
-
-    updates = {name: best_update(name) for name in names}
+    groups, names = tuple(groups), readers(groups)
     gates = {group.name: _gates(params, group) for group in groups if group.gates}
-    total: dict[str, PairStatistics] | None = None
+    run = functools.partial(batch_arrays, params, gates=gates, loss_fn=loss_fn, groups=groups)
+    arrays = sums = pairs = None
     for batch in batches:
-        sums = pair_statistics(
-            params, batch, updates, loss_fn=loss_fn, kinds=kinds, groups=tuple(groups),
-            restricted=restricted, gates=gates,
-        )  # fmt: skip
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None  # there is a batch
+        arrays = None  # frees those of the batch before
+        arrays = run(batch)
+        sums = _added(sums, layer_sums({name: arrays.gradients[name] for name in names}))
+    assert arrays is not None and sums is not None  # there is a batch
+    kinds = {name: one.kind for name, one in arrays.gradients.items()}
+    found = bottlenecks([kinds[name] for name in names], sums, params, cutoff)
+    updates = {name: _rows(name, found[name].update) for name in names}
+    for batch in reversed(batches):
+        arrays = arrays or run(batch)
+        new = pair_statistics(arrays, updates, groups=groups, restricted=restricted)
+        pairs, arrays = _added(pairs, new), None
+    total: dict[str, PairStatistics] = jax.tree.map(np.asarray, pairs)
     for group in groups:
-        _check_statistics(group, total[group.name], by_name, gates.get(group.name, ()))
-    return Measured(kinds, found, jax.tree.map(np.asarray, total), gates)
+        _check_statistics(group, total[group.name], kinds, gates.get(group.name, ()))
+    return Measured(tuple(kinds.values()), found, total, gates)
+
+
+def _added(total: Sums | None, new: Sums) -> Sums:
+    return new if total is None else jax.tree.map(jnp.add, total, new)
+
+
+def _rows(name: str, update: Mapping[str, np.ndarray]) -> Float[np.ndarray, "r o"]:
+    """The change of a weight, and of its bias as one more row."""
+    weight, *bias = (update[name], *(one for leaf, one in update.items() if leaf != name))
+    return np.vstack([weight.reshape(-1, weight.shape[-1]), *(one.reshape(1, -1) for one in bias)])
 
 
 def _gates(params: PyTree, group: NeuronGroup) -> np.ndarray:

@@ -16,14 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from archscale_jax._trees import PyTree, named_leaves, with_leaves
-from archscale_jax.tracing.layers import (
-    BetweenLayers,
-    Loss,
-    between_layers,
-    find_layers,
-    layer_outputs,
-    parameter_kinds,
-)
+from archscale_jax.tracing.layers import BetweenLayers, Loss, between_layers, find_layers
 
 Joint = Literal["same", "mean", "flat"]
 WIDEN = "contrib.expand widens it"
@@ -177,12 +170,10 @@ class _Probe:
     """
 
     def __init__(self, loss_fn: Loss, params: PyTree, batch: Any):
-        kinds, self.others = find_layers(loss_fn, params, batch)
+        kinds, self.others, shapes, self.kinds = find_layers(loss_fn, params, batch)
         self.biases = {kind.weight: kind.bias for kind in kinds if kind.bias is not None}
-        shapes = layer_outputs(loss_fn, params, batch)
         self.outputs = {kind.weight: shapes[kind.weight] for kind in kinds}
         self.leaves = {name: jnp.asarray(leaf) for name, leaf in named_leaves(params).items()}
-        self.kinds = parameter_kinds(loss_fn, params, batch)
         for name, leaf in self.leaves.items():
             # What is added could hold an activation where it is flat.
             if self.is_offset(name) and name not in self.outputs:

@@ -15,6 +15,7 @@ from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.bottleneck import desired_change
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.patches import EXACT, product, rows_of, slices, sum_over_examples
+from archscale_jax.tracing import trace
 from archscale_jax.tracing.layers import (
     LayerGradient,
     LayerKind,
@@ -64,49 +65,75 @@ class Block(NamedTuple):
     size: int
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "kinds", "groups", "restricted"))
-def pair_statistics(
+class BatchArrays(NamedTuple):
+    """What is summed of a batch of n examples.
+
+    Attributes:
+      gradients: of the layers of groups, by the names of weights.
+      factors: what gates multiply neurons by, [n, …, gates], by the names of gated groups.
+    """
+
+    gradients: dict[str, LayerGradient]
+    factors: dict[str, Array]
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "groups"))
+def batch_arrays(
     params: PyTree,
     batch: Any,
-    updates: Mapping[str, Float[Array, "r o"]],
+    gates: Mapping[str, Int[Array, " g"]],
     *,
     loss_fn: Loss,
-    kinds: tuple[LayerKind, ...],
     groups: tuple[NeuronGroup, ...],
-    restricted: bool,
-    gates: Mapping[str, Int[Array, " g"]],
-) -> dict[str, PairStatistics]:
-    """Returns the sums of one batch by the names of groups, which have no blockers; see `grow`.
+) -> BatchArrays:
+    """Runs the loss and its gradient once; `groups` have no blockers, see `grow`.
 
-    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
-    beyond them is summed. `gates` are the neurons, by the names of gated groups, whose gates new
-    ones may have.
+    `gates` are the neurons, by the names of gated groups, whose gates new ones may have.
+
+    Raises:
+      TraceError: what `trace` raises; one of the layers is none of `Layers.kinds`.
     """
-    by_name = {kind.weight: kind for kind in kinds}
+    trace(loss_fn, params, batch)  # what grow would raise in the end; while it is compiled
     names = {name for group in groups for name in (*group.producers, *group.consumers)}
     _, gradients = layer_gradients(loss_fn, params, batch, names)
 
-    def factors(group: NeuronGroup) -> Array | None:
-        if not group.gates:
-            return None
+    def factors(group: NeuronGroup) -> Array:
         response = layer_response(loss_fn, params, batch, *group.links[0][:2])
         return exact(response[..., gates[group.name]])
 
+    return BatchArrays(gradients, {one.name: factors(one) for one in groups if one.gates})
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "restricted"))
+def pair_statistics(
+    arrays: BatchArrays,
+    updates: Mapping[str, Float[Array, "r o"]],
+    *,
+    groups: tuple[NeuronGroup, ...],
+    restricted: bool,
+) -> dict[str, PairStatistics]:
+    """Returns the sums of one batch by the names of groups.
+
+    `updates` are δW* of the layers that read the neurons, by the names of weights: what V asks for
+    beyond them is summed.
+    """
     return {
-        one.name: _pair_sums(one, by_name, gradients, updates, factors(one), restricted)
+        one.name: _pair_sums(
+            one, arrays.gradients, updates, arrays.factors.get(one.name), restricted
+        )
         for one in groups
     }
 
 
 def _pair_sums(
     group: NeuronGroup,
-    kinds: Mapping[str, LayerKind],
     gradients: Mapping[str, LayerGradient],
     updates: Mapping[str, Array],
     factors: Float[Array, "n *s g"] | None,
     restricted: bool,
 ) -> PairStatistics:
     names = group.makers, group.consumers
+    kinds = {name: one.kind for name, one in gradients.items()}
     arrays = (
         {name: gradients[name].inputs for name in (*names[0], *names[1])},
         {name: desired_change(gradients[name].outputs) for name in names[1]},

@@ -89,7 +89,7 @@ def widen(
         leaf = np.asarray(leaf)
         for pad in pads[name]:
             leaf = pad(leaf, like)
-        return jnp.asarray(leaf)
+        return leaf
 
     def padded_state(path: str, value: Any) -> Any:
         """Pads what an optimizer keeps of a leaf: its path in the state ends with its name."""
@@ -103,10 +103,10 @@ def widen(
                 f"{leaves[name].shape}; accepted are states with the shapes of the parameters: "
                 "begin with a new state"
             )
-        return padded(name, value, False)
+        return jnp.asarray(padded(name, value, False))
 
-    wide = with_leaves(params, {name: padded(name, leaves[name], True) for name in pads})
-    return wide, map_with_names(padded_state, optimizer_state)
+    wide = {name: padded(name, leaves[name], True) for name in pads}
+    return with_leaves(params, jax.device_put(wide)), map_with_names(padded_state, optimizer_state)
 
 
 def _axes(group: NeuronGroup) -> Iterator[tuple[str, int, str]]:
