@@ -120,10 +120,16 @@ def add_neurons(
         **options,
     )
     _check_shapes(named_leaves(growth.params), wanted)
-    operations = grow_cost.growth_flops(
-        loss, params, batch, groups, len(POSITIVE), len(jax.tree.leaves(held_out)[0])
-    )
+    operations = grow_cost.growth_flops(loss, params, batch, groups, 0, 0)
+    operations += search_operations(loss, growth.params, held_out)
     return Added(growth.params, growth.optimizer_state, operations, growth.amplitude)
+
+
+def search_operations(loss: Any, params: PyTree, held_out: Any) -> float:
+    """Returns the operations of forward passes of a wide network at 0 and at every amplitude."""
+    example = jax.tree.map(lambda one: one[:1], held_out)
+    examples = len(jax.tree.leaves(held_out)[0])
+    return (1 + len(POSITIVE)) * examples * grow_cost.forward_flops(loss, params, example)
 
 
 def _check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
