@@ -62,9 +62,8 @@ WARMUP = 50
 """Updates in which the rate rises."""
 WEIGHT_DECAY = 0.1
 BATCHES = 12
-"""Of training examples on which `contrib.grow` looks at a network, all together."""
-SEARCHED = 4
-"""Those of them on which it chooses an amplitude; statistics are of the others."""
+"""Of training examples on which `contrib.grow` looks at a network: statistics are of two thirds of
+them, and an amplitude is chosen on the others."""
 AFTER = (0, 25, 50, 100)
 """Updates behind a growth at which held-out loss is measured, to see whether it rises."""
 
@@ -397,8 +396,10 @@ def grow(
     """Goes to the next size by `contrib.grow`, where options name a method of it, or by copies."""
     like, options = new.init(key), trial["options"]
     if "method" in options:
-        keys = jax.random.split(key, BATCHES)
-        batch, held = drawn(data, keys[:-SEARCHED]), drawn(data, keys[-SEARCHED:])
+        options = {"batches": BATCHES} | options
+        batches = options.pop("batches")
+        keys = jax.random.split(key, batches)
+        batch, held = drawn(data, keys[: -(batches // 3)]), drawn(data, keys[-(batches // 3) :])
         sizes = tuple(map(tuple, trial["sizes"]))
         loss = loss_of(trial["task"], sizes, *data_key(trial))
         added = grow_operators.add_neurons(

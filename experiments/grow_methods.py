@@ -55,7 +55,8 @@ class Method(NamedTuple):
       label: in tables and figures.
       path: what is doubled, and at which part of all updates, or where there is a budget of its
         operations; of `nothing` nothing is, of `never` the small network stays.
-      options: of `contrib.expand`; with a `method`, of `contrib.grow`.
+      options: of `contrib.expand`; with a `method`, of `contrib.grow`, and on how many `batches` it
+        looks at a network.
       moments: whether the optimizer's moments are carried over; else they start anew.
       lengths: of trainings, over the usual one.
       rate: over the best one from scratch.
@@ -97,11 +98,12 @@ METHODS = {
     "copies_faint": Method("copies, noise 1/4", HALF, {"noise": 0.25}),
     "tiny_reset": Method("TINY, moments anew", HALF, {"method": "tiny"}, moments=False),
     "copies_reset": Method("copies, moments anew", HALF, moments=False),
+    "tiny_informed": Method("TINY, 4 × the examples", HALF, {"method": "tiny", "batches": 48}),
     "tiny_sized": Method("TINY, sizes of the others", HALF, {"method": "tiny", "normalize": True}),
     "unread": Method("random ones that nothing reads", HALF, {"new": "random"}),
 }
-OPERATORS = ("copies", "tiny", "drawn", "copies_faint", "tiny_reset", "copies_reset", "tiny_sized",
-             "unread")  # fmt: skip
+OPERATORS = ("copies", "tiny", "drawn", "copies_faint", "tiny_reset", "copies_reset",
+             "tiny_informed", "tiny_sized", "unread")  # fmt: skip
 """Methods of tasks in which hidden layers alone grow."""
 SHOWN = ("scratch", "both", "thirds", "halves", "random", "faint")
 """Methods of the figure."""
