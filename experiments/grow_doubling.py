@@ -105,8 +105,8 @@ def publish(frame: pd.DataFrame, workdir: pathlib.Path) -> None:
         tables[
             "What makes hidden layers wider: operations over those of the usual training from "
             "scratch, and the part that finding neurons takes; operations saved, also if finding "
-            "them were free; final loss less that of copies; held-out loss right after growth and "
-            "100 updates later, less that before."
+            "them were free; final loss less that of copies, by seed; held-out loss right after "
+            "growth and 100 updates later, less that before, and that less that of copies."
         ] = operators
     page.publish(workdir, "Doubling a network in the middle of its training", __doc__,
                  tables=tables, figures=figures)  # fmt: skip

@@ -104,8 +104,8 @@ def operators(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
             if not len(found) or not len(scratch):
                 continue
             free = found.assign(operations=found.operations - found.growing)
-            paired = [one.held_out - copies.held_out.get(one.seed, math.nan)
-                      for one in found.itertuples()]  # fmt: skip
+            paired = found.set_index("seed")[["held_out", "later"]]
+            paired = paired - copies[["held_out", "later"]].reindex(paired.index)
             rows.append(
                 [
                     METHODS[method].label,
@@ -113,18 +113,20 @@ def operators(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
                     number(found.operations.mean() / usual(frame, task, steps)),
                     f"{100 * (found.growing / found.operations).mean():.1f}",
                     _mean(found.held_out, ".4f"),
-                    _mean(paired, ".4f"),
+                    _mean(paired.held_out, ".4f"),
                     _mean(savings(scratch, found), ".1f"),
                     _mean(savings(scratch, free), ".1f"),
                     _mean(found.after - found.before, ".4f"),
                     _mean(found.later - found.before, ".4f"),
+                    _mean(paired.later, ".4f"),
                 ]
             )
     return pd.DataFrame(rows, columns=OPERATOR_COLUMNS)
 
 
 OPERATOR_COLUMNS = ["hidden neurons", "seeds", "operations", "growing, %", "loss", "less copies",
-                    "saved, %", "growing free, %", "right after", "100 later"]  # fmt: skip
+                    "saved, %", "growing free, %", "right after", "100 later",
+                    "100 later, less copies"]  # fmt: skip
 
 
 def draw(frame: pd.DataFrame, steps: int, tasks: Sequence[str], path: pathlib.Path) -> None:

@@ -225,14 +225,15 @@ def test_operators_are_compared_seed_by_seed():
     )
     tiny = frame.method == "tiny"
     frame.loc[tiny, "growing"] = 100.0
-    frame.loc[tiny, "after"] = 0.45
+    frame.loc[tiny, ["after", "later"]] = 0.45, 0.43
     copies, grown = report.operators(frame, 800).to_dict("records")
     assert copies["hidden neurons"] == doubling.METHODS["copies"].label
     assert copies["saved, %"] == copies["growing free, %"] == "20.0 ± 0.0"
     assert (grown["saved, %"], grown["growing free, %"]) == ("37.5 ± 0.0", "50.0 ± 0.0")
     assert grown["growing, %"] == "20.0"
     assert grown["less copies"] == f"{800**-0.25 - 625**-0.25:.4f} ± 0.0000"
-    assert (grown["right after"], grown["100 later"]) == ("-0.0500 ± 0.0000", "-0.1000 ± 0.0000")
+    assert (grown["right after"], grown["100 later"]) == ("-0.0500 ± 0.0000", "-0.0700 ± 0.0000")
+    assert grown["100 later, less copies"] == "0.0300 ± 0.0000"
     assert report.operators(results({}), 800).empty
 
 
