@@ -147,4 +147,5 @@ def draw(frame: pd.DataFrame, steps: int, tasks: Sequence[str], path: pathlib.Pa
                 panel.plot(one.operations / whole, one.held_out, ".-", lw=1, ms=4, color=colour,
                            label=label)  # fmt: skip
     across = "operations over those of the usual training from scratch"
-    panels.finish(figure, path, across=across, up="held-out loss (nats)", columns=3)
+    panels.finish(figure, path, across=across, up="held-out loss (nats)",
+                  columns=min(len(tasks) + 1, 3))  # fmt: skip
