@@ -6,9 +6,12 @@ Byte-level Llama decoders on the sources of Python's standard library, and a res
 batch normalization on Fashion-MNIST, AdamW under `parametrize`, constant rate and linear decay. The
 large network is trained from scratch at its best rate for several numbers of updates: the loss that
 so many operations buy. Grown ones double width, depth or both by `contrib.expand`, see METHODS.
-Operations are those of XLA's count; a growth counts as an update of the network that it makes.
-Writes results.jsonl (a line a training), doubling.csv, a figure, table.md and report.html. Killed
-and started again it goes on; with --only_finished it shows what there is.
+With --tasks=hidden the hidden layers of the residual network alone are narrow, and what widens them
+is compared: copies, the closed form of `contrib.grow`, random neurons, see OPERATORS.
+Operations are those of XLA's count; a growth counts as an update of the network that it makes, and
+statistics, decompositions and the search of an amplitude by `experiments.grow_cost`. Writes
+results.jsonl (a line a training), doubling.csv, figures, table.md and report.html. Killed and
+started again it goes on; with --only_finished it shows what there is.
 """
 
 import functools
@@ -29,29 +32,28 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax import contrib
 from archscale_jax._trees import PyTree
-from experiments.lab import common, files, page, panels, ranges, runners, studies
+from experiments import grow_doubling_report as report
+from experiments import grow_operators
+from experiments.grow_methods import METHODS, TASKS, Method, Size, Task
+from experiments.lab import common, files, page, ranges, runners, studies
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder
 from experiments.lab.models.images import ResidualStages
 from experiments.lab.sweeps import run_study, trial_hash
-from experiments.lab.tables import NONE, number
 
 FLAGS = flags.FLAGS
 
 ranges.define("num_seeds", 3, "Seeds of every method.")
 flags.DEFINE_list("methods", None, "Of METHODS, in this order; by default all.")
-flags.DEFINE_list("tasks", ["narrow", "cnn", "decoder"], "Of TASKS.")
+flags.DEFINE_list("tasks", ["narrow", "cnn", "decoder"], "Of TASKS; `hidden` compares operators.")
 ranges.define("steps", 800, "Updates of a training of the usual length.")
 flags.DEFINE_string("text", texts.STANDARD_LIBRARY, "`stdlib`, or a folder of files.")
-flags.DEFINE_enum("dataset", "fashion_mnist", ["fashion_mnist", "digits"], "Images of `cnn`.")
+flags.DEFINE_enum("dataset", "fashion_mnist", ["fashion_mnist", "digits"], "Images of CNNs.")
 flags.DEFINE_bool("only_finished", False, "Train nothing more; show what is finished.")
 flags.DEFINE_string("workdir", "runs/grow_doubling", "Folder for config, results and figures.")
 runners.define_flags()
 
 Trial = Mapping[str, Any]
-Size = tuple[int, int]
-"""Depth and width."""
-
 PART = 25
 """Updates that are compiled as one; all numbers of updates are multiples."""
 DECAY = 0.2
@@ -59,86 +61,11 @@ DECAY = 0.2
 WARMUP = 50
 """Updates in which the rate rises."""
 WEIGHT_DECAY = 0.1
+BATCHES = 12
+"""Of training examples on which `contrib.grow` looks at a network: statistics are of two thirds of
+them, and an amplitude is chosen on the others."""
 AFTER = (0, 25, 50, 100)
 """Updates behind a growth at which held-out loss is measured, to see whether it rises."""
-LENGTHS = (0.5, 0.75, 1.0, 1.25)
-"""Of trainings from scratch, over the usual one."""
-
-
-class Task(NamedTuple):
-    """What is trained.
-
-    Attributes:
-      small: depth and width at the start, of which the rate is.
-      large: at the end.
-      rate: where the search for the best rate begins.
-      label: in tables.
-      batch: examples of an update.
-      length: of a training of the usual length, over `--steps`.
-      head: features of a head of a decoder, 0 of a CNN.
-    """
-
-    small: Size
-    large: Size
-    rate: float
-    label: str
-    batch: int
-    length: float = 1.0
-    head: int = 0
-
-
-TASKS = {
-    "narrow": Task((2, 16), (4, 32), 2**-7, "decoder 4 × 32", 16, length=2.5, head=8),
-    "cnn": Task((3, 4), (6, 8), 2**-7, "residual CNN 6 × 8", 32),
-    "decoder": Task((2, 32), (4, 64), 2**-7, "decoder 4 × 64", 16, head=16),
-}
-
-
-class Method(NamedTuple):
-    """A way to the large network.
-
-    Attributes:
-      label: in tables and figures.
-      path: what is doubled, and at which part of all updates, or where there is a budget of its
-        operations; of `nothing` nothing is, of `never` the small network stays.
-      options: of `contrib.expand`.
-      moments: whether the optimizer's moments are carried over; else they start anew.
-      lengths: of trainings, over the usual one.
-      rate: over the best one from scratch.
-      budget: operations over those of the usual training from scratch; None for as many updates.
-    """
-
-    label: str
-    path: tuple[tuple[str, float], ...] = ()
-    options: Mapping[str, Any] = {}
-    moments: bool = True
-    lengths: tuple[float, ...] = (1.0,)
-    rate: float = 1.0
-    budget: float | None = None
-
-
-BOTH = (("width", 1 / 3), ("depth", 1 / 2))
-THIRDS = (("width", 1 / 3), ("depth", 2 / 3))
-METHODS = {
-    "scratch": Method("from scratch", lengths=LENGTHS),
-    "both": Method("width at ⅓, depth at ½", BOTH),
-    "depth": Method("depth at ½", (("depth", 1 / 2),)),
-    "width": Method("width at ½", (("width", 1 / 2),)),
-    "thirds": Method("width at ⅓, depth at ⅔ of operations", THIRDS, budget=0.75),
-    "halves": Method("depth at ½ of operations", (("depth", 1 / 2),), budget=0.75),
-    "thirds_faint": Method(
-        "width at ⅓, depth at ⅔ of operations, noise 1/4", THIRDS, {"noise": 0.25}, budget=0.75
-    ),
-    "small": Method("the small one, never doubled", (("never", 1.0),), budget=0.75),
-    "random": Method("both, new ones random", BOTH, {"new": "random"}),
-    "faint": Method("both, noise 1/4", BOTH, {"noise": 0.25}),
-    "loud": Method("both, noise 2", BOTH, {"noise": 2.0}),
-    "fast": Method("both, rate × 2", BOTH, rate=2.0),
-    "reset": Method("both, moments anew", BOTH, moments=False),
-    "nothing": Method("nothing at ⅓ and ½", (("nothing", 1 / 3), ("nothing", 1 / 2))),
-}
-SHOWN = ("scratch", "both", "thirds", "halves", "random", "faint")
-"""Methods of the figure."""
 
 
 def run() -> None:
@@ -154,21 +81,35 @@ def run() -> None:
             print("not finished; what is shown is of the trainings that are")
     frame = study.frame()
     frame.to_csv(workdir / "doubling.csv", index=False, float_format="%.6g")
-    figure = workdir / "grow_doubling.png"
-    draw(frame, FLAGS.steps, figure)
-    page.publish(
-        workdir,
-        "Doubling a network in the middle of its training",
-        __doc__,
-        tables={
-            "Held-out loss; operations over those of the usual training from scratch; operations "
-            "saved over a training from scratch to the same loss; the largest rise of the held-out "
-            "loss within 100 updates of a growth (means over seeds ± standard error).": table(
-                frame, FLAGS.steps
+    publish(frame, workdir)
+
+
+def publish(frame: pd.DataFrame, workdir: pathlib.Path) -> None:
+    """Writes the tables and figures of what is in the frame."""
+    figures = {}
+    for name, tasks in report.FAMILIES.items():
+        if len(frame) and frame.task.isin(tasks).any():
+            report.draw(frame, FLAGS.steps, tasks, workdir / f"{name}.png")
+            figures[workdir / f"{name}.png"] = (
+                "Held-out loss over operations, a line a seed of trainings from scratch."
             )
-        },
-        figures={figure: "Held-out loss over operations, a line a seed of trainings from scratch."},
-    )
+    tables = {
+        "Held-out loss; operations over those of the usual training from scratch; operations "
+        "saved over a training from scratch to the same loss; the largest rise of the held-out "
+        "loss within 100 updates of a growth (means over seeds ± standard error).": report.table(
+            frame, FLAGS.steps
+        )
+    }
+    operators = report.operators(frame, FLAGS.steps)
+    if len(operators):
+        tables[
+            "What makes hidden layers wider: operations over those of the usual training from "
+            "scratch, and the part that finding neurons takes; operations saved, also if finding "
+            "them were free; final loss less that of copies, by seed; held-out loss right after "
+            "growth and 100 updates later, less that before, and that less that of copies."
+        ] = operators
+    page.publish(workdir, "Doubling a network in the middle of its training", __doc__,
+                 tables=tables, figures=figures)  # fmt: skip
 
 
 # What is trained, in order.
@@ -197,6 +138,8 @@ class Study:
         """Runs all, what matters most first; returns whether all is finished."""
         finished = True
         for seed, name, task in itertools.product(range(num_seeds), methods, tasks):
+            if name not in TASKS[task].methods:
+                continue
             try:
                 rate = self.best_rate(task) * METHODS[name].rate
                 trial = self.trial(task, name, rate, seed)
@@ -281,6 +224,7 @@ class Study:
                     | {"updates": end, "searched": len(trial["ends"]) == 1}
                     | {name: result[name][place] for name in ("operations", "held_out", "accuracy")}
                     | {"rise": max(map(rise, result["growths"]), default=math.nan)}
+                    | around(result["growths"])
                 )
         return pd.DataFrame(rows)
 
@@ -323,6 +267,18 @@ def in_parts(updates: float) -> int:
     return max(round(updates / PART), 1) * PART
 
 
+def around(growths: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the held-out loss before the last growth, right behind it and 100 updates later."""
+    last = growths[-1] if growths else {"before": math.nan, "after": [math.nan]}
+    return {
+        "before": last["before"],
+        "after": last["after"][0],
+        "later": last["after"][-1],
+        "growing": last.get("operations", 0.0),
+        "amplitude": last.get("amplitude", math.nan),
+    }
+
+
 def rise(growth: Mapping[str, Any]) -> float:
     """Returns by what part the held-out loss rises at most above that before a growth."""
     return max(growth["after"]) / growth["before"] - 1
@@ -336,6 +292,7 @@ class Model(NamedTuple):
 
     Attributes:
       plan: its parametrization.
+      init: from a random key to its params; compiled once.
       loss: `(params, batch)` to the mean loss and the accuracy.
       advance: `(params, state, data, key, rates)` to both, and the losses of so many updates.
       inputs: of a batch on which a growth is checked.
@@ -343,6 +300,7 @@ class Model(NamedTuple):
     """
 
     plan: archscale.Parametrization
+    init: Callable[..., PyTree]
     loss: Callable[..., tuple[jax.Array, jax.Array]]
     advance: Callable[..., Any]
     inputs: jax.Array
@@ -376,23 +334,24 @@ def train(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"operations": [], "held_out": [], "accuracy": [], "growths": [],
                              "losses": []}  # fmt: skip
     model, operations, last = models[0], 0.0, 0
-    params = jax.jit(model.plan.init)(jax.random.fold_in(key, 0))
+    params = model.init(jax.random.fold_in(key, 0))
     state = optimizer_of(model.plan, 1.0).init(params)
     stable = {end - trial.get("decay", in_parts(DECAY * end)): end for end in trial["ends"]}
     for step in range(0, max(stable) + 1, PART):
         if step in trial["switches"]:
             new = models[len(found["growths"]) + 1]
-            growth: dict[str, Any] = {"before": held_out(model, params, data), "after": []}
-            params, state = grow(trial, model, new, params, state, jax.random.fold_in(key, step))
-            model, operations = new, operations + new.operations
-            found["growths"].append(growth)
+            before = held_out(model, params, data)
+            grown = grow(trial, model, new, params, state, data, jax.random.fold_in(key, step))
+            params, state = grown.params, grown.optimizer_state
+            model, operations = new, operations + new.operations + grown.operations
+            found["growths"].append({"before": before, "after": [], **grown.facts})
             last = step
         if found["growths"] and step - last in AFTER:
             found["growths"][-1]["after"].append(held_out(model, params, data))
         if step in stable:
             end = stable[step]
             ended = decayed(trial, model, params, state, data, key, step, end)
-            loss, accuracy = jax.jit(evaluated, static_argnums=0)(model.loss, ended, data.held_out)
+            loss, accuracy = evaluated(model.loss, ended, data.held_out)
             found["operations"].append(operations + (end - step) * model.operations)
             found["held_out"].append(float(loss))
             found["accuracy"].append(float(accuracy))
@@ -415,31 +374,69 @@ def decayed(trial, model, params, state, data, key, first: int, end: int) -> PyT
     return params
 
 
+class Grown(NamedTuple):
+    """A network of the next size, the state of its optimizer, and what it took to find it.
+
+    Attributes:
+      params: of it.
+      optimizer_state: of its optimizer.
+      operations: those of statistics and searches.
+      facts: to be kept.
+    """
+
+    params: PyTree
+    optimizer_state: Any
+    operations: float = 0.0
+    facts: Mapping[str, float] = {}
+
+
 def grow(
-    trial: Trial, model: Model, new: Model, params: PyTree, state: Any, key: jax.Array
-) -> tuple[PyTree, Any]:
-    """Params and optimizer state of the next size."""
-    grown = contrib.expand(
-        params,
-        jax.jit(new.plan.init)(key),
-        model.plan.apply,
-        new.plan.apply,
-        model.inputs,
-        key=key,
-        position="interleave",
-        optimizers=(optimizer_of(model.plan, 1.0), optimizer_of(new.plan, 1.0)),
-        optimizer_state=state,
-        **trial["options"],
-    )
+    trial: Trial, model: Model, new: Model, params: PyTree, state: Any, data: Data, key: jax.Array
+) -> Grown:
+    """Goes to the next size by `contrib.grow`, where options name a method of it, or by copies."""
+    like, options = new.init(key), trial["options"]
+    if "method" in options:
+        options = {"batches": BATCHES} | options
+        batches = options.pop("batches")
+        keys = jax.random.split(key, batches)
+        batch, held = drawn(data, keys[: -(batches // 3)]), drawn(data, keys[-(batches // 3) :])
+        sizes = tuple(map(tuple, trial["sizes"]))
+        loss = loss_of(trial["task"], sizes, *data_key(trial))
+        added = grow_operators.add_neurons(
+            loss, params, like, batch, held, state, key=key, **options
+        )
+        facts = {"amplitude": added.amplitude, "operations": added.operations}
+        grown = Grown(added.params, added.optimizer_state, added.operations, facts)
+    else:
+        expanded = contrib.expand(
+            params,
+            like,
+            model.plan.apply,
+            new.plan.apply,
+            model.inputs,
+            key=key,
+            position="interleave",
+            optimizers=(optimizer_of(model.plan, 1.0), optimizer_of(new.plan, 1.0)),
+            optimizer_state=state,
+            **options,
+        )
+        grown = Grown(*expanded)
     if trial["moments"]:
         return grown
-    return grown.params, optimizer_of(new.plan, 1.0).init(grown.params)
+    return grown._replace(optimizer_state=optimizer_of(new.plan, 1.0).init(grown.params))
+
+
+def drawn(data: Data, keys: jax.Array) -> Any:
+    """A training batch for each of the keys, joined."""
+    batches = jax.vmap(data.draw, (None, 0))(data.train, keys)
+    return jax.tree.map(lambda one: one.reshape(-1, *one.shape[2:]), batches)
 
 
 def held_out(model: Model, params: PyTree, data: Data) -> float:
-    return float(jax.jit(evaluated, static_argnums=0)(model.loss, params, data.held_out)[0])
+    return float(evaluated(model.loss, params, data.held_out)[0])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def evaluated(loss: Callable[..., Any], params: PyTree, batches: PyTree) -> Any:
     """Mean loss and accuracy over batches."""
     found = jax.lax.map(lambda batch: loss(params, batch), batches)
@@ -514,7 +511,23 @@ def model_of(task: str, size: Size, name: str) -> Model:
         (params, state), losses = jax.lax.scan(step, (params, state), xs)
         return params, state, losses
 
-    return Model(plan, loss, advance, inputs, operations_of(task, size, batch))
+    return Model(plan, jax.jit(plan.init), loss, advance, inputs, operations_of(task, size, batch))
+
+
+@functools.lru_cache(maxsize=4)
+def loss_of(task: str, sizes: tuple[Size, ...], name: str) -> Callable[..., jax.Array]:
+    """Returns the loss for params of any of the sizes, for which programs are compiled once."""
+    models = [model_of(task, size, name) for size in sizes]
+    shapes = [shapes_of(jax.eval_shape(one.plan.init, jax.random.key(0))) for one in models]
+
+    def loss(params: PyTree, batch: Any) -> jax.Array:
+        return models[shapes.index(shapes_of(params))].loss(params, batch)[0]
+
+    return loss
+
+
+def shapes_of(params: PyTree) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def split(task: str, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -526,7 +539,11 @@ def module_of(task: str, size: Size, inputs: jax.Array, scan: bool = True) -> An
     if TASKS[task].head:
         heads = width // TASKS[task].head
         return Decoder("llama", depth, width, heads, heads // 2, CONTEXT, scan=scan)
-    image = inputs.shape[1:]
+    image, stream = inputs.shape[1:], TASKS[task].stream
+    if stream:
+        return nnx.eval_shape(
+            lambda: grow_operators.HiddenStages(image, stream, width, depth, 10, rngs=nnx.Rngs(0))
+        )
     return nnx.eval_shape(lambda: ResidualStages(image, width, depth, 10, True, rngs=nnx.Rngs(0)))
 
 
@@ -562,94 +579,6 @@ def operations_of(task: str, size: Size, batch: Any) -> float:
     state = jax.eval_shape(optimizer_of(plan, 1.0).init, params)
     analysis: Any = jax.jit(update).lower(params, state, inputs, labels).cost_analysis()
     return float(analysis["flops"])
-
-
-# What they say.
-
-
-def of_method(frame: pd.DataFrame, task: str, method: str) -> pd.DataFrame:
-    """The trainings of a method; of trainings from scratch those of several lengths."""
-    found = frame[(frame.task == task) & (frame.method == method)]
-    return found[~found.searched] if method == "scratch" else found
-
-
-def saved(scratch: pd.DataFrame, operations: float, loss: float) -> float:
-    """Returns the part of operations that is saved over a training from scratch to a loss.
-
-    Between lengths of that, and beyond the longest and the shortest, log loss is a line in log
-    operations.
-    """
-    curve = scratch.sort_values("operations")
-    across, up = np.log(curve.operations.to_numpy()), np.log(curve.held_out.to_numpy())
-    target = math.log(loss)
-    place = int(np.clip(np.sum(up > target) - 1, 0, len(up) - 2))
-    slope = (across[place + 1] - across[place]) / (up[place + 1] - up[place])
-    return 1 - operations / math.exp(across[place] + slope * (target - up[place]))
-
-
-def table(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
-    """Returns a row for every task and method, and every number of updates from scratch."""
-    rows = []
-    for task, of in TASKS.items():
-        scratch = of_method(frame, task, "scratch")
-        for method, described in METHODS.items():
-            found = of_method(frame, task, method)
-            ends = [one for _, one in found.groupby("updates")] if len(found) else []
-            for ended in ends:
-                shown = [
-                    of.label,
-                    described.label,
-                    f"{ended.updates.iloc[0]:g}",
-                    _mean(ended.held_out, ".4f"),
-                    _mean(100 * ended.accuracy, ".2f"),
-                    number(ended.operations.mean() / usual(frame, task, steps)),
-                ]
-                savings = [
-                    100 * saved(scratch[scratch.seed == one.seed], one.operations, one.held_out)
-                    for one in ended.itertuples()
-                    if METHODS[method].path and (scratch.seed == one.seed).sum() > 1
-                ]
-                shown.append(_mean(savings, ".1f") if savings else NONE)
-                rows.append([*shown, _mean(100 * ended.rise, ".2f")])
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-COLUMNS = ["task", "method", "updates", "loss", "accuracy, %", "operations", "saved, %", "rise, %"]
-
-
-def _mean(values: Any, spec: str) -> str:
-    values = np.asarray(values, float)
-    shown = number(float(values.mean()), spec)
-    if len(values) < 2 or not np.isfinite(values).all():
-        return shown
-    return f"{shown} ± {values.std(ddof=1) / math.sqrt(len(values)):{spec}}"
-
-
-def usual(frame: pd.DataFrame, task: str, steps: int) -> float:
-    """Returns the operations of the usual training from scratch."""
-    scratch = of_method(frame, task, "scratch")
-    return scratch[scratch.updates == TASKS[task].length * steps].operations.mean()
-
-
-def draw(frame: pd.DataFrame, steps: int, path: pathlib.Path) -> None:
-    """Draws held-out loss over operations, a panel a task."""
-    tasks = [task for task in TASKS if len(frame) and len(of_method(frame, task, "scratch"))]
-    figure, drawn = panels.create_panels(max(len(tasks), 1), 3.2, width=3.4, columns=3)
-    for panel, task in zip(drawn, tasks, strict=False):
-        panel.set_title(TASKS[task].label, fontsize=9)
-        whole = usual(frame, task, steps)
-        for name, colour in zip(SHOWN, panels.COLOURS, strict=True):
-            found, label = of_method(frame, task, name), METHODS[name].label
-            if name != "scratch":
-                panel.plot(
-                    found.operations / whole, found.held_out, "o", ms=4, color=colour, label=label
-                )
-            for _, one in found.groupby("seed") if name == "scratch" else ():
-                one = one.sort_values("operations")
-                panel.plot(one.operations / whole, one.held_out, ".-", lw=1, ms=4, color=colour,
-                           label=label)  # fmt: skip
-    across = "operations over those of the usual training from scratch"
-    panels.finish(figure, path, across=across, up="held-out loss (nats)", columns=3)
 
 
 if __name__ == "__main__":

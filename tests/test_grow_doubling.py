@@ -2,11 +2,20 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
+from flax import nnx
 
+import archscale_jax as archscale
+from archscale_jax._trees import named_leaves, with_leaves
+from experiments import grow_doubling_report as report
+from experiments import grow_operators
 from experiments.lab.datasets import text as texts
+from experiments.lab.models.images import ResidualStages
 from tests.binaries import imported
 
 doubling = imported("grow_doubling")
@@ -22,7 +31,8 @@ def study(tmp_path, monkeypatch):
     for name, value in {"PART": 2, "CONTEXT": 8, "WARMUP": 4, "AFTER": (0, 2)}.items():
         monkeypatch.setattr(doubling, name, value)
     tasks = {"decoder": doubling.Task((1, 16), (2, 32), 2**-7, "decoder", 4, head=8),
-             "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN", 8)}  # fmt: skip
+             "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN", 8),
+             "hidden": doubling.Task((3, 1), (3, 2), 2**-7, "hidden", 8, stream=2)}  # fmt: skip
     monkeypatch.setattr(doubling, "TASKS", tasks)
     settings = {"steps": 24, "text": texts.load_text(str(tmp_path)).name, "dataset": "digits"}
     yield doubling.Study(settings, tmp_path / "results.jsonl", {})
@@ -50,6 +60,110 @@ def test_a_training_grows_and_counts_what_it_does(study, task, method):
         assert len(growth["after"]) == 2
     assert np.isfinite(found["held_out"][0])
     assert 0 <= found["accuracy"][0] <= 1
+
+
+def test_hidden_layers_alone_grow_by_an_operator(study):
+    trial = study.trial("hidden", "tiny", 0.01, 1)
+    assert (trial["sizes"], trial["switches"], trial["ends"]) == ([[3, 1], [3, 2]], [12], [24])
+    found = doubling.train(trial)
+    small, large = study.operations("hidden", [(3, 1), (3, 2)])
+    (growth,) = found["growths"]
+    assert growth["operations"] > 0
+    total = 12 * small + 13 * large + growth["operations"]
+    assert found["operations"] == [pytest.approx(total)]
+    assert growth["after"][0] != growth["before"]
+    assert np.isfinite(found["held_out"][0])
+
+
+def test_methods_are_those_of_a_task():
+    assert set(doubling.TASKS["hidden"].methods) == {"scratch", *doubling.METHODS} - {
+        *doubling.TASKS["cnn"].methods
+    } | {"scratch"}
+
+
+def narrow_and_wide():
+    """A trained-like narrow network, the shapes of a wide one, and a loss for both."""
+    images = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
+    batch = images, jax.random.randint(jax.random.key(1), (64,), 0, 10)
+    plans = [
+        archscale.parametrize(
+            nnx.eval_shape(
+                lambda h=h: grow_operators.HiddenStages((8, 8, 1), 2, h, 3, 10, rngs=nnx.Rngs(0))
+            ),
+            images,
+            optimizer="adamw",
+            model_kwargs={"train": True},
+        )
+        for h in (1, 2)
+    ]
+    params = [plan.init(jax.random.key(2)) for plan in plans]
+    wide = [leaf.shape for leaf in jax.tree.leaves(params[1])]
+
+    def logits(params, images):
+        is_wide = [leaf.shape for leaf in jax.tree.leaves(params)] == wide
+        return plans[is_wide].apply(params, images)
+
+    def loss(params, batch):
+        found = logits(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(found, batch[1]).mean()
+
+    return params, batch, logits, loss
+
+
+@pytest.mark.parametrize("method", ["tiny", "random"])
+def test_new_neurons_leave_the_others_as_they_are(method):
+    (params, like), batch, logits, loss = narrow_and_wide()
+    added = grow_operators.add_neurons(
+        loss, params, like, batch, batch, None, key=jax.random.key(3), method=method
+    )
+    old, new = named_leaves(params), named_leaves(added.params)
+    assert {name: leaf.shape for name, leaf in new.items()} == {
+        name: leaf.shape for name, leaf in named_leaves(like).items()
+    }
+    for name, leaf in old.items():
+        np.testing.assert_array_equal(new[name][tuple(map(slice, leaf.shape))], leaf)
+    # Where nothing reads the new ones the function is that of before.
+    read = {
+        name: jnp.asarray(leaf).at[:, :, old[name].shape[2] :].set(0)
+        for name, leaf in new.items()
+        if leaf.ndim == 4 and leaf.shape[2] > old[name].shape[2]
+    }
+    assert len(read) == 3
+    unread = with_leaves(added.params, read)
+    np.testing.assert_allclose(
+        logits(unread, batch[0]), logits(params, batch[0]), rtol=1e-4, atol=1e-5
+    )
+    assert added.amplitude > 0
+    assert added.operations > grow_operators.search_operations(loss, like, batch)
+
+
+def test_the_search_is_counted_as_14_forward_passes_of_the_wide_network():
+    (_, like), batch, _, loss = narrow_and_wide()
+    # Places times inputs and outputs, of 8 × 8, 4 × 4 and 2 × 2 pixels; 9 entries a kernel.
+    convolutions = 64 * (1 * 2 + 2 * 2 + 2 * 2) + 16 * (2 * 4 + 4 * 4) + 4 * (4 * 8 + 8 * 8)
+    expected = 14 * len(batch[1]) * 2 * (9 * convolutions + 8 * 10)
+    assert grow_operators.search_operations(loss, like, batch) == expected
+
+
+def test_what_grow_cannot_widen_is_said():
+    (params, like), batch, _, loss = narrow_and_wide()
+    names = named_leaves(like)
+    name = "readout/kernel"
+    taller = with_leaves(like, {name: jnp.zeros((names[name].shape[0] + 1, 10))})
+    with pytest.raises(ValueError, match="readout/kernel.*accepted are shapes"):
+        grow_operators.add_neurons(loss, params, taller, batch, batch, None, key=jax.random.key(3))
+
+
+def test_hidden_layers_as_wide_as_the_stream_make_the_usual_network():
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    usual = ResidualStages((8, 8, 1), 2, 4, 10, True, rngs=nnx.Rngs(0))
+    ours = grow_operators.HiddenStages((8, 8, 1), 2, 2, 4, 10, rngs=nnx.Rngs(1))
+    nnx.update(ours, nnx.state(usual))
+    np.testing.assert_array_equal(ours(images, train=True), usual(images, train=True))
+    thin = grow_operators.HiddenStages((8, 8, 1), 2, 1, 4, 10, rngs=nnx.Rngs(1))
+    widths = [(first.convolution.out_features, second.convolution.out_features)
+              for first, second in thin.blocks]  # fmt: skip
+    assert widths == [(1, 2), (1, 2), (2, 4), (4, 8)]
 
 
 def test_ends_share_what_comes_before_the_rate_falls(study):
@@ -88,21 +202,39 @@ def results(losses, task="decoder"):
 def test_savings_are_those_of_a_power_law(equal):
     frame = results({})
     one = frame[frame.seed == 0]
-    assert doubling.saved(one, 500, equal**-0.25) == pytest.approx(1 - 500 / equal)
+    assert report.saved(one, 500, equal**-0.25) == pytest.approx(1 - 500 / equal)
 
 
 def test_the_table_and_the_figure_show_every_method(tmp_path):
     frame = results({"both": 625**-0.25, "halves": 400**-0.25})
-    rows = doubling.table(frame, 800).to_dict("records")
+    rows = report.table(frame, 800).to_dict("records")
     assert [row["method"] for row in rows] == ["from scratch"] * 3 + [
         doubling.METHODS[name].label for name in ("both", "halves")
     ]
     assert [row["saved, %"] for row in rows[3:]] == ["20.0 ± 0.0", "-25.0 ± 0.0"]
     assert rows[3]["rise, %"] == "1.50 ± 0.50"
     assert rows[3]["operations"] == f"{500 / 800:.2f}"
-    doubling.draw(frame, 800, tmp_path / "figure.png")
+    report.draw(frame, 800, ["decoder"], tmp_path / "figure.png")
     text = (tmp_path / "figure.svg").read_text()
     assert all(doubling.METHODS[name].label in text for name in ("scratch", "both", "halves"))
+
+
+def test_operators_are_compared_seed_by_seed():
+    frame = results({"copies": 625**-0.25, "tiny": 800**-0.25}, "hidden").assign(
+        growing=0.0, before=0.5, after=0.5, later=0.4
+    )
+    tiny = frame.method == "tiny"
+    frame.loc[tiny, "growing"] = 100.0
+    frame.loc[tiny, ["after", "later"]] = 0.45, 0.43
+    copies, grown = report.operators(frame, 800).to_dict("records")
+    assert copies["hidden neurons"] == doubling.METHODS["copies"].label
+    assert copies["saved, %"] == copies["growing free, %"] == "20.0 ± 0.0"
+    assert (grown["saved, %"], grown["growing free, %"]) == ("37.5 ± 0.0", "50.0 ± 0.0")
+    assert grown["growing, %"] == "20.0"
+    assert grown["less copies"] == f"{800**-0.25 - 625**-0.25:.4f} ± 0.0000"
+    assert (grown["right after"], grown["100 later"]) == ("-0.0500 ± 0.0000", "-0.0700 ± 0.0000")
+    assert grown["100 later, less copies"] == "0.0300 ± 0.0000"
+    assert report.operators(results({}), 800).empty
 
 
 def test_rates_are_searched_until_the_best_has_worse_neighbours(study, monkeypatch):
