@@ -126,7 +126,7 @@ def audit(
       The audit.
 
     Raises:
-      TypeError: a plan or an optimizer of another type, or params that are not arrays.
+      TypeError: a plan, an optimizer or a loss of another type, or params that are not arrays.
       TraceError: without a plan, a loss that cannot be read.
       ValueError: params that are not those of the plan.
     """
@@ -134,6 +134,11 @@ def audit(
         raise TypeError(
             "plan must be what archscale_jax.parametrize returns, or None, found "
             f"{type(plan).__name__}"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be a function of params and batch to the loss, found "
+            f"{type(loss_fn).__name__}; the order is plan, optimizer, loss_fn, params, batch"
         )
     begun = time.perf_counter()
     arrays, whole = _arrays(params)

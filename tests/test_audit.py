@@ -376,6 +376,8 @@ def test_errors_say_what_is_accepted():
         archscale.audit(one.plan.architecture, *one[1:])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be an optax transformation"):
         archscale.audit(one.plan, 0.1, *one[2:])
+    with pytest.raises(TypeError, match="loss_fn must be a function .* found Gradient"):
+        archscale.audit(one.plan, one.loss_fn, one.optimizer, one.params, one.batch)
     with pytest.raises(TypeError, match="params and batch are arrays"):
         shapes = jax.eval_shape(lambda: one.params)
         archscale.audit(*one[:3], shapes, one.batch)

@@ -144,11 +144,12 @@ def _uphill(answers: Answers) -> Iterator[Finding]:
 
 def _calls(answers: Answers) -> Iterator[Finding]:
     if answers.first > answers.period:
+        each = f"{answers.period} calls make" if answers.period > 1 else "every call makes"
         yield Finding(
             "schedule",
             ALL,
-            f"{answers.first - answers.period} of the first {answers.first} calls of update "
-            "move nothing though no batch is accumulated there: the schedule starts at 0",
+            f"the params first move at call {answers.first} of update, though {each} an update: "
+            "the schedule starts at 0",
             "an update from the first batch on",
             "these batches are lost, and an audit or a coordinate check of one step sees nothing",
             "start the warm-up above 0, as init_value=peak_value/warmup_steps",
