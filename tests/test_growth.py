@@ -377,6 +377,9 @@ def test_errors():
     raises("'w3' cannot grow: no layer follows", *arguments, groups)
     raises("groups is empty", *arguments, [])
     raises("batches is empty", *arguments[:2], [], network.batch, groups[:1])
+    raises(
+        "accepted is a list of batches", *arguments[:2], network.batch, network.batch, groups[:1]
+    )
     raises("method 'best'; accepted are tiny, gradmax, random", method="best")
     raises("'random' needs a key", method="random", number=1)
     raises("number must be None or at least 1, found 0", number=0)

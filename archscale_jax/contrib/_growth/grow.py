@@ -113,7 +113,7 @@ def grow(
         0); too few examples for the statistics; no batch; statistics or losses that are not finite;
         a function that does not take wider arrays; an option outside its range.
     """
-    _check(groups, batches, number, budget, method, amplitudes, key)
+    _check(groups, batches, held_out, number, budget, method, amplitudes, key)
     measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
         params,
@@ -180,10 +180,16 @@ def _check_gradmax(group: NeuronGroup) -> None:
         )
 
 
-def _check(groups, batches, number, budget, method, amplitudes, key) -> None:
+def _check(groups, batches, held_out, number, budget, method, amplitudes, key) -> None:
     for name, values in (("groups", groups), ("batches", batches), ("amplitudes", amplitudes)):
         if not len(values):
             raise ValueError(f"{name} is empty; grow needs at least one")
+    found, accepted = map(jax.tree.structure, (batches[0], held_out))
+    if found != accepted:
+        raise ValueError(
+            f"batches[0] is {found} and held_out {accepted}; accepted is a list of batches, each a "
+            "tree like held_out"
+        )
     for group in groups:
         if group.blocker is not None:
             raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
