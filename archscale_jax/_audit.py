@@ -113,8 +113,8 @@ def audit(
     these. Params, gradients and state are those of one training step, once more.
 
     Args:
-      plan: what the set-up is compared with. None: nothing is, and the notes say which
-        parametrization it looks like, the records leaf by leaf.
+      plan: what the set-up is compared with. With None the findings are faults whatever the plan,
+        and the notes say which parametrization it looks like, the records leaf by leaf.
       optimizer: the whole optax transformation, as it is trained with.
       loss_fn: `(params, batch)` to the scalar loss, or to a tuple that starts with it.
       params: the initial params, arrays.
@@ -264,14 +264,14 @@ def _small_or_clipped(
     gradient: losses.Gradient,
 ) -> list[Finding]:
     """Findings on what the size of the batch's gradient does to the updates."""
-    faded = []
     if not answers.first:
-        return faded
+        return []
+    small: list[Finding] = []
     if Kind.ADAM in kinds.values():
-        faded = list(checked_epsilon(even_of(chain, probes, answers, gradient), answers, kinds,
-                                     gradient))  # fmt: skip
+        even = even_of(chain, probes, answers, gradient)
+        small = list(checked_epsilon(even, answers, kinds, gradient))
     # Where epsilon exceeds gradients, updates under Adam do not show clipping.
-    return faded or clipped(chain, probes, answers, kinds, gradient.norm)
+    return small or clipped(chain, probes, answers, kinds, gradient.norm)
 
 
 def _with_loss(

@@ -539,12 +539,10 @@ def module_of(task: str, size: Size, inputs: jax.Array, scan: bool = True) -> An
     if TASKS[task].head:
         heads = width // TASKS[task].head
         return Decoder("llama", depth, width, heads, heads // 2, CONTEXT, scan=scan)
-    image, stream = inputs.shape[1:], TASKS[task].stream
-    if stream:
-        return nnx.eval_shape(
-            lambda: grow_operators.HiddenStages(image, stream, width, depth, 10, rngs=nnx.Rngs(0))
-        )
-    return nnx.eval_shape(lambda: ResidualStages(image, width, depth, 10, True, rngs=nnx.Rngs(0)))
+    image, stream = inputs.shape[1:], TASKS[task].stream or width
+    return nnx.eval_shape(
+        lambda: ResidualStages(image, stream, depth, 10, True, hidden=width, rngs=nnx.Rngs(0))
+    )
 
 
 def plan_of(

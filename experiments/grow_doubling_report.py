@@ -21,7 +21,7 @@ FAMILIES = {
 
 def shown(task: str) -> tuple[str, ...]:
     """Returns the methods of a task in the figure."""
-    return ("scratch", *OPERATORS[: len(SHOWN) - 1]) if TASKS[task].stream else SHOWN
+    return ("scratch", *OPERATORS[:3]) if TASKS[task].stream else SHOWN
 
 
 def of_method(frame: pd.DataFrame, task: str, method: str) -> pd.DataFrame:
@@ -136,12 +136,11 @@ def draw(frame: pd.DataFrame, steps: int, tasks: Sequence[str], path: pathlib.Pa
     for panel, task in zip(drawn, tasks, strict=False):
         panel.set_title(TASKS[task].label, fontsize=9)
         whole = usual(frame, task, steps)
-        for name, colour in zip(shown(task), panels.COLOURS, strict=True):
+        for name, colour, marker in zip(shown(task), panels.COLOURS, ".os^Dv", strict=False):
             found, label = of_method(frame, task, name), METHODS[name].label
             if name != "scratch":
-                panel.plot(
-                    found.operations / whole, found.held_out, "o", ms=4, color=colour, label=label
-                )
+                panel.plot(found.operations / whole, found.held_out, marker, ms=5, mfc="none",
+                           color=colour, label=label)  # fmt: skip
             for _, one in found.groupby("seed") if name == "scratch" else ():
                 one = one.sort_values("operations")
                 panel.plot(one.operations / whole, one.held_out, ".-", lw=1, ms=4, color=colour,

@@ -1,59 +1,17 @@
-"""Two operators that widen the hidden layers of residual blocks, for `experiments.grow_doubling`.
-
-`contrib.expand` copies neurons, `contrib.grow` adds those in closed form [TINY] or random ones.
-"""
+"""Widens hidden layers by `contrib.grow`, for `experiments.grow_doubling`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float
 
 from archscale_jax import contrib
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.contrib._growth.extension import AMPLITUDES
 from experiments import grow_cost
-from experiments.lab.models.images import ResidualStages
 
 POSITIVE = tuple(one for one in AMPLITUDES if one)
 """What neurons are multiplied by; 0 is none of them, as all operators have to end at one width."""
-
-
-class HiddenStages(ResidualStages):
-    """`ResidualStages` with batch normalization, in which hidden layers have their own width.
-
-    Args:
-      image: height, width, channels.
-      width: channels of the stream in the first stage; they double at every other.
-      hidden: channels of hidden layers, likewise.
-      depth: blocks.
-      classes: outputs.
-      rngs: random streams.
-    """
-
-    def __init__(self, image, width: int, hidden: int, depth: int, classes: int, *, rngs: nnx.Rngs):
-        super().__init__(image, width, depth, classes, True, rngs=rngs)
-        for place, (first, second) in enumerate(self.blocks):
-            outputs = second.convolution.out_features
-            inner, layer = outputs * hidden // width, type(first)
-            self.blocks[place] = nnx.List(
-                [
-                    layer(first.convolution.in_features, inner, True, rngs=rngs),
-                    layer(inner, outputs, True, rngs=rngs),
-                ]
-            )
-
-    def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
-        features = self.stem(images, train)
-        for first, second in self.blocks:
-            added = second.convolution.out_features - features.shape[-1]
-            if added:
-                features = nnx.avg_pool(features, (2, 2), (2, 2))
-            branch = second(nnx.relu(first(nnx.relu(features), train)), train)
-            features = jnp.pad(features, ((0, 0), (0, 0), (0, 0), (0, added))) + branch
-        return self.readout(jnp.mean(nnx.relu(features), axis=(1, 2)))
 
 
 class Added(NamedTuple):

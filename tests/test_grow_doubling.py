@@ -88,7 +88,7 @@ def narrow_and_wide():
     plans = [
         archscale.parametrize(
             nnx.eval_shape(
-                lambda h=h: grow_operators.HiddenStages((8, 8, 1), 2, h, 3, 10, rngs=nnx.Rngs(0))
+                lambda h=h: ResidualStages((8, 8, 1), 2, 3, 10, True, hidden=h, rngs=nnx.Rngs(0))
             ),
             images,
             optimizer="adamw",
@@ -157,10 +157,10 @@ def test_what_grow_cannot_widen_is_said():
 def test_hidden_layers_as_wide_as_the_stream_make_the_usual_network():
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     usual = ResidualStages((8, 8, 1), 2, 4, 10, True, rngs=nnx.Rngs(0))
-    ours = grow_operators.HiddenStages((8, 8, 1), 2, 2, 4, 10, rngs=nnx.Rngs(1))
+    ours = ResidualStages((8, 8, 1), 2, 4, 10, True, hidden=2, rngs=nnx.Rngs(1))
     nnx.update(ours, nnx.state(usual))
     np.testing.assert_array_equal(ours(images, train=True), usual(images, train=True))
-    thin = grow_operators.HiddenStages((8, 8, 1), 2, 1, 4, 10, rngs=nnx.Rngs(1))
+    thin = ResidualStages((8, 8, 1), 2, 4, 10, True, hidden=1, rngs=nnx.Rngs(1))
     widths = [(first.convolution.out_features, second.convolution.out_features)
               for first, second in thin.blocks]  # fmt: skip
     assert widths == [(1, 2), (1, 2), (2, 4), (4, 8)]

@@ -140,19 +140,23 @@ class PlainNetwork(nnx.Module):
 class ResidualStages(nnx.Module):
     """A residual network of three stages: `depth` blocks x + L₂ σ(L₁ σ(x)), and one readout.
 
-    Between stages the skip is pooled and joined by channels of zeros, without parameters.
+    Between stages the skip is pooled and joined by channels of zeros, without parameters. Outputs
+    of L₁ have `hidden` channels in the first stage, by default `width`; both double at every other.
     """
 
-    def __init__(self, image, width: int, depth: int, classes: int, normalized: bool, *, rngs):
+    def __init__(
+        self, image, width: int, depth: int, classes: int, normalized: bool, *, hidden=None, rngs
+    ):
         self.stem = _Layer(image[-1], width, normalized, rngs=rngs)
         blocks = []
         for stage in range(STAGES):
             outputs = width * 2**stage
             for index in range(depth // STAGES + (stage < depth % STAGES)):
                 inputs = outputs // 2 if stage and not index else outputs
+                inner = (hidden or width) * 2**stage
                 layers = [
-                    _Layer(inputs, outputs, normalized, rngs=rngs),
-                    _Layer(outputs, outputs, normalized, rngs=rngs),
+                    _Layer(inputs, inner, normalized, rngs=rngs),
+                    _Layer(inner, outputs, normalized, rngs=rngs),
                 ]
                 blocks.append(nnx.List(layers))
         self.blocks = nnx.List(blocks)
@@ -161,7 +165,7 @@ class ResidualStages(nnx.Module):
     def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Array:
         features = self.stem(images, train)
         for first, second in self.blocks:
-            added = first.convolution.out_features - features.shape[-1]
+            added = second.convolution.out_features - features.shape[-1]
             if added:
                 features = nnx.avg_pool(features, (2, 2), (2, 2))
             branch = second(nnx.relu(first(nnx.relu(features), train)), train)
