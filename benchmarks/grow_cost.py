@@ -172,7 +172,7 @@ def growing_run(name: str, size: Size) -> dict[str, Any]:
         growth = archscale.grow(
             network.loss, params, [batch], held_out, growing, number=numbers, threshold=0.0,
             normalize=True, amplitudes=AMPLITUDES[1:], capacity=CAPACITIES[name],
-            optimizer_state=state,
+            optimizer=lambda params: grow_study.OPTIMIZER, optimizer_state=state,
         )  # fmt: skip
         return growth.params, growth.optimizer_state
 
@@ -217,7 +217,7 @@ def start(size: Size) -> tuple[tuple[Network, Groups], Any, PyTree, Any]:
     data = network.dataset
     examples = np.asarray(data.train_images), np.asarray(data.train_labels)
     params = grow_study.create("dag_cnn", network, size.start_width, 0)
-    return built, examples, params, grow_study.create_optimizer().init(params)
+    return built, examples, params, grow_study.OPTIMIZER.init(params)
 
 
 def capacity_of(params: PyTree, groups: Groups) -> dict[str, int]:

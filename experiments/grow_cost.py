@@ -60,6 +60,8 @@ def growth_flops(
 ) -> float:
     """Returns the operations of `grow` by TINY: statistics, eigen and singular values, search.
 
+    Of one batch, which is read once.
+
     Args:
       loss_fn: of params and a batch.
       params: tree of arrays.
@@ -75,7 +77,7 @@ def growth_flops(
     readers = [name for one in groups for name in one.consumers]
     forward = forward_flops(loss_fn, params, example)
     total = bottleneck_flops(loss_fn, params, batch, readers)
-    total += forward * (3 * count + amplitudes * held_out)
+    total += forward * amplitudes * held_out
     for one in groups:
         made, read = blocks(one, kinds, params)
         rows, columns = (sum(block.size for block in part) for part in (made, read))

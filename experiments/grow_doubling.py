@@ -401,9 +401,10 @@ def grow(
         keys = jax.random.split(key, batches)
         batch, held = drawn(data, keys[: -(batches // 3)]), drawn(data, keys[-(batches // 3) :])
         sizes = tuple(map(tuple, trial["sizes"]))
+        optimizer = functools.partial(optimizer_for, (model, new))
         loss = loss_of(trial["task"], sizes, *data_key(trial))
         added = grow_operators.add_neurons(
-            loss, params, like, batch, held, state, key=key, **options
+            loss, params, like, batch, held, optimizer, state, key=key, **options
         )
         facts = {"amplitude": added.amplitude, "operations": added.operations}
         grown = Grown(added.params, added.optimizer_state, added.operations, facts)
@@ -524,6 +525,12 @@ def loss_of(task: str, sizes: tuple[Size, ...], name: str) -> Callable[..., jax.
         return models[shapes.index(shapes_of(params))].loss(params, batch)[0]
 
     return loss
+
+
+def optimizer_for(models: Sequence[Model], params: PyTree) -> optax.GradientTransformation:
+    """Returns the optimizer of that model whose params have these shapes."""
+    shapes = [shapes_of(jax.eval_shape(one.init, jax.random.key(0))) for one in models]
+    return optimizer_of(models[shapes.index(shapes_of(params))].plan, 1.0)
 
 
 def shapes_of(params: PyTree) -> list[tuple[int, ...]]:

@@ -1,9 +1,10 @@
 """Widens hidden layers by `contrib.grow`, for `experiments.grow_doubling`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from archscale_jax import contrib
 from archscale_jax._trees import PyTree, named_leaves
@@ -19,7 +20,7 @@ class Added(NamedTuple):
 
     Attributes:
       params: in the shapes that were asked for.
-      optimizer_state: moments of new entries are 0.
+      optimizer_state: see `contrib.grow`.
       operations: of statistics, decompositions and the search of the amplitude, see `grow_cost`.
       amplitude: by which the neurons are multiplied.
     """
@@ -36,6 +37,7 @@ def add_neurons(
     like: PyTree,
     batch: Any,
     held_out: Any,
+    optimizer: Callable[[PyTree], optax.GradientTransformation] | None,
     state: Any,
     *,
     key: jax.Array,
@@ -49,7 +51,8 @@ def add_neurons(
       like: a tree of the shapes of the wide one.
       batch: on which statistics are taken.
       held_out: on which the amplitude is chosen.
-      state: of the optimizer.
+      optimizer: from params of either shapes to their optimizer, if its state is carried over.
+      state: of that of params.
       key: of random neurons.
       **options: of `contrib.grow`.
 
@@ -73,6 +76,7 @@ def add_neurons(
         number=numbers,
         threshold=0.0,
         amplitudes=POSITIVE,
+        optimizer=optimizer,
         optimizer_state=state,
         key=key,
         **options,

@@ -51,6 +51,8 @@ INITIALIZATION = {
 HELD_OUT = 1000
 """Training examples that amplitudes are chosen on, and nothing is trained on."""
 MOMENTUM = 0.9
+OPTIMIZER = optax.sgd(1.0, momentum=MOMENTUM)
+"""Rates are arguments of an update, so that they compile nothing."""
 DECAY = 0.4
 """Last part of the updates, over which the rate falls linearly to 0."""
 POINTS = 10
@@ -183,7 +185,7 @@ def hits(apply, params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Arr
 def update(loss, params: PyTree, state: Any, batch: Any, rates: dict[str, jax.Array]):
     """Makes one update; returns params, the optimizer's state, and the loss before it."""
     value, gradients = jax.value_and_grad(loss)(params, batch)
-    updates, state = create_optimizer().update(gradients, state, params)
+    updates, state = OPTIMIZER.update(gradients, state, params)
     updates = map_with_names(lambda name, update: rates[name] * update, updates)
     return optax.apply_updates(params, updates), state, value
 
@@ -285,11 +287,6 @@ def scratch_trials(records) -> list[dict]:
     return trials
 
 
-def create_optimizer() -> optax.GradientTransformation:
-    """SGD with momentum at rate 1; rates are arguments of a step, so that they compile nothing."""
-    return optax.sgd(1.0, momentum=MOMENTUM)
-
-
 @dataclasses.dataclass
 class Run:
     """Where a run is; all but its network and neuron groups is saved at growths.
@@ -331,7 +328,7 @@ def run(trial: Trial, saves: pathlib.Path | None = None, data_dir: str | None = 
     if trial["arm"] == "scratch":
         wide, _ = archscale.contrib.widen(params, trial["neurons"], groups)
         params = draw(name, network, wide, seed)
-    now = Run(network, groups, 0, params, create_optimizer().init(params))
+    now = Run(network, groups, 0, params, OPTIMIZER.init(params))
     return _train(now, trial, saves if trial["arm"] in GROWING else None)
 
 
@@ -475,6 +472,7 @@ def _grow(now: Run, trial: Trial, schedule: archscale.contrib.GrowthSchedule) ->
         update=moves,
         capacity=archscale.contrib.geometric(2.0),
         key=jax.random.key(trial["seed"] * 1000 + len(now.edits)),
+        optimizer=lambda params: OPTIMIZER,
         optimizer_state=now.optimizer_state,
     )
     now.params, now.optimizer_state = growth.params, growth.optimizer_state

@@ -114,7 +114,7 @@ def narrow_and_wide():
 def test_new_neurons_leave_the_others_as_they_are(method):
     (params, like), batch, logits, loss = narrow_and_wide()
     added = grow_operators.add_neurons(
-        loss, params, like, batch, batch, None, key=jax.random.key(3), method=method
+        loss, params, like, batch, batch, None, None, key=jax.random.key(3), method=method
     )
     old, new = named_leaves(params), named_leaves(added.params)
     assert {name: leaf.shape for name, leaf in new.items()} == {
@@ -151,7 +151,9 @@ def test_what_grow_cannot_widen_is_said():
     name = "readout/kernel"
     taller = with_leaves(like, {name: jnp.zeros((names[name].shape[0] + 1, 10))})
     with pytest.raises(ValueError, match="readout/kernel.*accepted are shapes"):
-        grow_operators.add_neurons(loss, params, taller, batch, batch, None, key=jax.random.key(3))
+        grow_operators.add_neurons(
+            loss, params, taller, batch, batch, None, None, key=jax.random.key(3)
+        )
 
 
 def test_hidden_layers_as_wide_as_the_stream_make_the_usual_network():

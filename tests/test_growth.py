@@ -81,7 +81,7 @@ def test_predicted_decrease_is_the_derivative(case, method):
             key=jax.random.key(3),
         )  # fmt: skip
         for update in (False, True):
-            extension, _ = extend(
+            extension = extend(
                 case.params, chosen, neurons, measured, restricted=restricted, update=update
             )
             expected = predicted_decrease(neurons, measured, chosen, update=update)
@@ -95,7 +95,7 @@ def test_the_remainder_is_of_second_order():
     groups = growing.growable(network)
     measured = measure(network.loss, network.params, [network.batch], groups)
     neurons = solve(network.params, measured, groups, number=3)
-    extension, _ = extend(network.params, groups, neurons, measured, update=True)
+    extension = extend(network.params, groups, neurons, measured, update=True)
     expected = predicted_decrease(neurons, measured, groups, update=True)
     squares = np.geomspace(1e-4, 1e-2, 6)
     before = network.loss(network.params, network.batch)
@@ -161,7 +161,7 @@ def test_convolutions_equal_the_dense_problem_on_unfolded_images():
 
 def test_amplitude_0_changes_nothing_bit_for_bit(case):
     neurons = solve(case.params, case.measured[False], case.groups, number=2)
-    extension, _ = extend(case.params, case.groups, neurons, case.measured[False], update=True)
+    extension = extend(case.params, case.groups, neurons, case.measured[False], update=True)
     inputs = case.network.batch[0]
     before = case.outputs(case.params, inputs)
     np.testing.assert_array_equal(case.outputs(extended(extension, 0.0), inputs), before)
@@ -184,7 +184,7 @@ def test_grown_networks_equal_compact_ones_and_keep_slots_empty(case):
     optimizer = optax.adam(1e-2)
     growth = archscale.grow(
         network.loss, case.params, [network.batch], network.batch, groups, number=1,
-        optimizer_state=optimizer.init(case.params),
+        optimizer=lambda params: optimizer, optimizer_state=optimizer.init(case.params),
     )  # fmt: skip
     assert growth.losses[1] < growth.losses[0]
     small = archscale.contrib.compact(growth.params, groups)
@@ -240,6 +240,47 @@ def test_moments_are_carried_over(optimizer):
         np.testing.assert_array_equal(new[tuple(slice(size) for size in old.shape)], old)
         assert np.count_nonzero(new) == np.count_nonzero(old)
     optimizer.update(jax.tree.map(jnp.ones_like, wide), new_state, wide)
+
+
+def test_new_neurons_have_the_second_moments_of_others():
+    """The optimizer of the larger network multiplies gradients by 4/7, which moments follow."""
+    network = growing.chain()
+    groups = growing.growable(network)
+
+    def optimizer(params):
+        return optax.chain(optax.scale(4 / params["w1"].shape[1]), optax.adam(1e-2))
+
+    def step(params, state):
+        gradients = jax.grad(network.loss)(params, network.batch)
+        updates, state = optimizer(params).update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(network.params, optimizer(network.params).init(network.params))
+    growth = archscale.grow(
+        network.loss, params, [network.batch], network.batch, groups[:1], number=3, threshold=0.0,
+        optimizer=optimizer, optimizer_state=state,
+    )  # fmt: skip
+    assert growth.params["w1"].shape == (5, 7)
+    old, new = state[1][0], growth.optimizer_state[1][0]
+    assert new.count == old.count
+    for name, axis in {"w1": 1, "b1": 0, "w2": 0}.items():
+        mu, nu = 4 / 7 * old.mu[name], (4 / 7) ** 2 * old.nu[name]
+        first = jnp.take(mu, jnp.arange(3), axis), jnp.take(nu, jnp.arange(3), axis)
+        mu, nu = (jnp.concatenate(one, axis) for one in ([mu, 0 * first[0]], [nu, first[1]]))
+        np.testing.assert_allclose(new.mu[name], mu, rtol=1e-6)
+        np.testing.assert_allclose(new.nu[name], nu, rtol=1e-6)
+    np.testing.assert_allclose(new.nu["w3"], (4 / 7) ** 2 * old.nu["w3"], rtol=1e-6)
+    _, after = step(growth.params, growth.optimizer_state)
+    assert jax.tree.structure(after) == jax.tree.structure(growth.optimizer_state)
+    with pytest.raises(TypeError, match="optimizer and optimizer_state belong together"):
+        archscale.grow(
+            network.loss, params, [network.batch], network.batch, groups, optimizer_state=state
+        )
+    with pytest.raises(TypeError, match="a function from params .* found a Gradient"):
+        archscale.grow(
+            network.loss, params, [network.batch], network.batch, groups,
+            optimizer=optax.adam(1e-2), optimizer_state=state,
+        )  # fmt: skip
 
 
 def test_states_of_other_shapes_raise():

@@ -78,7 +78,7 @@ def test_no_neuron_of_unit_variance_gains_more_for_its_fan_out():
 
 def difference(network, groups, neurons, measured, size):
     """(L(0) - L(γ))/γ²."""
-    extension, _ = extend(network.params, groups, neurons, measured)
+    extension = extend(network.params, groups, neurons, measured)
     loss = jax.jit(lambda amplitude: network.loss(extended(extension, amplitude), network.batch))
     return float(loss(0.0) - loss(size)) / size**2
 
@@ -302,8 +302,9 @@ def trains_on(outputs, params, batch, groups, number=2):
     loss = growing.squared(outputs)
     tx = optax.adam(1e-2)
     growth = archscale.grow(
-        loss, params, [batch], batch, groups, number=number, optimizer_state=tx.init(params)
-    )
+        loss, params, [batch], batch, groups, number=number,
+        optimizer=lambda params: tx, optimizer_state=tx.init(params),
+    )  # fmt: skip
     np.testing.assert_allclose(growth.losses[0], loss(params, batch), rtol=1e-9)
     assert growth.amplitude > 0 and growth.losses[1] < growth.losses[0] and growth.predicted > 0
 
@@ -522,7 +523,7 @@ def test_predictions_of_random_programs(seed):
     measured = measure(network.loss, network.params, [network.batch], groups)
     neurons = solve(network.params, measured, groups, method="random", number=2,
                     key=jax.random.key(seed))  # fmt: skip
-    extension, _ = extend(network.params, groups, neurons, measured)
+    extension = extend(network.params, groups, neurons, measured)
 
     @jax.jit
     @jax.grad

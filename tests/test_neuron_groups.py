@@ -485,7 +485,10 @@ def check_growth(outputs, params, batch, groups):
         return loss(params, other), loss(params, first), loss(after, first)
 
     state = jax.jit(optimizer.init)(params)
-    growth = archscale.grow(loss, params, [first], other, groups, number=1, optimizer_state=state)
+    growth = archscale.grow(
+        loss, params, [first], other, groups, number=1,
+        optimizer=lambda params: optimizer, optimizer_state=state,
+    )  # fmt: skip
     assert growth.losses[1] < growth.losses[0] and growth.predicted > 0
     # The network with slots does what the one without did.
     np.testing.assert_allclose(growth.losses[0], jax.jit(loss)(params, other), rtol=1e-9)
@@ -794,7 +797,7 @@ def check_derivative(outputs, params, batch=VECTORS):
     groups = archscale.contrib.find_neuron_groups(loss, params, batch)[:1]
     measured = measure(loss, params, [batch], groups)
     neurons = solve(params, measured, groups, number=1)
-    extension, _ = extend(params, groups, neurons, measured)
+    extension = extend(params, groups, neurons, measured)
 
     @jax.jit
     @jax.grad

@@ -20,6 +20,8 @@ from experiments import grow_study
 
 LAYERS = ("stem", "layers/0_1", "layers/1_2", "layers/2_3", "readout")
 """Of the network `mlp` of the study, in their order."""
+OPTIMIZER = optax.sgd(1.0, momentum=cases.MOMENTUM)
+"""Rates are arguments of an update, so that they compile nothing."""
 PARTS = {"measure": "statistics", "solve": "solution", "search_amplitude": "search"}
 """Functions of `grow`, and the phases that they are timed as."""
 
@@ -48,7 +50,7 @@ def run(case: Mapping[str, Any]) -> dict[str, Any]:
 def update(loss, params: PyTree, state: Any, batch: Any, rate: jax.Array):
     """Makes one update; returns params and the optimizer's state."""
     gradients = jax.grad(loss)(params, batch)
-    updates, state = grow_study.create_optimizer().update(gradients, state, params)
+    updates, state = OPTIMIZER.update(gradients, state, params)
     return jax.tree.map(lambda old, change: old + rate * change, params, updates), state
 
 
@@ -72,7 +74,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Trains; `programs` are those compiled on the way."""
         clock, params = cases.Clock(), self.start
-        state = optax.sgd(1.0, momentum=cases.MOMENTUM).init(params)
+        state = OPTIMIZER.init(params)
         found: dict[str, Any] = {"widths": [self._widths(params)], "losses": [], "amplitudes": []}
         stretches = []
         with common.Compilations() as compilations, self._timed(clock, found):
@@ -120,6 +122,7 @@ class Training:
             normalize=used,
             amplitudes=self.case["amplitudes"],
             capacity=archscale.contrib.geometric(2.0) if used else int,
+            optimizer=lambda params: OPTIMIZER,
             optimizer_state=state,
         )
 

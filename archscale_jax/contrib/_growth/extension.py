@@ -47,9 +47,8 @@ def extend(
     restricted: bool = False,
     update: bool = False,
     capacity: Callable[[int], int] = int,
-    optimizer_state: Any = None,
-) -> tuple[Extension, Any]:
-    """Makes slots for neurons; returns what they add, and the optimizer's state; see `grow`."""
+) -> Extension:
+    """Makes slots for neurons, and returns what they add; see `grow`."""
     needed, free = {}, {}
     for group in groups:
         used, number = occupied(params, group), neurons[group.name].number
@@ -57,7 +56,7 @@ def extend(
         needed[group.name] = len(used) if total <= len(used) else max(capacity(total), total)
         places = np.flatnonzero(~np.pad(used, (0, needed[group.name] - len(used))))
         free[group.name] = places[:number]
-    wide, state = widen(params, needed, groups, optimizer_state=optimizer_state)
+    wide, _ = widen(params, needed, groups)
     change = jax.tree.map(_zeros, wide)
     for group in groups:
         # Of a network in which this group alone is wider, then with the slots of the others.
@@ -85,7 +84,7 @@ def extend(
             move,
             {name: np.asarray(leaf, dtypes[name]) for one in updates for name, leaf in one.items()},
         )
-    return Extension(wide, change, widen(move, needed, groups)[0]), state
+    return Extension(wide, change, widen(move, needed, groups)[0])
 
 
 def _zeros(leaf: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from archscale_jax._architecture import Architecture
@@ -17,8 +18,10 @@ from archscale_jax.contrib._growth.architecture import without_slots
 from archscale_jax.contrib._growth.bottleneck import Bottleneck
 from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
 from archscale_jax.contrib._growth.measured import measure
+from archscale_jax.contrib._growth.moments import carried_state
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 from archscale_jax.contrib._growth.solve import METHODS, predicted_decrease, solve
+from archscale_jax.contrib._growth.widen import slot_growths
 from archscale_jax.tracing import trace
 from archscale_jax.tracing.layers import Loss
 
@@ -28,7 +31,7 @@ class Growth(NamedTuple):
 
     Attributes:
       params: its parameters; the old ones where no amplitude lowered the held-out loss.
-      optimizer_state: its optimizer's state, moments of old entries carried over, 0 of new ones.
+      optimizer_state: the state of its optimizer; the old one where nothing was added.
       architecture: its architecture; empty slots count in shapes, not in fans.
       numbers: of new neurons, by the names of groups.
       amplitude: γ, which multiplies their fan-outs, and their fan-ins or, behind a batch
@@ -70,6 +73,7 @@ def grow(
     capacity: Callable[[int], int] = int,
     cutoff: float = 1e-6,
     key: Array | None = None,
+    optimizer: Callable[[PyTree], optax.GradientTransformation] | None = None,
     optimizer_state: Any = None,
 ) -> Growth:
     """Adds the neurons that lower the loss the most to first order [TINY] (theory §8).
@@ -104,16 +108,22 @@ def grow(
         widened; by default as many. See `geometric`.
       cutoff: eigenvalues of covariances below this part of the largest count as 0.
       key: random key of `random`.
-      optimizer_state: of the optimizer, to be carried over; see `widen`.
+      optimizer: from params of any width to their optimizer, if its state is carried over:
+        `lambda params: tx`, or that of a plan for them.
+      optimizer_state: of `optimizer(params)`. First moments of new entries are 0, second moments
+        those of neurons that are there; all are scaled as the optimizers scale gradients.
 
     Raises:
       TraceError: what `trace` raises.
+      TypeError: only one of optimizer and optimizer_state; an optimizer for a function to it.
       ValueError: a group with a blocker, one of gates without a neuron, `gradmax` behind a batch
-        normalization or gates, or whose layers are dead (read or pass back nothing but
-        0); too few examples for the statistics; no batch; statistics or losses that are not finite;
-        a function that does not take wider arrays; an option outside its range.
+        normalization or gates, or whose layers are dead (read or pass back nothing but 0); too few
+        examples for the statistics; no batch; statistics or losses that are not finite; a function
+        that does not take wider arrays; an optimizer whose state `expand` does not carry over; an
+        option outside its range.
     """
     _check(groups, batches, held_out, number, budget, method, amplitudes, key)
+    _check_optimizer(optimizer, optimizer_state)
     measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
         params,
@@ -128,7 +138,7 @@ def grow(
         cutoff=cutoff,
         key=key,
     )
-    extension, state = extend(
+    extension = extend(
         params,
         groups,
         neurons,
@@ -136,7 +146,6 @@ def grow(
         restricted=restricted,
         update=update,
         capacity=capacity,
-        optimizer_state=optimizer_state,
     )
     is_wider = jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, extension.params)
     if is_wider:
@@ -148,10 +157,13 @@ def grow(
         _check_unchanged(float(_loss(params, held_out, loss_fn=loss_fn)), before)
     best = int(np.nanargmin(losses))
     amplitude = amplitudes[best]
-    if amplitude == 0:
-        grown, state = params, optimizer_state
-    else:
+    grown, state = params, optimizer_state
+    if amplitude != 0:
         grown = jax.device_put(extended(extension, np.float32(amplitude)))
+        if optimizer is not None:
+            growths = slot_growths(params, grown, groups)
+            optimizers = optimizer(params), optimizer(grown)
+            state = carried_state(optimizers, state, params, grown, growths)
     architecture = trace(loss_fn, grown, batches[0])
     return Growth(
         grown,
@@ -209,6 +221,19 @@ def _check(groups, batches, held_out, number, budget, method, amplitudes, key) -
         raise ValueError("method 'random' needs a key, and a number or a budget")
     if not all(0 <= one < math.inf for one in amplitudes):
         raise ValueError(f"amplitudes must be finite and not negative, found {tuple(amplitudes)}")
+
+
+def _check_optimizer(optimizer, optimizer_state) -> None:
+    if (optimizer is None) != (optimizer_state is None):
+        raise TypeError(
+            "optimizer and optimizer_state belong together; only one of them was given: pass "
+            "optimizer=lambda params: tx, optimizer_state=state"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            f"optimizer must be a function from params to their optimizer, found a "
+            f"{type(optimizer).__name__}; one of any width is passed as lambda params: tx"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")

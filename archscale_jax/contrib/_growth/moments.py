@@ -1,6 +1,7 @@
 """What optimizers keep of parameters, carried over to a larger network."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 from archscale_jax._trees import PyTree, map_with_names, named_leaves
 from archscale_jax.contrib._growth.leaf_growth import LeafGrowth, grown_leaf, grown_moment
@@ -122,16 +124,8 @@ def _responses(
     optimizer: optax.GradientTransformation, params: PyTree, scale: float
 ) -> dict[str, _Response]:
     """Measures every array of a state, by updates with constant gradients, and with twice these."""
-    start = optimizer.init(params)
     nothing = jax.tree.map(jnp.zeros_like, params)  # what decays weights adds nothing
-
-    @jax.jit
-    def sizes(scale: Any) -> Any:
-        gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), params)
-        _, state = optimizer.update(gradients, start, nothing)
-        return {name: jnp.mean(jnp.abs(leaf)) for name, leaf in named_leaves(state).items()}
-
-    one, two = jax.device_get((sizes(scale), sizes(2 * scale)))
+    one, two = jax.device_get([_sizes(optimizer, nothing, one) for one in (scale, 2 * scale)])
     found = {}
     for name, size in one.items():
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -139,3 +133,11 @@ def _responses(
         whole = bool(abs(degree - np.round(degree)) < 0.01)
         found[name] = _Response(round(degree) if whole else None, float(size) or 1.0)
     return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sizes(optimizer: optax.GradientTransformation, params: PyTree, scale: Any) -> dict[str, Array]:
+    """The mean size of every array of a state, after an update with gradients of one size."""
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), params)
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    return {name: jnp.mean(jnp.abs(leaf)) for name, leaf in named_leaves(state).items()}

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 
 from archscale_jax._errors import unknown
 from archscale_jax._trees import PyTree, map_with_names, named_leaves, with_leaves
+from archscale_jax.contrib._growth.leaf_growth import Axis, LeafGrowth
 from archscale_jax.contrib._growth.neuron_groups import NeuronGroup
 
 Pad = Callable[[np.ndarray, bool], np.ndarray]
@@ -130,6 +131,36 @@ def _pad(axis: int, count: int, extra: int, mean: bool) -> Pad:
         return np.concatenate([blocks, new], axis=place + 1).reshape(*before, -1, *after)
 
     return pad
+
+
+def slot_growths(
+    params: PyTree, grown: PyTree, groups: Iterable[NeuronGroup]
+) -> dict[str, LeafGrowth]:
+    """Returns how leaves have grown by neurons in slots; the moments of new ones are of others.
+
+    Args:
+      params: before.
+      grown: the same with more neurons.
+      groups: of `find_neuron_groups`.
+    """
+    small, large = named_leaves(params), named_leaves(grown)
+    axes: dict[str, list[Axis]] = {name: [] for name in small}
+    for group in groups:
+        used = occupied(params, group)
+        slots = np.pad(used, (0, group.capacity(large) - len(used)))
+        new = occupied(grown, group) & ~slots
+        new[len(used) :] = True
+        sources = np.arange(len(slots))
+        there = np.flatnonzero(used) if used.any() else np.arange(len(used))
+        sources[new] = np.resize(there, int(new.sum()))
+        for name, place, _ in _axes(group) if new.any() else ():
+            axis = place % small[name].ndim
+            # Joined positions hold the neurons several times.
+            blocks = len(used) * np.arange(small[name].shape[axis] // len(used))
+            entries = (blocks[:, None] + sources).ravel()
+            ones = np.ones(len(entries))
+            axes[name].append(Axis(axis, entries, ones, ones, np.resize(new, len(entries))))
+    return {name: LeafGrowth(name, tuple(found)) for name, found in axes.items()}
 
 
 def compact(params: PyTree, groups: Iterable[NeuronGroup]) -> PyTree:
