@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from archscale_jax._trees import PyTree
 from experiments.lab import (
     checkpoints,
     common,
+    display,
     page,
     panels,
     ranges,
@@ -89,6 +91,7 @@ flags.DEFINE_bool("cost_only", False, "Print the cost of an update, without runn
 flags.DEFINE_string("workdir", "runs/language", "Folder for config, results and figures.")
 runners.define_flags()
 
+NOTE_SECONDS = 30.0
 LISTS = ("rate", "weight_decay", "seed")
 OPTIONS = (
     *("kind", "tied", "queries_per_key", "base_batch_size", "base_steps", "optimizer"),
@@ -120,7 +123,12 @@ def run() -> None:
         saves = workdir / "checkpoints"
         records = run_study(
             trials,
-            functools.partial(train, rematerialize=FLAGS.rematerialize),
+            functools.partial(
+                train,
+                rematerialize=FLAGS.rematerialize,
+                # Of other processes no note would be known to be quiet.
+                note=display.note if FLAGS.runner in ("local", "devices") else None,
+            ),
             journal,
             checkpoints=saves,
             description="trainings",
@@ -299,6 +307,7 @@ def train(
     *,
     parametrize: Callable[[Trial], Parametrized] = parametrized,
     rematerialize: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a decoder, from the last checkpoint of a folder on, if there is one.
 
@@ -307,6 +316,7 @@ def train(
       folder: of checkpoints; with None nothing is saved, and held-out text is read at the end only.
       parametrize: how the decoder of a trial is trained.
       rematerialize: see `Decoder`; it is no part of the trial, as it changes no number.
+      note: what is told, at most every `NOTE_SECONDS`, how far the training is.
 
     Returns:
       `steps` done, and after each part of the training the mean `losses` of its updates and the
@@ -321,7 +331,7 @@ def train(
     log: dict[str, list] = {"steps": [], "losses": [], "validation": []}
     if folder is not None and (found := checkpoints.restore_checkpoint(folder, state, trial)):
         _, state, log = found
-    part = training.part_length(trial["steps"])
+    part, told = training.part_length(trial["steps"]), time.monotonic()
     while state.step < trial["steps"] and (not log["losses"] or log["losses"][-1] is not None):
         length = min(part, trial["steps"] - state.step)
         params, optimizer_state, losses = program.advance(
@@ -336,6 +346,11 @@ def train(
             log[name].append(value if value is not None and math.isfinite(value) else None)
         if folder is not None:
             checkpoints.save_checkpoint(folder, state.step, state, trial, log=log)
+        if note is not None and not at_end and time.monotonic() - told >= NOTE_SECONDS:
+            of = ", ".join(f"{name} {trial[name]:g}" for name in LISTS).replace("_", " ")
+            loss = number(log["losses"][-1], ".4f", "diverged")
+            note(f"{of}: update {state.step} of {trial['steps']}, loss {loss}")
+            told = time.monotonic()
     return log
 
 

@@ -1,6 +1,7 @@
 """What the binaries share: the flags of a network and its training, start and end, measuring."""
 
 import contextlib
+import difflib
 import functools
 import io
 import json
@@ -143,12 +144,22 @@ def _parse_flags(arguments: list[str]) -> list[str]:
             sys.stdout.write(grouped_help.text(sys.modules["__main__"].__doc__ or ""))
             sys.exit()
         return FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(f"error: unknown flag --{error.flagname}{_akin(error.flagname)}; see --help")
     except flags.Error as error:
         sys.exit(f"error: {error}; see --help")
     except SystemExit:  # absl has printed the help, and would end with 1
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         os._exit(0)
+
+
+def _akin(unknown: str) -> str:
+    """The flags of the binary that are spelled like an unknown one, or have a word of it."""
+    names = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
+    words, close = set(unknown.split("_")), difflib.get_close_matches(unknown, names)
+    akin = [f"--{name}" for name in names if name in close or words & set(name.split("_"))]
+    return f"; there is {', '.join(sorted(akin))}" if akin else ""
 
 
 def _kept() -> str:
