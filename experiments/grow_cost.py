@@ -1,6 +1,7 @@
 """Floating-point operations of training and of growing, counted from the shapes of layers.
 
-A multiply-add is two. Training costs three forward passes. Elementwise operations are not counted.
+A multiply-add is two. Training costs three forward passes. What is no layer, such as elementwise
+operations and the products of attention, is not counted.
 """
 
 import math
@@ -28,9 +29,15 @@ def forward_flops(loss_fn: Loss, params: PyTree, example: Any) -> float:
     leaves = named_leaves(params)
     outputs = layer_outputs(loss_fn, params, example)
     return sum(
-        2.0 * math.prod(output.shape[:-1]) * math.prod(leaves[name].shape)
+        2.0 * output.size * _inputs(leaves[name].shape, output.shape)
         for name, output in outputs.items()
     )
+
+
+def _inputs(weight: tuple[int, ...], output: tuple[int, ...]) -> int:
+    """How many inputs one unit of a layer reads; units of heads have two axes in both shapes."""
+    shared = 2 if len(weight) == 3 and weight[-2:] == output[-2:] else 1
+    return math.prod(weight[:-shared])
 
 
 def bottleneck_flops(
@@ -41,7 +48,7 @@ def bottleneck_flops(
     example = jax.tree.map(lambda array: array[:1], batch)
     outputs = layer_outputs(loss_fn, params, example)
     total = 3 * forward_flops(loss_fn, params, example) * count
-    for kind in layer_kinds(loss_fn, params, example):
+    for kind in layer_kinds(loss_fn, params, example, layers):
         if layers is None or kind.weight in layers:
             *kernel, outs = leaves[kind.weight].shape
             rows = math.prod(kernel) + (kind.bias is not None)
@@ -73,8 +80,9 @@ def growth_flops(
     leaves, count = named_leaves(params), len(jax.tree.leaves(batch)[0])
     example = jax.tree.map(lambda array: array[:1], batch)
     outputs = layer_outputs(loss_fn, params, example)
-    kinds = layer_kinds(loss_fn, params, example)
     readers = [name for one in groups for name in one.consumers]
+    makers = [name for one in groups for name in one.makers]
+    kinds = layer_kinds(loss_fn, params, example, [*makers, *readers])
     forward = forward_flops(loss_fn, params, example)
     total = bottleneck_flops(loss_fn, params, batch, readers)
     total += forward * amplitudes * held_out

@@ -37,7 +37,7 @@ from experiments import grow_operators
 from experiments.grow_methods import METHODS, TASKS, Method, Size, Task
 from experiments.lab import common, files, page, ranges, runners, studies
 from experiments.lab.datasets import text as texts
-from experiments.lab.models.decoder import Decoder
+from experiments.lab.models.decoder import HIDDEN, Decoder
 from experiments.lab.models.images import ResidualStages
 from experiments.lab.sweeps import run_study, trial_hash
 
@@ -543,10 +543,12 @@ def split(task: str, batch: Any) -> tuple[jax.Array, jax.Array]:
 
 def module_of(task: str, size: Size, inputs: jax.Array, scan: bool = True) -> Any:
     depth, width = size
+    stream = TASKS[task].stream or width
     if TASKS[task].head:
-        heads = width // TASKS[task].head
-        return Decoder("llama", depth, width, heads, heads // 2, CONTEXT, scan=scan)
-    image, stream = inputs.shape[1:], TASKS[task].stream or width
+        heads, hidden = stream // TASKS[task].head, HIDDEN["llama"] * width
+        scan = scan and not TASKS[task].stream  # contrib.grow takes no stacked layers
+        return Decoder("llama", depth, stream, heads, heads // 2, CONTEXT, hidden=hidden, scan=scan)
+    image = inputs.shape[1:]
     return nnx.eval_shape(
         lambda: ResidualStages(image, stream, depth, 10, True, hidden=width, rngs=nnx.Rngs(0))
     )

@@ -21,7 +21,7 @@ class Task(NamedTuple):
       batch: examples of an update.
       length: of a training of the usual length, over `--steps`.
       head: features of a head of a decoder, 0 of a CNN.
-      stream: of a CNN whose hidden layers alone have the width that grows, that of its stream.
+      stream: where hidden layers alone have the width that grows, the width of the stream.
     """
 
     small: Size
@@ -45,6 +45,7 @@ TASKS = {
     "cnn": Task((3, 4), (6, 8), 2**-7, "residual CNN 6 × 8", 32),
     "decoder": Task((2, 32), (4, 64), 2**-7, "decoder 4 × 64", 16, head=16),
     "hidden": Task((6, 4), (6, 8), 2**-7, "residual CNN 6 × 8, hidden", 32, stream=8),
+    "mlps": Task((4, 32), (4, 64), 2**-7, "decoder 4 × 64, MLPs", 16, head=16, stream=64),
 }
 
 

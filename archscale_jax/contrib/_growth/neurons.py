@@ -174,8 +174,8 @@ def gated_neurons(
     while len(values) < number:
         tops = []
         for root, one in zip(roots, blocks, strict=True):
-            left, found, right = np.linalg.svd(root.T @ moment[one], full_matrices=False)
-            tops.append((found[0], root @ left[:, 0], right[0]) if len(found) else (0.0, 0, 0))
+            left, value, right = _largest(root.T @ moment[one])
+            tops.append((value, root @ left, right))
         place = int(np.argmax([value for value, *_ in tops]))
         value, inwards, outwards = tops[place]
         if value <= (max(threshold, least) if values else 0.0):
@@ -190,6 +190,22 @@ def gated_neurons(
     return with_sign(
         Neurons(np.reshape(fan_in, shapes[0]).T, np.reshape(fan_out, shapes[1]), np.asarray(values))
     )
+
+
+def _largest(matrix: Float[np.ndarray, "a o"]) -> tuple[np.ndarray, float, np.ndarray]:
+    """Returns the largest singular value of a matrix, and its vectors: faster than all of them."""
+    from scipy.linalg import eigh  # slow to import
+
+    rows, columns = matrix.shape
+    if not rows or not np.any(matrix):
+        return np.zeros(rows), 0.0, np.zeros(columns)
+    wide = matrix if rows <= columns else matrix.T
+    last = len(wide) - 1
+    _, found = eigh(wide @ wide.T, subset_by_index=(last, last))
+    one, other = found[:, 0], found[:, 0] @ wide
+    value = float(np.linalg.norm(other))
+    pair = one, other / value
+    return pair[rows > columns], value, pair[rows <= columns]
 
 
 def with_sign(neurons: Neurons) -> Neurons:

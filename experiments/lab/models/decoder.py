@@ -27,6 +27,7 @@ class Decoder(nn.Module):
       kv_heads: of keys and values; they divide `heads`.
       context: the most tokens, of `gpt2`.
       tied: the readout is the table of embeddings.
+      hidden: features of an MLP; by default so many times the stream's as `HIDDEN` says.
       scan: blocks are stacked, each leaf with a first axis of `depth`; else `block_0`, `block_1`, …
       rematerialize: what is inside a block is computed again for its derivatives, and not kept.
     """
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
     kv_heads: int
     context: int
     tied: bool = False
+    hidden: int | None = None
     scan: bool = True
     rematerialize: bool = False
 
@@ -48,7 +50,8 @@ class Decoder(nn.Module):
         if self.kind == "gpt2":
             positions = jnp.arange(tokens.shape[-1])
             x = x + nn.Embed(self.context, self.width, name="positions")(positions)
-        of = self.kind, self.width, self.heads, self.kv_heads
+        hidden = self.hidden or HIDDEN[self.kind] * self.width
+        of = self.kind, self.width, self.heads, self.kv_heads, hidden
         block = Block
         if self.rematerialize:  # a loop keeps XLA from merging both computations, by itself
             block = nn.remat(Block, prevent_cse=not self.scan)
@@ -76,6 +79,7 @@ class Block(nn.Module):
     width: int
     heads: int
     kv_heads: int
+    hidden: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
@@ -96,7 +100,7 @@ class Block(nn.Module):
         return nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=bias, name="out")(attended)
 
     def _mlp(self, x):
-        hidden, bias = HIDDEN[self.kind] * self.width, self.kind == "gpt2"
+        hidden, bias = self.hidden, self.kind == "gpt2"
 
         def dense(features, name):
             return nn.Dense(features, use_bias=bias, name=name)
