@@ -52,7 +52,7 @@ JOIN_OPERATORS = (Operator.CONCATENATION, Operator.PRODUCT)
 
 
 class Space(enum.IntEnum):
-    """Where a graph comes from; only the rule `author_code` tells spaces apart.
+    """Where a graph comes from; only the rule `chen2024_code` tells spaces apart.
 
     CELL is one cell, CELL_NETWORK a network of cells with three vertices each beside their input,
     and of reductions with as many, see `experiments.lab.models.CellNetwork`.

@@ -105,8 +105,7 @@ def run() -> None:
 
     results = summarise(networks, transferred, math.log(dataset.num_classes))
     figure = workdir / "scaling.png"
-    title = f"{dataset.name}: base rate {base_rate:.3g} tuned on {FLAGS.base_architecture}"
-    draw(results, title, figure)
+    draw(results, figure)
     page.publish(
         workdir,
         f"Gains of scaled learning rates on {dataset.name}",
@@ -122,7 +121,10 @@ def run() -> None:
             "n†: n of them diverged and are excluded; group k of a DAG string lists the edges into "
             "vertex k: 0 none, 1 skip, 2 weights.": by_network(results),
         },
-        figures={figure: "Training loss of every network under every rule, a mark a seed."},
+        figures={
+            figure: "Training loss of every network under every rule over that unscaled, a mark a "
+            "network: the mean of its seeds; of those that diverged it is the loss of guessing."
+        },
     )
 
 
@@ -305,37 +307,36 @@ def answer(results: pd.DataFrame) -> list[str]:
     ]
 
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
+def draw(results: pd.DataFrame, path: pathlib.Path) -> None:
+    """Draws the loss of every network under each rule over that unscaled, or under the first."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
-
-def draw(results: pd.DataFrame, title: str, path: pathlib.Path) -> None:
-    """Draws training loss of every network under every rule, one mark a seed."""
-    names, rules = (list(results[name].unique()) for name in ("network", "rule"))
-    width = max(6.5, 0.42 * len(names) + 2.5)
-    figure, (panel,) = panels.create_panels(1, 4.2, width=width, columns=1)
-    losses = results["losses"].explode().dropna()
-    top = 1.5 * losses.max() if len(losses) else 1.5
-    for index, rule in enumerate(rules):
-        shift = 0.7 * (index - (len(rules) - 1) / 2) / len(rules)
-        colour = (panels.GREY, *panels.COLOURS)[index % 7]
-        points = []
-        for one in results[results["rule"] == rule].itertuples(index=False):
-            place = names.index(one.network) + shift
-            points += [(place, loss) for loss in one.losses]
-            if one.diverged:
-                text = f"{one.diverged}×"
-                panel.text(place, top, text, color=colour, fontsize=8, ha="center")
-        panel.scatter(*zip(*points, strict=True) if points else ([], []), s=18, alpha=0.8,
-                      color=colour, marker=MARKERS[index % 6], linewidths=0,
-                      label=_label(rule))  # fmt: skip
-    panel.set(yscale="log", xlim=(-0.6, len(names) - 0.4), ylabel="training loss (nats)")
-    panel.set_ylim(None if len(losses) else top / 10, top * 1.4)  # without a loss: no scale
-    panel.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
-    panel.grid(axis="x", visible=False)
-    panel.set_title(
-        f"{title}\none mark a seed; n× in the top row: seeds that diverged", fontsize=10
-    )
-    panels.finish(figure, path, columns=len(rules))
+    counted, diverged = _by_rule(results, "counted"), _by_rule(results, "diverged")
+    first = "none" if "none" in counted else counted.columns[0]
+    rules = [rule for rule in counted.columns if rule != first] or [first]
+    ends = counted.min(axis=None) / 1.05, counted.max(axis=None) * 1.05
+    figure, drawn = panels.create_panels(len(rules), 2.7, width=2.7, columns=2, sharex=True,
+                                         sharey=True)  # fmt: skip
+    chains = counted.index.str.startswith("chain")
+    for panel, rule in zip(drawn, rules, strict=True):
+        panel.axline((ends[0],) * 2, (ends[1],) * 2, color=panels.GREY, lw=0.8)
+        lost = (diverged[first] + diverged[rule] > 0).to_numpy()
+        for kind, which, marker in (("chain", chains, "o"), ("graph", ~chains, "^")):
+            for ending, seeds, face in (("", ~lost, True), (", seeds diverged", lost, False)):
+                x, y = (counted[name][which & seeds] for name in (first, rule))
+                colour = panels.COLOURS[kind != "chain"]
+                panel.scatter(x, y, s=22, marker=marker, linewidths=1, edgecolors=colour,
+                              facecolors=colour if face else "none",
+                              label=f"{kind}{ending}")  # fmt: skip
+        lower = (counted[rule] < counted[first]).sum()
+        panel.set_title(f"{_label(rule)}: lower on {lower} of {len(counted)}", fontsize=9)
+        panel.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    panels.finish(figure, path, across=f"training loss {_label(first)} (nats)",
+                  up="under the rule (nats)", columns=2)  # fmt: skip
 
 
 if __name__ == "__main__":
