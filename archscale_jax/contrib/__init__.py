@@ -11,8 +11,9 @@ from archscale_jax.contrib._gradinit import (
 from archscale_jax.contrib._growth.architecture import grown_architecture
 from archscale_jax.contrib._growth.bottleneck import Bottleneck, bottleneck
 from archscale_jax.contrib._growth.expand import Expanded, expand
+from archscale_jax.contrib._growth.find_groups import find_neuron_groups
 from archscale_jax.contrib._growth.grow import Growth, grow
-from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup, find_neuron_groups
+from archscale_jax.contrib._growth.neuron_groups import Link, NeuronGroup
 from archscale_jax.contrib._growth.schedule import Edit, GrowthSchedule, choose_growth, geometric
 from archscale_jax.contrib._growth.widen import compact, count_neurons, count_parameters, widen
 
