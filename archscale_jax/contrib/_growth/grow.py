@@ -122,7 +122,11 @@ def grow(
         that does not take wider arrays; an optimizer whose state `expand` does not carry over; an
         option outside its range.
     """
-    _check(groups, batches, held_out, number, budget, method, amplitudes, key)
+    _check_batches(batches, held_out)
+    _check_groups(groups, method)
+    _check_numbers(groups, number, budget, amplitudes)
+    if method == "random" and (key is None or (number is None and budget is None)):
+        raise ValueError("method 'random' needs a key, and a number or a budget")
     _check_optimizer(optimizer, optimizer_state)
     measured = measure(loss_fn, params, batches, groups, restricted=restricted, cutoff=cutoff)
     neurons = solve(
@@ -178,6 +182,29 @@ def grow(
     )
 
 
+def _check_batches(batches: Sequence[Any], held_out: Any) -> None:
+    if not len(batches):
+        raise ValueError("batches is empty; grow needs at least one")
+    found, accepted = map(jax.tree.structure, (batches[0], held_out))
+    if found != accepted:
+        raise ValueError(
+            f"batches[0] is {found} and held_out {accepted}; accepted is a list of batches, each a "
+            "tree like held_out"
+        )
+
+
+def _check_groups(groups: Sequence[NeuronGroup], method: str) -> None:
+    if not len(groups):
+        raise ValueError("groups is empty; grow needs at least one")
+    for group in groups:
+        if group.blocker is not None:
+            raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
+    if method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    for group in groups if method == "gradmax" else ():
+        _check_gradmax(group)
+
+
 def _check_gradmax(group: NeuronGroup) -> None:
     scales = [link.scale for link in group.links if link.scale is not None]
     reason = ""
@@ -192,23 +219,12 @@ def _check_gradmax(group: NeuronGroup) -> None:
         )
 
 
-def _check(groups, batches, held_out, number, budget, method, amplitudes, key) -> None:
-    for name, values in (("groups", groups), ("batches", batches), ("amplitudes", amplitudes)):
-        if not len(values):
-            raise ValueError(f"{name} is empty; grow needs at least one")
-    found, accepted = map(jax.tree.structure, (batches[0], held_out))
-    if found != accepted:
-        raise ValueError(
-            f"batches[0] is {found} and held_out {accepted}; accepted is a list of batches, each a "
-            "tree like held_out"
-        )
-    for group in groups:
-        if group.blocker is not None:
-            raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
-    if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
-    for group in groups if method == "gradmax" else ():
-        _check_gradmax(group)
+def _check_numbers(
+    groups: Sequence[NeuronGroup],
+    number: int | Mapping[str, int] | None,
+    budget: int | None,
+    amplitudes: Sequence[float],
+) -> None:
     numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
     names = [group.name for group in groups]
     for name in numbers:
@@ -217,8 +233,8 @@ def _check(groups, batches, held_out, number, budget, method, amplitudes, key) -
     for name, value in (*(("number", one) for one in numbers.values()), ("budget", budget)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be None or at least 1, found {value}")
-    if method == "random" and (key is None or (number is None and budget is None)):
-        raise ValueError("method 'random' needs a key, and a number or a budget")
+    if not len(amplitudes):
+        raise ValueError("amplitudes is empty; grow needs at least one")
     if not all(0 <= one < math.inf for one in amplitudes):
         raise ValueError(f"amplitudes must be finite and not negative, found {tuple(amplitudes)}")
 
