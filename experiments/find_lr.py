@@ -1,4 +1,4 @@
-"""Finds the learning rate of one network: prints and draws training loss against rate.
+"""Finds the learning rate of one network under SGD: prints and draws training loss against rate.
 
     python -m experiments.find_lr --architecture=2_02_002 --workdir=runs/find_lr
 
@@ -11,6 +11,7 @@ run), table.md, find_lr.png and report.html; a run that was cut off goes on wher
 import functools
 import math
 import pathlib
+import shlex
 import statistics
 import sys
 from types import NoneType
@@ -36,7 +37,7 @@ from experiments.lab.tables import NONE, number
 
 FLAGS = flags.FLAGS
 
-common.define_flags(batch_size=32, epochs=1, workdir="runs/find_lr")
+common.define_flags(batch_size=64, epochs=1, workdir="runs/find_lr")
 flags.adopt_module_key_flags(common)
 ranges.define("architecture", "2_02_002", "DAG string of the network.")
 ranges.define("min_rate", 1e-3, "Smallest rate of the grid.", "rate")
@@ -95,6 +96,7 @@ def run() -> None:
         remarks.append(
             "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
         )
+    remarks.append(f"Another network, with this one as its base: {_train_command(found.rate)}")
     page.publish(
         workdir,
         f"Learning rate of {FLAGS.architecture} on {dataset.name}",
@@ -103,6 +105,16 @@ def run() -> None:
         tables={"Training loss (nats) by rate; * marks the rates in the basin.": _lines(found)},
         figures={figure: "Training loss of every run against its learning rate, with the basin."},
     )
+
+
+def _train_command(rate: float) -> str:
+    """The command that trains another network at a rate scaled from this one's."""
+    given = (FLAGS[name] for name in (*common.settings(), "data_dir") if FLAGS[name].present)
+    options = [
+        flag.serialize() for flag in given if flag.name not in ("base_architecture", "epochs")
+    ]
+    base = [f"--base_architecture={FLAGS.architecture}", f"--base_rate={rate:.3g}"]
+    return f"python -m experiments.train {shlex.join([*base, *options])} --architecture=…"
 
 
 def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, options):

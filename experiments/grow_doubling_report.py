@@ -108,6 +108,7 @@ def operators(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
             paired = paired - copies[["held_out", "later"]].reindex(paired.index)
             rows.append(
                 [
+                    TASKS[task].label,
                     METHODS[method].label,
                     str(len(found)),
                     number(found.operations.mean() / usual(frame, task, steps)),
@@ -124,7 +125,7 @@ def operators(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=OPERATOR_COLUMNS)
 
 
-OPERATOR_COLUMNS = ["hidden neurons", "seeds", "operations", "growing, %", "loss", "less copies",
+OPERATOR_COLUMNS = ["task", "hidden neurons", "seeds", "operations", "growing, %", "loss", "less copies",
                     "saved, %", "growing free, %", "right after", "100 later",
                     "100 later, less copies"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Trains one network of a DAG string, with its learning rate scaled from a base network's.
+"""Trains one network of a DAG string by SGD, its learning rate scaled from a base network's.
 
     python -m experiments.train --architecture=2_02_002 --base_rate=0.1 --workdir=runs/train
 
@@ -57,7 +57,7 @@ def run() -> None:
     recipe.check_training(settings, network, steps)
 
     workdir = claim(settings, steps)
-    rate = f"rate {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
+    rate = f"rate {FLAGS.base_rate * scale:.4g}, {FLAGS.base_rate:g} x {scale:.4g} ({rule})"
     display.note(f"{FLAGS.architecture} on {dataset.name}: {rate}")
     records = train(settings, network, optimizer, steps, workdir)
     figure = workdir / "train.png"

@@ -196,9 +196,14 @@ def _drawn(parameter: Parameter, leaf: Any, start: Start) -> Iterator[Finding]:
         )
     logs = [math.log(max(value, 1e-30)) for value in (start.deviation, start.lowest, start.highest)]
     if abs(logs[0]) > whole or max(-logs[1], logs[2]) > one:
-        found = f"standard deviation × {number(start.deviation)} of the plan's"
+        # More digits would be those of the draw, and tell apart what is off by one factor.
+        whole, lowest, highest = (
+            number(float(f"{value:.2g}"))
+            for value in (start.deviation, start.lowest, start.highest)
+        )
+        found = f"standard deviation × {whole} of the plan's"
         if slices > 1:
-            found += f", of layers × {number(start.lowest)} to × {number(start.highest)}"
+            found += f", of layers × {lowest} to × {highest}"
         yield Finding(
             "start",
             parameter.name,

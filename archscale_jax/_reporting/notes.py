@@ -165,7 +165,8 @@ def _graph_notes(subject: Subject) -> Iterator[str]:
     if linear:
         yield (
             f"{len(linear)} of {len(hidden)} hidden weights read features without an activation "
-            "before: ReLU would take half of the second moment, so that they get half the variance"
+            "before, and get half the variance of those behind ReLU, which takes half of the "
+            "second moment: nothing is to be done"
         )
     shared = [one.name for one in parameters if one.role in _WEIGHTS and one.further_edges]
     if shared:

@@ -18,6 +18,8 @@ Record = Mapping[str, Any]
 
 MAX_ROWS = 60
 """Tables that would be longer join rows that differ in standard deviation alone."""
+CLOSE = 1.1
+"""Largest over smallest standard deviation of rows that are joined in any table."""
 
 _WIDTH = 120  # where there is no terminal
 _REASONS = ("why std", "why lr", "optimizer")
@@ -48,15 +50,28 @@ class Row(NamedTuple):
 def rows_of(records: Sequence[Record]) -> list[Row]:
     """Returns the rows of a table: repeated layers share one.
 
-    Records share a row if they are equal, as shown, up to numbers in the path. If there are more
-    than `MAX_ROWS` such rows, rows that differ in the standard deviation alone show its range.
+    Records share a row if they are equal, as shown, up to numbers in the path. Rows that differ in
+    the standard deviation alone show its range if it is `CLOSE`, or there are more than `MAX_ROWS`.
     """
-    rows = _rows(records, ranging=False)
-    return rows if len(rows) <= MAX_ROWS else _rows(records, ranging=True)
-
-
-def _rows(records: Sequence[Record], *, ranging: bool) -> list[Row]:
     several = len({record["learning_rate_reason"] for record in records}) > 1
+    rows = []
+    for joined in _rows(records, several, ranging=True):
+        same = [records[index] for index in joined.indices]
+        if _is_close([one for each in same for one in _numbers(each["standard_deviation"])]):
+            rows.append(joined)
+        else:
+            rows += [
+                Row(row.cells, [joined.indices[place] for place in row.indices])
+                for row in _rows(same, several, ranging=False)
+            ]
+    return rows if len(rows) <= MAX_ROWS else _rows(records, several, ranging=True)
+
+
+def _is_close(deviations: Sequence[float]) -> bool:
+    return not deviations or max(deviations) <= CLOSE * min(deviations)
+
+
+def _rows(records: Sequence[Record], several: bool, *, ranging: bool) -> list[Row]:
     cells = [_cells([record], several) for record in records]
 
     def key(index: int) -> Hashable:
