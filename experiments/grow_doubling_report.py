@@ -125,8 +125,8 @@ def operators(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=OPERATOR_COLUMNS)
 
 
-OPERATOR_COLUMNS = ["task", "hidden neurons", "seeds", "operations", "growing, %", "loss", "less copies",
-                    "saved, %", "growing free, %", "right after", "100 later",
+OPERATOR_COLUMNS = ["task", "hidden neurons", "seeds", "operations", "growing, %", "loss",
+                    "less copies", "saved, %", "growing free, %", "right after", "100 later",
                     "100 later, less copies"]  # fmt: skip
 
 
