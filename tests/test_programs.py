@@ -28,7 +28,6 @@ from tests.programs import (
 )
 from tests.spellings import OPTIONS, Spelling, leaves, spelled, spellings
 
-
 pytestmark = pytest.mark.quick_compilation
 
 
