@@ -1,8 +1,9 @@
 """Models of four frameworks as (function, shapes, inputs), and what is measured of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import haiku as hk
@@ -17,15 +18,20 @@ from archscale_jax._architecture import Architecture, Parameter
 KEY = jax.random.key(0)
 
 
-class Model(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
     """A function of params and inputs, the shapes of its params, and inputs."""
 
     apply: Callable[..., Any]
     shapes: Any
     inputs: tuple[Any, ...]
 
-    def trace(self, **options: Any) -> Architecture:
-        return archscale.trace(self.apply, self.shapes, *self.inputs, **options)
+    def trace(self) -> Architecture:
+        return self._traced
+
+    @functools.cached_property
+    def _traced(self) -> Architecture:
+        return archscale.trace(self.apply, self.shapes, *self.inputs)
 
 
 def spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -38,8 +44,8 @@ def specs(**sizes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
 
 def normal(*shape: int, seed: int = 1) -> jax.Array:
     """Standard-normal inputs whose second moment is exactly 1 in every example."""
-    x = jax.random.normal(jax.random.key(seed), shape)
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)), jnp.float32)
 
 
 def linen_model(module: Any, *inputs: Any) -> Model:
@@ -203,7 +209,7 @@ def step_growth(
         @jax.jit
         def change(params: Any) -> jax.Array:
             out = model.apply(params, *model.inputs)
-            target = jax.random.normal(jax.random.key(7), out.shape)
+            target = np.random.default_rng(7).standard_normal(out.shape, np.float32)
             slope = jax.grad(lambda p: jnp.mean(model.apply(p, *model.inputs) * target))(params)
             update, _ = optimizer.update(slope, optimizer.init(params), params)
             step = jax.tree_util.tree_map_with_path(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick_compilation
 
 WIDTH, RELU = 256, jax.nn.relu
 CONSTANT, ZEROS = nn.initializers.constant, nn.initializers.zeros
-X = normal(64, 32)
+X = normal(256, 32)
 
 
 def dense(name, **options):
