@@ -708,16 +708,16 @@ def test_moments_are_those_of_wide_networks(rule, arrangement):
     # Skips, dead ends (4), vertices that the input cannot reach (1), and plain weights.
     for text in ("0_20_002_0220_10212", "2_12_112_0212"):
         graph = dag_graph(text)
-        shapes = network(graph, width=128, in_features=128, arrangement=arrangement, use_bias=False)
+        shapes = network(graph, width=64, in_features=64, arrangement=arrangement, use_bias=False)
         architecture = shapes.architecture()
         graphdef, params = nnx.split(shapes)
 
         def measure(key, graphdef=graphdef, params=params, architecture=architecture):
             drawn = initialize(key, params, architecture, rule)
-            features = nnx.merge(graphdef, drawn).features(jax.random.normal(key, (16, 128)))
+            features = nnx.merge(graphdef, drawn).features(jax.random.normal(key, (16, 64)))
             return jnp.stack([jnp.mean(jnp.square(feature)) for feature in features])
 
-        measured = jax.vmap(measure)(jax.random.split(jax.random.key(1), 64))
+        measured = jax.vmap(measure)(jax.random.split(jax.random.key(1), 128))
         expected, _ = second_moments(graph, edge_variances(graph, rule, arrangement), arrangement)
         unit = 2 if arrangement == PRE_ACTIVATION else 1  # of vertex 0: the stem has C = 2
         found = np.mean(np.asarray(measured), axis=0) / unit
