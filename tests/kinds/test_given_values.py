@@ -5,6 +5,8 @@ adaLN-Zero, LoRA, a readout) change the moments of everything behind them; measu
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,11 +147,13 @@ MODELS = [
 ]  # fmt: skip
 
 
-@functools.cache
-def traced(module):
+def read(module):
     params = module.init(KEY, X)["params"]
     apply = lambda params, x: module.apply({"params": params}, x)  # noqa: E731
     return apply, params, archscale.trace(apply, params, X)
+
+
+traced: Callable[[Any], Any] = functools.cache(read)
 
 
 @pytest.mark.parametrize("rule", ["second_moment", "target_in_degree"])
