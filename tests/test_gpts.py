@@ -141,7 +141,7 @@ def test_the_groups_of_the_published_code_are_found_by_name(cases, arrays):
         assert [counts[number] for number in sorted(counts)] == [one["n"] for one in case["groups"]]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["completep_untied_large_eps", "completep_tied"])
 def test_plain_optax_on_folded_weights_repeats_the_published_steps(cases, arrays, name):
     framework, case, golden = "function", cases[name], arrays[name]
     with jax.enable_x64(True):
