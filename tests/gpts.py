@@ -11,6 +11,7 @@ small linear layer of its own, as its users would write.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,10 @@ from flax import nnx
 from archscale_jax._trees import map_with_names, named_leaves
 
 FRAMEWORKS = ("linen", "nnx", "equinox", "haiku", "function")
-LAYOUTS = ("in_out", "out_in")
+VARIANTS = (
+    {"fused": True, "layout": "in_out"},
+    {"fused": False, "layout": "out_in"},
+)
 PROJECTIONS = ("query", "key", "value")
 EPSILON = 1e-5
 
@@ -499,10 +503,10 @@ def build(
     layout: str = "in_out",
     dtype: Any = jnp.float64,
 ) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Returns a model and its inputs, as `parametrize(model, *inputs)` takes them.
+    """Returns a model without weights and its inputs, as `parametrize(model, *inputs)` takes them.
 
     Args:
-      framework: one of `FRAMEWORKS`; of `function` the model is a pair (apply, params).
+      framework: one of `FRAMEWORKS`; of `function` the model is a pair (apply, shapes of params).
       case: a record of cases.json, or what `base_of` makes of one.
       fused: one projection to query, key and value, in this order; else three.
       layout: that of the weights of linear layers, `in_out` or `out_in`.
@@ -511,15 +515,20 @@ def build(
     sizes = {name: case[name] for name in ("depth", "width", "heads", "vocab", "length", "tied")}
     config = Config(**sizes, fused=fused, layout=layout, dtype=dtype)
     key = jax.random.key(0)
+    shapes_of = functools.partial(jax.eval_shape, functools.partial(function_params, config))
     makers: dict[str, Callable[[], Any]] = {
         "linen": lambda: LinenGPT(config),
-        "nnx": lambda: NnxGPT(config, nnx.Rngs(0)),
-        "equinox": lambda: EquinoxGPT(config, key),
+        "nnx": lambda: nnx.eval_shape(lambda: NnxGPT(config, nnx.Rngs(0))),
+        "equinox": lambda: eqx.filter_eval_shape(EquinoxGPT, config, key),
         "haiku": lambda: hk.without_apply_rng(hk.transform(lambda x: HaikuGPT(config)(x))),
-        "function": lambda: (function_gpt(config), function_params(config, key)),
+        "function": lambda: (function_gpt(config), shapes_of(key)),
     }
     tokens = jax.ShapeDtypeStruct((case["batch"], case["length"]), jnp.int32)
     return makers[framework](), (tokens,)
+
+
+def is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def base_of(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -528,14 +537,14 @@ def base_of(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pure(framework: str, model: Any, inputs: tuple[Any, ...]) -> tuple[Apply, Any]:
-    """Returns `apply(params, tokens)` and params or their shapes, by the framework's own means."""
+    """Returns `apply(params, tokens)` and the shapes of params, by the framework's own means."""
     if framework == "function":
         return model
     if framework == "nnx":
         graph, params = nnx.split(model, nnx.Param)
         return (lambda params, tokens: nnx.merge(graph, params)(tokens)), params
     if framework == "equinox":
-        params, static = eqx.partition(model, eqx.is_inexact_array)
+        params, static = eqx.partition(model, is_shape)
         return (lambda params, tokens: eqx.combine(params, static)(tokens)), params
     return model.apply, jax.eval_shape(model.init, jax.random.key(0), *inputs)
 

@@ -221,8 +221,7 @@ def measure(
         return optax.softmax_cross_entropy_with_integer_labels(logits, built.labels).mean()
 
     @jax.jit
-    def draw(key):
-        params = archscale.initialize(key, built.shapes, architecture)
+    def first_step(params):
         params = _with_moved_readout(built, params, loss) if moved else params
         updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
         return params, updates
@@ -240,7 +239,8 @@ def measure(
     names = [parameter.name for parameter in architecture.parameters]
     found = []
     for number in range(draws):
-        params, updates = draw(jax.random.key(number, impl="rbg"))  # quicker than the default
+        key = jax.random.key(number, impl="rbg")  # quicker than the default
+        params, updates = first_step(archscale.initialize(key, built.shapes, architecture))
         steps, nothing = named_leaves(updates), jax.tree.map(jnp.zeros_like, updates)
         alone = {
             name: (steps[name] * multipliers[name]).astype(steps[name].dtype) for name in names

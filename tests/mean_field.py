@@ -25,7 +25,7 @@ from tests.programs import (
     Var,
 )
 
-UNITS = 1 << 18
+UNITS = 1 << 16
 
 ACTIVATIONS = {
     "identity": lambda h: h,

@@ -306,13 +306,16 @@ def variable_moments(
     function = spelled(program, Spelling(), variables=True).function
 
     @jax.jit
-    def draw(seed: jax.Array) -> dict[str, jax.Array]:
-        key = jax.random.key(seed, impl="rbg")
-        params = archscale.initialize(key, shapes, traced, rule)
-        x = jax.random.normal(jax.random.fold_in(key, 1), (EXAMPLES // 4, *program.input_shape))
+    def mean_squares(params: Any, x: jax.Array) -> dict[str, jax.Array]:
         return jax.tree.map(lambda one: jnp.mean(jnp.square(one)), function(params, x))
 
-    found = [jax.device_get(draw(seed)) for seed in range(draws)]
+    shape = (EXAMPLES // 4, *program.input_shape)
+    found = [
+        jax.device_get(
+            mean_squares(params, np.random.default_rng(seed).standard_normal(shape, np.float32))
+        )
+        for seed, params in enumerate(itertools.islice(networks(traced, shapes, rule), draws))
+    ]
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     return means, archscale.weight_standard_deviations(traced, rule)
 

@@ -1,7 +1,8 @@
 """Values of the authors' published code, a sample of 150 rows each.
 
 `tests/golden/*.csv` are numbers that their PyTorch code, VITA-Group/principled_scaling_lr_init on
-GitHub, gives when run unmodified. The tests with the fixture `golden_dir` compare all rows.
+GitHub, gives when run unmodified. The tests with the fixture `golden_dir` compare further rows, all
+over the spaces.
 """
 
 import csv

@@ -57,11 +57,9 @@ def batches(golden):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", gpts.LAYOUTS)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "split"])
+@pytest.mark.parametrize("variant", gpts.VARIANTS, ids=["fused", "split"])
 @pytest.mark.parametrize("framework", gpts.FRAMEWORKS)
-def test_every_model_has_the_published_first_loss(cases, arrays, framework, fused, layout, tied):
-    variant = {"fused": fused, "layout": layout}
+def test_every_model_has_the_published_first_loss(cases, arrays, framework, variant, tied):
     chosen = [name for name in CASES if cases[name]["tied"] == tied]
     with jax.enable_x64(True):
         model, inputs = gpts.build(framework, cases[chosen[0]], **variant)
@@ -143,9 +141,9 @@ def test_the_groups_of_the_published_code_are_found_by_name(cases, arrays):
         assert [counts[number] for number in sorted(counts)] == [one["n"] for one in case["groups"]]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["completep_untied_large_eps", "completep_tied"])
 def test_plain_optax_on_folded_weights_repeats_the_published_steps(cases, arrays, name):
-    framework, case, golden = "linen", cases[name], arrays[name]
+    framework, case, golden = "function", cases[name], arrays[name]
     with jax.enable_x64(True):
         model, inputs = gpts.build(framework, case)
         apply, template = gpts.pure(framework, model, inputs)

@@ -28,7 +28,7 @@ from archscale_jax._graph import (
 from archscale_jax._spaces import cell_graph, dag_graph
 
 SUMMED = [Operator.SKIP, Operator.LINEAR, Operator.CONV, Operator.AVG_POOL]
-QUICK = hypothesis.settings(deadline=None, max_examples=200)
+QUICK = hypothesis.settings(deadline=None, max_examples=100)
 
 
 @strategies.composite
@@ -293,17 +293,16 @@ def test_liveness_and_in_degrees_agree_with_the_listed_paths(edge_list):
         ]
 
 
-@pytest.mark.parametrize("part", range(2))  # half of them
 @pytest.mark.parametrize(
     ("file_name", "key", "read"),
     [("dag_n5_open.npz", "dag", dag_graph), ("nb201_open.npz", "code", cell_graph)],
 )
 def test_counting_dead_edges_gives_the_in_degrees_of_the_published_code(
-    golden_dir, file_name, key, read, part
+    golden_dir, file_name, key, read
 ):
     with np.load(golden_dir / file_name) as golden:
         texts, expected, count = golden[key].astype(str), golden["in_degree"], golden["n_paths"]
-    joined = np.flatnonzero(count > 0)[part::4]
+    joined = np.flatnonzero(count > 0)[::11]  # all over the space
     found = np.array([in_degrees(read(text), live=False) for text in texts[joined].tolist()])
     np.testing.assert_array_equal(found, expected[joined, :-1])
 
@@ -326,7 +325,7 @@ def test_batches_are_undone_exactly(graphs):
         validate_graph(again)
 
 
-@hypothesis.settings(QUICK, max_examples=8)  # every size of a batch is compiled anew
+@hypothesis.settings(QUICK, max_examples=4)  # every size of a batch is compiled anew
 @hypothesis.given(graph_lists(max_size=3))
 def test_padding_is_undone_exactly_and_counts_for_nothing(graphs):
     batch = jraph.batch_np(graphs)

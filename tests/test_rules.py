@@ -128,12 +128,11 @@ def registries(monkeypatch):
 # Learning rates.
 
 
-@pytest.mark.parametrize("part", range(2))  # a third of the strings, all over the space
 @pytest.mark.parametrize(("column", "kernel_size"), [("lr_mlp", None), ("lr_cnn_k5", 5)])
-def test_author_code_gives_the_published_rates_of_dags(golden_dir, column, kernel_size, part):
+def test_author_code_gives_the_published_rates_of_dags(golden_dir, column, kernel_size):
     with np.load(golden_dir / "dag_n5_open.npz") as golden:
         texts, expected, count = golden["dag"].astype(str), golden[column], golden["n_paths"]
-    joined = np.flatnonzero(count > 0)[part::6]
+    joined = np.flatnonzero(count > 0)[::17]  # all over the space
     found = [
         learning_rate_scale(dag_graph(text, kernel_size=kernel_size), rule="chen2024_code")
         for text in texts[joined].tolist()
@@ -146,6 +145,7 @@ def test_author_code_gives_the_published_rates_of_cells(golden_dir):
         codes, expected, count = golden["code"].astype(str), golden["lr_tiny"], golden["n_paths"]
     joined = np.flatnonzero(count > 0)
     assert not np.isnan(expected[joined]).any()
+    joined = joined[::7]  # all over the space
     found = [
         learning_rate_scale(cell_graph(code), rule="chen2024_code")
         for code in codes[joined].tolist()
@@ -459,8 +459,8 @@ def our_name(layer):
 
 def test_author_code_gives_the_published_deviations_of_dags(golden_deviations):
     records = [record for record in golden_deviations if record["model"] in ("mlp", "cnn")]
-    assert {record["model"] for record in records} == {"mlp", "cnn"}
-    for record in records:
+    assert {record["model"] for record in records[::3]} == {"mlp", "cnn"}
+    for record in records[::3]:
         architecture = network_of_record(record).architecture()
         found = weight_standard_deviations(architecture, "chen2024_code")
         expected = {our_name(layer["layer"]): layer["std"] for layer in record["layers"]}
@@ -706,25 +706,25 @@ def branches_end_in_layers(graph):
 )
 def test_moments_are_those_of_wide_networks(rule, arrangement):
     # Skips, dead ends (4), vertices that the input cannot reach (1), and plain weights.
-    for text in ("0_20_002_0220_10212", "2_12_112_0212", "2_22_222"):
+    for text in ("0_20_002_0220_10212", "2_12_112_0212"):
         graph = dag_graph(text)
-        shapes = network(graph, width=128, in_features=128, arrangement=arrangement, use_bias=False)
+        shapes = network(graph, width=64, in_features=64, arrangement=arrangement, use_bias=False)
         architecture = shapes.architecture()
         graphdef, params = nnx.split(shapes)
 
         def measure(key, graphdef=graphdef, params=params, architecture=architecture):
             drawn = initialize(key, params, architecture, rule)
-            features = nnx.merge(graphdef, drawn).features(jax.random.normal(key, (16, 128)))
+            features = nnx.merge(graphdef, drawn).features(jax.random.normal(key, (16, 64)))
             return jnp.stack([jnp.mean(jnp.square(feature)) for feature in features])
 
-        measured = jax.vmap(measure)(jax.random.split(jax.random.key(1), 64))
+        measured = jax.vmap(measure)(jax.random.split(jax.random.key(1), 128))
         expected, _ = second_moments(graph, edge_variances(graph, rule, arrangement), arrangement)
         unit = 2 if arrangement == PRE_ACTIVATION else 1  # of vertex 0: the stem has C = 2
         found = np.mean(np.asarray(measured), axis=0) / unit
         np.testing.assert_allclose(found, expected, rtol=0.12, atol=1e-9)
 
 
-@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(
     dag_strings(max_vertices=7),
     strategies.sampled_from(Arrangement),
@@ -796,7 +796,7 @@ def test_without_skips_moment_is_target(text):
 
 
 @pytest.mark.parametrize("arrangement", Arrangement)
-@pytest.mark.parametrize("num_blocks", [1, 3, 18, 60])
+@pytest.mark.parametrize("num_blocks", [1, 3, 18])
 @pytest.mark.parametrize("share", [0.05, 0.25, 1.0])
 def test_moment_bounds_the_growth_of_residual_blocks(arrangement, num_blocks, share):
     graph = residual_blocks(num_blocks)
@@ -895,10 +895,10 @@ def test_width_multipliers_need_one_counterpart():
         width_multipliers(Architecture(dag_graph("2"), (one,)), two_widths, "sgd")
 
 
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, max_examples=8)
 @hypothesis.given(strategies.integers(0, 2**16), strategies.sampled_from(Arrangement))
 def test_large_random_graphs_have_usable_variances(seed, arrangement):
-    graph = dag_graph(random_dag_string(seed, 24))
+    graph = dag_graph(random_dag_string(seed, 18))
     for rule in INITIALIZATION_RULES:
         variances = np.asarray(edge_variances(graph, rule, arrangement))
         assert len(variances) == len(edge_lists(graph))

@@ -102,7 +102,7 @@ def edges_of_groups(groups, operations):
     }
 
 
-def in_parts(part, strategy, num_inputs=2500, at_once=10):
+def in_parts(part, strategy, num_inputs=1500, at_once=10):
     """Runs a check on inputs that differ from part to part, so that workers can share them.
 
     Drawing several inputs at once saves most of the time that an example costs.
@@ -124,12 +124,10 @@ def in_parts(part, strategy, num_inputs=2500, at_once=10):
 # DAG strings.
 
 
-@pytest.mark.parametrize("start", [*map("".join, itertools.product("012", repeat=3))])
-def test_a_fifth_of_all_five_vertex_strings_is_read_and_printed_or_has_no_path(start):
+def test_strings_all_over_those_of_five_vertices_are_read_and_printed_or_have_no_path():
     operations = {"1": (Operator.SKIP, 1), "2": (Operator.LINEAR, 1)}
-    every = itertools.product("012", repeat=7)
-    for rest in itertools.islice(every, int(start, 3) % 5, None, 5):
-        groups = grouped(start + "".join(rest))
+    for characters in itertools.islice(itertools.product("012", repeat=10), 0, None, 23):
+        groups = grouped("".join(characters))
         text = "_".join(groups)
         if has_path(groups):
             graph = dag_graph(text)
@@ -271,13 +269,10 @@ def test_there_are_341_cells_without_a_path():
     assert names["3_34_131"] == THEORY_CELL
 
 
-@pytest.mark.parametrize("start", [*map("_".join, itertools.product("01234", repeat=2))])
-def test_every_cell_is_read_and_printed_in_both_notations_or_has_no_path(start):
+def test_cells_of_all_kinds_are_read_and_printed_in_both_notations_or_have_no_path():
     names, joined = cells()
     operations = {digit: operation for digit, (_, operation) in CELL_OPERATIONS.items()}
-    for code, text in names.items():
-        if not code.startswith(start):
-            continue
+    for code, text in itertools.islice(names.items(), 0, None, 7):
         if code not in joined:
             for notation in (code, text):
                 with pytest.raises(ValueError, match="no path joins") as caught:
@@ -368,7 +363,7 @@ def is_dag_string(text):
     return sizes and re.fullmatch("[012_]+", text) is not None and is_reachable(groups)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_any_text_is_read_and_printed_or_a_value_error(part):
     names, joined = cells()
     accepted_cells = joined | {names[code] for code in joined}
@@ -429,7 +424,7 @@ def is_edge_list(num_vertices, columns):
     )
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_any_edge_list_is_a_graph_or_a_value_error(part):
     @in_parts(part, strategies.binary(min_size=3, max_size=17).map(any_edge_list))
     def check(edge_list):
@@ -477,7 +472,7 @@ def test_random_strings_have_their_distribution(probabilities):
             weights["_".join(groups)] = chance
     if all(chances.values()):
         assert len(weights) == 15  # 9 with a weight on 0->2, and 6 with one on 0->1->2 alone
-    num_draws = 900
+    num_draws = 450
     counts = collections.Counter(
         random_dag_string(seed, 3, probabilities=probabilities) for seed in range(num_draws)
     )

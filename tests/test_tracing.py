@@ -88,20 +88,20 @@ def is_told_apart(graph):
 
 LIVE = [
     text
-    for seed in range(400)
+    for seed in range(200)
     for text in [random_dag_string(seed, 3 + seed % 5)]
     if is_told_apart(archscale.dag_graph(text))
 ]
 
 
 class TestNetworksOfGraphs:
-    @settings(max_examples=12, phases=[Phase.generate])  # a shrunk graph says no more
+    @settings(max_examples=8, phases=[Phase.generate])  # a shrunk graph says no more
     @given(
         text=st.sampled_from(LIVE),
         normalization=st.sampled_from([None, "batch", "layer"]),
         arrangement=st.sampled_from(["pre_activation", "activation"]),
         activation=st.sampled_from(["relu", "gelu"]),
-        width=st.integers(1, 7),
+        width=st.integers(2, 7),  # a scale of one entry may be a temperature
     )
     def test_mlps_give_their_graphs(self, text, normalization, arrangement, activation, width):
         model = abstract(
@@ -117,7 +117,7 @@ class TestNetworksOfGraphs:
         traced = trace_model(model, jnp.ones((4, 6)), arrangement=arrangement)
         assert_same(traced, model.architecture())
 
-    @settings(max_examples=12, phases=[Phase.generate])
+    @settings(max_examples=8, phases=[Phase.generate])
     @given(
         text=st.sampled_from(LIVE), arrangement=st.sampled_from(["pre_activation", "activation"])
     )

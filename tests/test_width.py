@@ -120,7 +120,6 @@ def spectral_change(rows, columns):
     ("role", "shape", "base_shape"),
     [
         (Role.INPUT, (48, 128), (48, 16)),
-        (Role.HIDDEN, (128, 128), (32, 32)),
         (Role.HIDDEN, (128, 32), (32, 8)),
         (Role.READOUT, (128, 10), (16, 10)),
     ],
@@ -152,15 +151,19 @@ def test_a_hidden_layer_changes_its_features_alike_whatever_both_its_widths():
     """SGD by width_rule on n → 64 → m → 1: a linear network, one step, the hidden weights alone."""
 
     def change(inner, outer):
-        keys = jax.random.split(jax.random.key(0), 4)
-        x = jax.random.normal(keys[0], (16,))
-        stem = jax.random.normal(keys[1], (inner, 16)) / 4
-        hidden = jax.random.normal(keys[2], (outer, inner)) / inner**0.5
-        readout = jax.random.normal(keys[3], (outer,)) / outer
-        gradient = jax.grad(lambda weights: readout @ weights @ stem @ x)(hidden)
+        random = np.random.default_rng(0)
+        x, stem = random.normal(size=16), random.normal(size=(inner, 16)) / 4
+        hidden = random.normal(size=(outer, inner)) / inner**0.5
+        readout = random.normal(size=outer) / outer
         kernel = Parameter("kernel", Role.HIDDEN, Role.HIDDEN, (inner, outer), inner, outer)
         multiplier = WIDTH_RULES.resolve("sgd")(kernel, inner / 64, outer / 64)
-        return float(jnp.sqrt(jnp.mean((multiplier * gradient @ stem @ x) ** 2)))
+
+        @jax.jit
+        def changed(hidden, readout, stem):
+            gradient = jax.grad(lambda weights: readout @ weights @ stem @ x)(hidden)
+            return jnp.sqrt(jnp.mean((multiplier * gradient @ stem @ x) ** 2))
+
+        return float(changed(hidden, readout, stem))
 
     for widths in [(64, 1024), (1024, 64), (512, 512)]:
         assert change(*widths) == pytest.approx(change(64, 64), rel=0.25)

@@ -86,6 +86,7 @@ def test_what_vertices_sum_and_layers_read(model):
         assert found == {name: not re.fullmatch(expected.linear, name) for name in found}
 
 
+@pytest.mark.parametrize("model", [*EXAMPLES][::3], indirect=True)
 def test_initializes(model):
     _, architecture, params = model
     draw = lambda key: archscale.initialize(key, params, architecture)  # noqa: E731

@@ -1,8 +1,9 @@
 """Models of four frameworks as (function, shapes, inputs), and what is measured of them."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import haiku as hk
@@ -13,19 +14,25 @@ import optax
 
 import archscale_jax as archscale
 from archscale_jax._architecture import Architecture, Parameter
+from archscale_jax._trees import named_leaves, with_leaves
 
 KEY = jax.random.key(0)
 
 
-class Model(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
     """A function of params and inputs, the shapes of its params, and inputs."""
 
     apply: Callable[..., Any]
     shapes: Any
     inputs: tuple[Any, ...]
 
-    def trace(self, **options: Any) -> Architecture:
-        return archscale.trace(self.apply, self.shapes, *self.inputs, **options)
+    def trace(self) -> Architecture:
+        return self._traced
+
+    @functools.cached_property
+    def _traced(self) -> Architecture:
+        return archscale.trace(self.apply, self.shapes, *self.inputs)
 
 
 def spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -38,8 +45,8 @@ def specs(**sizes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
 
 def normal(*shape: int, seed: int = 1) -> jax.Array:
     """Standard-normal inputs whose second moment is exactly 1 in every example."""
-    x = jax.random.normal(jax.random.key(seed), shape)
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)), jnp.float32)
 
 
 def linen_model(module: Any, *inputs: Any) -> Model:
@@ -90,21 +97,25 @@ def array_of(multiplier: Any, shape: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(np.asarray(multiplier), tuple(shape))
 
 
-def drawn(model: Model, architecture: Architecture, seed: int, rule: str | None = None) -> Any:
-    """Initialized params, drawn outside of jit: one program per shape, which all models share.
+def networks(
+    model: Model, architecture: Architecture, rule: str | None, number: int
+) -> Iterator[Any]:
+    """Draws params by a rule: the first by `initialize`, further ones from what it promises.
 
-    Drawn inside, every leaf is compiled anew in every test, which takes longer than all else.
+    NumPy draws normal numbers several times faster than JAX does on CPUs. Drawn inside of jit,
+    every leaf would be compiled anew in every test, which takes longer than all else.
     """
-    draw = functools.partial(archscale.initialize, jax.random.key(seed), model.shapes, architecture)
-    quick = jax.config.read("jax_disable_most_optimizations")
-    if max(leaf.size for leaf in jax.tree.leaves(model.shapes)) < 2**16:
-        return draw(rule)
-    # Optimized programs draw 7 times as fast, which is worth their compilation for large leaves.
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        return draw(rule)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", quick)
+    first = archscale.initialize(jax.random.key(0), model.shapes, architecture, rule)
+    yield first
+    deviations = archscale.weight_standard_deviations(architecture, rule)
+    for seed in range(1, number):
+        normal = np.random.Generator(np.random.SFC64(seed)).standard_normal
+        leaves = {
+            name: normal(leaf.shape, np.float32) * np.asarray(deviations[name], np.float32)
+            for name, leaf in named_leaves(model.shapes).items()
+            if name in deviations
+        }
+        yield with_leaves(first, leaves)
 
 
 def moments(
@@ -132,7 +143,7 @@ def moments(
         found = (taps or vertices)(params, *model.inputs)
         return jnp.stack([jnp.mean(jnp.abs(one) ** 2) for one in found])
 
-    return np.mean([run(drawn(model, architecture, seed, rule)) for seed in range(seeds)], axis=0)
+    return np.mean([run(params) for params in networks(model, architecture, rule, seeds)], axis=0)
 
 
 def promised_and_measured(
@@ -142,9 +153,15 @@ def promised_and_measured(
     architecture = archscale.trace(apply, params, *inputs)
     promised = archscale.second_moments(architecture, rule)
     new = archscale.initialize(jax.random.key(3), params, architecture, rule)
-    features = jax.jit(lambda p: archscale.vertex_features(apply, p, *inputs))(new)
-    assert features
-    return new, {v: (promised[v], float(jnp.mean(z**2))) for v, z in features.items()}
+    measured = _mean_squares(apply, new, *inputs)
+    assert measured
+    return new, {vertex: (promised[vertex], float(one)) for vertex, one in measured.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)  # once for all rules of a function
+def _mean_squares(apply: Callable[..., Any], params: Any, *inputs: Any) -> dict[int, jax.Array]:
+    features = archscale.vertex_features(apply, params, *inputs)
+    return {vertex: jnp.mean(jnp.square(one)) for vertex, one in features.items()}
 
 
 def check_promised(
@@ -203,7 +220,7 @@ def step_growth(
         @jax.jit
         def change(params: Any) -> jax.Array:
             out = model.apply(params, *model.inputs)
-            target = jax.random.normal(jax.random.key(7), out.shape)
+            target = np.random.default_rng(7).standard_normal(out.shape, np.float32)
             slope = jax.grad(lambda p: jnp.mean(model.apply(p, *model.inputs) * target))(params)
             update, _ = optimizer.update(slope, optimizer.init(params), params)
             step = jax.tree_util.tree_map_with_path(
@@ -213,7 +230,7 @@ def step_growth(
             size = jnp.sqrt(jnp.mean(dz**2))
             return size if observe is None else size / jnp.sqrt(jnp.mean(z**2))
 
-        found = [float(change(drawn(model, architecture, seed))) for seed in range(seeds)]
+        found = [float(change(params)) for params in networks(model, architecture, None, seeds)]
         return float(np.exp(np.mean(np.log(found))))
 
     return size(widths[1]) / size(widths[0])

@@ -33,7 +33,7 @@ RELU = jax.nn.relu
 
 def scores_of(scaled, split=True):
     """RMS of attention scores, with and without 1/sqrt(d) in the model."""
-    heads, size = 4, 64
+    heads, size = 2, 64
 
     def run(p, x):
         z = x @ p["stem"]
@@ -44,8 +44,8 @@ def scores_of(scaled, split=True):
         y = jnp.einsum("bhts,bshk,hkd->btd", jax.nn.softmax(scores), v, p["o"])
         return (z + y) @ p["readout"], [scores]
 
-    shapes = specs(stem=(8, 256), o=(heads, size, 256), readout=(256, 3))
-    shapes |= {name: spec(256, heads, size) for name in "qkv"}
+    shapes = specs(stem=(8, 128), o=(heads, size, 128), readout=(128, 3))
+    shapes |= {name: spec(128, heads, size) for name in "qkv"}
     model = Model(lambda p, x: run(p, x)[0], shapes, (normal(4, 16, 8),))
     return math.sqrt(moments(model, "second_moment", lambda p, x: run(p, x)[1])[0])
 

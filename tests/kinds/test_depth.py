@@ -7,6 +7,7 @@ addition is around [CompleteP, Table 1; final_ln_params of its code have lr_scal
 """
 
 import functools
+import itertools
 
 import equinox as eqx
 import haiku as hk
@@ -65,6 +66,11 @@ class PreLN(nn.Module):
         return nn.Dense(8, name="head")(nn.LayerNorm(name="last_norm")(h))
 
 
+@functools.cache
+def pre_norm(depth):
+    return linen_model(PreLN(depth, embedded=True), normal(2, 8))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_norms_outside_of_branches_keep_their_rate(optimizer, exponent):
@@ -72,14 +78,7 @@ def test_norms_outside_of_branches_keep_their_rate(optimizer, exponent):
 
     CompleteP's code: hidden_ln_params m^(α-1), final_ln_params 1.
     """
-    make = functools.partial(PreLN, embedded=True)
-    x = normal(2, 8)
-    found = multipliers(
-        linen_model(make(8), x),
-        linen_model(make(2), x),
-        depth_rule=optimizer,
-        depth_exponent=exponent,
-    )
+    found = multipliers(pre_norm(8), pre_norm(2), depth_rule=optimizer, depth_exponent=exponent)
     inside, end = expected(optimizer, 4, exponent)
     for name in ("stem/kernel", "stem/bias", "head/kernel", "head/bias"):
         assert value(found, name) == pytest.approx(1), name
@@ -196,13 +195,18 @@ class Denoiser(nn.Module):
         return {"net(x)": out, "x - net(x)": x - out, "x + net(x)": x + out}[self.result]
 
 
+@functools.cache
+def denoiser(depth, result):
+    return linen_model(Denoiser(depth, result), normal(2, 8))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("result", ["x - net(x)", "x + net(x)"])
 def test_a_skip_around_the_network_is_not_a_block(result, optimizer):
     """The numbers of net(x): m = n/n_b, and the readout ends no branch."""
 
     def numbers(result):
-        models = (linen_model(Denoiser(depth, result), normal(2, 8)) for depth in (8, 1))
+        models = (denoiser(depth, result) for depth in (8, 1))
         return multipliers(*models, depth_rule=optimizer, depth_exponent=0.5)
 
     plain = numbers("net(x)")
@@ -418,10 +422,15 @@ def test_modulated_blocks_of_a_diffusion_transformer(given):
     """Two additions a block; a shift is not a skip. What modulates a block is inside of it."""
     x, c = normal(2, 4, 8), normal(2, 8, seed=2)
 
+    def start(path, leaf):
+        if path[-1].key == "kernel" and path[-2].key != "ada":
+            return normal(*leaf.shape)
+        return jnp.full(leaf.shape, float(path[-1].key == "scale"))
+
     def traced(depth):
         module = DiffusionTransformer(depth)
-        make = lambda: module.init(jax.random.key(0), x, c)["params"]  # noqa: E731
-        params = make() if given == "arrays" else jax.eval_shape(make)
+        params = linen_model(module, x, c).shapes
+        params = params if given == "shapes" else jax.tree_util.tree_map_with_path(start, params)
         apply = lambda params, *inputs: module.apply({"params": params}, *inputs)  # noqa: E731
         return archscale.trace(apply, params, x, c)
 
@@ -489,37 +498,33 @@ def test_gated_feed_forward_layers_in_branches(framework):
 # Norms that end a branch
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("exponent", [0.5, 1.0])
-def test_the_gain_of_a_norm_that_ends_a_branch_is_its_end(optimizer, exponent):
+class PostNorm(nn.Module):
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(16, name="stem")(x)
+        for i in range(self.depth):
+            y = nn.Dense(32, name=f"up{i}")(nn.LayerNorm(name=f"pre{i}")(h))
+            y = nn.Dense(16, name=f"down{i}")(RELU(y))
+            h = h + nn.LayerNorm(name=f"post{i}")(y)
+        return nn.Dense(5, name="out")(nn.LayerNorm(name="last")(h))
+
+
+def test_the_gain_of_a_norm_that_ends_a_branch_is_its_end():
     """Gemma 2, OLMo 2, Swin v2: the last layer's size is undone, its norm's gain takes 1/m.
 
     The layer before it is inside: with s = n^-α the branch changes by s·η for Adam, s²·η for SGD.
     """
-
-    class Net(nn.Module):
-        depth: int
-
-        @nn.compact
-        def __call__(self, x):
-            h = nn.Dense(16, name="stem")(x)
-            for i in range(self.depth):
-                y = nn.Dense(32, name=f"up{i}")(nn.LayerNorm(name=f"pre{i}")(h))
-                y = nn.Dense(16, name=f"down{i}")(RELU(y))
-                h = h + nn.LayerNorm(name=f"post{i}")(y)
-            return nn.Dense(5, name="out")(nn.LayerNorm(name="last")(h))
-
-    found = multipliers(
-        *(linen_model(Net(depth), normal(2, 8)) for depth in (8, 2)),
-        depth_rule=optimizer,
-        depth_exponent=exponent,
-    )
-    inside, end = expected(optimizer, 4, exponent)
-    assert value(found, "post0/scale") == pytest.approx(end)
-    assert value(found, "post0/bias") == pytest.approx(end)
-    assert value(found, "down0/kernel") == pytest.approx(inside)
-    assert value(found, "up0/kernel") == pytest.approx(inside)
-    assert value(found, "last/scale") == pytest.approx(1)
+    models = [linen_model(PostNorm(depth), normal(2, 8)) for depth in (8, 2)]
+    for optimizer, exponent in itertools.product(("sgd", "adam"), (0.5, 1.0)):
+        found = multipliers(*models, depth_rule=optimizer, depth_exponent=exponent)
+        inside, end = expected(optimizer, 4, exponent)
+        assert value(found, "post0/scale") == pytest.approx(end)
+        assert value(found, "post0/bias") == pytest.approx(end)
+        assert value(found, "down0/kernel") == pytest.approx(inside)
+        assert value(found, "up0/kernel") == pytest.approx(inside)
+        assert value(found, "last/scale") == pytest.approx(1)
 
 
 def test_batch_norm_that_ends_a_branch_of_convolutions():

@@ -3,7 +3,7 @@
 The layer behind an edge of gain ρ is drawn with C = share / (d_in·ρ), so that every vertex has the
 second moment of the first. ReLU takes half, a normalization gives its scale squared, whatever is
 known of a chain of operations counts. Where no closed form is at hand, the judge is what the
-network computes: second moments of its features, of width 512, over several draws.
+network computes: second moments of its features, of width 256, over several draws.
 """
 
 import math
@@ -36,7 +36,7 @@ from tests.kinds.helpers import (
 pytestmark = pytest.mark.quick_compilation
 
 RELU = jax.nn.relu
-WIDTH = 512
+WIDTH = 256
 BOTH_RULES = pytest.mark.parametrize("rule", [None, "second_moment"])
 
 
@@ -222,7 +222,7 @@ def test_relu_is_relu_however_it_is_written(spelling, rule):
 # Constants that multiply
 
 
-def blocks(sum_of, branch, inner=1.0, depth=8, width=WIDTH):
+def blocks(sum_of, branch, inner=1.0, depth=4, width=WIDTH):
     """A residual stack x -> c·(x + s·f(x)), with what it adds and the stream behind every block."""
 
     def run(p, x):
@@ -245,18 +245,14 @@ def blocks(sum_of, branch, inner=1.0, depth=8, width=WIDTH):
     ("sum_of", "branch", "inner"),
     [
         (lambda x: x, lambda y: y, 1.0),
-        (lambda x: x / 2**0.5, lambda y: y, 1.0),
         (lambda x: np.float32(2**-0.5) * x, lambda y: y, 1.0),
-        (lambda x: x, lambda y: 0.1 * y, 1.0),
         (lambda x: x, lambda y: y / 10, 1.0),
         (lambda x: x, lambda y: jnp.full(y.shape[-1], 0.1) * y, 1.0),
         (lambda x: x, lambda y: y, 2**0.5),
     ],
     ids=[
         "plain",
-        "sum divided by sqrt(2)",
-        "sum times an array",
-        "branch times 0.1",
+        "sum times 1/sqrt(2)",
         "branch divided by 10",
         "branch times a constant vector",
         "sqrt(2)·relu",
@@ -266,7 +262,7 @@ def test_constants_that_multiply_features_count(sum_of, branch, inner):
     """ρ = g²·E[φ²]: n blocks grow the stream at most by exp(1/4) = 1.28, whatever multiplies it.
 
     And they add what they shall, a quarter of the stream over the blocks: a tenth of the branch is
-    not a hundredth of its share. Measured over 8 blocks.
+    not a hundredth of its share. Measured over 4 blocks.
     """
     model, run = blocks(sum_of, branch, inner)
     found = moments(model, "second_moment", lambda p, x: run(p, x)[1])
@@ -277,13 +273,13 @@ def test_constants_that_multiply_features_count(sum_of, branch, inner):
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_a_multiplier_that_the_model_has_is_not_applied_twice(power):
-    """x + f(x)/n^p, n = 16: by §9 its weights bring the share that they bring without 1/n^p.
+    """x + f(x)/n^p, n = 8: by §9 its weights bring the share that they bring without 1/n^p.
 
     1/√n: the stream grows as without the multiplier, by exp(1/4). 1/n is CompleteP's own; a branch
     then brings at least 1/(4n²) of the stream, its share at α = 1, and never the n-th part of it.
     """
-    depth = 16
-    model, run = blocks(lambda x: x, lambda y: y / depth**power, depth=depth, width=256)
+    depth = 8
+    model, run = blocks(lambda x: x, lambda y: y / depth**power, depth=depth)
     found = moments(model, "second_moment", lambda p, x: run(p, x)[2] + run(p, x)[1])
     added, streams = found[:depth], found[depth:]
     shares = added / streams[:-1]
@@ -296,7 +292,7 @@ def test_a_multiplier_that_the_model_has_is_not_applied_twice(power):
 
 def test_multiplied_embeddings():
     """table[ids]·√d (Gemma, the first transformer): branches add a quarter of what it gives."""
-    depth, width = 4, 256
+    depth, width = 4, 128
 
     def run(p, ids):
         x = p["table"][ids] * width**0.5
@@ -498,12 +494,12 @@ def test_moments_behind_transposed_convolutions():
     class Decoder(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.Conv(128, (1, 1))(x)
+            x = nn.Conv(64, (1, 1))(x)
             for _ in range(2):
-                x = nn.ConvTranspose(128, (2, 2), (2, 2), padding="VALID")(RELU(x))
+                x = nn.ConvTranspose(64, (2, 2), (2, 2), padding="VALID")(RELU(x))
             return nn.Dense(5)(x.mean((1, 2)))
 
-    same_moments(moments(linen_model(Decoder(), normal(8, 2, 2, 64)), None, seeds=6))
+    same_moments(moments(linen_model(Decoder(), normal(8, 2, 2, 64)), None))
 
 
 def test_dilation_and_stride_of_a_convolution_leave_the_fan():
@@ -758,7 +754,7 @@ def test_dense_skip_of_an_activation():
 # Norms that end a branch
 
 
-def post_norm(depth, norm, width=256):
+def post_norm(depth, norm, width=128):
     """x + norm(f(norm(x))): Gemma 2, OLMo 2, Swin v2."""
 
     def unit(h):
@@ -780,7 +776,7 @@ def post_norm(depth, norm, width=256):
 
 
 @pytest.mark.parametrize("norm", ["w", "1 + w"])
-@pytest.mark.parametrize("depth", [2, 16])
+@pytest.mark.parametrize("depth", [2, 8])
 def test_a_norm_that_ends_a_branch_bounds_the_stream(depth, norm):
     """Its gain is drawn n^-α: the stream grows by at most exp(1/4) at any depth, measured."""
     model, run = post_norm(depth, norm)
@@ -807,9 +803,9 @@ def test_layer_norm_of_linen_that_ends_a_branch():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.Dense(256, name="stem")(x)
-            for _ in range(8):
-                y = nn.Dense(256)(RELU(nn.Dense(256)(nn.LayerNorm()(x))))
+            x = nn.Dense(128, name="stem")(x)
+            for _ in range(4):
+                y = nn.Dense(128)(RELU(nn.Dense(128)(nn.LayerNorm()(x))))
                 x = x + nn.LayerNorm()(y)
             return nn.Dense(5)(nn.LayerNorm()(x))
 

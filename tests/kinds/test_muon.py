@@ -25,10 +25,12 @@ from tests.kinds.helpers import Model, normal, specs
 from tests.matrix_models import MODELS
 from tests.matrix_steps import axes_of, optimizer_of, steps
 
-# Where programs are compiled with few optimizations, rounding grows over many Newton-Schulz steps.
-quick = pytest.mark.quick_compilation
+pytestmark = pytest.mark.quick_compilation
 
-BASE, WIDE = 32, 128
+ROUNDING = 1e-4
+"""Of float32 in two programs, which the iteration of Muon enlarges."""
+
+BASE, WIDE = 32, 64
 KEY = jax.random.key(0)
 
 
@@ -60,7 +62,6 @@ def shape_of_matrix(name, leaf, width):
 # Whose a leaf is.
 
 
-@quick
 @pytest.mark.parametrize("name", MODELS)
 def test_every_leaf_is_whose_it_is(name):
     """Muon's over the axes written down, Adam's for the reason; in the base too, and as printed."""
@@ -78,7 +79,6 @@ def test_every_leaf_is_whose_it_is(name):
     assert records == optimizer_labels(plan.architecture)
 
 
-@quick
 def test_the_table_says_whose_a_leaf_is():
     text = str(plan_of("linen transformer", WIDE))
     for said in ("muon over axes (0)->(1, 2)", "muon over axes (0, 1)->(2)", "adam: table"):
@@ -95,8 +95,16 @@ def test_the_table_says_whose_a_leaf_is():
 # The law.
 
 
-@quick
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linen decoder, scanned",
+        "linen CNN",
+        "NNX mixture of experts",
+        "Equinox MLP",
+        "Haiku transformer, fused qkv",
+    ],
+)
 def test_matrices_change_alike_at_every_width(name):
     """Of every matrix of a stack, scale · √(in/out): √max(1, in/out of the base).
 
@@ -119,8 +127,7 @@ def test_matrices_change_alike_at_every_width(name):
             assert found.spread > 0.99, leaf
 
 
-@quick
-@pytest.mark.parametrize("name", ["linen decoder, scanned", "Equinox MLP", "Haiku CNN"])
+@pytest.mark.parametrize("name", ["linen decoder, scanned", "Equinox MLP"])
 def test_updates_of_consistent_size_are_alike_at_every_width_too(name):
     """consistent_rms=ρ: scale · √(in/out) is ρ·√in·√max(1, in/out), all of the base."""
     for width in (BASE, WIDE):
@@ -143,22 +150,20 @@ def test_spectral_norms_are_flat_where_the_iteration_has_steps_enough():
             assert spectral == pytest.approx(values.max() * expected, rel=0.03), layer
 
 
-@quick
 def test_optax_alone_is_off_where_outputs_come_first():
     """[24, 2n], a bottleneck that no width enters: optax takes 24 inputs to 2n outputs.
 
-    Size √(2n/24) where √(24/2n) is wanted: 2n/24, times 4; [n, 24] has √1 where √(n/24) is wanted,
-    but for n = 32 > 24: times ½.
+    Size √(2n/24) where √(24/2n) is wanted: 2n/24, times 2; [n, 24] has √1 where √(n/24) is wanted,
+    n above 24: times √½.
     """
     name = "Equinox MLP"
     alone = functools.partial(optax.contrib.muon, 1.0)
     base, wide = (steps(MODELS[name], alone, shapes_of(name, width)) for width in (BASE, WIDE))
-    for layer, ratio in {1: 1, 2: 4, 3: 1 / 2}.items():
+    for layer, ratio in {1: 1, 2: 2, 3: math.sqrt(1 / 2)}.items():
         leaf = f"inner/layers/{layer}/weight"
         assert wide[leaf].scale / base[leaf].scale == pytest.approx(ratio, rel=1e-3), leaf
 
 
-@quick
 def test_matrices_of_a_stack_are_orthogonalized_one_by_one():
     """A scan stack and experts: as optax does with each matrix by itself."""
 
@@ -177,14 +182,15 @@ def test_matrices_of_a_stack_are_orthogonalized_one_by_one():
         for place, (name, one) in enumerate(shapes.items())
     }
     tx = plan.optimizer(1.0)
-    updates, _ = tx.update(gradients, tx.init(gradients), gradients)
+    updates = jax.jit(lambda g: tx.update(g, tx.init(g), g)[0])(gradients)
+    alone = optax.contrib.muon(1.0)
+    update_of = jax.jit(lambda g: alone.update(g, alone.init(g), g)[0])
     for name, (inputs, outputs) in axes.items():
         for one in range(shapes[name].shape[0]):
             gradient = jnp.transpose(gradients[name][one], (inputs[0] - 1, outputs[0] - 1))
-            alone = optax.contrib.muon(1.0)
-            expected, _ = alone.update(gradient, alone.init(gradient), gradient)
+            expected = update_of(gradient)
             found = jnp.transpose(updates[name][one], (inputs[0] - 1, outputs[0] - 1))
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+            np.testing.assert_allclose(found, expected, atol=ROUNDING)
 
 
 # Options of the optimizer.
@@ -207,13 +213,12 @@ def updates_of(tx, params, count=1):
         lambda leaf: jnp.sin(jnp.arange(leaf.size) ** 2).reshape(leaf.shape), params
     )
     updates: Any = None
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(count):
-        updates, state = tx.update(gradients, state, params)
+        updates, state = update(gradients, state, params)
     return updates
 
 
-@quick
 def test_options_go_to_optax():
     """Of a base, whose multipliers are 1, the optimizer is that of optax with the same options."""
     plan = archscale.parametrize(mlp(16), normal(4, 8), optimizer="muon")
@@ -232,7 +237,6 @@ def test_options_go_to_optax():
     )
 
 
-@quick
 @pytest.mark.parametrize("rms", [None, 0.2])
 def test_a_plan_is_what_its_parts_are(rms):
     """`muon_dimension_numbers` for optax, and the multipliers for them behind it."""
@@ -250,7 +254,6 @@ def test_a_plan_is_what_its_parts_are(rms):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
-@quick
 def test_adam_has_a_rate_of_its_own():
     """-η (û + λW/f)·f, η that of the leaf's optimizer, a schedule or a number; f from the plan."""
     plan = archscale.parametrize(mlp(64), normal(4, 8), base=mlp(16), optimizer="muon")
@@ -282,7 +285,6 @@ def test_rates_of_two_optimizers_in_every_framework(name):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
-@quick
 def test_rates_can_be_injected():
     plan = archscale.parametrize(mlp(64), normal(4, 8), base=mlp(16), optimizer="muon")
     params = plan.init(KEY)
@@ -293,10 +295,9 @@ def test_rates_can_be_injected():
     }
     injected = optax.inject_hyperparams(plan.optimizer)(**options)
     found, expected = (updates_of(tx, params) for tx in (injected, plan.optimizer(**options)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=ROUNDING), found, expected)
 
 
-@quick
 def test_options_of_muon_are_of_muon():
     for optimizer, accepted in (("adamw", "b1"), ("sgd", "momentum")):
         plan = archscale.parametrize(mlp(16), normal(4, 8), optimizer=optimizer)

@@ -37,8 +37,8 @@ RELU = jax.nn.relu
 def update_of(shape, **options):
     """The first update of optax.contrib.muon at rate 1."""
     muon = optax.contrib.muon(1.0, ns_steps=12, **options)
-    gradient = jax.random.normal(jax.random.key(0), shape)
-    return np.asarray(muon.update(gradient, muon.init(gradient), gradient)[0])
+    gradient = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return np.asarray(jax.jit(lambda g: muon.update(g, muon.init(g), g)[0])(gradient))
 
 
 def size_of_update(shape, rms=None):
@@ -52,7 +52,7 @@ def multiplier(wide, base, layer, base_layer, rms):
     return size_of_update(base, rms) / math.sqrt(base_layer[1] / base_layer[0]) / c
 
 
-@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (5, 64), (40, 40)])
+@pytest.mark.parametrize("shape", [(64, 16), (5, 64), (40, 40)])
 @pytest.mark.parametrize("rms", [None, 0.2])
 def test_the_size_of_an_update_of_optax(shape, rms):
     """The closed form against optax, whose iteration leaves singular values of 0.7 to 1.2."""

@@ -32,12 +32,13 @@ def model(width, depth):
 def stream(plan):
     """Second moment of the last vertex before the readout, over that of the table's entries."""
     apply, _ = model(1, 1)
-    sizes = []
-    for seed in range(4):
-        params = plan.init(jax.random.key(seed))
+
+    @jax.jit
+    def size(params):
         features = archscale.vertex_features(apply, params, TOKENS)
-        sizes.append(float(jnp.mean(features[max(features)] ** 2) / jnp.mean(params["table"] ** 2)))
-    return np.mean(sizes)
+        return jnp.mean(features[max(features)] ** 2) / jnp.mean(params["table"] ** 2)
+
+    return np.mean([size(plan.init(jax.random.key(seed))) for seed in range(4)])
 
 
 @pytest.mark.parametrize("rule", [None, "he_normal"])
@@ -56,12 +57,13 @@ def test_rows_keep_their_entries_beyond_the_base(rule):
 def test_branches_bring_what_they_bring_in_the_base(form):
     """The stream at initialization, over the rows of the table, is that of the base."""
     base = archscale.parametrize(model(64, 2), TOKENS)
-    plan = archscale.parametrize(model(256, 2), TOKENS, base=base, form=form)
-    assert stream(plan) == pytest.approx(stream(base), rel=0.15)
+    plan = archscale.parametrize(model(128, 2), TOKENS, base=base, form=form)
+    found = stream(plan)
+    assert found == pytest.approx(stream(base), rel=0.15)
     promised = archscale.rules.second_moments(
         plan.architecture,
         plan.choice.initialization,
         rule_options=plan.choice.initialization_options,
     )
     entries = float(named_leaves(plan.init_std)["table"]) ** 2
-    assert promised[max(promised)] / entries == pytest.approx(stream(plan), rel=0.15)
+    assert promised[max(promised)] / entries == pytest.approx(found, rel=0.15)

@@ -39,6 +39,11 @@ pytestmark = pytest.mark.quick_compilation
 RELU = jax.nn.relu
 
 
+def both_multipliers(model, base):
+    """Those of SGD and those of Adam."""
+    return [multipliers(model, base, width_rule=rule) for rule in ("sgd", "adam")]
+
+
 # Depthwise, grouped and per-head layers
 
 
@@ -118,16 +123,14 @@ def test_kernels_of_a_fixed_group_are_vectors(kind):
     """They contract no width and write one: SGD N/N_b = 4, bias too; Adam 1 (microsoft/mup: vector-
     like). The pointwise layer is a hidden matrix: SGD 1, Adam ¼."""
     make, kernel, bias, point = VECTORS[kind]
-    sgd = multipliers(make(64), make(16), width_rule="sgd")
-    adam = multipliers(make(64), make(16), width_rule="adam")
+    sgd, adam = both_multipliers(make(64), make(16))
     assert [value(sgd, name) for name in (kernel, bias, point)] == pytest.approx([4, 4, 1])
     assert [value(adam, name) for name in (kernel, bias, point)] == pytest.approx([1, 1, 0.25])
 
 
 def test_kernels_of_growing_groups_are_matrices():
     """4 groups at every width: k = n/4 grows with N = n, a matrix: SGD 1, Adam ¼; the bias 4, 1."""
-    sgd = multipliers(convolutional(64, 4), convolutional(16, 4), width_rule="sgd")
-    adam = multipliers(convolutional(64, 4), convolutional(16, 4), width_rule="adam")
+    sgd, adam = both_multipliers(convolutional(64, 4), convolutional(16, 4))
     assert value(sgd, "grouped/kernel") == pytest.approx(1)
     assert value(adam, "grouped/kernel") == pytest.approx(0.25)
     assert value(sgd, "grouped/bias") == pytest.approx(4)
@@ -150,15 +153,13 @@ def per_head(width, growing):
 @pytest.mark.parametrize(("growing", "sgd", "adam"), [("heads", 4, 1), ("size", 1, 0.25)])
 def test_block_diagonal_layers(growing, sgd, adam):
     """Heads that grow at a fixed size: N/k grows as the heads. A size that grows: a matrix."""
-    make = functools.partial(per_head, growing=growing)
-    assert multipliers(make(64), make(16), width_rule="sgd")["block"] == pytest.approx(sgd)
-    assert multipliers(make(64), make(16), width_rule="adam")["block"] == pytest.approx(adam)
+    found = both_multipliers(per_head(64, growing), per_head(16, growing))
+    assert [one["block"] for one in found] == pytest.approx([sgd, adam])
 
 
-@pytest.mark.parametrize("leaf", ["grouped/kernel", "grouped/bias"])
-def test_a_step_of_a_depthwise_leaf_moves_logits_as_in_the_base(leaf):
+def test_a_step_of_a_depthwise_leaf_moves_logits_as_in_the_base():
     """Measured, SGD, width 16 to 128: with N/N_b the change does not depend on the width."""
-    growth = step_growth(lambda n: convolutional(n, n), (16, 128), leaf, "sgd")
+    growth = step_growth(lambda n: convolutional(n, n), (16, 128), "grouped/kernel", "sgd")
     assert 0.5 < growth < 2
 
 
@@ -229,8 +230,7 @@ def equinox_group_norm(width):
 )
 def test_vectors_of_any_axis_are_vectors(make, names):
     """SGD N/N_b = 8, Adam 1, wherever the width stands in the shape."""
-    sgd = multipliers(make(128), make(16), width_rule="sgd")
-    adam = multipliers(make(128), make(16), width_rule="adam")
+    sgd, adam = both_multipliers(make(128), make(16))
     for name in names:
         assert value(sgd, name) == pytest.approx(8), name
         assert value(adam, name) == pytest.approx(1), name
@@ -256,9 +256,9 @@ def test_widths_on_the_second_axis_of_a_scan():
 
         return linen_model(Net(), normal(2, 8))
 
-    for rule, kernel, bias in (("sgd", 1, 4), ("adam", 0.25, 1)):
-        for axis in (0, 1):
-            found = multipliers(make(64, axis), make(16, axis), width_rule=rule)
+    for axis in (0, 1):
+        both = both_multipliers(make(64, axis), make(16, axis))
+        for found, kernel, bias in zip(both, (1, 0.25), (4, 1), strict=True):
             np.testing.assert_allclose(value(found, "layer/kernel"), kernel, rtol=1e-6)
             np.testing.assert_allclose(value(found, "layer/bias"), bias, rtol=1e-6)
 
@@ -418,11 +418,12 @@ def test_with_widths_names_places_and_not_numbers(tokens):
     def make(width):
         return linen_model(Mixer(width, 4 * tokens), spec(2, tokens, 12))
 
-    arch = make(64).trace()
+    model, small = make(64), make(32)
+    arch = model.trace()
     base = archscale.with_widths(arch, {64: 32, 256: 128})
     for rule in ("adam", "sgd"):
         found = archscale.learning_rate_multipliers(arch, base, "none", width_rule=rule)
-        traced = multipliers(make(64), make(32), width_rule=rule)
+        traced = multipliers(model, small, width_rule=rule)
         assert found == pytest.approx(traced), rule
     found = archscale.learning_rate_multipliers(arch, base, "none", width_rule="adam")
     assert value(found, "tokens_up/kernel") == pytest.approx(1)
