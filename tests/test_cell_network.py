@@ -177,7 +177,7 @@ def reference(leaves, cell, images):
     return features @ leaves["readout/kernel"] + leaves["readout/bias"]
 
 
-CELLS = ("3_24_130", "0_32_423", "4_20_000")  # the last two have a dead vertex and no path
+CELLS = ("3_24_130", "4_20_000")  # the last has a dead vertex and no path
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_study_cut_in_the_middle_ends_as_an_undisturbed_one(tmp_path, run_agai
     assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
     lines = records.splitlines(keepends=True)
-    journal.write_text("".join(lines[:7]) + lines[7][:20])  # as a kill leaves it
+    journal.write_text("".join(lines[:-1]) + lines[-1][:20])  # as a kill leaves it
     again = run_again("scaling", tmp_path, *SMALL, "--quiet")
     assert (again.returncode, again.stderr) == (0, "")
     assert "results: " in again.stdout
