@@ -65,7 +65,7 @@ def test_a_training_grows_and_counts_what_it_does(study, task, method, sizes, sw
     ]
     assert each == sorted(each)
     # A growth costs an update of the larger network.
-    updates = np.diff([0, *switches, 24]) + [0, *[1] * len(switches)]
+    updates = np.diff([0, *switches, 24]) + np.append(0, np.ones(len(switches)))
     assert found["operations"] == [pytest.approx(np.dot(updates, each))]
     assert len(found["growths"]) == len(switches)
     for growth in found["growths"]:

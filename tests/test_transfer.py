@@ -82,10 +82,6 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     assert started.returncode == 0, started.stderr
     assert journal.read_text().count("\n") == len(lines)
 
-    other = run_again("find_lr", tmp_path, *SEARCH, "--width=9")
-    assert other.returncode == 1
-    assert "width=8 (now 9)" in other.stderr
-
 
 @pytest.mark.parametrize(
     ("flag", "message"),
