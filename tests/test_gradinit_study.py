@@ -1,6 +1,7 @@
 """The GradInit study as users run it, its networks, and the tables it makes of its results."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ TINY = ("--dataset=digits", "--images_downscale=1", "--images_width=2", "--batch
 
 
 def few_trainings():
-    gradinit_study.DEFAULT_STARTS["plain"] = ("he",)
-    gradinit_study.RATES["sgd"] = gradinit_study.RATES["sgd"][-2:]
+    starts: Any = gradinit_study.DEFAULT_STARTS
+    starts["plain"] = ("he",)
+    rates: Any = gradinit_study.RATES
+    rates["sgd"] = rates["sgd"][-2:]
     gradinit_study.MEASURED_BATCHES = 2
 
 

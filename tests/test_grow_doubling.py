@@ -188,9 +188,11 @@ def test_hidden_layers_as_wide_as_the_stream_make_the_usual_network():
 
 
 def test_ends_share_what_comes_before_the_rate_falls(study):
-    whole = doubling.train(study.trial("hidden", "scratch", 0.01, 0, lengths=(0.5, 1.0)))
-    short = doubling.train(study.trial("hidden", "scratch", 0.01, 0, lengths=(0.5,)))
-    assert whole["held_out"][0] == short["held_out"][0]
+    whole, short, long = (
+        doubling.train(study.trial("hidden", "scratch", 0.01, 0, lengths=lengths))
+        for lengths in ((0.5, 1.0), (0.5,), (1.0,))
+    )
+    assert whole["held_out"] == [*short["held_out"], *long["held_out"]]
     assert whole["operations"][1] == pytest.approx(2 * whole["operations"][0])
     assert whole["operations"][0] == short["operations"][0]
 
