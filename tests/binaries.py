@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 
 import jax
 from absl import flags
@@ -30,7 +31,15 @@ for _name in (
     importlib.import_module(_name)
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload(
+    [
+        *(__name__, "flax.linen", "flax.nnx", "scipy.stats"),
+        *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+        *("experiments.lab.checkpoints", "experiments.lab.common", "experiments.lab.families"),
+        *("experiments.lab.models", "experiments.lab.page", "experiments.lab.recipe"),
+        *("experiments.lab.studies", "experiments.lab.training"),
+    ]
+)
 
 
 def run_forked(
@@ -39,16 +48,18 @@ def run_forked(
     folder: pathlib.Path,
     root: pathlib.Path,
     interrupt_at: pathlib.Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python -m experiments.<name>` with flags; its output goes through files in a folder.
 
-    Where a path is given, Ctrl-C comes as soon as something is there.
+    Where a path is given, Ctrl-C comes as soon as something is there. What `prepare` does, the
+    process does first: it is a function of the top of a module, or functools.partial of one.
     """
     files = [folder / stream for stream in ("stdout", "stderr")]
     for file in files:
         file.touch()
-    arguments = (f"experiments.{name}", flags, files, root, interrupt_at)
-    process = FORKS.Process(target=_become, args=arguments)
+    arguments = (f"experiments.{name}", flags, files, root, interrupt_at, prepare)
+    process = FORKS.Process(target=become, args=arguments)
     process.start()
     process.join(60 if interrupt_at is not None else 300)
     if process.exitcode is None:
@@ -61,13 +72,15 @@ def run_forked(
     return finished
 
 
-def _become(
+def become(
     module: str,
     flags: list[str],
     files: list[pathlib.Path],
     root: pathlib.Path,
-    interrupt_at: pathlib.Path | None,
+    interrupt_at: pathlib.Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
+    """Makes the process that calls it `python -m <module>` with flags."""
     for descriptor, file in enumerate(files, start=1):
         with file.open("wb") as stream:
             os.dup2(stream.fileno(), descriptor)
@@ -76,6 +89,8 @@ def _become(
     if interrupt_at is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # fork servers ignore it
         threading.Thread(target=_interrupt, args=(interrupt_at,), daemon=True).start()
+    if prepare is not None:
+        prepare()
     sys.argv = [module, *flags]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

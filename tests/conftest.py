@@ -7,7 +7,6 @@ import gc
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -124,14 +123,14 @@ def binary_environment() -> dict[str, str]:
 
 @pytest.fixture
 def run_again(tmp_path_factory):
-    """Runs a binary as its users do: name, --workdir, further flags.
+    """Runs a binary as its users do: name, --workdir, further flags; `prepare` as in `run_forked`.
 
     Forked from a process that has imported what all binaries need, which takes them seconds.
     """
     from tests.binaries import run_forked  # imports JAX
 
-    def run(name: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    def run(name: str, workdir: Path, *flags: str, prepare=None):
         folder = tmp_path_factory.mktemp("output")
-        return run_forked(name, [f"--workdir={workdir}", *flags], folder, _ROOT)
+        return run_forked(name, [f"--workdir={workdir}", *flags], folder, _ROOT, prepare=prepare)
 
     return run

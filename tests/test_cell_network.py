@@ -30,8 +30,9 @@ pytestmark = pytest.mark.quick_compilation
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
+@functools.cache
 def abstract(cell, channels=2, cells=1, image_channels=1, classes=3, **options):
-    """A network without arrays."""
+    """A network without arrays, which no test may change."""
     return nnx.eval_shape(
         lambda: CellNetwork(
             cell, image_channels, channels, cells, classes, rngs=nnx.Rngs(0), **options
@@ -41,7 +42,7 @@ def abstract(cell, channels=2, cells=1, image_channels=1, classes=3, **options):
 
 def network(*arguments, **options):
     """A network whose parameters are all random, biases and scales too; NumPy compiles nothing."""
-    model = abstract(*arguments, **options)
+    model = nnx.clone(abstract(*arguments, **options))
     generator = np.random.default_rng(0)
     draws = {
         "kernel": lambda shape: generator.normal(size=shape) / np.sqrt(np.prod(shape[:-1])),
@@ -115,13 +116,11 @@ def test_a_network_of_cells_has_no_author_code_rate():
 # Against a reference in plain operations.
 
 
-@jax.jit
 def plain_normalization(features, scale, bias):
     mean, variance = features.mean((0, 1, 2)), features.var((0, 1, 2))
     return (features - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def plain_convolution(features, kernel, stride):
     border = [(kernel.shape[0] // 2,) * 2] * 2
     return lax.conv_general_dilated(
@@ -129,16 +128,12 @@ def plain_convolution(features, kernel, stride):
     )
 
 
-@jax.jit
 def plain_pool(features):
     return nnx.avg_pool(features, (3, 3), padding="SAME", count_include_pad=False)
 
 
 def reference(leaves, cell, images):
-    """The benchmark's network while training, from its description; images of even sizes.
-
-    Not jitted as a whole: what is compiled of one layer serves others, and all cells.
-    """
+    """The benchmark's network while training, from its description; images of even sizes."""
 
     def normalized(name, features):
         return plain_normalization(features, leaves[f"{name}/scale"], leaves[f"{name}/bias"])
@@ -177,7 +172,7 @@ def reference(leaves, cell, images):
     return features @ leaves["readout/kernel"] + leaves["readout/bias"]
 
 
-CELLS = ("3_24_130", "0_32_423", "4_20_000")  # the last two have a dead vertex and no path
+CELLS = ("3_24_130", "4_20_000")  # the last has dead vertices and no path
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +218,7 @@ def test_loss_and_gradient_are_those_of_the_reference(cell, example):
         model = network(cell, param_dtype=jnp.float64)
         graphdef, params, model_state = split(model)
 
+        @jax.jit
         @jax.value_and_grad
         def expected(leaves):
             logits = reference(leaves, cell, images)
@@ -387,7 +383,7 @@ def test_embedding_fills_with_zeros_and_cells_of_all_codes_are_of_the_space():
     space = nnx.state(abstract(None), nnx.Param)
     names = set(named_leaves(space))
     generator = np.random.default_rng(0)
-    for digits in generator.integers(0, 5, (20, 6)):
+    for digits in generator.integers(0, 5, (6, 6)):
         code = "_".join("".join(map(str, part)) for part in (digits[:1], digits[1:3], digits[3:]))
         assert names >= set(named_leaves(nnx.state(abstract(code), nnx.Param)))
     params = nnx.state(network("3_00_100"), nnx.Param)

@@ -1,4 +1,4 @@
-"""examples/ as their readers run them, with few updates, and what docs/examples.md says of them."""
+"""examples/ with small networks and few updates, and what docs/examples.md says of them."""
 
 import ast
 import math
@@ -17,6 +17,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 SHARDED = "sharded_scan_decoder"
 PAGE = (ROOT / "docs" / "examples.md").read_text()
+SMALLER = {
+    "audit": {"Network(4, 256)": "Network(3, 64)"},
+    "equinox_mlp": {"Network(12, 256, KEY)": "Network(3, 64, KEY)"},
+    "find_rate": {},
+    "gpt_linen": {"GPT(6, 128)": "GPT(3, 64)"},
+    "muon": {"shapes(4, 64)": "shapes(2, 64)"},
+    "resnet_nnx": {"(1, 8), (4, 32)": "(1, 8), (2, 16)"},
+    SHARDED: {"Decoder(6, 128)": "Decoder(3, 64)", "RATE = 64, 16": "RATE = 16, 16"},
+}
+"""What the tests write for the large network of an example, and for its long sequences."""
 
 
 def answer(name):
@@ -32,13 +42,25 @@ def without_numbers(sentence):
     return re.sub(r"\d+(\.\d+)?|nan", "#", sentence)
 
 
+def smaller(name, folder):
+    """The path of an example whose large network is smaller."""
+    source = EXAMPLES[name].read_text()
+    for large, small in SMALLER[name].items():
+        assert source.count(large) == 1
+        source = source.replace(large, small)
+    path = folder / EXAMPLES[name].name
+    path.write_text(source)
+    return str(path)
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, tmp_path):
     """Runs an example in this process; returns the lines that it prints."""
 
     def run(name, *flags):
-        monkeypatch.setattr(sys, "argv", [str(EXAMPLES[name]), *flags])
-        runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
+        path = smaller(name, tmp_path)
+        monkeypatch.setattr(sys, "argv", [path, *flags])
+        runpy.run_path(path, run_name="__main__")
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -73,8 +95,8 @@ def test_flat_files_of_the_public_interface(name):
 
 @pytest.mark.parametrize("name", sorted({*EXAMPLES} - {SHARDED, "audit"}))
 def test_prints_what_the_page_shows(name, run):
-    flags = ["--seeds=2"] if name == "find_rate" else []
-    lines = run(name, "--steps=12", *flags)
+    flags = ["--seeds=2", "--steps=12"] if name == "find_rate" else ["--steps=3"]
+    lines = run(name, *flags)
     assert without_numbers(lines[-1]) == without_numbers(answer(name))
     assert "nan" not in lines[-1]
     if name == "gpt_linen":  # both sizes are better than guessing
@@ -93,6 +115,16 @@ def test_audit_finds_the_three_faults_and_no_other(run):
     assert kinds == [set(), {"start"}, {"decay"}, {"rate", "decay"}]
 
 
+RUNS = """
+import runpy, sys
+path = sys.argv[1]
+for flags in sys.argv[2:]:
+    print("run:", flags)
+    sys.argv = [path, *flags.split()]
+    runpy.run_path(path, run_name="__main__")
+"""
+
+
 def test_sharded_training_goes_on_from_its_checkpoint(tmp_path):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "4",
@@ -100,21 +132,19 @@ def test_sharded_training_goes_on_from_its_checkpoint(tmp_path):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
+    path = smaller(SHARDED, tmp_path)
+    cut, whole = (f"--steps=8 --workdir={tmp_path / name}" for name in ("cut", "whole"))
 
-    def run(folder, *flags):
-        command = [sys.executable, str(EXAMPLES[SHARDED]), f"--workdir={tmp_path / folder}"]
-        done = subprocess.run(
-            [*command, "--steps=8", *flags],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    def run(*runs):
+        """The lines of runs that one process makes."""
+        command = [sys.executable, "-c", RUNS, path, *runs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return [part.splitlines()[1:] for part in done.stdout.split("run: ")[1:]]
 
-    whole = run("whole")
-    first, second = run("cut", "--stop=3"), run("cut")
+    (first,) = run(f"{cut} --stop=3")
+    second, uncut = run(cut, whole)
     assert second[0] == "  goes on behind batch 2"
-    assert [*first[:-1], *second[1:]] == whole
-    assert whole[-1].startswith("4 devices, each with 25% of parameters")
-    assert without_numbers(whole[-1]) == without_numbers(answer(SHARDED))
+    assert [*first[:-1], *second[1:]] == uncut
+    assert uncut[-1].startswith("4 devices, each with 25% of parameters")
+    assert without_numbers(uncut[-1]) == without_numbers(answer(SHARDED))

@@ -1,5 +1,6 @@
 """The studies of network families, as users run them, and the tables they make of their results."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import archscale_jax as archscale
 from archscale_jax._trees import named_leaves
 from archscale_jax.rules._residual import residual_branches
+from experiments import default_networks
 from experiments.lab import datasets, families, files, networks
 from experiments.lab.sweeps import trial_hash
 from tests.binaries import imported
@@ -249,9 +251,19 @@ def test_an_update_is_scaled_as_the_parametrization_says(parametrization):
         np.testing.assert_allclose(found[name], value)
 
 
+def fewer_digits_and_smaller_networks():
+    digits = datasets.load("digits")
+    few = dataclasses.replace(
+        digits, train_images=digits.train_images[:64], train_labels=digits.train_labels[:64]
+    )
+    default_networks.load = lambda name: few
+    graph = default_networks.FAMILIES["graph"]
+    default_networks.FAMILIES["graph"] = graph._replace(base=(1, 8))
+
+
 def test_the_study_of_defaults_compares_at_three_sizes_and_goes_on(tmp_path, run_again):
     flags = ("--family=graph", "--steps=20", "--num_seeds=1", "--growth=2", "--quiet")
-    done = run_again("defaults", tmp_path, *flags)
+    done = run_again("defaults", tmp_path, *flags, prepare=fewer_digits_and_smaller_networks)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()]
     assert [row[1].strip() for row in rows[-3:]] == ["base", "deep", "wide"]
@@ -267,7 +279,8 @@ def test_the_study_of_defaults_compares_at_three_sizes_and_goes_on(tmp_path, run
     best = min(losses["base"], key=losses["base"].__getitem__)
     assert losses["deep"].keys() == losses["wide"].keys() == {best}
     kept = (tmp_path / "results.jsonl").read_bytes()
-    assert run_again("defaults", tmp_path, *flags).stdout == done.stdout
+    again = run_again("defaults", tmp_path, *flags, prepare=fewer_digits_and_smaller_networks)
+    assert again.stdout == done.stdout
     assert (tmp_path / "results.jsonl").read_bytes() == kept
 
 

@@ -19,7 +19,7 @@ def worst(network: str, over: str, sizes: list[int], case: str) -> float:
 @pytest.mark.parametrize(
     ("network", "over", "sizes", "case"),
     [
-        ("transformer", "width", [32, 256], "AdamW"),
+        ("transformer", "width", [32, 128], "AdamW"),
         ("residual MLP", "width", [64, 512], "Muon"),
         ("residual MLP", "depth", [2, 8], "AdamW"),
         ("residual MLP", "depth", [2, 8], "AdamW, large ε, as gradients"),

@@ -23,38 +23,51 @@ doubling = imported("grow_doubling")
 pytestmark = pytest.mark.quick_compilation
 
 
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    """A study of trainings that are as short and as small as can be."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Makes trainings as short and as small as can be; returns the settings of a study of them."""
+    folder = tmp_path_factory.mktemp("text")
     for number in range(80):
-        (tmp_path / f"{number}.py").write_text(f"# {number}\n" + "return x\n" * 20)
-    for name, value in {"PART": 2, "CONTEXT": 8, "WARMUP": 4, "AFTER": (0, 2)}.items():
-        monkeypatch.setattr(doubling, name, value)
+        (folder / f"{number}.py").write_text(f"# {number}\n" + "return x\n" * 20)
     tasks = {"decoder": doubling.Task((1, 16), (2, 32), 2**-7, "decoder", 4, head=8),
              "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN", 8),
              "hidden": doubling.Task((3, 1), (3, 2), 2**-7, "hidden", 8, stream=2)}  # fmt: skip
-    monkeypatch.setattr(doubling, "TASKS", tasks)
-    settings = {"steps": 24, "text": texts.load_text(str(tmp_path)).name, "dataset": "digits"}
-    yield doubling.Study(settings, tmp_path / "results.jsonl", {})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PART": 2, "CONTEXT": 8, "WARMUP": 4, "AFTER": (0, 2)}.items():
+            patch.setattr(doubling, name, value)
+        patch.setattr(doubling, "TASKS", tasks)
+        yield {"steps": 24, "text": texts.load_text(str(folder)).name, "dataset": "digits"}
     doubling.model_of.cache_clear()
     doubling.data_of.cache_clear()
 
 
-@pytest.mark.parametrize(("task", "method"), [("decoder", "both"), ("cnn", "reset")])
-def test_a_training_grows_and_counts_what_it_does(study, task, method):
+@pytest.fixture
+def study(small, tmp_path):
+    return doubling.Study(small, tmp_path / "results.jsonl", {})
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "sizes", "switches"),
+    [
+        ("decoder", "both", [[1, 16], [1, 32], [2, 32]], [8, 12]),
+        ("hidden", "copies_reset", [[3, 1], [3, 2]], [12]),
+    ],
+)
+def test_a_training_grows_and_counts_what_it_does(study, task, method, sizes, switches):
     trial = study.trial(task, method, 0.01, 1)
     json.dumps(trial)
-    small, large = doubling.TASKS[task].small, doubling.TASKS[task].large
-    assert trial["sizes"] == [list(small), [small[0], large[1]], list(large)]
-    assert (trial["switches"], trial["ends"]) == ([8, 12], [24])
+    assert trial["sizes"] == sizes
+    assert (trial["switches"], trial["ends"]) == (switches, [24])
     found = doubling.train(trial)
     each = [
         doubling.model_of(task, tuple(size), *doubling.data_key(trial)).operations
         for size in trial["sizes"]
     ]
-    assert each[0] < each[1] < each[2]
-    assert found["operations"] == [pytest.approx(8 * each[0] + 5 * each[1] + 13 * each[2])]
-    assert len(found["growths"]) == 2
+    assert each == sorted(each)
+    # A growth costs an update of the larger network.
+    updates = np.diff([0, *switches, 24]) + np.append(0, np.ones(len(switches)))
+    assert found["operations"] == [pytest.approx(np.dot(updates, each))]
+    assert len(found["growths"]) == len(switches)
     for growth in found["growths"]:
         assert growth["after"][0] == pytest.approx(growth["before"], rel=1e-4)
         assert len(growth["after"]) == 2
@@ -81,6 +94,7 @@ def test_methods_are_those_of_a_task():
     } | {"scratch"}
 
 
+@pytest.fixture(scope="module")
 def narrow_and_wide():
     """A trained-like narrow network, the shapes of a wide one, and a loss for both."""
     images = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
@@ -96,7 +110,7 @@ def narrow_and_wide():
         )
         for h in (1, 2)
     ]
-    params = [plan.init(jax.random.key(2)) for plan in plans]
+    params = [jax.jit(plan.init)(jax.random.key(2)) for plan in plans]
     wide = [leaf.shape for leaf in jax.tree.leaves(params[1])]
 
     def logits(params, images):
@@ -107,12 +121,12 @@ def narrow_and_wide():
         found = logits(params, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(found, batch[1]).mean()
 
-    return params, batch, logits, loss
+    return params, batch, jax.jit(logits), loss
 
 
 @pytest.mark.parametrize("method", ["tiny", "random"])
-def test_new_neurons_leave_the_others_as_they_are(method):
-    (params, like), batch, logits, loss = narrow_and_wide()
+def test_new_neurons_leave_the_others_as_they_are(method, narrow_and_wide):
+    (params, like), batch, logits, loss = narrow_and_wide
     added = grow_operators.add_neurons(
         loss, params, like, batch, batch, None, None, key=jax.random.key(3), method=method
     )
@@ -137,16 +151,16 @@ def test_new_neurons_leave_the_others_as_they_are(method):
     assert added.operations > grow_operators.search_operations(loss, like, batch)
 
 
-def test_the_search_is_counted_as_14_forward_passes_of_the_wide_network():
-    (_, like), batch, _, loss = narrow_and_wide()
+def test_the_search_is_counted_as_14_forward_passes_of_the_wide_network(narrow_and_wide):
+    (_, like), batch, _, loss = narrow_and_wide
     # Places times inputs and outputs, of 8 × 8, 4 × 4 and 2 × 2 pixels; 9 entries a kernel.
     convolutions = 64 * (1 * 2 + 2 * 2 + 2 * 2) + 16 * (2 * 4 + 4 * 4) + 4 * (4 * 8 + 8 * 8)
     expected = 14 * len(batch[1]) * 2 * (9 * convolutions + 8 * 10)
     assert grow_operators.search_operations(loss, like, batch) == expected
 
 
-def test_what_grow_cannot_widen_is_said():
-    (params, like), batch, _, loss = narrow_and_wide()
+def test_what_grow_cannot_widen_is_said(narrow_and_wide):
+    (params, like), batch, _, loss = narrow_and_wide
     names = named_leaves(like)
     name = "readout/kernel"
     taller = with_leaves(like, {name: jnp.zeros((names[name].shape[0] + 1, 10))})
@@ -158,20 +172,29 @@ def test_what_grow_cannot_widen_is_said():
 
 def test_hidden_layers_as_wide_as_the_stream_make_the_usual_network():
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-    usual = ResidualStages((8, 8, 1), 2, 4, 10, True, rngs=nnx.Rngs(0))
-    ours = ResidualStages((8, 8, 1), 2, 4, 10, True, hidden=2, rngs=nnx.Rngs(1))
+
+    def network(**options):
+        return ResidualStages((8, 8, 1), 2, 3, 10, True, **options, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def logits(model):
+        return model(images, train=True)
+
+    usual, ours = nnx.jit(network)(), nnx.eval_shape(lambda: network(hidden=2))
     nnx.update(ours, nnx.state(usual))
-    np.testing.assert_array_equal(ours(images, train=True), usual(images, train=True))
-    thin = ResidualStages((8, 8, 1), 2, 4, 10, True, hidden=1, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(logits(ours), logits(usual))
+    thin = nnx.eval_shape(lambda: network(hidden=1))
     widths = [(first.convolution.out_features, second.convolution.out_features)
               for first, second in thin.blocks]  # fmt: skip
-    assert widths == [(1, 2), (1, 2), (2, 4), (4, 8)]
+    assert widths == [(1, 2), (2, 4), (4, 8)]
 
 
 def test_ends_share_what_comes_before_the_rate_falls(study):
-    whole = doubling.train(study.trial("cnn", "scratch", 0.01, 0, lengths=(0.5, 1.0)))
-    short = doubling.train(study.trial("cnn", "scratch", 0.01, 0, lengths=(0.5,)))
-    assert whole["held_out"][0] == short["held_out"][0]
+    whole, short, long = (
+        doubling.train(study.trial("hidden", "scratch", 0.01, 0, lengths=lengths))
+        for lengths in ((0.5, 1.0), (0.5,), (1.0,))
+    )
+    assert whole["held_out"] == [*short["held_out"], *long["held_out"]]
     assert whole["operations"][1] == pytest.approx(2 * whole["operations"][0])
     assert whole["operations"][0] == short["operations"][0]
 

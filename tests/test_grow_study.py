@@ -98,7 +98,7 @@ def test_networks_take_any_width():
 def test_the_binary(run_again, tmp_path):
     flags = [
         "--network=mlp", "--arm=tiny,large,scratch", "--dataset=digits", "--images_downscale=2",
-        "--start_width=4", "--large_width=8", "--steps=9", "--growths=2", "--interval=3",
+        "--start_width=4", "--large_width=8", "--steps=4", "--growths=1", "--interval=2",
         "--num_seeds=1", "--rate=0.02", "--batch_size=16",
     ]  # fmt: skip
     done = run_again("grow", tmp_path, *flags)

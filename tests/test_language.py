@@ -1,11 +1,7 @@
 """Language models: decoders, text, trainings that go on, and the study of their transfer."""
 
-import importlib
 import math
-import os
 import pathlib
-import signal
-import sys
 import types
 
 import jax
@@ -13,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import flags
 
 from archscale_jax._trees import named_leaves
 from experiments import language_scaling
 from experiments.lab import checkpoints, files, sweeps
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder, attend, rotate
-from tests.binaries import FORKS, imported
+from tests.binaries import imported
 
 language_transfer = imported("language_transfer")  # it imports the others
 language_study = imported("language_study")
@@ -33,7 +28,7 @@ SMALL = {"depth": 2, "width": 16, "base_depth": 2, "base_width": 16, "head_size"
          "base_steps": 20, "kind": "llama", "tied": False, "optimizer": "adamw",
          "parametrization": "plan", "schedule": "cosine", "warmup": 0.1, "clip": 1.0,
          "validation_windows": 8, "rate": 0.01, "weight_decay": 0.1, "seed": 0}  # fmt: skip
-KINDS = [("gpt2", False), ("gpt2", True), ("llama", False), ("llama", True)]
+KINDS = [("gpt2", False), ("llama", True)]
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +79,12 @@ class TestDecoder:
             expected = np.concatenate([turned.real, turned.imag], axis=-1)
             np.testing.assert_allclose(found[:, token], expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-    def test_stacked_blocks_are_the_unrolled_ones(self, kind):
-        model = Decoder(kind, 3, 16, 4, 2, 8)
+    def test_stacked_blocks_are_the_unrolled_ones(self):
+        model = Decoder("llama", 2, 16, 4, 2, 8)
         tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 256)
         params = dict(jax.jit(model.init)(jax.random.key(1), tokens)["params"])
         stacked = params.pop("blocks")
-        blocks = {f"block_{i}": jax.tree.map(lambda one, i=i: one[i], stacked) for i in range(3)}
+        blocks = {f"block_{i}": jax.tree.map(lambda one, i=i: one[i], stacked) for i in range(2)}
         unrolled = jax.jit(model.clone(scan=False).apply)({"params": params | blocks}, tokens)
         scanned = jax.jit(model.apply)({"params": params | {"blocks": stacked}}, tokens)
         np.testing.assert_allclose(unrolled, scanned, rtol=1e-4, atol=1e-5)
@@ -119,9 +113,9 @@ class TestDecoder:
         assert {rates[name] for name in ends if "readout" not in name} == {0.25}
         assert rates["params/table/embedding"] == 1.0
 
-    @pytest.mark.parametrize(("method", "width"), [("plan", 16), ("plan", 64), ("standard", 64)])
-    def test_losses_start_at_that_of_guessing(self, method, width, trial):
-        how = language.parametrized(trial | {"width": width, "parametrization": method})
+    @pytest.mark.parametrize("method", ["plan", "standard"])
+    def test_losses_start_at_that_of_guessing(self, method, trial):
+        how = language.parametrized(trial | {"width": 64, "parametrization": method})
         tokens = jax.random.randint(jax.random.key(0), (32, 8), 0, 256)
         logits = jax.jit(how.apply)(jax.jit(how.init)(jax.random.key(1)), tokens)
         labels = jax.random.randint(jax.random.key(2), (32, 8), 0, 256)
@@ -171,84 +165,75 @@ class KilledError(Exception):
     """Ends a training in the middle."""
 
 
-def kill_at_third_save(folder, workdir):
-    """Runs the binary, which kills itself once it has saved its third checkpoint."""
-    save, calls = checkpoints.save_checkpoint, []
-
-    def killing(*args, **kwargs):
-        save(*args, **kwargs)
-        calls.append(args)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoints.save_checkpoint = killing
-    sys.argv = ["experiments.language", *FLAGS, f"--text={folder}", f"--workdir={workdir}"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    binary = importlib.reload(language)  # with its flags
-    flags.FLAGS(sys.argv)
-    binary.run()
-
-
 FLAGS = ["--depth=1", "--width=8", "--base_width=8", "--base_depth=1", "--head_size=4",
-         "--context=8", "--batch_size=4", "--steps=20", "--validation_windows=8",
+         "--context=8", "--batch_size=4", "--steps=4", "--validation_windows=8",
          "--quiet"]  # fmt: skip
 
 
 class TestTraining:
     def test_one_that_was_cut_goes_on_with_the_same_losses(self, trial, tmp_path, monkeypatch):
-        trial = trial | {"optimizer": "muon", "tied": True}
+        trial = trial | {"optimizer": "muon", "tied": True, "steps": 4}
         whole = language.train(trial, tmp_path / "whole")
         save, calls = checkpoints.save_checkpoint, []
 
         def cut(*args, **kwargs):
             save(*args, **kwargs)
             calls.append(args)
-            if len(calls) == 4:
+            if len(calls) == 2:
                 raise KilledError
 
         monkeypatch.setattr(checkpoints, "save_checkpoint", cut)
         with pytest.raises(KilledError):
             language.train(trial, tmp_path / "cut")
         assert language.train(trial, tmp_path / "cut") == whole
-        assert len(calls) == len(whole["steps"]) == 10
-        assert whole["losses"][-1] < whole["losses"][0] - 0.5
+        assert len(calls) == len(whole["steps"]) == 4
         alone = language.train(trial)
         assert alone["losses"] == whole["losses"]
-        assert alone["validation"] == [None] * 9 + whole["validation"][-1:]
+        assert alone["validation"] == [None] * 3 + whole["validation"][-1:]
 
     def test_under_muon_what_adamw_has_may_have_a_rate_of_its_own(self, trial):
-        trial = trial | {"optimizer": "muon", "steps": 4}
-        alone, alike, larger = (
-            language.train(trial | options)["losses"]
-            for options in ({}, {"adam_rate_ratio": 1.0}, {"adam_rate_ratio": 2.0})
-        )
-        np.testing.assert_allclose(alike, alone, rtol=1e-5)
-        assert np.abs(np.subtract(larger, alone)).max() > 1e-2
+        trial = trial | {"optimizer": "muon"}
+        options = ({}, {"adam_rate_ratio": 1.0}, {"adam_rate_ratio": 2.0})
+        hows = [language.parametrized(trial | one) for one in options]
+        params = jax.jit(hows[0].init)(jax.random.key(0))
 
-    def test_blocks_computed_again_change_no_loss(self, trial):
-        trial = trial | {"depth": 3, "width": 32, "steps": 10}
+        @jax.jit
+        def updates(params):
+            found = []
+            for how in hows:
+                tx = how.optimizer(optax.constant_schedule(0.01), 0.1)
+                found.append(named_leaves(tx.update(params, tx.init(params), params)[0]))
+            return found
+
+        alone, alike, larger = updates(params)
+        for name, leaf in alone.items():
+            layer, kind = name.split("/")[-2:]
+            ratio = 1.0 if kind == "kernel" and layer != "readout" else 2.0
+            np.testing.assert_allclose(alike[name], leaf, rtol=1e-5)
+            np.testing.assert_allclose(larger[name], ratio * leaf, rtol=1e-5)
+
+    def test_losses_fall_and_are_those_of_blocks_computed_again(self, trial):
         once = language.train(trial)
+        assert once["losses"][-1] < once["losses"][0] - 0.5
         again = language.train(trial, rematerialize=True)
         assert once["steps"] == again["steps"] and len(again["losses"]) > 1
         np.testing.assert_allclose(again["losses"], once["losses"], rtol=1e-5)
         assert again["validation"][-1] == pytest.approx(once["validation"][-1], rel=1e-5)
 
     def test_one_that_diverges_ends(self, trial):
-        options = {"rate": 1e30, "parametrization": "standard", "steps": 100}
+        options = {"rate": 1e30, "parametrization": "standard"}
         found = language.train(trial | options)
         assert found["losses"][-1] is None
-        assert found["steps"][-1] < 100
+        assert found["steps"][-1] < 20
 
-    def test_killed_and_started_again(self, folder, tmp_path, run_again):
-        process = FORKS.Process(target=kill_at_third_save, args=(folder, tmp_path / "run"))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert not (tmp_path / "run" / "results.jsonl").exists()
+    def test_the_binary_trains_prints_draws_and_refuses_another_length(
+        self, folder, tmp_path, run_again
+    ):
         done = run_again("language", tmp_path / "run", *FLAGS, f"--text={folder}")
         assert done.returncode == 0, done.stderr
         (record,) = files.read_records(tmp_path / "run" / "results.jsonl")
-        assert record["result"] == language.train(record["trial"], tmp_path / "whole")
+        sizes = {name: record["trial"][name] for name in ("depth", "width", "context", "steps")}
+        assert sizes == {"depth": 1, "width": 8, "context": 8, "steps": 4}
         assert (tmp_path / "run" / "report.html").exists()
         assert "held out" in done.stdout
         loss = record["result"]["validation"][-1]
@@ -256,10 +241,10 @@ class TestTraining:
             f"At rate 0.01 and weight decay 0.1, the held-out loss is {loss:.4f} nats a byte, "
             f"{loss / math.log(2):.3f} bits.\nOne seed: how far the loss scatters is not known.\n"
         )
-        longer = run_again("language", tmp_path / "run", *FLAGS, f"--text={folder}", "--steps=40")
+        longer = run_again("language", tmp_path / "run", *FLAGS, f"--text={folder}", "--steps=8")
         assert longer.returncode == 1
         (line,) = longer.stderr.splitlines()
-        assert line.startswith(f"error: {tmp_path / 'run'} holds a run with base_steps=20 (now 40)")
+        assert line.startswith(f"error: {tmp_path / 'run'} holds a run with base_steps=4 (now 8)")
         assert "one of another length begins anew: warm-up and schedule spread over all" in line
 
     def test_the_answer_is_the_best_point_and_what_is_left_open(self):

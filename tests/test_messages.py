@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -339,39 +340,64 @@ class TestBinaries:
         assert f"error: {tmp_path}/commands.jsonl line 1 has 3 as 'command'" in done.stderr
         assert not (tmp_path / "checkpoints").exists()
 
-    @pytest.mark.parametrize("name", ["find_lr", "train"])
-    def test_any_workdir_is_written_to_and_named_as_it_is(self, name, tmp_path, run_again):
+    def test_any_workdir_is_written_to_and_named_as_it_is(self, tmp_path, run_again):
         workdir = tmp_path / "[red][/x] :warning: é"
         flags = ["--width=4", "--batch_size=512", "--epochs=0.4"]
-        done = run_again(name, workdir, *flags, *["--num_rates=2"] * (name == "find_lr"))
+        done = run_again("find_lr", workdir, *flags, "--num_rates=2")
         assert done.returncode == 0, done.stderr
         assert f"report:  {workdir / 'report.html'}\n" in done.stdout
         assert (workdir / "report.html").exists()
 
 
-SMALL = "--width=4 --batch_size=512 --steps=1 --quiet"
-ENDS = {
-    "a reader that is gone": ("{} | true", "error: standard output was closed"),
-    "a full disk for the output": ("{} > /dev/full", "error: [Errno 28] No space left on device"),
-    "a limit of the size of files": ("ulimit -f 1; {}", "File too large"),
-    "a limit of memory": ("ulimit -v 2000000; {}", "error: `ulimit -v` leaves 1.9 GiB"),
-    "a locale without letters": (
-        "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}", "is not text in the encoding ascii"),
-}  # fmt: skip
+SMALL = ["--width=4", "--batch_size=512", "--steps=1", "--quiet"]
 
 
-@pytest.mark.parametrize("case", ENDS)
-def test_whatever_the_shell_does_a_binary_ends_in_one_sentence(case, tmp_path, binary_environment):
-    shell, message = ENDS[case]
-    command = shell.format(f"{sys.executable} -m experiments.train --workdir=é {SMALL}")
+def fill_the_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (fill_the_disk, "error: [Errno 28] No space left on device"),
+        (limit_files, "File too large"),
+    ],
+)
+def test_what_cannot_be_written_ends_a_binary_in_one_sentence(prepare, message, tmp_path):
+    flags = [f"--workdir={tmp_path / 'é'}", *SMALL]
+    done = run_forked("train", flags, tmp_path, ROOT, prepare=prepare)
+    assert done.returncode == 1, done.stderr
+    if prepare is limit_files:  # orbax may print what one of its threads met, before or after
+        assert message in done.stderr
+        return
+    assert message in (done.stderr.splitlines() or [""])[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "message"),
+    [
+        ("{} | true", "error: standard output was closed"),
+        ("ulimit -v 2000000; {}", "error: `ulimit -v` leaves 1.9 GiB"),
+        (
+            "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}",
+            "is not text in the encoding ascii",
+        ),
+    ],
+)
+def test_whatever_the_shell_does_a_binary_ends_in_one_sentence(
+    shell, message, tmp_path, binary_environment
+):
+    command = f"{sys.executable} -m experiments.train --workdir=é {' '.join(SMALL)}"
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; cd {tmp_path}; {command}"],
+        ["bash", "-c", f"set -o pipefail; {shell.format(command)}"], cwd=tmp_path,
         env=binary_environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    if "ulimit -f" in shell:  # orbax may print what one of its threads met, before or after
-        assert message in done.stderr
-        return
     assert message in (done.stderr.splitlines() or [""])[-1]
     assert "Traceback" not in done.stderr
 

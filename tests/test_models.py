@@ -196,7 +196,7 @@ class TestEquations:
         train=strategies.booleans(),
         use_bias=strategies.booleans(),
     )
-    @hypothesis.settings(max_examples=25)
+    @hypothesis.settings(max_examples=12)
     def test_of_an_mlp(self, text, arrangement, activation, normalization, train, use_bias):
         network = mlp(
             text,
@@ -221,7 +221,7 @@ class TestEquations:
         train=strategies.booleans(),
         kernel_size=strategies.sampled_from([2, 3]),
     )
-    @hypothesis.settings(max_examples=15)
+    @hypothesis.settings(max_examples=8)
     def test_of_a_cnn(self, text, arrangement, normalization, train, kernel_size):
         network = cnn(text, kernel_size, arrangement=arrangement, normalization=normalization)
         agrees(

@@ -110,8 +110,7 @@ def quality_and_noise(rng, *, architectures=60, seeds=4, shared=0.0):
     return quality + common + own
 
 
-@pytest.mark.parametrize("shared", [0.0, 1.0])
-@pytest.mark.parametrize("average", ["halves", "single"])
+@pytest.mark.parametrize(("average", "shared"), [("halves", 1.0), ("single", 0.0)])
 def test_recipes_that_rank_alike_agree_as_seeds_do(average, shared):
     """On the same footing they do, whatever noise a seed shares; means over all seeds do not."""
     rng, fractions, differences, naive = np.random.default_rng(1), [1.0, 0.5], [], []

@@ -497,8 +497,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFIN
 )
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("capacity", [1, 700, 2000])
+@pytest.mark.parametrize(("workers", "capacity"), [(2, 1), (1, 700), (2, 2000)])
 def test_a_disk_that_is_full_costs_no_record(tmp_path, undisturbed, workers, capacity):
     journal = tmp_path / "results.jsonl"
     command = [sys.executable, "-c", FULL_DISK, str(journal), "30", str(workers), str(capacity)]

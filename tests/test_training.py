@@ -4,10 +4,7 @@ import functools
 import json
 import math
 import pathlib
-import re
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -43,7 +40,7 @@ from experiments.lab.training import (
     train_losses,
     vertex_features,
 )
-from tests.binaries import imported
+from tests.binaries import FORKS, become, imported
 
 BATCH, EXAMPLES, TESTS, CLASSES = 8, 43, 21, 3  # five whole batches, three examples left over
 
@@ -109,7 +106,7 @@ def close(one, other, rtol=1e-5, atol=1e-6):
 
 
 def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_steps=None):
-    """One epoch of SGD in plain Python, without a training loop, optax or jit.
+    """One epoch of SGD in plain Python, without a training loop or optax.
 
     Returns the parameters, the rest of the state, the velocity and the losses.
     """
@@ -119,6 +116,16 @@ def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_st
     params, rest = nnx.to_pure_dict(state.params), state.model_state
     velocity = jax.tree.map(np.zeros_like, params)
     losses = []
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def with_gradients(params, rest, inputs, one_hot):
+        model = nnx.merge(graphdef, state.params, rest, copy=True)
+        nnx.update(model, params)
+        logits = model(inputs, train=True)
+        value = -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
+        return value, nnx.state(model, nnx.Not(nnx.Param))
+
     for step, indices in enumerate(epoch_indices(order_key, EXAMPLES, BATCH)[:max_steps]):
         inputs = images[indices]
         if flip or padding:
@@ -126,14 +133,7 @@ def plain_epoch(state, rate, *, momentum, nesterov, decay, flip, padding, max_st
             inputs = augment(key, inputs, flip=flip, padding=padding)
         one_hot = jnp.eye(CLASSES)[labels[indices]]
 
-        def loss(params, rest=rest, inputs=inputs, one_hot=one_hot):
-            model = nnx.merge(graphdef, state.params, rest, copy=True)
-            nnx.update(model, params)
-            logits = model(inputs, train=True)
-            value = -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
-            return value, nnx.state(model, nnx.Not(nnx.Param))
-
-        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, rest), gradients = with_gradients(params, rest, inputs, one_hot)
         gradients = jax.tree.map(lambda g, p: g + decay * p, gradients, params)
         velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradients)
         direction = velocity
@@ -568,7 +568,7 @@ class TestFit:
         assert [metrics for _, metrics in first + second] == [metrics for _, metrics in whole]
         assert to_bytes(second[-1][0]) == to_bytes(whole[-1][0])
 
-    @pytest.mark.parametrize(("short", "long"), [(3, 12), (7, 9), (5, 8), (6, 6)])
+    @pytest.mark.parametrize(("short", "long"), [(3, 12), (7, 9), (5, 8)])
     def test_with_more_steps_goes_on_to_where_it_would_have_come(self, short, long):
         """Of five updates an epoch: the shorter ends within the first, within another, behind one.
 
@@ -685,12 +685,20 @@ class TestLonger:
     )
 
     @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
-    def test_ends_as_one_from_scratch(self, tmp_path, run_again):
-        """Of 22 updates an epoch: it ends within the second, behind that, then within the third."""
-        for flag in ("--steps=30", "--epochs=2", "--steps=50"):
-            done = run_again("train", tmp_path / "longer", *self.FLAGS, flag)
+    def test_ends_as_one_from_scratch_and_is_not_made_shorter(self, tmp_path, run_again):
+        """Of 22 updates an epoch: it ends within the second, then behind that."""
+        longer = tmp_path / "longer"
+        for flag in ("--steps=30", "--epochs=2"):
+            done = run_again("train", longer, *self.FLAGS, flag)
             assert done.returncode == 0, done.stderr
-        whole = run_again("train", tmp_path / "whole", *self.FLAGS, "--steps=50")
+        written = [(longer / name).read_bytes() for name in ("results.jsonl", "config.json")]
+        shorter = run_again("train", longer, *self.FLAGS, "--steps=30")
+        assert shorter.returncode == 1
+        assert "(now 30), and it has done 44 updates, more than 30; choose" in shorter.stderr
+        assert written == [
+            (longer / name).read_bytes() for name in ("results.jsonl", "config.json")
+        ]
+        whole = run_again("train", tmp_path / "whole", *self.FLAGS, "--epochs=2")
         assert whole.returncode == 0, whole.stderr
         found, expected = (
             read_records(tmp_path / name / "results.jsonl") for name in ("longer", "whole")
@@ -706,20 +714,6 @@ class TestLonger:
             np.testing.assert_allclose(leaves[name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
         assert "This run was resumed" in (tmp_path / "longer" / "report.html").read_text()
 
-    def test_goes_on_only_where_it_is_the_same_training(self, tmp_path, run_again):
-        for schedule, steps, reason in (
-            ("cosine", 20, ""),
-            ("cosine", 30, "error: .* holds a run with steps=20 .now 30., and --schedule=cosine "
-             "spreads over all updates, so that none of another length goes on from it; those of "
-             "--schedule=constant do; choose another --workdir"),
-            ("constant", 20, "error: .* holds a run with schedule='cosine' .now 'constant'."),
-        ):  # fmt: skip
-            flags = [*self.FLAGS, f"--schedule={schedule}", f"--steps={steps}"]
-            done = run_again("train", tmp_path / "run", *flags)
-            assert done.returncode == bool(reason), done.stderr
-            assert re.match(reason, (done.stderr.splitlines() or [""])[-1])
-            assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 20
-
     def test_is_answered_in_a_sentence(self):
         train = imported("train")
         last = {"step": 44, "diverged": 0.0, "test_accuracy": 0.351, "test_loss": 1.86094}
@@ -730,42 +724,27 @@ class TestLonger:
         ended = {"step": 44, "diverged": 1.0, "test_accuracy": 0.1, "test_loss": None}
         assert "no better than guessing: take a smaller" in train.answer([ended])
 
-    def test_is_not_made_shorter(self, tmp_path, run_again):
-        for steps, code in ((30, 0), (20, 1), (30, 0)):
-            done = run_again("train", tmp_path, *self.FLAGS, f"--steps={steps}")
-            assert done.returncode == code, done.stderr
-            if code:
-                assert (
-                    "steps=30 (now 20), and it has done 30 updates, more than 20; choose"
-                    in (done.stderr.splitlines()[-1])
-                )
-            assert json.loads((tmp_path / "config.json").read_text())["steps"] == 30
-        assert len(read_records(tmp_path / "results.jsonl")) == 2
-
 
 class TestKill:
     """`python -m experiments.train`, killed and resumed, against an undisturbed run."""
 
     # Orbax warns that it restores without being told a sharding.
     @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
-    def test_in_the_middle_changes_nothing(self, tmp_path, binary_environment, run_again):
+    def test_in_the_middle_changes_nothing(self, tmp_path, run_again):
         undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", f"--workdir={killed}", *FLAGS],
-            cwd=pathlib.Path(__file__).parent.parent,
-            env=binary_environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        output = tmp_path / "output"
+        flags, root = [f"--workdir={killed}", *FLAGS], pathlib.Path(__file__).parent.parent
+        arguments = ("experiments.train", flags, [output, output], root)
+        process = FORKS.Process(target=become, args=arguments)
+        process.start()
         results = killed / "results.jsonl"
         # A second record means that the first checkpoint is whole; the second one is being written.
         while not results.exists() or results.read_bytes().count(b"\n") < 2:
-            assert process.poll() is None, process.communicate()[0]
+            assert process.is_alive(), output.read_text()
             time.sleep(0.005)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert results.read_bytes().count(b"\n") < 4
         assert not (killed / "report.html").exists()
         resumed = run_again("train", killed, *FLAGS, "--resume")
@@ -781,3 +760,12 @@ class TestKill:
         assert ["was resumed: 2 commands" in one for one in reports] == [True, False]
         tables = [one.partition("<h2>Settings")[0] for one in reports]
         assert tables[0] == tables[1]
+        for flags, reason in (
+            (["--epochs=5"], "holds a run with epochs=4.0 (now 5.0), and --schedule=cosine spreads "
+             "over all updates, so that none of another length goes on from it; those of "
+             "--schedule=constant do; choose another --workdir"),
+            (["--schedule=constant"], "holds a run with schedule='cosine' (now 'constant')"),
+        ):  # fmt: skip
+            other = run_again("train", undisturbed, *FLAGS, *flags)
+            assert other.returncode == 1 and reason in other.stderr
+        assert results.read_bytes() == (undisturbed / "results.jsonl").read_bytes()
