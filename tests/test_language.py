@@ -226,6 +226,14 @@ class TestTraining:
         assert found["losses"][-1] is None
         assert found["steps"][-1] < 20
 
+    def test_tells_how_far_it_is_where_it_takes_long(self, trial, monkeypatch):
+        notes = []
+        language.train(trial | {"steps": 4}, note=notes.append)
+        assert not notes
+        monkeypatch.setattr(language, "NOTE_SECONDS", 0.0)
+        found = language.train(trial | {"steps": 4}, note=notes.append)
+        assert notes[-1].endswith(f", seed 0: update 3 of 4, loss {found['losses'][-2]:.4f}")
+
     def test_the_binary_trains_prints_draws_and_refuses_another_length(
         self, folder, tmp_path, run_again
     ):

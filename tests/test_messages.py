@@ -301,6 +301,12 @@ class TestBinaries:
         for workdir, flags, message in (
             (tmp_path, ["extra"], r"error: unknown arguments \['extra'\]; flags start with --"),
             (
+                tmp_path,
+                ["--learning_rate=1"],
+                "error: unknown flag --learning_rate; there is --base_rate; see --help$",
+            ),
+            (tmp_path, ["--zzz"], "error: unknown flag --zzz; see --help$"),
+            (
                 tmp_path / "file",
                 ["--steps=1"],
                 "error: .*exists; choose another --workdir: '.*file",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -62,6 +63,8 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     journal = tmp_path / "results.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 2 * 2
+    command = r"experiments\.train --base_architecture=2 --base_rate=\S+ --width=8 --architecture=…"
+    assert re.search(command, done.stdout)
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert "| rate |" in table
