@@ -212,7 +212,6 @@ def graph(text: str, kernel_size: int | None, count: int = 30, **options) -> Net
 NETWORKS: dict[str, Callable[[], Network]] = {
     "chain": chain,
     "flattened": flattened,
-    "residual": residual,
     "tokens": tokens,
     "gated": gated,
     "normalized": normalized,

@@ -35,13 +35,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.quick_compilation
 
 PLACES = {
-    "adamw": ("no_multipliers", "multipliers_before_adam", "decay_scaled_by_the_rate",
-              "decay_through_adam", "masked_leaf", "updates_accumulated", "large_epsilon",
-              "clipping_always", "zero_where_the_plan_draws", "detached_leaf",
-              "decay_mask_inverted", "decay_behind_the_rate", "penalty_in_the_loss", "trust_ratio",
+    "adamw": ("multipliers_before_adam", "decay_through_adam", "masked_leaf",
+              "updates_accumulated", "large_epsilon", "zero_where_the_plan_draws", "detached_leaf",
+              "decay_behind_the_rate", "penalty_in_the_loss", "trust_ratio",
               "readout_multiplied_in_the_loss_too", "loss_divided_by_accumulated_batches"),
     "sgd": ("wrong_rate_of_one_leaf", "decay_of_gains_and_biases", "frozen_leaf",
-            "schedule_from_zero", "weights_of_the_framework", "summed_loss", "not_a_number",
+            "schedule_from_zero", "weights_of_the_framework", "not_a_number",
             "clipping_always", "another_optimizer", "inputs_that_are_not_normalized",
             "scaled_loss", "stale_base"),
     "muon": ("muon_of_tables_and_readouts", "multipliers_twice",
@@ -55,7 +54,6 @@ FAULTS += [
 RIGHTS = [
     ("mlp", "adamw", "accumulated"),
     ("mlp", "sgd", "guarded_and_clipped"),
-    ("mlp", "sgd", "clipped_relative_to_weights"),
     ("mlp", "adamw", "half_a_masked_mean"),
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
@@ -244,9 +242,7 @@ WITHOUT_PLAN = {
     "not_a_number": "gradient",
     "summed_loss": "loss",
     "masked_leaf": "direction",
-    "frozen_leaf": "frozen",
     "schedule_from_zero": "schedule",
-    "clipping_always": "clipping",
 }
 
 
@@ -258,11 +254,10 @@ def test_without_a_plan_it_finds_what_is_wrong_whatever_the_plan(fault):
     assert {one.kind for one in found} == {WITHOUT_PLAN[fault]}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_clipping_is_a_finding_where_less_than_a_tenth_passes(optimizer):
-    plan, tx, loss_fn, params, batch = setup("mlp", optimizer)
-    norm = float(optax.tree.norm(jax.grad(loss_fn)(params, batch)))
-    for part, kinds in ((0.003, ["clipping"]), (0.09, ["clipping"]), (0.12, []), (0.7, [])):
+def test_clipping_is_a_finding_where_less_than_a_tenth_passes():
+    plan, tx, loss_fn, params, batch = setup("mlp", "adamw")
+    norm = float(optax.tree.norm(jax.jit(jax.grad(loss_fn))(params, batch)))
+    for part, kinds in ((0.09, ["clipping"]), (0.12, [])):
         clipped = optax.chain(optax.clip_by_global_norm(part * norm), tx)
         found = archscale.audit(plan, clipped, loss_fn, params, batch).findings
         assert [one.kind for one in found] == kinds, part
@@ -271,39 +266,33 @@ def test_clipping_is_a_finding_where_less_than_a_tenth_passes(optimizer):
 LOOKS = {
     ("gpt", "mup", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
     ("gpt", "completep", "adam"): "looks like μP with a readout that is multiplied in the model",
-    ("gpt", "fan_in", "adam"): "looks like rates in proportion to 1/fan-in",
-    ("gpt", "muon", "muon"): "looks like Muon for 12 matrices: at any width one spectral norm",
+    ("decoder", "fan_in", "adam"): "looks like rates in proportion to 1/fan-in",
+    ("decoder", "muon", "muon"): "looks like Muon for 2 matrices: at any width one spectral norm",
     ("decoder", "standard", "sgd"): "looks like the standard parametrization",
     ("decoder", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower; × "
     "0.5 of that for layers/down, as rules of depth may have it",
     ("resnet", "mup", "sgd"): "looks like μP by rates, relative to a base 4 times narrower",
-    ("resnet", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
+}
+NOT_TOLD = {
+    ("decoder", "standard", "sgd"): "one network does not tell this from μP at its own base",
+    ("gpt", "completep", "adam"): "rates do not show whether the model multiplies its readout",
+    ("resnet", "mup", "sgd"): "all hidden weights have 288 inputs: one network does not tell",
+    ("decoder", "plan", "adam"): "one network does not tell multipliers of width from those of "
+    "depth",
 }
 
 
 @pytest.mark.parametrize(("name", "how", "optimizer"), LOOKS)
-def test_what_set_ups_by_hand_look_like(name, how, optimizer):
+def test_what_set_ups_by_hand_look_like_and_what_they_do_not_tell(name, how, optimizer):
     audit = archscale.audit(None, *audit_guesses.setup(name, how, optimizer))
     assert audit.notes[0].startswith(LOOKS[name, how, optimizer])
+    assert NOT_TOLD.get((name, how, optimizer), "") in str(audit.notes)
     rates = {record["path"]: record["learning_rate"] for record in audit.records}
     if how in ("mup", "completep", "fan_in", "standard"):
         architecture = audit_guesses.plan_of(name, optimizer).architecture
         applied = audit_guesses.by_tables(architecture, how, optimizer)
         unit = audit_guesses.WIDER if (how, optimizer) == ("mup", "sgd") else 1
         assert rates == pytest.approx({leaf: one / unit for leaf, one in applied.items()}, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("name", "how", "said"),
-    [
-        ("gpt", "standard", "one network does not tell this from μP at its own base"),
-        ("gpt", "completep", "rates do not show whether the model multiplies its readout"),
-        ("resnet", "mup", "all hidden weights have 288 inputs: one network does not tell"),
-        ("decoder", "plan", "one network does not tell multipliers of width from those of depth"),
-    ],
-)
-def test_what_one_network_does_not_tell_is_said(name, how, said):
-    assert said in str(archscale.audit(None, *audit_guesses.setup(name, how, "adam")).notes)
 
 
 def test_a_large_plan_without_a_base_is_asked_about():
@@ -333,7 +322,7 @@ def test_text_and_html_say_what_to_do():
 
 
 def test_the_figure_has_a_row_a_leaf_by_role_and_marks_what_is_wrong():
-    made = audit_faults.decay_scaled_by_the_rate("transformer", "adamw")
+    made = audit_faults.decay_scaled_by_the_rate("decoder", "adamw")
     assert made is not None
     audit = archscale.audit(*made[0])
     rows = {row.name: row for row in audit.rows()}
