@@ -198,7 +198,7 @@ def test_a_network_of_nnx_that_is_the_base_keeps_its_rates():
         def __call__(self, x):
             return self.last(nnx.relu(self.first(x)))
 
-    small, large = (nnx.eval_shape(lambda: Model(width, nnx.Rngs(0))) for width in (8, 16))
+    small, large = (nnx.eval_shape(Model, width, nnx.Rngs(0)) for width in (8, 16))
     rates = [jax.tree.leaves(matched(one, small).learning_rate) for one in (small, large)]
     assert rates[0] == pytest.approx([1.0] * 4, rel=1e-4)
     assert rates[0] != rates[1]
