@@ -484,7 +484,7 @@ def train(apply, params, tx, batches):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     for batch in batches:
         params, state, value = step(params, state, batch)
         losses.append(float(value))
