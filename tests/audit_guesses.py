@@ -10,7 +10,6 @@ import optax
 import archscale_jax as archscale
 from archscale_jax._architecture import Architecture, Role
 from archscale_jax._trees import PyTree, map_with_names
-from tests import gpts
 from tests.audit_networks import CLASSES, KEY, cross_entropy, decoder
 
 WIDER = 4
@@ -43,10 +42,6 @@ def resnet(width: int) -> Any:
     return apply, {"stem": shape(3, 3, 3, width), "block": block, "readout": readout}
 
 
-def gpt(width: int) -> gpts.LinenGPT:
-    return gpts.LinenGPT(gpts.Config(1, width, 2, 11, 8, False, False, "in_out", jnp.float32))
-
-
 def _batch(name: str) -> tuple[jax.Array, jax.Array]:
     if name == "resnet":
         labels = jax.random.randint(jax.random.key(2), (16,), 0, CLASSES)
@@ -55,7 +50,7 @@ def _batch(name: str) -> tuple[jax.Array, jax.Array]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-MODELS: dict[str, Any] = {"gpt": gpt, "decoder": decoder, "resnet": resnet}
+MODELS: dict[str, Any] = {"decoder": decoder, "resnet": resnet}
 
 
 @functools.cache
