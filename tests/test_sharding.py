@@ -525,6 +525,10 @@ def check_training():
     losses, end = train(transformer, start, tx, batches)
     size = measure(transformer, start, tokens())
     assert losses[2] < losses[0]
+    structs = sharded(mesh_of(), plain)
+    scale = archscale.scale_by_architecture(architecture, architecture, "path_sum")
+    lowered = jax.jit(scale.update).lower(structs, optax.EmptyState())
+    nothing_whole(lowered.compile(), jax.tree.leaves(structs))
 
     for kind, apply in (("auto", constrained), ("explicit", explicit)):
         mesh = mesh_of(kind)
@@ -534,11 +538,6 @@ def check_training():
             born = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, structs))
             scaled, _ = jax.jit(tx.update)(born, tx.init(born))
             equal(scaled, jax.device_get(jax.jit(tx.update)(start, tx.init(start))[0]), SPECS)
-            program = jax.jit(
-                archscale.scale_by_architecture(architecture, architecture, "path_sum").update
-            )
-            lowered = program.lower(structs, optax.EmptyState())
-            nothing_whole(lowered.compile(), jax.tree.leaves(structs))
             placed = [jax.device_put(batch, rows) for batch in batches]
             found, trained = train(apply, born, tx, placed)
             close(found, losses)
