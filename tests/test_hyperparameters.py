@@ -22,7 +22,7 @@ CASE = {
     "length": 16, "batch": 8, "tied": False,
 }  # fmt: skip
 SMALL = gpts.base_of(CASE)
-TOKENS = np.random.default_rng(5).integers(0, 64, (8, 17))
+TOKENS = jnp.asarray(np.random.default_rng(5).integers(0, 64, (8, 17)))
 KEY = jax.random.key(0)
 
 
