@@ -149,10 +149,10 @@ def normalized(activation=jnp.tanh, count: int = 40) -> Network:
 
 @functools.cache
 def normalized_residual(activation=jnp.tanh, count: int = 12) -> Network:
-    """A stem and two blocks of convolutions and batch normalizations, the second with a stride.
+    """A stem and a block of convolutions and batch normalizations, with a stride.
 
     As in ResNet, activations stand behind sums, each layer has a normalization of its own, and the
-    projection beside the second block does too.
+    projection beside the block does too.
     """
 
     def outputs(params, inputs):
@@ -160,14 +160,13 @@ def normalized_residual(activation=jnp.tanh, count: int = 12) -> Network:
             return batch_norm(convolve(features, params[name], stride), params, f"{name}_norm")
 
         first = activation(layer(inputs, "stem"))
-        second = activation(first + layer(activation(layer(first, "a1")), "a2"))
-        third = layer(second, "skip", 2) + layer(activation(layer(second, "b1", 2)), "b2")
-        return jnp.mean(activation(third), axis=(1, 2)) @ params["w"] + params["bias"]
+        second = layer(first, "skip", 2) + layer(activation(layer(first, "b1", 2)), "b2")
+        return jnp.mean(activation(second), axis=(1, 2)) @ params["w"] + params["bias"]
 
     params = draw(
-        0, stem=(3, 3, 2, 3), a1=(3, 3, 3, 4), a2=(3, 3, 4, 3), skip=(1, 1, 3, 2),
-        b1=(3, 3, 3, 2), b2=(3, 3, 2, 2), w=(2, 3), bias=(3,),
-    ) | scales(2, stem_norm=3, a1_norm=4, a2_norm=3, skip_norm=2, b1_norm=2, b2_norm=2)  # fmt: skip
+        0, stem=(3, 3, 2, 3), skip=(1, 1, 3, 2), b1=(3, 3, 3, 2), b2=(3, 3, 2, 2), w=(2, 3),
+        bias=(3,),
+    ) | scales(2, stem_norm=3, skip_norm=2, b1_norm=2, b2_norm=2)  # fmt: skip
     inputs, targets = data(1, count, (4, 4, 2), 3)
     return Network(squared(outputs), outputs, params, (inputs + 1, targets))
 
@@ -212,12 +211,11 @@ def graph(text: str, kernel_size: int | None, count: int = 30, **options) -> Net
 NETWORKS: dict[str, Callable[[], Network]] = {
     "chain": chain,
     "flattened": flattened,
-    "residual": residual,
     "tokens": tokens,
     "gated": gated,
     "normalized": normalized,
     "normalized_residual": normalized_residual,
-    "dag_mlp": lambda: graph("2_22_012", None),
+    "dag_mlp": lambda: graph("2_12", None),
     "dag_cnn": lambda: graph("2_22", 3),
 }
 

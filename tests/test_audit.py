@@ -35,15 +35,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.quick_compilation
 
 PLACES = {
-    "adamw": ("no_multipliers", "multipliers_before_adam", "decay_scaled_by_the_rate",
-              "decay_through_adam", "masked_leaf", "updates_accumulated", "large_epsilon",
-              "clipping_always", "zero_where_the_plan_draws", "detached_leaf",
-              "decay_mask_inverted", "decay_behind_the_rate", "penalty_in_the_loss", "trust_ratio",
+    "adamw": ("multipliers_before_adam", "decay_through_adam", "masked_leaf",
+              "updates_accumulated", "large_epsilon", "zero_where_the_plan_draws", "detached_leaf",
+              "decay_behind_the_rate", "penalty_in_the_loss", "trust_ratio",
               "readout_multiplied_in_the_loss_too", "loss_divided_by_accumulated_batches"),
-    "sgd": ("wrong_rate_of_one_leaf", "decay_of_gains_and_biases", "frozen_leaf",
-            "schedule_from_zero", "weights_of_the_framework", "summed_loss", "not_a_number",
-            "clipping_always", "another_optimizer", "inputs_that_are_not_normalized",
-            "scaled_loss", "stale_base"),
+    "sgd": ("wrong_rate_of_one_leaf", "decay_of_gains_and_biases", "schedule_from_zero",
+            "weights_of_the_framework", "not_a_number", "another_optimizer",
+            "inputs_that_are_not_normalized", "scaled_loss", "stale_base"),
     "muon": ("muon_of_tables_and_readouts", "multipliers_twice",
              "updates_clipped_instead_of_gradients"),
 }  # fmt: skip
@@ -55,7 +53,6 @@ FAULTS += [
 RIGHTS = [
     ("mlp", "adamw", "accumulated"),
     ("mlp", "sgd", "guarded_and_clipped"),
-    ("mlp", "sgd", "clipped_relative_to_weights"),
     ("mlp", "adamw", "half_a_masked_mean"),
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
@@ -227,16 +224,15 @@ def test_multipliers_are_judged_up_to_a_constant():
 # What else it takes and says.
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_without_a_plan_it_says_what_a_set_up_looks_like(optimizer):
-    one = setup("mlp", optimizer)
+def test_without_a_plan_it_says_what_a_set_up_looks_like():
+    one = setup("mlp", "adamw")
     audit = archscale.audit(None, *one[1:])
     assert not audit.findings
     assert audit.notes[0].startswith("looks like μP by rates, relative to a base 4 times narrower")
     looks = {record["path"]: record["looks_like"] for record in audit.records}
     assert looks["first/w"].startswith("μP: × 0.25")
     assert looks["stem/w"] == "one rate"
-    plain = archscale.audit(None, getattr(optax, optimizer)(0.1), *one[2:])
+    plain = archscale.audit(None, optax.adamw(0.1), *one[2:])
     assert plain.notes[0].startswith("looks like the standard parametrization")
 
 
@@ -244,9 +240,7 @@ WITHOUT_PLAN = {
     "not_a_number": "gradient",
     "summed_loss": "loss",
     "masked_leaf": "direction",
-    "frozen_leaf": "frozen",
     "schedule_from_zero": "schedule",
-    "clipping_always": "clipping",
 }
 
 
@@ -261,49 +255,44 @@ def test_without_a_plan_it_finds_what_is_wrong_whatever_the_plan(fault):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_clipping_is_a_finding_where_less_than_a_tenth_passes(optimizer):
     plan, tx, loss_fn, params, batch = setup("mlp", optimizer)
-    norm = float(optax.tree.norm(jax.grad(loss_fn)(params, batch)))
-    for part, kinds in ((0.003, ["clipping"]), (0.09, ["clipping"]), (0.12, []), (0.7, [])):
+    gradient = lambda *given: optax.tree.norm(jax.grad(loss_fn)(*given))  # noqa: E731
+    norm = float(jax.jit(gradient)(params, batch))
+    for part, kinds in ((0.09, ["clipping"]), (0.12, [])):
         clipped = optax.chain(optax.clip_by_global_norm(part * norm), tx)
         found = archscale.audit(plan, clipped, loss_fn, params, batch).findings
         assert [one.kind for one in found] == kinds, part
 
 
 LOOKS = {
-    ("gpt", "mup", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
-    ("gpt", "completep", "adam"): "looks like μP with a readout that is multiplied in the model",
-    ("gpt", "fan_in", "adam"): "looks like rates in proportion to 1/fan-in",
-    ("gpt", "muon", "muon"): "looks like Muon for 12 matrices: at any width one spectral norm",
+    ("resnet", "completep", "adam"): "looks like μP with a readout that is multiplied in the model",
+    ("decoder", "mup", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
+    ("decoder", "fan_in", "adam"): "looks like rates in proportion to 1/fan-in",
+    ("decoder", "muon", "muon"): "looks like Muon for 2 matrices: at any width one spectral norm",
     ("decoder", "standard", "sgd"): "looks like the standard parametrization",
     ("decoder", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower; × "
     "0.5 of that for layers/down, as rules of depth may have it",
     ("resnet", "mup", "sgd"): "looks like μP by rates, relative to a base 4 times narrower",
-    ("resnet", "plan", "adam"): "looks like μP by rates, relative to a base 4 times narrower",
+}
+NOT_TOLD = {
+    ("decoder", "standard", "sgd"): "one network does not tell this from μP at its own base",
+    ("resnet", "completep", "adam"): "rates do not show whether the model multiplies its readout",
+    ("resnet", "mup", "sgd"): "all hidden weights have 288 inputs: one network does not tell",
+    ("decoder", "plan", "adam"): "one network does not tell multipliers of width from those of "
+    "depth",
 }
 
 
 @pytest.mark.parametrize(("name", "how", "optimizer"), LOOKS)
-def test_what_set_ups_by_hand_look_like(name, how, optimizer):
+def test_what_set_ups_by_hand_look_like_and_what_they_do_not_tell(name, how, optimizer):
     audit = archscale.audit(None, *audit_guesses.setup(name, how, optimizer))
     assert audit.notes[0].startswith(LOOKS[name, how, optimizer])
+    assert NOT_TOLD.get((name, how, optimizer), "") in str(audit.notes)
     rates = {record["path"]: record["learning_rate"] for record in audit.records}
     if how in ("mup", "completep", "fan_in", "standard"):
         architecture = audit_guesses.plan_of(name, optimizer).architecture
         applied = audit_guesses.by_tables(architecture, how, optimizer)
         unit = audit_guesses.WIDER if (how, optimizer) == ("mup", "sgd") else 1
         assert rates == pytest.approx({leaf: one / unit for leaf, one in applied.items()}, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("name", "how", "said"),
-    [
-        ("gpt", "standard", "one network does not tell this from μP at its own base"),
-        ("gpt", "completep", "rates do not show whether the model multiplies its readout"),
-        ("resnet", "mup", "all hidden weights have 288 inputs: one network does not tell"),
-        ("decoder", "plan", "one network does not tell multipliers of width from those of depth"),
-    ],
-)
-def test_what_one_network_does_not_tell_is_said(name, how, said):
-    assert said in str(archscale.audit(None, *audit_guesses.setup(name, how, "adam")).notes)
 
 
 def test_a_large_plan_without_a_base_is_asked_about():
@@ -316,7 +305,11 @@ def test_a_large_plan_without_a_base_is_asked_about():
 def test_what_is_meant_is_accepted():
     made = audit_faults.frozen_leaf("mlp", "sgd")
     assert made is not None
-    archscale.audit(*made[0]).assert_ok(accept=("frozen",))
+    audit = archscale.audit(*made[0])
+    assert {(one.kind, one.parameter) for one in audit.findings} == {
+        ("frozen", leaf) for leaf in made[1]
+    }
+    audit.assert_ok(accept=("frozen",))
 
 
 def test_text_and_html_say_what_to_do():
@@ -333,7 +326,7 @@ def test_text_and_html_say_what_to_do():
 
 
 def test_the_figure_has_a_row_a_leaf_by_role_and_marks_what_is_wrong():
-    made = audit_faults.decay_scaled_by_the_rate("transformer", "adamw")
+    made = audit_faults.decay_scaled_by_the_rate("decoder", "adamw")
     assert made is not None
     audit = archscale.audit(*made[0])
     rows = {row.name: row for row in audit.rows()}
@@ -349,15 +342,6 @@ def test_the_figure_has_a_row_a_leaf_by_role_and_marks_what_is_wrong():
     svg = audit._repr_html_().partition("<svg")[2]
     assert all(f">{name}<" in svg for name in rows if len(name) < 32)
     assert svg.count("<circle") == 4 + sum(len(row.ratios) for row in rows.values())
-
-
-def test_features_are_measured_and_promised():
-    audit = archscale.audit(*setup("mlp", "adamw"))
-    features = audit.features
-    assert features.measured.keys() == features.promised.keys() == features.changes.keys()
-    for vertex, measured in features.measured.items():
-        assert abs(math.log(measured / features.promised[vertex])) < 1
-        assert 0 < features.changes[vertex] < 1
 
 
 def test_a_whole_equinox_model_and_frozen_parts_as_none():
@@ -385,11 +369,18 @@ def test_errors_say_what_is_accepted():
         archscale.audit(*one[:3], {"stem": one.params["stem"]}, one.batch)
 
 
-def test_sharded_params():
+def test_features_of_sharded_params_are_measured_and_promised():
     one = setup("mlp", "adamw")
     mesh = jax.make_mesh((1,), ("data",))
     placed = NamedSharding(mesh, PartitionSpec())
-    archscale.audit(*one._replace(params=jax.device_put(one.params, placed))).assert_ok()
+    audit = archscale.audit(*one._replace(params=jax.device_put(one.params, placed)))
+    audit.assert_ok()
+    features = audit.features
+    assert features.measured.keys() == features.promised.keys() == features.changes.keys()
+    assert len(features.measured) == 3
+    for vertex, measured in features.measured.items():
+        assert abs(math.log(measured / features.promised[vertex])) < 1
+        assert 0 < features.changes[vertex] < 1
 
 
 def test_the_page_says_what_was_measured():

@@ -55,6 +55,7 @@ def test_records_are_the_changes_of_training(batches):
     make = lambda size: (apply, draw, optimizer)  # noqa: E731
     records = archscale.coordinate_check(make, [16], batches, loss, seeds=[3])
     params = start = draw(3)
+    gradient_of = jax.jit(jax.grad(lambda p, b: loss(apply(p, b[0]), b[1])))
     expected = []
     for step in range(len(batches) + 1):
         x = batches[0][0]
@@ -65,7 +66,7 @@ def test_records_are_the_changes_of_training(batches):
             change, size = (float(jnp.sqrt(jnp.mean(z**2))) for z in (after - before, after))
             expected.append((16, 3, step, vertex, change, size))
         if step < len(batches):
-            gradients = jax.grad(lambda p, b: loss(apply(p, b[0]), b[1]))(params, batches[step])
+            gradients = gradient_of(params, batches[step])
             params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients)
     by_place = {record[:4]: record for record in records}
     assert len(by_place) == len(records)
@@ -171,7 +172,7 @@ def searched(logs, error):
     )
 
 
-@pytest.mark.parametrize("sizes", [2, 3, 6])
+@pytest.mark.parametrize("sizes", [2, 6])
 def test_noise_alone_is_called_a_shift_in_one_of_twenty_checks(sizes):
     """Answers of three seeds a size that scatter by 0.2 nats around one rate."""
     random, transfers, caught = np.random.default_rng(sizes), [], []

@@ -50,12 +50,19 @@ def drawn(shapes, seed=3):
     return map_with_names(values, shapes)
 
 
+def normal(*shape):
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+TOKENS = np.random.default_rng(1).integers(0, 256, (2, 6))
+
+
+@functools.cache
 def decoder(kind, depth, width, tied=False, scan=False, kv_heads=None) -> Network:
     heads = width // 4
     model = Decoder(kind, depth, width, heads, kv_heads or heads // 2, 6, tied, scan)
-    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 256)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    return Network(model.apply, drawn(params), tokens)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    return Network(model.apply, drawn(params), TOKENS)
 
 
 class BatchNormNetwork(nnx.Module):
@@ -88,13 +95,11 @@ class BatchNormNetwork(nnx.Module):
         return self.readout(x.reshape(len(x), -1))
 
 
+@functools.cache
 def batch_norm(width, blocks=1, train=True) -> Network:
     graph, state = nnx.split(nnx.eval_shape(lambda: BatchNormNetwork(width, blocks)))
-    images = jax.random.normal(jax.random.key(1), (3, 4, 4, 3))
     return Network(
-        lambda state, x: nnx.merge(graph, state)(x, train),
-        drawn(state),
-        images,
+        lambda state, x: nnx.merge(graph, state)(x, train), drawn(state), normal(3, 4, 4, 3)
     )
 
 
@@ -118,9 +123,10 @@ class GroupNormNetwork(nn.Module):
         return nn.Dense(5)(x.mean(axis=(1, 2)))
 
 
+@functools.cache
 def group_norm(width, groups=2) -> Network:
     model = GroupNormNetwork(width, groups)
-    images = jax.random.normal(jax.random.key(1), (3, 4, 4, 3))
+    images = normal(3, 4, 4, 3)
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     return Network(model.apply, drawn(params), images)
 
@@ -144,15 +150,17 @@ class LayerNormMLP(eqx.Module):
         return self.readout(x)
 
 
+@functools.cache
 def equinox(width) -> Network:
-    params, static = eqx.partition(LayerNormMLP(width), eqx.is_array)
-    inputs = jax.random.normal(jax.random.key(1), (4, 6))
+    model = eqx.filter_eval_shape(LayerNormMLP, width)
+    params, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     return Network(
-        lambda params, x: jax.vmap(eqx.combine(params, static))(x), drawn(params), inputs
+        lambda params, x: jax.vmap(eqx.combine(params, static))(x), drawn(params), normal(4, 6)
     )
 
 
-def plain(width, ratio=1) -> Network:
+@functools.cache
+def plain(width) -> Network:
     """Heads merged in one axis, queries, keys and values fused, and no framework."""
     heads, features = width // 4, 4
 
@@ -168,17 +176,15 @@ def plain(width, ratio=1) -> Network:
 
     shapes = {"stem": (5, width), "qkv": (width, 3 * width), "out": (width, width),
               "gain": (width,), "readout": (3, width)}  # fmt: skip
-    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    return Network(apply, drawn(params), jax.random.normal(jax.random.key(1), (2, 3, 5)))
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return Network(apply, drawn(params), normal(2, 3, 5))
 
 
 WIDER = {
-    "gpt2": (lambda w: decoder("gpt2", 2, w), 8, 16),
-    "gpt2, stacked": (lambda w: decoder("gpt2", 2, w, scan=True), 8, 16),
+    "gpt2": (lambda w: decoder("gpt2", 1, w), 8, 16),
     "gpt2, tied": (lambda w: decoder("gpt2", 1, w, tied=True), 8, 24),
-    "llama": (lambda w: decoder("llama", 2, w), 8, 24),
+    "llama": (lambda w: decoder("llama", 1, w), 8, 16),
     "llama, stacked": (lambda w: decoder("llama", 2, w, scan=True), 8, 16),
-    "llama, tied": (lambda w: decoder("llama", 1, w, tied=True, scan=True), 8, 16),
     "llama, keys stay": (lambda w: decoder("llama", 1, w, kv_heads=1), 8, 16),
     "batch statistics": (batch_norm, 3, 6),
     "running averages": (functools.partial(batch_norm, train=False), 3, 9),
@@ -187,32 +193,35 @@ WIDER = {
     "plain": (plain, 8, 16),
 }
 
-RANDOM = ("gpt2, tied", "llama, stacked", "batch statistics", "group normalization", "plain")
+RANDOM = ("llama, stacked", "batch statistics", "group normalization", "plain")
 
 
-def largest_change(small: Network, params, large: Network) -> float:
-    before = jax.jit(small.apply)(small.params, small.inputs)
-    after = jax.jit(large.apply)(params, small.inputs)
-    return float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
+def change(small: Network, large: Network) -> Callable[[Any], float]:
+    """A function of the large network's params to how far it is from the small one."""
+    before, apply = jax.jit(small.apply)(small.params, small.inputs), jax.jit(large.apply)
+
+    def largest(params):
+        after = apply(params, small.inputs)
+        return float(np.max(np.abs(after - before)) / np.max(np.abs(before)))
+
+    return largest
 
 
-def widened(name, **options):
-    make, *widths = WIDER[name]
-    small, large = map(make, widths)
-    found = contrib.expand(small.params, large.params, small.apply, large.apply, small.inputs,
-                           key=KEY, **options)  # fmt: skip
-    return small, large, found.params
+def expanded(small: Network, large: Network, **options):
+    return contrib.expand(small.params, large.params, small.apply, large.apply, small.inputs,
+                          **options)  # fmt: skip
 
 
 class TestWidth:
-    @pytest.mark.parametrize(
-        ("name", "new"),
-        [*((name, "copy") for name in WIDER), *((name, "random") for name in RANDOM)],
-    )
-    def test_the_function_stays(self, name, new):
-        small, large, params = widened(name, new=new)
-        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, large.params)
-        assert largest_change(small, params, large) < 1e-5
+    @pytest.mark.parametrize("name", [name for name in WIDER if name != "llama"])
+    def test_the_function_stays(self, name):
+        make, *widths = WIDER[name]
+        small, large = map(make, widths)
+        largest_change = change(small, large)
+        for new in ("copy", "random")[: 1 + (name in RANDOM)]:
+            params = expanded(small, large, key=KEY, new=new).params
+            assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, large.params)
+            assert largest_change(params) < 1e-5, new
 
 
 def trained(apply, optimizer, params, state, inputs, steps=3):
@@ -236,8 +245,7 @@ def trained(apply, optimizer, params, state, inputs, steps=3):
 class TestOptimizerState:
     @pytest.mark.parametrize(
         ("name", "optimizer", "options"),
-        [("llama", "sgd", {"momentum": 0.9}), ("plain", "sgd", {"momentum": 0.9}),
-         ("plain", "adam", {"eps": 0.0}), ("equinox", "adam", {"eps": 0.0}),
+        [("llama", "sgd", {"momentum": 0.9}),
          ("group normalization", "adamw", {"eps": 0.0, "weight_decay": 0.3}),
          ("plain", "adam", {"eps": 1e-3}), ("plain", "lion", {})],
     )  # fmt: skip
@@ -257,11 +265,11 @@ class TestOptimizerState:
                                   noise=0.0, optimizers=(of_small, of_large),
                                   optimizer_state=state)  # fmt: skip
 
-        start = small.params, of_small.init(small.params)
+        start = small.params, jax.jit(of_small.init)(small.params)
         then_grown = grow(*trained(small.apply, of_small, *start, small.inputs))
         first = grow(*start)
         assert jax.tree.structure(first.optimizer_state) == jax.tree.structure(
-            of_large.init(first.params)
+            jax.eval_shape(of_large.init, first.params)
         )
         then_trained = trained(large.apply, of_large, *first, small.inputs)
         for found, expected in zip(then_grown, then_trained, strict=True):
@@ -273,21 +281,21 @@ class TestOptimizerState:
 
     @pytest.mark.parametrize(
         "optimizer",
-        [optax.adamw(1e-3), optax.sgd(0.1, 0.9), optax.contrib.muon(1e-3), optax.rmsprop(1e-3),
+        [optax.contrib.muon(1e-3),
          optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1, 9))),
          optax.contrib.schedule_free_adamw(1e-3), optax.masked(optax.adam(1e-3), {
              "stem": True, "qkv": True, "out": False, "gain": True, "readout": True})],
-        ids=["adamw", "sgd", "muon", "rmsprop", "chain", "schedule_free", "masked"],
+        ids=["muon", "chain", "schedule_free", "masked"],
     )  # fmt: skip
     def test_any_optimizer_goes_on(self, optimizer):
         small, large = plain(8), plain(16)
-        start = small.params, optimizer.init(small.params)
+        start = small.params, jax.jit(optimizer.init)(small.params)
         params, state = trained(small.apply, optimizer, *start, small.inputs)
         found = contrib.expand(
             params, large.params, small.apply, large.apply, small.inputs, key=KEY,
             optimizers=(optimizer, optimizer), optimizer_state=state,
         )  # fmt: skip
-        expected = optimizer.init(found.params)
+        expected = jax.eval_shape(optimizer.init, found.params)
         assert jax.tree.structure(found.optimizer_state) == jax.tree.structure(expected)
         for one, other in zip(
             *map(jax.tree.leaves, (found.optimizer_state, expected)), strict=True
@@ -301,14 +309,16 @@ class TestOptimizerState:
     def test_what_starts_as_the_parameters_stays_as_far_from_them(self):
         small, large = plain(8), plain(16)
         optimizer = optax.contrib.schedule_free_sgd(0.1)
-        start = small.params, optimizer.init(small.params)
+        start = small.params, jax.jit(optimizer.init)(small.params)
         params, state = trained(small.apply, optimizer, *start, small.inputs)
         found = contrib.expand(
             params, large.params, small.apply, large.apply, small.inputs, key=KEY,
             optimizers=(optimizer, optimizer), optimizer_state=state,
         )  # fmt: skip
         evaluated = [
-            network.apply(optax.contrib.schedule_free_eval_params(one, values), small.inputs)
+            jax.jit(network.apply)(
+                optax.contrib.schedule_free_eval_params(one, values), small.inputs
+            )
             for network, one, values in ((small, state, params),
                                          (large, found.optimizer_state, found.params))
         ]  # fmt: skip
@@ -373,7 +383,9 @@ class TestNoise:
 
 class TestRandom:
     def test_new_features_are_those_given_and_nothing_reads_them(self):
-        _, large, params = widened("gpt2", new="random")
+        make, *widths = WIDER["gpt2"]
+        small, large = map(make, widths)
+        params = expanded(small, large, key=KEY, new="random").params
         found, given = named_leaves(params), named_leaves(large.params)
         up, down = (f"params/block_0/{one}/kernel" for one in ("up", "down"))
         new = np.arange(64) % 2 == 1
@@ -395,7 +407,7 @@ class TestRandom:
 
 
 DEEPER = {
-    "gpt2": (lambda d: decoder("gpt2", d, 8), 2, 5),
+    "gpt2": (lambda d: decoder("gpt2", d, 8), 2, 4),
     "llama, stacked": (lambda d: decoder("llama", d, 8, scan=True), 2, 4),
     "batch normalization": (lambda d: residual_stages(d), 3, 6),
 }
@@ -404,7 +416,7 @@ DEEPER = {
 def residual_stages(depth) -> Network:
     image = (8, 8, 1)
     model = nnx.eval_shape(lambda: ResidualStages(image, 2, depth, 3, True, rngs=nnx.Rngs(0)))
-    images = jax.random.normal(jax.random.key(1), (4, *image))
+    images = normal(4, *image)
     plan = archscale.parametrize(model, images, model_kwargs={"train": True})
     shapes = jax.eval_shape(plan.init, jax.random.key(0))
     return Network(plan.apply, drawn(shapes), images)
@@ -412,15 +424,16 @@ def residual_stages(depth) -> Network:
 
 class TestDepth:
     @pytest.mark.parametrize("name", DEEPER)
-    @pytest.mark.parametrize("new", ["copy", "random"])
-    def test_the_function_stays(self, name, new):
+    def test_the_function_stays(self, name):
         make, *depths = DEEPER[name]
         small, large = map(make, depths)
-        positions = ("interleave",) if name == "batch normalization" else ("append", "interleave")
-        for position in positions:
-            found = contrib.expand(small.params, large.params, small.apply, large.apply,
-                                   small.inputs, noise=0.0, new=new, position=position)  # fmt: skip
-            assert largest_change(small, found.params, large) < 1e-6
+        largest_change = change(small, large)
+        ways = [("copy", "interleave"), ("random", "append")]
+        if name == "batch normalization":
+            ways = [("copy", "interleave"), ("random", "interleave")]
+        for new, position in ways:
+            found = expanded(small, large, noise=0.0, new=new, position=position)
+            assert largest_change(found.params) < 1e-6, new
 
     def test_blocks_stand_where_they_are_wanted(self):
         assert [one.tolist() for one in placed(2, 4, "append")] == [
@@ -431,7 +444,10 @@ class TestDepth:
             [0, 0, 0, 1, 1], [False, True, True, False, True]]  # fmt: skip
         small, large = (decoder("llama", depth, 8, scan=True) for depth in (2, 4))
         optimizer = optax.adam(1e-3)
-        state = jax.tree.map(lambda leaf: leaf + 1, optimizer.init(small.params))
+        state = jax.tree.map(
+            lambda leaf: np.ones(leaf.shape, leaf.dtype),
+            jax.eval_shape(optimizer.init, small.params),
+        )
         params, state = contrib.expand(
             small.params, large.params, small.apply, large.apply, small.inputs, noise=0.0,
             position="interleave", optimizers=(optimizer, optimizer), optimizer_state=state,
@@ -452,9 +468,8 @@ class TestDepth:
 
     def test_width_and_depth_of_a_scan_at_once(self):
         small, large = decoder("llama", 2, 8, scan=True), decoder("llama", 4, 16, scan=True)
-        found = contrib.expand(small.params, large.params, small.apply, large.apply, small.inputs,
-                               key=KEY)  # fmt: skip
-        assert largest_change(small, found.params, large) < 1e-5
+        found = expanded(small, large, key=KEY)
+        assert change(small, large)(found.params) < 1e-5
 
 
 class TestErrors:
@@ -536,7 +551,7 @@ class TestErrors:
 @pytest.mark.parametrize("form", ["auto", "folded"])
 def test_forward_multipliers_of_a_plan_are_part_of_its_function(form):
     """A tied table is copied; its 1/r stands in front of the logits, or else in the norm's gain."""
-    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 256)
+    tokens = TOKENS
     small, large = (Decoder("llama", 1, width, width // 4, 1, 6, True) for width in (8, 16))
     ours = archscale.parametrize(small, tokens, optimizer="adamw", form=form)
     plan = archscale.parametrize(large, tokens, base=ours, optimizer="adamw", form=form,

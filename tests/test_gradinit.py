@@ -26,6 +26,7 @@ SETTINGS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="sizes")
 def mlp_params(key=0, sizes=(3, 4, 4, 2), scale=1.0):
     keys = jax.random.split(jax.random.key(key), len(sizes))
     return {
@@ -64,8 +65,10 @@ def saddle(params, batch):
     return -params["first"] * params["second"] + 0 * jnp.mean(batch)
 
 
-@pytest.mark.parametrize("penalty", [None, 5.0])
-@pytest.mark.parametrize(("optimizer", "limit"), [("sgd", 2.0), ("plain_sgd", 2.0), ("adam", 3.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "limit", "penalty"),
+    [("sgd", 2.0, None), ("plain_sgd", 2.0, 5.0), ("adam", 3.0, None)],
+)
 def test_optimum_of_a_saddle(optimizer, limit, penalty):
     # One step from θ lowers -θ₁θ₂ the most, for a gradient of a given norm, where θ₁ = θ₂.
     params = {"first": jnp.float32(0.8), "second": jnp.float32(2.0)}
@@ -88,13 +91,6 @@ def test_optimum_of_a_saddle(optimizer, limit, penalty):
 
 
 # Derivatives.
-
-
-def variants():
-    for optimizer in ("sgd", "plain_sgd", "adam"):
-        for second_order in (False, True)[: 1 if optimizer == "adam" else 2]:
-            for penalised in (False, True):
-                yield optimizer, second_order, penalised
 
 
 def derivative(multipliers, params, batches, settings, variant):
@@ -134,25 +130,28 @@ def lowered(m, start, limit, params, batches, *, optimizer, penalised):
     return jnp.where(norm > limit, norm, value)
 
 
-@pytest.mark.parametrize(("optimizer", "second_order", "penalised"), list(variants()))
+@pytest.mark.parametrize(
+    ("optimizer", "second_order", "penalised"),
+    [("sgd", False, False), ("sgd", True, True), ("plain_sgd", True, False),
+     ("plain_sgd", False, True), ("adam", False, False), ("adam", False, True)],
+)  # fmt: skip
 def test_hypergradient_equals_finite_differences(optimizer, second_order, penalised):
     with jax.enable_x64(True):
         params, batches = mlp_params(), tuple(random_batches(3))
         multipliers = jnp.linspace(0.6, 1.4, 6)
         options = {"optimizer": optimizer, "penalised": penalised}
         variant = Variant(mlp_loss, tuple(range(6)), second_order=second_order, **options)
-        value = jax.jit(functools.partial(lowered, params=params, batches=batches, **options))
+        value = functools.partial(lowered, params=params, batches=batches, **options)
+        values = jax.jit(jax.vmap(value, (0, 0, None)))
         step = 1e-6
+        ends = multipliers + np.concatenate([step * np.eye(6), -step * np.eye(6)])
+        starts = ends if second_order else jnp.broadcast_to(multipliers, (12, 6))
         for limit in (1e-3, 1e3):
             found, record = derivative(
                 multipliers, params, batches, SETTINGS | {"limit": limit}, variant
             )
-            expected = []
-            for index in range(6):
-                ends = [multipliers.at[index].add(sign * step) for sign in (1, -1)]
-                starts = ends if second_order else [multipliers] * 2
-                upper, lower = (value(*pair, limit) for pair in zip(ends, starts, strict=True))
-                expected.append((upper - lower) / (2 * step))
+            upper, lower = np.split(np.asarray(values(ends, starts, limit)), 2)
+            expected = (upper - lower) / (2 * step)
             np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-8)
             assert record["constrained"] == (limit < 1)
 
@@ -217,7 +216,7 @@ def plain_gradinit(params, batches, steps, *, optimizer, rate, limit, scale_rate
 @pytest.mark.parametrize(("optimizer", "rate", "limit"), [("sgd", 0.1, 0.9), ("adam", 0.02, 4.0)])
 def test_trajectory_equals_a_plain_rederivation(optimizer, rate, limit):
     with jax.enable_x64(True):
-        params, batches, steps = mlp_params(), list(random_batches(120)), 40
+        params, batches, steps = mlp_params(), list(random_batches(75)), 25
         expected, count = plain_gradinit(
             params, batches, steps, optimizer=optimizer, rate=rate, limit=limit, scale_rate=0.05
         )
@@ -236,10 +235,9 @@ def test_trajectory_equals_a_plain_rederivation(optimizer, rate, limit):
         np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_one_program_does_what_two_do(optimizer):
+def test_one_program_does_what_two_do():
     params, batches = mlp_params(), list(random_batches(60))
-    limit = 2.5 if optimizer == "sgd" else 12.0
+    optimizer, limit = "sgd", 2.5
     _, record = archscale.gradinit(
         mlp_loss, params, batches, optimizer=optimizer, learning_rate=0.1, max_gradient_norm=limit
     )
@@ -292,9 +290,9 @@ def test_record_measures_losses_and_gradients():
     params, batches = mlp_params(), list(random_batches(6))
     _, record = archscale.gradinit(mlp_loss, params, batches)
     first = joined(*batches[:2])
-    gradient = jax.grad(mlp_loss)(params, first)
+    gradient = jax.jit(jax.grad(mlp_loss))(params, first)
     norms = {
-        f"{layer}/{name}": jnp.linalg.norm(value)
+        f"{layer}/{name}": np.linalg.norm(value)
         for layer, values in gradient.items()
         for name, value in values.items()
     }

@@ -1,6 +1,7 @@
 """Growth behind normalizations, against finite differences, random search and whole models."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def change_of_output(network, name):
         return jnp.mean(jnp.sum(jnp.square(outputs - targets), axis=1)), hidden
 
     assert name == "w2"
-    gradient, hidden = jax.grad(loss, has_aux=True)(jnp.zeros((len(inputs), 3)))
+    gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((len(inputs), 3)))
     return -len(inputs) * np.asarray(gradient), np.asarray(hidden)
 
 
@@ -76,30 +77,34 @@ def test_no_neuron_of_unit_variance_gains_more_for_its_fan_out():
     np.testing.assert_allclose(gains(drawn), best, rtol=1e-6)
 
 
-def difference(network, groups, neurons, measured, size):
-    """(L(0) - L(γ))/γ²."""
-    extension = extend(network.params, groups, neurons, measured)
-    loss = jax.jit(lambda amplitude: network.loss(extended(extension, amplitude), network.batch))
-    return float(loss(0.0) - loss(size)) / size**2
+def difference(network, size):
+    """A function of an extension to (L(0) - L(γ))/γ²."""
+
+    @jax.jit
+    def found(extension):
+        losses = [network.loss(extended(extension, one), network.batch) for one in (0.0, size)]
+        return (losses[0] - losses[1]) / size**2
+
+    return found
 
 
 @pytest.mark.parametrize("build", [growing.normalized, growing.normalized_residual])
-@pytest.mark.parametrize("method", ["tiny", "random"])
-def test_predictions_are_finite_differences_of_the_mean_slope_of_relu(build, method):
+def test_predictions_are_finite_differences_of_the_mean_slope_of_relu(build):
     network = build(jax.nn.relu, 200 if build is growing.normalized else 60)
-    for group in growing.growable(network):
+    groups = growing.growable(network)
+    # With slots, so that what grows has the same shapes, and compiles once.
+    slots = dict.fromkeys((one.name for one in groups), 6)
+    params, _ = archscale.contrib.widen(network.params, slots, groups)
+    measured = measure(network.loss, params, [network.batch], groups)
+    lowered = difference(network, 1e-4)
+    for group, method in itertools.product(groups, ("tiny", "random")):
         assert all(link.scale and link.slope == 0.5 for link in group.links)
-        measured = measure(network.loss, network.params, [network.batch], [group])
-        found = solve(
-            network.params, measured, [group], method=method, number=2, key=jax.random.key(1)
-        )
+        found = solve(params, measured, [group], method=method, number=2, key=jax.random.key(0))
         one = found[group.name]
         opposite = {group.name: one._replace(fan_in=-one.fan_in, fan_out=-one.fan_out)}
         expected = predicted_decrease(found, measured, [group])
-        both = [difference(network, [group], each, measured, 1e-4) for each in (found, opposite)]
-        # Where one ReLU follows another, neurons of two layers do not just add up.
-        alone = group.name != "stem"
-        np.testing.assert_allclose(np.mean(both), expected, rtol=3e-3 if alone else 0.15)
+        both = [lowered(extend(params, [group], one, measured)) for one in (found, opposite)]
+        np.testing.assert_allclose(np.mean(both), expected, rtol=3e-3)
 
 
 def test_what_new_neurons_are():
@@ -156,7 +161,7 @@ def test_gradmax_has_no_variance():
 def test_scales_of_0_do_not_hide_layers():
     """Residual branches that begin with 0, as in large ResNets."""
     network = growing.normalized_residual()
-    zeros = {name: jnp.zeros_like(network.params[name]) for name in ("a2_norm_scale",)}
+    zeros = {name: jnp.zeros_like(network.params[name]) for name in ("b2_norm_scale",)}
     found = archscale.contrib.find_neuron_groups(
         network.loss, network.params | zeros, network.batch
     )
@@ -178,9 +183,8 @@ def test_two_normalizations_of_one_layer():
     neurons = solve(params, measured, groups, number=2)
     expected = predicted_decrease(neurons, measured, groups)
     assert expected > 1e-2
-    np.testing.assert_allclose(
-        difference(network, groups, neurons, measured, 1e-4), expected, rtol=1e-3
-    )
+    extension = extend(params, groups, neurons, measured)
+    np.testing.assert_allclose(difference(network, 1e-4)(extension), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -299,7 +303,7 @@ def test_one_example_does_not_tell_over_what():
 
 def trains_on(outputs, params, batch, groups, number=2):
     """Grows, and trains by Adam: no loss but a smaller one, and more neurons."""
-    loss = growing.squared(outputs)
+    loss = jax.jit(growing.squared(outputs))
     tx = optax.adam(1e-2)
     growth = archscale.grow(
         loss, params, [batch], batch, groups, number=number,
@@ -337,14 +341,13 @@ class Block(nn.Module):
 
 class Residual(nn.Module):
     width: int
-    inner: tuple[int, ...]
+    inner: int
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(self.width, (3, 3), use_bias=False, param_dtype=jnp.float64)(x)
         x = nn.relu(nn.BatchNorm(False, param_dtype=jnp.float64)(x))
-        for count in self.inner:
-            x = Block(count)(x)
+        x = Block(self.inner)(x)
         return nn.Dense(2, param_dtype=jnp.float64)(jnp.mean(x, axis=(1, 2)))
 
 
@@ -357,8 +360,8 @@ def image_batch(count=64):
 
 def test_a_residual_network_of_linen():
     def model_of(params):
-        inner = tuple(params[f"Block_{place}"]["Conv_0"]["kernel"].shape[-1] for place in range(2))
-        return Residual(params["Conv_0"]["kernel"].shape[-1], inner)
+        width, inner = (one["Conv_0"]["kernel"].shape[-1] for one in (params, params["Block_0"]))
+        return Residual(width, inner)
 
     def outputs(params, inputs):
         model = model_of(params)
@@ -368,18 +371,17 @@ def test_a_residual_network_of_linen():
         return model.apply(variables, inputs, mutable=["batch_stats"])[0]
 
     batch = image_batch()
-    params = jax.jit(Residual(3, (4, 2)).init)(jax.random.key(0), batch[0])["params"]
+    params = jax.jit(Residual(3, 2).init)(jax.random.key(0), batch[0])["params"]
     found = archscale.contrib.find_neuron_groups(growing.squared(outputs), params, batch)
     groups = [one for one in found if one.blocker is None]
     assert [one.producers for one in groups] == [
-        ("Conv_0/kernel", "Block_0/Conv_1/kernel", "Block_1/Conv_1/kernel"),
+        ("Conv_0/kernel", "Block_0/Conv_1/kernel"),
         ("Block_0/Conv_0/kernel",),
-        ("Block_1/Conv_0/kernel",),
     ]
     assert all(link.scale is not None for one in groups for link in one.links)
     growth = trains_on(outputs, params, batch, groups)
     assert growth.params["BatchNorm_0"]["scale"].shape == (5,)
-    assert growth.params["Block_1"]["BatchNorm_0"]["bias"].shape == (4,)
+    assert growth.params["Block_0"]["BatchNorm_0"]["bias"].shape == (4,)
 
 
 def test_a_residual_network_of_nnx():
@@ -447,8 +449,7 @@ class Decoder(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "norm, gated", [(nn.LayerNorm, False), (nn.RMSNorm, False), (nn.RMSNorm, True)],
-    ids=["gpt2", "rms", "llama"],
+    "norm, gated", [(nn.LayerNorm, False), (nn.RMSNorm, True)], ids=["gpt2", "llama"]
 )  # fmt: skip
 def test_the_mlp_of_a_pre_norm_decoder(norm, gated):
     def outputs(params, inputs):
@@ -514,7 +515,7 @@ def random_stream(seed: int) -> growing.Network:
     return growing.Network(growing.squared(outputs), outputs, params, (inputs + 0.5, targets))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3])
 def test_predictions_of_random_programs(seed):
     """Streams in which some layers are normalized and some are not, with gates beside."""
     network = random_stream(seed)

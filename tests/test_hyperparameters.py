@@ -1,5 +1,6 @@
 """Decay, epsilon, batch and duration, zero starts: what stands around the learning rate."""
 
+import functools
 import json
 import math
 import re
@@ -17,10 +18,11 @@ from tests import gpts
 pytestmark = pytest.mark.quick_compilation
 
 CASE = {
-    "width": 32, "base_width": 16, "depth": 8, "base_depth": 2, "heads": 2, "vocab": 64,
+    "width": 32, "base_width": 16, "depth": 4, "base_depth": 1, "heads": 2, "vocab": 64,
     "length": 16, "batch": 8, "tied": False,
 }  # fmt: skip
-TOKENS = jax.random.randint(jax.random.key(5), (8, 17), 0, 64)
+SMALL = gpts.base_of(CASE)
+TOKENS = jnp.asarray(np.random.default_rng(5).integers(0, 64, (8, 17)))
 KEY = jax.random.key(0)
 
 
@@ -34,6 +36,21 @@ def planned(case=CASE, base=True, optimizer="adamw", framework="linen", variant=
     return archscale.parametrize(model, *inputs, base=small, optimizer=optimizer, **options)
 
 
+@functools.cache
+def plan_of_adamw():
+    return planned()
+
+
+def zeros_of(plan):
+    shapes = jax.eval_shape(plan.init, KEY)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def normal_like(tree, seed):
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape).astype(leaf.dtype), tree)
+
+
 # Epsilon: as gradients scale.
 
 
@@ -41,12 +58,12 @@ def gradient_sizes(plan):
     """RMS of the gradient of every leaf at initialization, over four draws."""
 
     @jax.jit
-    def sizes(key):
+    def sizes(seed):
         loss = lambda params: gpts.loss(plan.apply(params, TOKENS[:, :-1]), TOKENS)  # noqa: E731
-        gradients = named_leaves(jax.grad(loss)(plan.init(key)))
+        gradients = named_leaves(jax.grad(loss)(plan.init(jax.random.key(seed))))
         return {name: jnp.mean(leaf**2) for name, leaf in gradients.items()}
 
-    found = [sizes(jax.random.key(seed)) for seed in range(4)]
+    found = [sizes(seed) for seed in range(4)]
     return {name: math.sqrt(np.mean([one[name] for one in found])) for name in found[0]}
 
 
@@ -58,8 +75,8 @@ def test_epsilon_scales_as_gradients_do():
     """
     plan = planned(epsilon_rule="gradient")
     measured = gradient_sizes(plan)
-    of_base = gradient_sizes(planned(gpts.base_of(CASE), base=False))
-    epsilon, published = (named_leaves(one.epsilon) for one in (plan, planned()))
+    of_base = gradient_sizes(planned(SMALL, base=False))
+    epsilon, published = (named_leaves(one.epsilon) for one in (plan, plan_of_adamw()))
     ratios = {
         name: measured[name] / of_base[name] / epsilon[name]
         for name in of_base
@@ -73,11 +90,15 @@ def test_epsilon_scales_as_gradients_do():
 
 def test_epsilon_is_compared_with_the_gradient():
     """û = g / (|g| + ε·ε_p) of a first update, for gradients of the size of epsilon."""
-    plan = planned()
-    params = plan.init(KEY)
-    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), params)
+    plan = plan_of_adamw()
     optimizer = plan.optimizer(1.0, eps=1e-4)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+
+    @jax.jit
+    def first_update(params):
+        gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), params)
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    updates = first_update(zeros_of(plan))
     rates, epsilon = named_leaves(plan.learning_rate), named_leaves(plan.epsilon)
     for name, update in named_leaves(updates).items():
         expected = -rates[name] / (1 + epsilon[name])
@@ -103,19 +124,19 @@ def test_decay_per_update_is_that_of_the_base_but_for_depth(alpha, kept):
 
 def test_the_rule_of_batches_is_adam_with_other_values():
     """κ = 4: an Adam of 2η, 2λ, ε/2, 1 - 4(1 - β)."""
-    plan = planned(base=False, batch_ratio=8, token_ratio=2)
-    params = plan.init(KEY)
+    plan = planned(SMALL, base=False, batch_ratio=8, token_ratio=2)
+    params = zeros_of(plan)
     other = optax.chain(
         optax.scale_by_adam(1 - 4 * 0.1, 1 - 4 * 0.001, 5e-4), optax.scale_by_learning_rate(0.02)
     )
     ours = plan.optimizer(0.01, b1=0.9, b2=0.999, eps=1e-3)
-    states = [one.init(params) for one in (ours, other)]
+    states = [jax.jit(one.init)(params) for one in (ours, other)]
+    steps = [jax.jit(one.update) for one in (ours, other)]
     for seed in range(3):
-        key = jax.random.key(seed)
-        gradients = jax.tree.map(lambda leaf: 1e-3 * jax.random.normal(key, leaf.shape), params)  # noqa: B023
+        gradients = jax.tree.map(lambda leaf: np.float32(1e-3) * leaf, normal_like(params, seed))
         found = []
-        for number, optimizer in enumerate((ours, other)):
-            updates, states[number] = optimizer.update(gradients, states[number], params)
+        for number, update in enumerate(steps):
+            updates, states[number] = update(gradients, states[number], params)
             found.append(jax.tree.leaves(updates))
         for mine, theirs in zip(*found, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=1e-9)
@@ -148,11 +169,11 @@ ERRORS = {
 def test_wrong_options(name):
     options, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
-        planned(**options)
+        planned(SMALL, **options)
 
 
 def test_averages_shorter_than_a_step():
-    plan = planned(base=False, batch_ratio=16)
+    plan = planned(SMALL, base=False, batch_ratio=16)
     with pytest.raises(ValueError, match=r"decay rate 0.9 over κ = 16.*shorter than a step"):
         plan.optimizer(1e-3)
     plan.optimizer(1e-3, b1=0.99, b2=0.9999)
@@ -162,13 +183,16 @@ def test_averages_shorter_than_a_step():
 
 
 def test_lion_is_that_of_optax_on_a_base():
-    plan = planned(base=False, optimizer="lion")
-    params = plan.init(KEY)
-    gradients = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), params)
+    plan = planned(SMALL, base=False, optimizer="lion")
+    params = zeros_of(plan)
+    gradients = normal_like(params, 0)
     ours, theirs = plan.optimizer(1e-3, b1=0.8), optax.lion(1e-3, b1=0.8, weight_decay=0.0)
-    found = [one.update(gradients, one.init(params), params)[0] for one in (ours, theirs)]
+    first = lambda one, *given: one.update(given[0], one.init(given[1]), given[1])[0]  # noqa: E731
+    found = [jax.jit(functools.partial(first, one))(gradients, params) for one in (ours, theirs)]
     jax.tree.map(np.testing.assert_array_equal, *found)
-    rates = [named_leaves(planned(optimizer=one).learning_rate) for one in ("lion", "adamw")]
+    rates = [
+        named_leaves(one.learning_rate) for one in (planned(optimizer="lion"), plan_of_adamw())
+    ]
     assert rates[0] == rates[1]
     with pytest.raises(TypeError, match=r"'lion' has no option \['eps'\]; it has b1, b2"):
         plan.optimizer(1e-3, eps=1e-8)
@@ -177,19 +201,31 @@ def test_lion_is_that_of_optax_on_a_base():
 # Zero starts.
 
 
+def drawn_and_read(plan):
+    """Params, as numbers, and logits."""
+
+    @jax.jit
+    def both(key):
+        params = plan.init(key)
+        return params, plan.apply(params, TOKENS[:, :-1])
+
+    return jax.device_get(both(KEY))
+
+
 @pytest.mark.parametrize("framework", gpts.FRAMEWORKS)
 def test_zero_starts(framework):
     """The stream is that of the embeddings, and logits are 0; everything else is drawn."""
     kinds = ("branch_ends", "queries", "readout")
-    plan = planned(framework=framework, variant={"fused": False}, zero_init=kinds)
-    params = plan.init(KEY)
+    variant = {"fused": False}
+    plan = planned(SMALL, base=False, framework=framework, variant=variant, zero_init=kinds)
+    params, logits = drawn_and_read(plan)
     zero = [name for name, leaf in named_leaves(params).items() if leaf.ndim > 1 and not leaf.any()]
     wanted = r"(out|down|query|readout)/(kernel|weight|w)$"
     stacked = r"/bias$"  # biases of stacked layers have two axes, and start at 0
     for name, leaf in named_leaves(params).items():
         if leaf.ndim > 1 and not re.search(stacked, name):
             assert (name in zero) == bool(re.search(wanted, name)), name
-    assert not plan.apply(params, TOKENS[:, :-1]).any()
+    assert not np.any(logits)
     note = next(one for one in plan.report().notes if "these weights are 0" in one)
     assert "readout" in note
 
@@ -198,7 +234,7 @@ def test_zero_starts(framework):
 
 
 def test_the_report_of_base_values():
-    plan = planned()
+    plan = plan_of_adamw()
     report = plan.report(learning_rate=1e-3, weight_decay=0.1, eps=1e-8)
     rates, decay, epsilon = (
         named_leaves(one) for one in (plan.learning_rate, plan.weight_decay, plan.epsilon)
@@ -225,7 +261,7 @@ def test_the_report_of_base_values():
 
 
 def test_averages_may_be_injected():
-    plan = planned(base=False, batch_ratio=2)
-    params = plan.init(KEY)
+    plan = planned(SMALL, base=False, batch_ratio=2)
+    params = zeros_of(plan)
     optimizer = optax.inject_hyperparams(plan.optimizer)(0.1, 0.1, b1=0.9)
     jax.eval_shape(jax.jit(optimizer.update), params, optimizer.init(params), params)

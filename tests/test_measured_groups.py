@@ -70,16 +70,15 @@ def matched(model, base, optimizer="adam", **options):
 
 
 NETWORKS = {
-    "chain": Mlp(3, 16),
-    "normalized": Mlp(3, 16, normalized=True),
-    "residual": Mlp(2, 16, normalized=True, residual=True),
-    "shallow": Mlp(1, 24),
+    "chain": Mlp(2, 8),
+    "normalized": Mlp(1, 8, normalized=True),
+    "residual": Mlp(1, 8, normalized=True, residual=True),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [*((name, "adam") for name in NETWORKS), ("residual", "sgd"), ("normalized", "muon")],
+    [("chain", "adam"), ("residual", "sgd"), ("normalized", "muon")],
 )
 def test_effects_are_those_of_small_steps(name, optimizer):
     """Central differences along the update of each group, in float64."""
@@ -91,26 +90,28 @@ def test_effects_are_those_of_small_steps(name, optimizer):
         network = Measurable(plan.apply, plan.architecture, wide, tx, inputs)
         key, rows = jax.random.key(3), {**{one: (one,) for one in GROUPS}, "both": GROUPS[:2]}
         found = measurer(network, loss_of)(key, [members_of(plan, one) for one in rows.values()])
-        params = wide(key)
-        gradients = jax.grad(lambda params: loss_of(plan.apply(params, *inputs)))(params)
-        update, _ = tx.update(gradients, tx.init(params), params)
-        groups, (shapes, tree) = groups_of(plan.architecture), jax.tree.flatten(params)
+
+        @jax.jit
+        def drawn_and_updated(key):
+            params = wide(key)
+            gradients = jax.grad(lambda params: loss_of(plan.apply(params, *inputs)))(params)
+            return params, tx.update(gradients, tx.init(params), params)[0]
+
+        params, update = drawn_and_updated(key)
+        groups, tree = groups_of(plan.architecture), jax.tree.structure(params)
         names = list(named_leaves(params))
 
         @jax.jit
         def outputs(steps):
-            moved = [
-                leaf + step * change
-                for step, leaf, change in zip(steps, shapes, jax.tree.leaves(update), strict=True)
-            ]
-            params = jax.tree.unflatten(tree, moved)
-            features = archscale.vertex_features(plan.apply, params, *inputs)
-            return features, plan.apply(params, *inputs)
+            steps = jax.tree.unflatten(tree, list(steps))
+            moved = jax.tree.map(lambda p, step, u: p + step * u, params, steps, update)
+            features = archscale.vertex_features(plan.apply, moved, *inputs)
+            return features, plan.apply(moved, *inputs)
 
-        values, _ = outputs([0.0] * len(names))
+        values, _ = outputs(np.zeros(len(names)))
         for row, members in enumerate(rows.values()):
             (z_up, f_up), (z_down, f_down) = (
-                outputs([step * (groups[name] in members) for name in names])
+                outputs(np.array([step * (groups[name] in members) for name in names]))
                 for step in (1e-6, -1e-6)
             )
             for column, (vertex, z) in enumerate(values.items()):
@@ -122,7 +123,7 @@ def test_effects_are_those_of_small_steps(name, optimizer):
 
 @pytest.mark.parametrize(
     ("optimizer", "trained", "power"),
-    [(optax.sgd, 0, -1), (optax.sgd, 0.5, -0.5), (optax.sgd, 1, 0), (optax.adam, 0.5, 0)],
+    [(optax.sgd, 0, -1), (optax.sgd, 0.5, -0.5), (optax.adam, 0.5, 0)],
 )
 def test_features_of_another_size(optimizer, trained, power):
     """Features of c times the size, a linear loss: stems do c^-power of what they do at size 1."""
@@ -147,44 +148,48 @@ def test_features_of_another_size(optimizer, trained, power):
     )
 
 
-def test_a_network_that_is_the_base_keeps_its_rates():
-    rates = matched(Mlp(3, 16), Mlp(3, 16)).learning_rate
-    assert jax.tree.leaves(rates) == pytest.approx([1.0] * len(jax.tree.leaves(rates)), rel=1e-4)
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_groups_do_what_those_of_the_base_do(optimizer):
     """Together stem and hidden layers change the last features, and the readout the outputs.
 
     With a readout half-way to outputs as spread as the base's.
     """
-    base = planned(Mlp(2, 16), optimizer=optimizer)
-    plan = matched(Mlp(8, 64), base, optimizer)
-    found = []
+    base = planned(Mlp(1, 8), optimizer=optimizer)
+    plan = matched(Mlp(2 if optimizer == "adam" else 1, 32), base, optimizer)
     (draws,) = {int(part.symbols["draws"]) for part in plan.measured.values()}
-    keys = [jax.random.key(seed) for seed in range(draws)]
-    outputs = [[one.apply(one.init(key), X) for key in keys] for one in (plan, base)]
-    spreads = [[rms(of - np.mean(of, axis=0)) for of in one] for one in outputs]
-    scales = np.sqrt(np.divide(spreads[1], spreads[0])), np.ones(draws)
-    for one, scale in zip((plan, base), scales, strict=True):
+    keys = jax.vmap(jax.random.key)(np.arange(draws))
+
+    def spread(outputs):
+        return jnp.sqrt(jnp.mean((outputs - jnp.mean(outputs, axis=0)) ** 2))
+
+    def effects(one, key, scale):
         network = Measurable(one.apply, one.architecture, one.init, one.optimizer(1.0), (X,))
         rows = [members_of(one, GROUPS[:2]), members_of(one, GROUPS[2:])]
-        measure = measurer(network, loss_of)
-        found_by_draw = [measure(*each) for each in zip(keys, [rows] * draws, scale, strict=True)]
-        effects = [(draw.features[0, -1], draw.outputs[1]) for draw in found_by_draw]
-        found.append(np.exp(np.mean(np.log(effects), axis=0)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
+        draw = measurer(network, loss_of)(key, rows, scale)
+        return jnp.stack([draw.features[0, -1], draw.outputs[1]])
+
+    @jax.jit
+    @jax.vmap
+    def of_draw(key):
+        """What both do, the network's readout between its own size and that of the base."""
+        outputs = [spread(one.apply(one.init(key), X)) for one in (plan, base)]
+        scale = jnp.sqrt(outputs[1] / outputs[0])
+        return effects(plan, key, scale), effects(base, key, 1.0)
+
+    found = np.exp([np.mean(np.log(one), axis=0) for one in of_draw(keys)])
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.03)
     assert found[0][1] <= found[1][1] * 1.05
     if optimizer == "adam":
         assert found[0][1] == pytest.approx(found[1][1], rel=0.05)
     reasons = {one["learning_rate_reason"].split("measured ")[1] for one in plan.report().records}
     assert len(reasons) == 3
+    assert "batch normalization" not in str(plan.architecture.notes) + str(plan)
     decay = named_leaves(plan.weight_decay)
     for name, rate in named_leaves(plan.learning_rate).items():
         assert rate * decay[name] == pytest.approx(1 if "kernel" in name else 0)
 
 
-def test_other_frameworks():
+def test_a_network_of_nnx_that_is_the_base_keeps_its_rates():
     class Model(nnx.Module):
         def __init__(self, width, rngs):
             self.first = nnx.Linear(12, width, rngs=rngs)
@@ -193,10 +198,10 @@ def test_other_frameworks():
         def __call__(self, x):
             return self.last(nnx.relu(self.first(x)))
 
-    rates = [
-        jax.tree.leaves(matched(Model(width, nnx.Rngs(0)), Model(16, nnx.Rngs(0))).learning_rate)
-        for width in (16, 64)
-    ]
+    small, large = (
+        nnx.eval_shape(lambda width=width: Model(width, nnx.Rngs(0))) for width in (8, 16)
+    )
+    rates = [jax.tree.leaves(matched(one, small).learning_rate) for one in (small, large)]
     assert rates[0] == pytest.approx([1.0] * 4, rel=1e-4)
     assert rates[0] != rates[1]
 
@@ -227,25 +232,22 @@ def test_shapes_cannot_be_measured():
 
 def test_groups_that_do_nothing():
     with pytest.raises(ValueError, match="an update of the stem changes 0 in the network"):
-        matched(Mlp(2, 16), Mlp(2, 16), zero_init=("readout",))
+        matched(Mlp(1, 8), Mlp(1, 8), zero_init=("readout",))
 
 
 class BatchNormalized(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x, train=True):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.width)(x))
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(self.width)(x))
         return nn.Dense(5)(nn.relu(x))
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_batch_normalization_is_said(train):
-    models = BatchNormalized(16), BatchNormalized(8)
-    plan = matched(*models, model_kwargs={"train": train})
-    notes = [one for one in plan.architecture.notes if "batch normalization" in one]
-    assert len(notes) == train
-    assert ("measured rates: outputs of an example" in str(plan)) == train
+def test_batch_normalization_is_said():
+    plan = matched(BatchNormalized(16), BatchNormalized(8))
+    assert len([one for one in plan.architecture.notes if "batch normalization" in one]) == 1
+    assert "measured rates: outputs of an example" in str(plan)
 
 
 # Layouts.
@@ -334,19 +336,16 @@ def test_shards():
 
 
 def measurable(depth):
-    plan = planned(Mlp(depth, 16), optimizer="sgd")
+    plan = planned(Mlp(depth, 8), optimizer="sgd")
     return Measurable(plan.apply, plan.architecture, plan.init, optax.sgd(1.0), (X,))
 
 
 def test_flerm_shares_what_the_base_does():
     """Hidden kernels together change the outputs as those of the base, one by one."""
-    network, base = measurable(4), measurable(2)
-    options = {"draws": 1, "is_sgd": True}
-    found = matched_rules.multipliers("flerm", network, base, loss_of, **options)
-    same = matched_rules.multipliers("flerm", base, base, loss_of, **options)
-    assert list(same.values()) == pytest.approx([1.0] * len(same), rel=1e-4)
+    network, base = measurable(2), measurable(1)
+    found = matched_rules.multipliers("flerm", network, base, loss_of, draws=1, is_sgd=True)
     sums = []
-    for one, factors in ((network, found), (base, same)):
+    for one, factors in ((network, found), (base, dict.fromkeys(found, 1.0))):
         hidden = [
             leaf.name
             for leaf in one.architecture.parameters
@@ -358,10 +357,9 @@ def test_flerm_shares_what_the_base_does():
     assert sums[0] == pytest.approx(sums[1], rel=1e-3)
 
 
-@pytest.mark.quick_compilation
 def test_matching_again_begins_as_the_measured_plan_and_follows_the_base():
     """The first measurement gives the plan's multipliers; a network that is its base keeps all."""
-    network, base = Mlp(3, 16), Mlp(1, 16)
+    network, base = Mlp(2, 8), Mlp(1, 8)
     plans = [planned(one, optimizer="sgd") for one in (network, base)]
 
     def trained(plan, steps, **options):

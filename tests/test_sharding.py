@@ -220,7 +220,7 @@ def perceptron(params, x):
     return jax.nn.relu(x @ params["up"] * params["scale"] + params["bias"]) @ params["down"]
 
 
-def check_initialize(kind, dtype):
+def check_initialize(kind, dtype, eagerly):
     plain, specs = layers(dtype)
     architecture = archscale.trace(perceptron, plain, jax.ShapeDtypeStruct((4, 16), dtype))
     key = jax.random.key(7)
@@ -228,10 +228,15 @@ def check_initialize(kind, dtype):
     mesh = mesh_of(kind)
     structs, _ = layers(dtype, mesh)
     check = functools.partial(equal, expected=expected, specs=specs)
-    # Eagerly, from shapes and from arrays, in and out of a context, with a key that lies elsewhere.
-    eager = archscale.initialize(key, structs, architecture)
-    check(eager)
-    check(archscale.initialize(jax.device_put(key, jax.devices()[3]), eager, architecture))
+    places = {name: struct.sharding for name, struct in structs.items()}
+    arrays = jax.device_put(expected, places)
+    if (
+        eagerly
+    ):  # from shapes and from arrays, in and out of a context, by a key that lies elsewhere
+        check(archscale.initialize(key, structs, architecture))
+        check(archscale.initialize(jax.device_put(key, jax.devices()[3]), arrays, architecture))
+        with jax.set_mesh(mesh):
+            check(archscale.initialize(key, arrays, architecture))
 
     def compiled(function, *arguments, **options):
         program = jax.jit(function, **options).lower(*arguments).compile()
@@ -239,12 +244,10 @@ def check_initialize(kind, dtype):
         return program
 
     with jax.set_mesh(mesh):
-        check(archscale.initialize(key, eager, architecture))
         check(compiled(lambda key: archscale.initialize(key, structs, architecture), key)(key))
         if kind == "explicit":  # the shardings of arguments are in their types
-            check(jax.jit(lambda params: archscale.initialize(key, params, architecture))(eager))
+            check(jax.jit(lambda params: archscale.initialize(key, params, architecture))(arrays))
     # Out of a context out_shardings are enough.
-    places = {name: struct.sharding for name, struct in structs.items()}
     check(
         compiled(
             lambda key: archscale.initialize(key, plain, architecture), key, out_shardings=places
@@ -252,12 +255,14 @@ def check_initialize(kind, dtype):
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [("auto", "float32"), ("explicit", "float32"), ("mixed", "float32"), ("auto", "bfloat16")],
-)
-def test_initialize_draws_the_same_bits_in_shards(kind, dtype):
-    on_devices(check_initialize, kind, jnp.dtype(dtype), as_users=True)
+def check_initialization():
+    check_initialize("auto", jnp.dtype("float32"), eagerly=True)
+    check_initialize("explicit", jnp.dtype("float32"), eagerly=False)
+    check_initialize("mixed", jnp.dtype("bfloat16"), eagerly=False)
+
+
+def test_initialize_draws_the_same_bits_in_shards():
+    on_devices(check_initialization, as_users=True)
 
 
 def check_seeds():
@@ -479,7 +484,7 @@ def train(apply, params, tx, batches):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     for batch in batches:
         params, state, value = step(params, state, batch)
         losses.append(float(value))
@@ -507,10 +512,9 @@ def close(found, expected, tolerance=1e-9):
     )  # fmt: skip
 
 
-def check_training(kind):
+def check_training():
     jax.config.update("jax_enable_x64", True)
-    apply = explicit if kind == "explicit" else constrained
-    plain, mesh = shapes("float64"), mesh_of(kind)
+    plain = shapes("float64")
     architecture = archscale.trace(transformer, plain, tokens())
     tx = optax.chain(
         optax.sgd(0.1, momentum=0.9),
@@ -521,28 +525,28 @@ def check_training(kind):
     losses, end = train(transformer, start, tx, batches)
     size = measure(transformer, start, tokens())
     assert losses[2] < losses[0]
+    structs = sharded(mesh_of(), plain)
+    scale = archscale.scale_by_architecture(architecture, architecture, "path_sum")
+    lowered = jax.jit(scale.update).lower(structs, optax.EmptyState())
+    nothing_whole(lowered.compile(), jax.tree.leaves(structs))
 
-    structs = sharded(mesh, plain)
-    rows = NamedSharding(mesh, P("data"))
-    with jax.set_mesh(mesh):
-        born = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, structs))
-        scaled, _ = jax.jit(tx.update)(born, tx.init(born))
-        equal(scaled, jax.device_get(jax.jit(tx.update)(start, tx.init(start))[0]), SPECS)
-        program = jax.jit(
-            archscale.scale_by_architecture(architecture, architecture, "path_sum").update
-        )
-        lowered = program.lower(structs, optax.EmptyState())
-        nothing_whole(lowered.compile(), jax.tree.leaves(structs))
-        placed = [jax.device_put(batch, rows) for batch in batches]
-        found, trained = train(apply, born, tx, placed)
-        close(found, losses)
-        close(jax.device_get(trained), jax.device_get(end))
-        close(measure(apply, born, placed[0]), size)
+    for kind, apply in (("auto", constrained), ("explicit", explicit)):
+        mesh = mesh_of(kind)
+        structs = sharded(mesh, plain)
+        rows = NamedSharding(mesh, P("data"))
+        with jax.set_mesh(mesh):
+            born = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, structs))
+            scaled, _ = jax.jit(tx.update)(born, tx.init(born))
+            equal(scaled, jax.device_get(jax.jit(tx.update)(start, tx.init(start))[0]), SPECS)
+            placed = [jax.device_put(batch, rows) for batch in batches]
+            found, trained = train(apply, born, tx, placed)
+            close(found, losses)
+            close(jax.device_get(trained), jax.device_get(end))
+            close(measure(apply, born, placed[0]), size)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_training_and_measuring_give_the_same_numbers(kind):
-    on_devices(check_training, kind)
+def test_training_and_measuring_give_the_same_numbers():
+    on_devices(check_training)
 
 
 def check_gradinit():

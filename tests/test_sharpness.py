@@ -17,6 +17,8 @@ from archscale_jax.tuning import sharpness
 from experiments.lab.models import DagMLP
 from experiments.lab.training import cross_entropy
 
+pytestmark = pytest.mark.quick_compilation
+
 
 def quadratic(params, matrix):
     """Half the quadratic form of a matrix, which is its Hessian; parameters in two leaves."""
@@ -59,7 +61,7 @@ def test_of_equal_eigenvalues(value):
 def test_does_not_depend_on_the_parameters_of_a_quadratic_nor_on_the_key():
     matrix = symmetric([5.0, 2.0, 1.0, 0.0, -1.0, -9.0], 0)
     for seed in range(3):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf + seed, zeros(6))
+        params = jax.tree.map(lambda leaf, seed=seed: np.full(leaf.shape, seed, "f4"), zeros(6))
         found = jitted(params, matrix, key=jax.random.key(seed))
         assert float(found) == pytest.approx(5, rel=1e-4)
 
@@ -90,7 +92,6 @@ def whole(loss, params, batch):
     return np.linalg.eigvalsh((hessian + hessian.T) / 2)[-1]
 
 
-@pytest.mark.quick_compilation
 def test_of_an_mlp_jitted_and_mapped_over_seeds():
     loss, params, batch = problem(
         nnx.eval_shape(lambda: DagMLP(dag_graph("2_12"), 5, 4, 3, rngs=nnx.Rngs(0))), (5,)

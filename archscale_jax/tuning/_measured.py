@@ -214,10 +214,11 @@ def measurer(network: Measurable, loss: Callable[[Any], jax.Array]) -> Callable[
         update, _ = optimizer.update(gradients, optimizer.init(params), params)
         return effects_of(network.apply, params, network.inputs, update, rows)
 
+    names = list(named_leaves(jax.eval_shape(network.draw, jax.random.key(0))))
+
     def measured(
         key: jax.Array, updates: Sequence[Mapping[str, float]], scale: float = 1.0
     ) -> Effects:
-        names = list(named_leaves(jax.eval_shape(network.draw, key)))
         rows = [[one.get(name, 0.0) for name in names] for one in updates]
         return effects(key, np.array(rows, np.float32), jnp.float32(scale))
 
