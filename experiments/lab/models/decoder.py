@@ -27,9 +27,9 @@ class Decoder(nn.Module):
       kv_heads: of keys and values; they divide `heads`.
       context: the most tokens, of `gpt2`.
       tied: the readout is the table of embeddings.
-      hidden: features of an MLP; by default so many times the stream's as `HIDDEN` says.
       scan: blocks are stacked, each leaf with a first axis of `depth`; else `block_0`, `block_1`, …
       rematerialize: what is inside a block is computed again for its derivatives, and not kept.
+      hidden: features of an MLP; by default so many times the stream's as `HIDDEN` says.
     """
 
     kind: Literal["gpt2", "llama"]
@@ -39,9 +39,9 @@ class Decoder(nn.Module):
     kv_heads: int
     context: int
     tied: bool = False
-    hidden: int | None = None
     scan: bool = True
     rematerialize: bool = False
+    hidden: int | None = None
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
