@@ -16,14 +16,14 @@ from archscale_jax._auditing import starts as weights
 from archscale_jax._auditing.clipping import clipped
 from archscale_jax._auditing.features import Features, checked_inputs, features_of
 from archscale_jax._auditing.figure import Row, rows_of, svg_of
-from archscale_jax._auditing.findings import Finding, html_of, text_of
+from archscale_jax._auditing.findings import Finding, grouped, html_of, text_of
 from archscale_jax._auditing.guess import guesses
 from archscale_jax._auditing.kinds import Kind
 from archscale_jax._auditing.probe import Answers, Chain, Probes, ask, compiled, matrix_probe
 from archscale_jax._auditing.promises import Promises
 from archscale_jax._auditing.step import Step, checked_epsilon, even_of, sizes_of, step_of
 from archscale_jax._parametrize import Parametrization
-from archscale_jax._reporting.names import count_text
+from archscale_jax._reporting.names import count_text, merged_names
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.rules._matrix import Matrix, matrix_of
 from archscale_jax.tracing.trace import trace
@@ -84,9 +84,11 @@ class Audit:
         return rows_of(self.records, self.findings)
 
     def _header(self) -> str:
-        kinds = len({(one.kind, *one[2:]) for one in self.findings})
+        kinds = len(grouped(self.findings))
         count = f"{kinds} finding{'s' * (kinds != 1)}" if kinds else "no findings"
-        return f"audit of {len(self.records)} parameters: {count}"
+        # Without a plan "no findings" is no approval of rates, decay and weights.
+        compared = any("looks_like" in one for one in self.records)
+        return f"audit of {len(self.records)} parameters{', without a plan' * compared}: {count}"
 
 
 def audit(
@@ -194,7 +196,11 @@ def _guessed(
         if one.name in found
     ]
     compared = "rates, decay and initial weights were compared with nothing: there is no plan"
-    notes = [*whole, compared, *(f"{one['path']}: {one['looks_like']}" for one in records)]
+    alike: dict[str, list[str]] = {}
+    for one in records:
+        alike.setdefault(one["looks_like"], []).append(one["path"])
+    leaf_by_leaf = (f"{', '.join(merged_names(paths))}: {look}" for look, paths in alike.items())
+    notes = [*whole, compared, *leaf_by_leaf]
     return Audit(findings, records, Features({}, {}, {}), notes, time.perf_counter() - begun)
 
 

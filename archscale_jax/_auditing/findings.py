@@ -1,6 +1,7 @@
 """What an audit finds, as records, text and HTML."""
 
 import html
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ ALL = "all parameters"
 """Stands for the parameter of a finding that concerns the whole set-up."""
 
 _COLUMNS = 100
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class Finding(NamedTuple):
@@ -39,8 +41,8 @@ class Finding(NamedTuple):
 
 
 def text_of(findings: Sequence[Finding], notes: Sequence[str], header: str) -> str:
-    """Returns the text of an audit; findings that differ in the parameter alone are joined."""
-    parts = [header, *(_text(group) for group in _grouped(findings))]
+    """Returns the text of an audit; findings that differ in parameter and numbers are joined."""
+    parts = [header, *(_text(group) for group in grouped(findings))]
     parts += [_wrapped(note, "• ", "  ") for note in notes]
     return "\n".join(parts)
 
@@ -50,8 +52,8 @@ def html_of(findings: Sequence[Finding], notes: Sequence[str], header: str) -> s
     fields = ("kind", "parameter", "found", "expected", "consequence", "remedy")
     head = "".join(f"<th>{name}</th>" for name in fields)
     rows = []
-    for group in _grouped(findings):
-        cells = [group[0].kind, _names(group), *group[0][2:]]
+    for group in grouped(findings):
+        cells = [group[0].kind, _names(group), _found(group), *group[0][3:]]
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><tr>{head}</tr>{body}</table>" if rows else ""
@@ -64,11 +66,20 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Returns findings that differ only in the parameter, and in numbers of what was found."""
     groups: dict[tuple[Any, ...], list[Finding]] = {}
     for one in findings:
-        groups.setdefault((one.kind, *one[2:]), []).append(one)
+        groups.setdefault((one.kind, _NUMBER.sub("", one.found), *one[3:]), []).append(one)
     return list(groups.values())
+
+
+def _found(group: Sequence[Finding]) -> str:
+    """What was found, with ranges where numbers differ."""
+    places = zip(*(_NUMBER.findall(one.found) for one in group), strict=True)
+    ends = ([end(found, key=float) for end in (min, max)] for found in places)
+    shown = ("…".join(dict.fromkeys(both)) for both in ends)
+    return _NUMBER.sub(lambda _: next(shown), group[0].found)
 
 
 def _names(group: Sequence[Finding]) -> str:
@@ -78,8 +89,9 @@ def _names(group: Sequence[Finding]) -> str:
 def _text(group: Sequence[Finding]) -> str:
     first = group[0]
     lines = [_wrapped(f"{first.kind}: {_names(group)}", "✗ ", "  ")]
-    for name in ("found", "expected", "consequence", "remedy"):
-        lines.append(_wrapped(getattr(first, name), f"    {name:<12}", " " * 16))
+    for name, text in {**first._asdict(), "found": _found(group)}.items():
+        if name not in ("kind", "parameter"):
+            lines.append(_wrapped(text, f"    {name:<12}", " " * 16))
     return "\n".join(lines)
 
 
