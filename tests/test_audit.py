@@ -56,8 +56,7 @@ RIGHTS = [
     ("mlp", "adamw", "half_a_masked_mean"),
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
-    ("nnx", "adamw", "masked"),
-    ("decoder", "muon", "plain"),
+    ("mlp", "adamw", "masked"),
     ("equinox", "muon", "clipped_relative_to_weights"),
 ]
 
