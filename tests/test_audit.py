@@ -48,7 +48,7 @@ PLACES = {
 FAULTS = [("mlp", optimizer, fault) for optimizer, faults in PLACES.items() for fault in faults]
 FAULTS += [
     ("decoder", "adamw", "multipliers_of_the_model_left_out"),
-    ("equinox", "muon", "muon_of_transposed_kernels"),
+    ("decoder", "muon", "muon_of_transposed_kernels"),
 ]
 RIGHTS = [
     ("mlp", "adamw", "accumulated"),
@@ -57,7 +57,7 @@ RIGHTS = [
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
     ("mlp", "adamw", "masked"),
-    ("equinox", "muon", "clipped_relative_to_weights"),
+    ("mlp", "muon", "clipped_relative_to_weights"),
 ]
 
 
