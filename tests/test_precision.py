@@ -35,7 +35,7 @@ pytestmark = pytest.mark.quick_compilation
 
 KEY = jax.random.key(0)
 UNIT = {"mixed": 2.0**-8, "cast": 2.0**-8, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-MODES = ("mixed", "cast", "float16")
+MODES = ("mixed", "cast")
 DEPTH = 4
 FLOAT16 = 300.0  # its square is beyond float16
 
@@ -310,8 +310,9 @@ def update_size(make, mode):
     return jax.tree.map(np.asarray, found)
 
 
-@pytest.mark.parametrize(("make", "mode"), [(Perceptron, "float16"), (Attention, "mixed")])
-def test_measured_updates(make, mode):
+@pytest.mark.parametrize("mode", ["float16", "mixed"])
+def test_measured_updates(mode):
+    make = Perceptron
     found, expected = update_size(make, mode), update_size(make, "float32")
     assert {one.dtype for one in found} == {np.dtype(np.float32)}
     # Forward, backward, and the update pushed forward; of ratios forward once more. Squares.
