@@ -19,11 +19,14 @@ from tests.test_gpts import arrays, cases, check_final  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.quick_compilation
 
-# Both variants, both readouts, both forms, every golden file.
+# Every framework, both variants, both readouts, every golden file.
 RUNS = [
     ("completep_untied", "linen", 0, "auto"),
     ("completep_tied", "nnx", 1, "auto"),
+    ("completep_tied", "equinox", 0, "auto"),
+    ("completep_untied_large_eps", "haiku", 1, "auto"),
     ("completep_untied_large_eps", "function", 1, "auto"),
+    ("completep_untied_large_eps", "function", 0, "multipliers"),
     ("completep_tied", "function", 1, "multipliers"),
 ]
 

@@ -71,13 +71,14 @@ def matched(model, base, optimizer="adam", **options):
 
 NETWORKS = {
     "chain": Mlp(2, 8),
+    "normalized": Mlp(1, 8, normalized=True),
     "residual": Mlp(1, 8, normalized=True, residual=True),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("chain", "adam"), ("residual", "sgd")],
+    [("chain", "adam"), ("residual", "sgd"), ("normalized", "muon")],
 )
 def test_effects_are_those_of_small_steps(name, optimizer):
     """Central differences along the update of each group, in float64."""
@@ -147,13 +148,14 @@ def test_features_of_another_size(optimizer, trained, power):
     )
 
 
-def test_groups_do_what_those_of_the_base_do():
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_groups_do_what_those_of_the_base_do(optimizer):
     """Together stem and hidden layers change the last features, and the readout the outputs.
 
     With a readout half-way to outputs as spread as the base's.
     """
-    base = planned(Mlp(1, 8))
-    plan = matched(Mlp(2, 32), base)
+    base = planned(Mlp(1, 8), optimizer=optimizer)
+    plan = matched(Mlp(2 if optimizer == "adam" else 1, 32), base, optimizer)
     (draws,) = {int(part.symbols["draws"]) for part in plan.measured.values()}
     keys = jax.vmap(jax.random.key)(np.arange(draws))
 
@@ -176,7 +178,9 @@ def test_groups_do_what_those_of_the_base_do():
 
     found = np.exp([np.mean(np.log(one), axis=0) for one in of_draw(keys)])
     assert found[0][0] == pytest.approx(found[1][0], rel=0.03)
-    assert found[0][1] == pytest.approx(found[1][1], rel=0.05)
+    assert found[0][1] <= found[1][1] * 1.05
+    if optimizer == "adam":
+        assert found[0][1] == pytest.approx(found[1][1], rel=0.05)
     reasons = {one["learning_rate_reason"].split("measured ")[1] for one in plan.report().records}
     assert len(reasons) == 3
     assert "batch normalization" not in str(plan.architecture.notes) + str(plan)
@@ -251,7 +255,7 @@ def test_batch_normalization_is_said():
 LAYERS, WIDTH = 3, 16
 
 
-def slices(scanned, dtype=jnp.float32, layers=LAYERS):
+def slices(scanned, dtype=jnp.float32):
     """A residual network as a function, with its layers in one leaf or in several, and its draw."""
 
     def apply(params, x):
@@ -262,7 +266,7 @@ def slices(scanned, dtype=jnp.float32, layers=LAYERS):
         if scanned:
             x, _ = jax.lax.scan(block, x, params["layers"])
         else:
-            for number in range(layers):
+            for number in range(LAYERS):
                 x, _ = block(x, params[f"layer{number}"])
         return jax.nn.relu(x) @ params["head"]
 
@@ -299,15 +303,15 @@ def test_layers_in_one_leaf_and_low_precision():
 
 
 def sharded_rates(data, model):
-    """The measured multipliers of a residual network whose params and batch lie on a mesh."""
+    """The measured multipliers of a scanned network whose params and batch lie on a mesh."""
     devices = np.array(jax.devices()[: data * model]).reshape(data, model)
     mesh = jax.sharding.Mesh(devices, ("data", "model"))
     spec = jax.sharding.PartitionSpec
-    places = {"stem": spec(None, "model"), "layer0": spec("data", "model"), "head": spec()}
+    places = {"stem": spec(None, "model"), "layers": spec(None, "data", "model"), "head": spec()}
 
     def on_mesh(width):
-        apply, _ = slices(scanned=False, layers=1)
-        shapes = {"stem": (12, width), "layer0": (width, width), "head": (width, 5)}
+        apply, _ = slices(scanned=True)
+        shapes = {"stem": (12, width), "layers": (LAYERS, width, width), "head": (width, 5)}
         structs = {
             name: jax.ShapeDtypeStruct(
                 shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, places[name])
