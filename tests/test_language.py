@@ -432,10 +432,12 @@ class TestTransfer:
                                                                   plan.weight_decay)),
             plan.scale(),
         )  # fmt: skip
-        _assert_close(*updates(before, scaled), 1e-5)
+        ours, expected = updates(before, scaled)
+        _assert_close(ours, expected, 1e-5)
         monkeypatch.setattr(module, "decay_multipliers", lambda plan, *_: plan.weight_decay)
         own = module.with_decay(plan, "decay_root", 2.0)(rate, 0.3)
-        _assert_close(*updates(own, plan.optimizer(rate, 0.3)), 1e-5)
+        ours, expected = updates(own, plan.optimizer(rate, 0.3))
+        _assert_close(ours, expected, 1e-5)
 
     def test_the_root_of_the_width_is_in_the_decay(self, trial):
         plan = language.plan_of(trial | {"depth": 4, "width": 32})
