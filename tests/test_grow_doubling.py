@@ -33,7 +33,13 @@ def small(tmp_path_factory):
              "cnn": doubling.Task((3, 1), (6, 2), 2**-7, "CNN", 8),
              "hidden": doubling.Task((3, 1), (3, 2), 2**-7, "hidden", 8, stream=2)}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PART": 2, "CONTEXT": 8, "WARMUP": 4, "AFTER": (0, 2)}.items():
+        for name, value in {
+            "PART": 2,
+            "CONTEXT": 8,
+            "WARMUP": 4,
+            "AFTER": (0, 2),
+            "BATCHES": 3,
+        }.items():
             patch.setattr(doubling, name, value)
         patch.setattr(doubling, "TASKS", tasks)
         yield {"steps": 24, "text": texts.load_text(str(folder)).name, "dataset": "digits"}
