@@ -1,15 +1,17 @@
 """examples/ with small networks and few updates, and what docs/examples.md says of them."""
 
 import ast
+import contextlib
+import io
 import math
-import os
 import pathlib
 import re
 import runpy
-import subprocess
 import sys
 
 import pytest
+
+from tests.devices import on_devices
 
 pytestmark = pytest.mark.quick_compilation
 
@@ -18,15 +20,20 @@ EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))
 SHARDED = "sharded_scan_decoder"
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 SMALLER = {
-    "audit": {"Network(4, 256)": "Network(3, 64)"},
-    "equinox_mlp": {"Network(12, 256, KEY)": "Network(3, 64, KEY)"},
+    "audit": {"Network(2, 32)": "Network(1, 16)", "Network(4, 256)": "Network(2, 32)"},
+    "equinox_mlp": {
+        "Network(2, 32, KEY), Network(12, 256, KEY)": "Network(1, 16, KEY), Network(2, 32, KEY)"
+    },
     "find_rate": {},
-    "gpt_linen": {"GPT(6, 128)": "GPT(3, 64)"},
-    "muon": {"shapes(4, 64)": "shapes(2, 64)"},
-    "resnet_nnx": {"(1, 8), (4, 32)": "(1, 8), (2, 16)"},
-    SHARDED: {"Decoder(6, 128)": "Decoder(3, 64)", "RATE = 64, 16": "RATE = 16, 16"},
+    "gpt_linen": {"GPT(2, 32)": "GPT(1, 16)", "GPT(6, 128)": "GPT(2, 32)"},
+    "muon": {"shapes(1, 32)": "shapes(1, 16)", "shapes(4, 64)": "shapes(2, 32)"},
+    "resnet_nnx": {"(1, 8), (4, 32)": "(1, 8), (2, 16)", "(0.1, 0.3, 1.0, 3.0)": "(0.1, 0.3)"},
+    SHARDED: {
+        "Decoder(6, 128), Decoder(2, 32)": "Decoder(2, 32), Decoder(1, 16)",
+        "RATE = 64, 16": "RATE = 16, 16",
+    },
 }
-"""What the tests write for the large network of an example, and for its long sequences."""
+"""What the tests write for the networks and rates of an example, and for its long sequences."""
 
 
 def answer(name):
@@ -115,35 +122,21 @@ def test_audit_finds_the_three_faults_and_no_other(run):
     assert kinds == [set(), {"start"}, {"decay"}, {"rate", "decay"}]
 
 
-RUNS = """
-import runpy, sys
-path = sys.argv[1]
-for flags in sys.argv[2:]:
-    print("run:", flags)
-    sys.argv = [path, *flags.split()]
-    runpy.run_path(path, run_name="__main__")
-"""
+def runs(path, *flags):
+    """What an example prints, by run, in a process of its own."""
+    printed = []
+    for one in flags:
+        sys.argv = [path, *one.split()]
+        with contextlib.redirect_stdout(io.StringIO()) as lines:
+            runpy.run_path(path, run_name="__main__")
+        printed.append(lines.getvalue().splitlines())
+    return printed
 
 
 def test_sharded_training_goes_on_from_its_checkpoint(tmp_path):
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
     path = smaller(SHARDED, tmp_path)
     cut, whole = (f"--steps=8 --workdir={tmp_path / name}" for name in ("cut", "whole"))
-
-    def run(*runs):
-        """The lines of runs that one process makes."""
-        command = [sys.executable, "-c", RUNS, path, *runs]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [part.splitlines()[1:] for part in done.stdout.split("run: ")[1:]]
-
-    (first,) = run(f"{cut} --stop=3")
-    second, uncut = run(cut, whole)
+    first, second, uncut = on_devices(runs, path, f"{cut} --stop=3", cut, whole, count=4)
     assert second[0] == "  goes on behind batch 2"
     assert [*first[:-1], *second[1:]] == uncut
     assert uncut[-1].startswith("4 devices, each with 25% of parameters")

@@ -187,9 +187,6 @@ class TestTraining:
             language.train(trial, tmp_path / "cut")
         assert language.train(trial, tmp_path / "cut") == whole
         assert len(calls) == len(whole["steps"]) == 4
-        alone = language.train(trial)
-        assert alone["losses"] == whole["losses"]
-        assert alone["validation"] == [None] * 3 + whole["validation"][-1:]
 
     def test_under_muon_what_adamw_has_may_have_a_rate_of_its_own(self, trial):
         trial = trial | {"optimizer": "muon"}
@@ -228,8 +225,9 @@ class TestTraining:
 
     def test_tells_how_far_it_is_where_it_takes_long(self, trial, monkeypatch):
         notes = []
-        language.train(trial | {"steps": 4}, note=notes.append)
+        quiet = language.train(trial | {"steps": 4}, note=notes.append)
         assert not notes
+        assert quiet["validation"][:-1] == [None] * 3  # where nothing is kept
         monkeypatch.setattr(language, "NOTE_SECONDS", 0.0)
         found = language.train(trial | {"steps": 4}, note=notes.append)
         assert notes[-1].endswith(f", seed 0: update 3 of 4, loss {found['losses'][-2]:.4f}")
@@ -307,19 +305,19 @@ class TestTraining:
         assert plan.duration.batch_ratio == 4 and plan.duration.token_ratio == 1
         assert language.plan_of(trial).duration.kappa == 1
 
-    def test_costs_grow_by_the_same_for_every_block(self, trial):
+    def test_costs_are_those_of_every_block(self, trial):
         trial = trial | {"context": 32}
-        trials = [trial | {"depth": depth} for depth in (1, 2, 3)]
+        trials = [trial | {"depth": depth} for depth in (1, 3)]
         trials.append(trials[-1] | {"rematerialize": True})
         lines = [[float(line.rpartition(" ")[2]) for line in language.cost(one)] for one in trials]
         parameters, _, flops, _, memory = zip(*lines, strict=True)
-        assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.02)
         # The products of attention, which have no parameters, come on top.
-        assert flops[1] > 6 * (parameters[1] - 256 * 16) * 4 * 32
+        blocks = 6 * (parameters[1] - parameters[0]) * 4 * 32
+        assert blocks < flops[1] - flops[0] < 2 * blocks
         # Of three passes over a block, one is made again.
-        assert parameters[3] == parameters[2]
-        assert 1.1 < flops[3] / flops[2] < 4 / 3
-        assert memory[3] < 0.7 * memory[2]
+        assert parameters[2] == parameters[1]
+        assert 1.1 < flops[2] / flops[1] < 4 / 3
+        assert memory[2] < 0.7 * memory[1]
 
 
 class TestTransfer:
@@ -420,8 +418,12 @@ class TestTransfer:
         gradients = jax.tree.map(lambda one: jnp.where(one < 0, -1.0, 1.0) + one, params)
         rate = optax.constant_schedule(0.01)
 
-        def updates(optimizer):
-            return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+        def updates(*optimizers):
+            @jax.jit
+            def each(gradients, params):
+                return [one.update(gradients, one.init(params), params)[0] for one in optimizers]
+
+            return each(gradients, params)
 
         module = language_study
         before = module.with_decay(plan, "decay_before", 2.0)(rate, 0.3)
@@ -430,10 +432,12 @@ class TestTransfer:
                                                                   plan.weight_decay)),
             plan.scale(),
         )  # fmt: skip
-        _assert_close(updates(before), updates(scaled), 1e-5)
+        ours, expected = updates(before, scaled)
+        _assert_close(ours, expected, 1e-5)
         monkeypatch.setattr(module, "decay_multipliers", lambda plan, *_: plan.weight_decay)
         own = module.with_decay(plan, "decay_root", 2.0)(rate, 0.3)
-        _assert_close(updates(own), updates(plan.optimizer(rate, 0.3)), 1e-5)
+        ours, expected = updates(own, plan.optimizer(rate, 0.3))
+        _assert_close(ours, expected, 1e-5)
 
     def test_the_root_of_the_width_is_in_the_decay(self, trial):
         plan = language.plan_of(trial | {"depth": 4, "width": 32})

@@ -26,8 +26,14 @@ PAGES = {
 """What a page prints, beside its blocks of `text`."""
 
 SHORTER = {
-    "docs/contrib.md": {"halves(32, 300)": "halves(32, 15)", "num_steps=10)": "num_steps=3)"},
-    "docs/tune_small_train_large.md": {"blocks=8, width=128": "blocks=4, width=64"},
+    "docs/contrib.md": {
+        "[32] * 8": "[8] * 2",
+        "halves(32, 300)": "halves(32, 6)",
+        "halves(32, 30), num_steps=10)": "halves(32, 6), num_steps=2)",
+        '"llama", depth=2': '"llama", depth=1',
+        '"llama", depth=4': '"llama", depth=2',
+    },
+    "docs/tune_small_train_large.md": {"blocks=8, width=128": "blocks=2, width=64"},
 }
 """What tests write for long trainings and large networks."""
 
