@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import archscale_jax as archscale
+from archscale_jax._auditing.findings import Finding, grouped, text_of
 from archscale_jax._auditing.judge import causes_of, judged
 from archscale_jax._auditing.kinds import Kind, kind_of, rate_of
 from archscale_jax._auditing.probe import Probes, Vectors, ask, compiled, matrix_probe
@@ -407,3 +408,13 @@ def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_p
     assert "readout/kernel" in (tmp_path / "table.md").read_text()
     assert "readout/kernel" in (tmp_path / "leaves.svg").read_text()
     assert len(files.read_records(tmp_path / "results.jsonl")) == 6
+
+
+def test_findings_that_differ_in_numbers_alone_are_one():
+    both = [
+        Finding("start", f"layer_{number}/w", f"× {size} of float32", "× 1", "larger", "redraw")
+        for number, size in enumerate(("0.7", "1.9e-05"))
+    ]
+    text = text_of(both, [], "audit")
+    assert "start: layer_{0,1}/w ×2" in text and "× 1.9e-05…0.7 of float32" in text
+    assert len(grouped([*both, both[0]._replace(found="× 0.7 of float16")])) == 2

@@ -78,6 +78,11 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     before, after = (one.partition("<h2>Settings")[0] for one in (report, resumed))
     assert before.count("<svg") == 1 and before == after  # tables and figures, byte for byte
 
+    started = run_again("find_lr", tmp_path, *SEARCH, "--base_rate=0.2")  # only what can win
+    assert started.returncode == 0, started.stderr
+    assert "Predicted from the base rate 0.2: " in started.stdout
+    assert journal.read_text().count("\n") == len(lines)
+
 
 @pytest.mark.parametrize(
     ("flag", "message"),
