@@ -66,6 +66,9 @@ def _share_compiled() -> None:
         _caches.append(tempfile.mkdtemp(prefix="archscale_jax_compiled_"))
         os.environ[_CACHE] = _caches[0]
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if importlib.metadata.version("jaxlib") == "0.10.0":
+        # It complains on standard error of every program that another process has compiled.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 _share_compiled()
