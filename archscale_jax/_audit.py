@@ -87,8 +87,8 @@ class Audit:
         kinds = len(grouped(self.findings))
         count = f"{kinds} finding{'s' * (kinds != 1)}" if kinds else "no findings"
         # Without a plan "no findings" is no approval of rates, decay and weights.
-        compared = any("looks_like" in one for one in self.records)
-        return f"audit of {len(self.records)} parameters{', without a plan' * compared}: {count}"
+        planless = any("looks_like" in one for one in self.records)
+        return f"audit of {len(self.records)} parameters{', without a plan' * planless}: {count}"
 
 
 def audit(

@@ -297,6 +297,7 @@ class Model(NamedTuple):
       advance: `(params, state, data, key, rates)` to both, and the losses of so many updates.
       inputs: of a batch on which a growth is checked.
       operations: of an update.
+      shapes: of its params.
     """
 
     plan: archscale.Parametrization
@@ -305,6 +306,7 @@ class Model(NamedTuple):
     advance: Callable[..., Any]
     inputs: jax.Array
     operations: float
+    shapes: list[tuple[int, ...]]
 
 
 class Data(NamedTuple):
@@ -401,10 +403,17 @@ def grow(
         keys = jax.random.split(key, batches)
         batch, held = drawn(data, keys[: -(batches // 3)]), drawn(data, keys[-(batches // 3) :])
         sizes = tuple(map(tuple, trial["sizes"]))
-        optimizer = functools.partial(optimizer_for, (model, new))
         loss = loss_of(trial["task"], sizes, *data_key(trial))
         added = grow_operators.add_neurons(
-            loss, params, like, batch, held, optimizer, state, key=key, **options
+            loss,
+            params,
+            like,
+            batch,
+            held,
+            lambda params: optimizer_of(model_for((model, new), params).plan, 1.0),
+            state,
+            key=key,
+            **options,
         )
         facts = {"amplitude": added.amplitude, "operations": added.operations}
         grown = Grown(added.params, added.optimizer_state, added.operations, facts)
@@ -512,25 +521,25 @@ def model_of(task: str, size: Size, name: str) -> Model:
         (params, state), losses = jax.lax.scan(step, (params, state), xs)
         return params, state, losses
 
-    return Model(plan, jax.jit(plan.init), loss, advance, inputs, operations_of(task, size, batch))
+    operations = operations_of(task, size, batch)
+    shapes = shapes_of(jax.eval_shape(plan.init, jax.random.key(0)))
+    return Model(plan, jax.jit(plan.init), loss, advance, inputs, operations, shapes)
 
 
 @functools.lru_cache(maxsize=4)
 def loss_of(task: str, sizes: tuple[Size, ...], name: str) -> Callable[..., jax.Array]:
     """Returns the loss for params of any of the sizes, for which programs are compiled once."""
     models = [model_of(task, size, name) for size in sizes]
-    shapes = [shapes_of(jax.eval_shape(one.plan.init, jax.random.key(0))) for one in models]
 
     def loss(params: PyTree, batch: Any) -> jax.Array:
-        return models[shapes.index(shapes_of(params))].loss(params, batch)[0]
+        return model_for(models, params).loss(params, batch)[0]
 
     return loss
 
 
-def optimizer_for(models: Sequence[Model], params: PyTree) -> optax.GradientTransformation:
-    """Returns the optimizer of that model whose params have these shapes."""
-    shapes = [shapes_of(jax.eval_shape(one.init, jax.random.key(0))) for one in models]
-    return optimizer_of(models[shapes.index(shapes_of(params))].plan, 1.0)
+def model_for(models: Sequence[Model], params: PyTree) -> Model:
+    """Returns the model whose params have the shapes of these."""
+    return next(one for one in models if one.shapes == shapes_of(params))
 
 
 def shapes_of(params: PyTree) -> list[tuple[int, ...]]:

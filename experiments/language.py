@@ -32,6 +32,7 @@ from experiments.lab import (
     display,
     page,
     panels,
+    progress,
     ranges,
     runners,
     training,
@@ -91,7 +92,6 @@ flags.DEFINE_bool("cost_only", False, "Print the cost of an update, without runn
 flags.DEFINE_string("workdir", "runs/language", "Folder for config, results and figures.")
 runners.define_flags()
 
-NOTE_SECONDS = 30.0
 LISTS = ("rate", "weight_decay", "seed")
 OPTIONS = (
     *("kind", "tied", "queries_per_key", "base_batch_size", "base_steps", "optimizer"),
@@ -316,7 +316,7 @@ def train(
       folder: of checkpoints; with None nothing is saved, and held-out text is read at the end only.
       parametrize: how the decoder of a trial is trained.
       rematerialize: see `Decoder`; it is no part of the trial, as it changes no number.
-      note: what is told, at most every `NOTE_SECONDS`, how far the training is.
+      note: what is told, as often as a log gets a line, how far the training is.
 
     Returns:
       `steps` done, and after each part of the training the mean `losses` of its updates and the
@@ -346,7 +346,7 @@ def train(
             log[name].append(value if value is not None and math.isfinite(value) else None)
         if folder is not None:
             checkpoints.save_checkpoint(folder, state.step, state, trial, log=log)
-        if note is not None and not at_end and time.monotonic() - told >= NOTE_SECONDS:
+        if note is not None and not at_end and time.monotonic() - told >= progress.LINE_SECONDS:
             of = ", ".join(f"{name} {trial[name]:g}" for name in LISTS).replace("_", " ")
             loss = number(log["losses"][-1], ".4f", "diverged")
             note(f"{of}: update {state.step} of {trial['steps']}, loss {loss}")

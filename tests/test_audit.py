@@ -418,3 +418,8 @@ def test_findings_that_differ_in_numbers_alone_are_one():
     text = text_of(both, [], "audit")
     assert "start: layer_{0,1}/w ×2" in text and "× 1.9e-05…0.7 of float32" in text
     assert len(grouped([*both, both[0]._replace(found="× 0.7 of float16")])) == 2
+    means = [
+        one._replace(found=f"mean of {m} in 1,0{m[1]}0")
+        for one, m in zip(both, ("-2", "-3"), strict=True)
+    ]
+    assert "mean of -3…-2 in 1,020…1,030\n" in text_of(means, [], "audit")

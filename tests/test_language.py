@@ -12,7 +12,7 @@ import pytest
 
 from archscale_jax._trees import named_leaves
 from experiments import language_scaling
-from experiments.lab import checkpoints, files, sweeps
+from experiments.lab import checkpoints, files, progress, sweeps
 from experiments.lab.datasets import text as texts
 from experiments.lab.models.decoder import Decoder, attend, rotate
 from tests.binaries import imported
@@ -228,7 +228,7 @@ class TestTraining:
         quiet = language.train(trial | {"steps": 4}, note=notes.append)
         assert not notes
         assert quiet["validation"][:-1] == [None] * 3  # where nothing is kept
-        monkeypatch.setattr(language, "NOTE_SECONDS", 0.0)
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
         found = language.train(trial | {"steps": 4}, note=notes.append)
         assert notes[-1].endswith(f", seed 0: update 3 of 4, loss {found['losses'][-2]:.4f}")
 

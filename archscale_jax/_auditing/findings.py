@@ -12,7 +12,7 @@ ALL = "all parameters"
 """Stands for the parameter of a finding that concerns the whole set-up."""
 
 _COLUMNS = 100
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class Finding(NamedTuple):
@@ -53,7 +53,8 @@ def html_of(findings: Sequence[Finding], notes: Sequence[str], header: str) -> s
     head = "".join(f"<th>{name}</th>" for name in fields)
     rows = []
     for group in grouped(findings):
-        cells = [group[0].kind, _names(group), _found(group), *group[0][3:]]
+        one = _joined(group)
+        cells = [one.kind, _names(group), *one[2:]]
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><tr>{head}</tr>{body}</table>" if rows else ""
@@ -74,12 +75,16 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
     return list(groups.values())
 
 
-def _found(group: Sequence[Finding]) -> str:
-    """What was found, with ranges where numbers differ."""
+def _joined(group: Sequence[Finding]) -> Finding:
+    """The first of a group, with ranges where numbers of what was found differ."""
     places = zip(*(_NUMBER.findall(one.found) for one in group), strict=True)
-    ends = ([end(found, key=float) for end in (min, max)] for found in places)
+    ends = ([end(found, key=_value) for end in (min, max)] for found in places)
     shown = ("…".join(dict.fromkeys(both)) for both in ends)
-    return _NUMBER.sub(lambda _: next(shown), group[0].found)
+    return group[0]._replace(found=_NUMBER.sub(lambda _: next(shown), group[0].found))
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def _names(group: Sequence[Finding]) -> str:
@@ -87,11 +92,10 @@ def _names(group: Sequence[Finding]) -> str:
 
 
 def _text(group: Sequence[Finding]) -> str:
-    first = group[0]
+    first = _joined(group)
     lines = [_wrapped(f"{first.kind}: {_names(group)}", "✗ ", "  ")]
-    for name, text in {**first._asdict(), "found": _found(group)}.items():
-        if name not in ("kind", "parameter"):
-            lines.append(_wrapped(text, f"    {name:<12}", " " * 16))
+    for name in ("found", "expected", "consequence", "remedy"):
+        lines.append(_wrapped(getattr(first, name), f"    {name:<12}", " " * 16))
     return "\n".join(lines)
 
 

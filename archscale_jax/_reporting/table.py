@@ -54,8 +54,8 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     the standard deviation alone show its range if it is `CLOSE`, or there are more than `MAX_ROWS`.
     """
     several = len({record["learning_rate_reason"] for record in records}) > 1
-    rows = []
-    for joined in _rows(records, several, ranging=True):
+    rows, ranges = [], _rows(records, several, ranging=True)
+    for joined in ranges:
         same = [records[index] for index in joined.indices]
         if _is_close([one for each in same for one in _numbers(each["standard_deviation"])]):
             rows.append(joined)
@@ -64,7 +64,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                 Row(row.cells, [joined.indices[place] for place in row.indices])
                 for row in _rows(same, several, ranging=False)
             ]
-    return rows if len(rows) <= MAX_ROWS else _rows(records, several, ranging=True)
+    return rows if len(rows) <= MAX_ROWS else ranges
 
 
 def _is_close(deviations: Sequence[float]) -> bool:
