@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from flax import nnx
 import archscale_jax as archscale
 from archscale_jax._architecture import named_leaves
 from archscale_jax._spaces import canonical_cell, cell_graph
-from experiments.lab import networks
 from experiments.lab.models import CellNetwork
 from experiments.nasbench import rank_study
 
@@ -162,8 +160,6 @@ CELLS = ["0_00_300", "2_30_202", "4_12_013", "1_00_100"]
 
 
 def few_searched():
-    rates: Any = networks.RATES
-    rates["sgd"] = (0.05, 0.2)
     rank_study.SEARCH_SEEDS = 1
 
 

@@ -315,8 +315,12 @@ def _space(settings: tuple[tuple[str, Any], ...], data_dir: str | None):
     """
     trial = dict(settings)
     dataset = studies.load(trial["dataset"], data_dir, trial["downscale"])
-    graphdef, params, model_state = nnx.split(_module(None, trial, dataset), nnx.Param, ...)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+    def parts() -> tuple[PyTree, PyTree, PyTree]:
+        return nnx.split(_module(None, trial, dataset), nnx.Param, ...)
+
+    graphdef, shapes, _ = jax.eval_shape(parts)
+    model_state = jax.jit(lambda: parts()[2])()  # draws no weights: none are returned
 
     def with_schedule(rate) -> optax.GradientTransformation:
         schedule = training.create_schedule(rate, trial["steps"], kind="cosine")
