@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import optax
 import pandas as pd
 from absl import flags
@@ -95,7 +94,7 @@ def run() -> None:
     for axis in FLAGS.axis:
         path = workdir / f"coordinate_{axis}.png"
         draw({key: value for key, value in curves.items() if key[1] == axis}, path)
-        figures[path] = f"Change of features against {axis}; the line of the output is orange."
+        figures[path] = f"Change of features and of the output against {axis}."
     page.publish(
         workdir,
         f"Coordinate checks of {', '.join(FLAGS.family)} on {FLAGS.dataset.partition('#')[0]}",
@@ -270,38 +269,46 @@ def _shown(ratio: float) -> str:
 
 
 def draw(curves: Curves, path: pathlib.Path) -> None:
-    """Draws one panel for every family and parametrization of an axis."""
+    """Draws one panel for every family and parametrization of an axis, a row a family."""
     names = list(dict.fromkeys(family for family, _, _ in curves))
     hows = list(dict.fromkeys(how for _, _, how in curves))
     axis = next(iter(curves))[1]
-    places = list(itertools.product(hows, names))
+    places = list(itertools.product(names, hows))
     figure, drawn = panels.create_panels(
-        len(places), 2.2, width=2.6, columns=len(names), sharex=True
+        len(places), 1.7, width=2.2, columns=len(hows), sharex=True, sharey="row"
     )
-    for panel, (how, family) in zip(drawn, places, strict=True):
+    for panel, (family, how) in zip(drawn, places, strict=True):
         steps = curves[family, axis, how]
         found = steps[max(steps)]
         ratios = archscale.tuning.flatness(found)
         inner = [name for name in found if name != "output"]
-        for place, name in enumerate(inner):
-            shade = 0.25 + 0.6 * place / max(len(inner) - 1, 1)
-            _draw_curve(panel, found[name], (0.0, 0.45 * shade, 0.7 * shade))
-        _draw_curve(panel, found["output"], panels.COLOURS[1])
+        for name in inner:
+            label = {"label": "features"} if name == inner[0] else {}
+            _draw_curve(panel, found[name], panels.COLOURS[0], **label)
+        _draw_curve(panel, found["output"], panels.COLOURS[1], label="output")
         worst = _shown(max(ratios[name] for name in inner))
         ratio = worst if worst == "diverged" else f"×{worst}"
         panel.set_title(f"{family}, {how.replace('_', ' ')}: {ratio}", fontsize=8.5)
-        panel.set(yscale="log")
         panels.plain_sizes(panel, list(found["output"]))
-        low, high = panel.get_ylim()
-        if high / low < 30:
-            panel.set_ylim(low * (high / low / 30) ** 0.5, high * (30 * low / high) ** 0.5)
-    change = "change of a feature since initialization (orange: output)"
-    panels.finish(figure, path, across=axis, up=change)
+        panel.set_yscale("log")
+    for panel in drawn[:: len(hows)]:
+        _widen(panel)
+    change = "change since initialization"
+    panels.finish(figure, path, across=axis, up=change, columns=2)
 
 
-def _draw_curve(panel, curve: Mapping[float, float], color) -> None:
+def _widen(panel) -> None:
+    """Shows a factor of 30 or more, so that what is flat looks flat; whole powers of ten alone."""
+    low, high = panel.get_ylim()
+    if high < 30 * low:
+        middle = math.sqrt(low * high)
+        panel.set_ylim(middle / math.sqrt(30), middle * math.sqrt(30))
+    panel.yaxis.minorticks_off()
+
+
+def _draw_curve(panel, curve: Mapping[float, float], colour: str, **label: str) -> None:
     finite = {size: value for size, value in curve.items() if 0 < value < math.inf}
-    panel.plot(list(finite), np.asarray(list(finite.values())), ".-", color=color, linewidth=1.1)
+    panel.plot(list(finite), list(finite.values()), ".-", color=colour, linewidth=1.1, **label)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -323,8 +323,8 @@ STYLES = {
 }
 """Colours of Okabe and Ito, and markers."""
 LINES = ("-", "--", ":")
-SHOWN = 200
-"""By how much the most operations of a panel exceed the fewest, at most."""
+COMPARED = ("tiny", "gradmax", "random", "large", "scratch")
+"""Methods whose operations are drawn."""
 LINE_HEIGHT = 0.047
 """Height of a label, in parts of a panel's height."""
 TICKS = {8: (1, 1.5, 2, 3, 5, 7), 30: (1, 2, 5), 3000: (1, 3), math.inf: (1,)}
@@ -377,37 +377,37 @@ def _growth_path(result: Result) -> tuple[list[int], list[float]]:
     return list(last), list(last.values())
 
 
-def _draw_compute(panel, found: Mapping[str, Sequence[Result]]) -> None:
-    """Test accuracy over training against operations so far; a cross ends a run that diverged."""
-    for method, results in found.items():
-        colour, _ = STYLES[method]
-        for result in results:
-            flops, accuracies = _curve(result)
-            panel.plot(flops, accuracies, color=colour, linewidth=0.6, alpha=0.35)
-            if result["diverged"]:
-                panel.plot(flops[-1:], accuracies[-1:], "x", color=colour, markersize=5)
-        curves = [_curve(result) for result in results if not result["diverged"]]
-        panel.plot(*_mean_curve(curves), color=colour, linewidth=1.7, label=LABELS[method])
-    _log_axis(panel, SHOWN)
+class Ends(NamedTuple):
+    """Where runs of a method end, over seeds: operations, mean accuracy and deviation, percent."""
+
+    flops: float
+    accuracy: float
+    deviation: float
 
 
-def _curve(result: Result) -> np.ndarray:
-    """Operations so far, and accuracy in percent: two rows."""
-    points = [one for one in result["curve"] if one["accuracy"] is not None]
-    return np.array([[one["flops"] for one in points], [100 * one["accuracy"] for one in points]])
+def _ends(runs: pd.DataFrame) -> dict[str, dict[str, Ends]]:
+    """The ends by network and method, without the ways for TINY's rate to follow."""
+    found: dict[str, dict[str, Ends]] = {}
+    for spec, methods in _by_spec(runs).items():
+        for method, results in methods.items():
+            if method in COMPARED:
+                accuracies = [100 * one["accuracy"] for one in results]
+                deviation = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0
+                flops = float(np.mean([one["flops"] for one in results]))
+                found.setdefault(spec, {})[method] = Ends(
+                    flops, float(np.mean(accuracies)), deviation
+                )
+    return found
 
 
-def _mean_curve(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of curves at equal parts of their points; no points of no curves."""
-    if not curves:
-        return np.empty((2, 0))
-    parts = np.linspace(0, 1, 200)
-    sampled = [
-        [np.interp(parts, np.linspace(0, 1, len(one)), one) for one in (np.log(flops), accuracies)]
-        for flops, accuracies in curves
-    ]
-    logs, accuracies = np.mean(sampled, axis=0)
-    return np.array([np.exp(logs), accuracies])
+def _draw_compute(panel, found: Mapping[str, Ends]) -> None:
+    """Test accuracy at the end against the operations of the training."""
+    for method, end in found.items():
+        colour, marker = STYLES[method]
+        options = {"color": colour, "markersize": 7, "markeredgecolor": "white"}
+        panel.errorbar(*end, fmt=marker, capsize=3, label=LABELS[method], **options)
+    panel.margins(x=0.12)
+    _log_axis(panel)
 
 
 def _draw_bottlenecks(panel, results: Sequence[Result]) -> None:
@@ -502,15 +502,13 @@ def _label_ends(panel, ends: Sequence[tuple[str, float, float, Any]]) -> None:
                        fontsize=6.5, arrowprops=line, annotation_clip=False)  # fmt: skip
 
 
-def _log_axis(panel, most: float = math.inf) -> None:
-    """A logarithmic axis of x with prefixes as k and M, its end at most so many times its start."""
+def _log_axis(panel) -> None:
+    """A logarithmic axis of x with prefixes as k and M."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     panel.set_xscale("log")
     low, high = panel.get_xlim()
-    shown = min(high / low, most)
-    panel.set_xlim(left=high / shown)
-    subs = next(subs for ratio, subs in TICKS.items() if shown <= ratio)
+    subs = next(subs for ratio, subs in TICKS.items() if high / low <= ratio)
     panel.xaxis.set_major_locator(LogLocator(subs=subs))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(NullFormatter())
@@ -525,11 +523,13 @@ FIGURES = {
         "Test accuracy against parameters; lines while TINY grows.",
     ),
     "accuracy_compute": Figure(
-        _by_spec,
+        _ends,
         _draw_compute,
-        "floating-point operations of the training so far",
-        "test accuracy, % (thin: seeds)",
-        "Test accuracy against the operations of the training so far.",
+        "floating-point operations of the training",
+        "test accuracy, %",
+        "Test accuracy at the end, mean and standard deviation over seeds, against the operations "
+        "of the training.",
+        {"sharey": True},
     ),
     "bottlenecks": Figure(
         _of_tiny,

@@ -105,8 +105,8 @@ def golden_dir() -> Path:
 def pytest_collection_finish() -> None:
     """Spares the garbage collector what is there for good: all that was imported, all tests.
 
-    Of what tests leave behind it walks the oldest a hundred times less often than by default, where that
-    takes a twentieth of all time.
+    What tests leave behind it walks a hundred times less often than by default, where that takes a
+    twentieth of all time.
     """
     gc.collect()
     gc.freeze()
