@@ -404,8 +404,8 @@ def _draw_compute(panel, found: Mapping[str, Ends]) -> None:
     """Test accuracy at the end against the operations of the training."""
     for method, end in found.items():
         colour, marker = STYLES[method]
-        options = {"color": colour, "markersize": 7, "markeredgecolor": "white"}
-        panel.errorbar(*end, fmt=marker, capsize=3, label=LABELS[method], **options)
+        label = LABELS[method]
+        panel.errorbar(*end, fmt=marker, color=colour, markersize=6, capsize=3, label=label)
     panel.margins(x=0.12)
     _log_axis(panel)
 
