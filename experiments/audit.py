@@ -37,7 +37,7 @@ ranges.define("base_width", 32, "Features of the base's layers.", "width")
 ranges.define("base_depth", 2, "Its layers or blocks.", "depth")
 flags.DEFINE_enum("optimizer", "adamw", OPTIMIZERS, "Optimizer.")
 flags.DEFINE_enum("setup", "plan", SETUPS, "What is audited.")
-ranges.define("rate", 1e-3, "Learning rate tuned on the base.")
+ranges.define("base_rate", 1e-3, "Learning rate tuned on the base.", "rate")
 ranges.define("weight_decay", 0.1, "Decoupled weight decay tuned on the base.")
 ranges.define("batch_size", 64, "Examples of the batch.")
 ranges.define("seed", 0, "Seed of weights and batch.")
@@ -91,9 +91,9 @@ def audited(network: networks.Network, base: networks.Network, batch: tuple) -> 
     )
     if FLAGS.setup == "plan":
         params = plan.init(jax.random.key(FLAGS.seed))
-        optimizer = plan.optimizer(FLAGS.rate, FLAGS.weight_decay)
+        optimizer = plan.optimizer(FLAGS.base_rate, FLAGS.weight_decay)
     else:
-        params, optimizer = network.params, standard(FLAGS.optimizer, FLAGS.rate)
+        params, optimizer = network.params, standard(FLAGS.optimizer, FLAGS.base_rate)
     loss = lambda params, batch: networks.cross_entropy(plan.apply(params, batch[0]), batch[1])  # noqa: E731
     return archscale.audit(plan, optimizer, loss, params, batch)
 
