@@ -58,7 +58,7 @@ def initialize(
         sharding whose mesh axes do not divide the leaf. The message names the leaf.
     """
     check_parameters(architecture, params)
-    _check_key(key)
+    check_key(key)
     for name, leaf in named_leaves(params).items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
@@ -88,11 +88,11 @@ def initialize(
     return map_with_names(draw, params)
 
 
-def _check_key(key: Any) -> None:
+def check_key(key: Any) -> None:
+    """Checks that an argument `key` is one random key of JAX."""
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(
-            f"key must be a JAX random key, as jax.random.key(0), found {type(key).__name__}: the "
-            "arguments are (key, params, architecture)"
+            f"key must be a JAX random key, as jax.random.key(0), found {type(key).__name__}"
         )
     new = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not new and key.dtype != jnp.uint32:

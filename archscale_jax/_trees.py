@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 KeyPath = tuple[Any, ...]
@@ -46,6 +47,20 @@ def map_with_names(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """Returns the tree of `function(name, leaf)`, by the names that `named_leaves` gives."""
     mapped = [function(name, leaf) for name, leaf in _names_and_leaves(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), mapped)
+
+
+def check_values(tree: PyTree, argument: str) -> None:
+    """Checks that the leaves of an argument are numbers.
+
+    Raises:
+      TypeError: a leaf is something else, such as a shape.
+    """
+    for name, leaf in named_leaves(tree).items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+            raise TypeError(
+                f"{argument} holds no values at {name!r}, found a {type(leaf).__name__}; accepted "
+                "are arrays, as a plan's init(key) draws them"
+            )
 
 
 def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

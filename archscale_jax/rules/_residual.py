@@ -20,10 +20,11 @@ gain of that normalization, since it undoes the size of the layer.
 """
 
 import collections
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import jraph
+import numpy as np
 
 from archscale_jax._architecture import (
     OUTPUT,
@@ -63,29 +64,20 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> Branches:
 
     A vertex is a residual addition where an edge without weight brings what another way with
     layers, the branch, brings too. A skip around a stack of such additions, or around the whole
-    network and what it holds, makes no block; nor does an addition inside of another's branch.
+    network and what it holds, makes no block; nor does an addition inside of another's branch, nor
+    what many blocks add, as a condition or the first features, which goes around other blocks.
     What only a branch reads, as keys and values of cross-attention are, belongs to it. Two slices
     of one vertex, as scale and shift that one layer makes, are two features: a skip of the one goes
     around no layer that reads the other.
     """
-    known = isinstance(network, Architecture)
-    graph, slices = (network.graph, _slices(network)) if known else (network, {})
-    ways, weight, operators = _Ways(graph), is_weight(graph), graph.edges["operator"]
     branches: dict[int, set[int]] = {}
     sources: dict[int, set[int]] = {}
-    for vertex, edges in ways.incoming.items():
-        for skip in (edge for edge in edges if operators[edge] in _WEIGHTLESS):
-            source = ways.senders[skip]
-            others = {
-                edge
-                for edge in ways.outgoing[source]
-                if slices.get(skip) and slices.get(edge) and not slices[skip] & slices[edge]
-            }
-            around = ways.between(source, vertex, others) - {skip}
-            if any(weight[edge] for edge in around):
-                branches.setdefault(vertex, set()).update(around)
-                sources.setdefault(vertex, set()).add(source)
-    blocks = _blocks(int(graph.n_node[0]) - 1, branches, sources)
+    for skip in _skips(network):
+        if not skip.has_layer:
+            branches.setdefault(skip.vertex, set()).update(skip.around)
+            sources.setdefault(skip.vertex, set()).add(skip.source)
+    graph = network.graph if isinstance(network, Architecture) else network
+    blocks, ways = _blocks(int(graph.n_node[0]) - 1, branches, sources), _Ways(graph)
     for vertex in blocks:
         ways.extend(branches[vertex], vertex, branches.keys())
     return {vertex: frozenset(branches[vertex]) for vertex in blocks}
@@ -95,20 +87,86 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> Branches:
 def residual_depth(network: Architecture | jraph.GraphsTuple) -> int:
     """Returns the number of blocks of a stack, 0 without one.
 
-    They are the residual additions, and those whose skip has a layer of its own, as between the
-    stages of a ResNet: one layer from a vertex to the addition beside a longer way.
+    They are the residual additions, and those whose skip has layers of its own, as between the
+    stages of a ResNet: fewer from a vertex to the addition than another way has. That makes no
+    block inside of another's branch or around another addition; the shortest are taken first.
     """
     graph = network.graph if isinstance(network, Architecture) else network
-    branches, ways, weight = residual_branches(network), _Ways(graph), is_weight(graph)
-    inside = {ways.receivers[edge] for edges in branches.values() for edge in edges}
-    projected = 0
-    for vertex in ways.incoming.keys() - inside:
-        layers = [edge for edge in ways.incoming[vertex] if weight[edge]]
-        around = [ways.between(ways.senders[edge], vertex, {edge}) for edge in layers]
-        projected += any(
-            weight[one] and ways.receivers[one] != vertex for way in around for one in way
-        )
-    return len(branches) + projected
+    branches, receivers = residual_branches(network), graph.receivers.tolist()
+    inside = {receivers[edge] for edges in branches.values() for edge in edges}
+    ends = set(branches)
+    projected = [skip for skip in _skips(network) if skip.has_layer]
+    for skip in sorted(projected, key=lambda one: (len(one.around), one.vertex)):
+        if skip.vertex not in inside and not skip.interior & ends:
+            ends.add(skip.vertex)
+            inside |= {skip.vertex, *skip.interior}
+    return len(ends)
+
+
+class _Skip(NamedTuple):
+    """A way from `source` to `vertex` beside others with more layers, whose edges are `around`.
+
+    It is an edge without a layer, or has layers and vertices that nothing else feeds. `is_fed`
+    tells whether other vertices than the source feed what lies between.
+    """
+
+    vertex: int
+    source: int
+    around: frozenset[int]
+    interior: frozenset[int]
+    has_layer: bool
+    is_fed: bool
+
+
+@derived
+def _skips(network: Architecture | jraph.GraphsTuple) -> tuple[_Skip, ...]:
+    """Returns the skips of a network but those that go over the source of a block into it."""
+    known = isinstance(network, Architecture)
+    graph, slices = (network.graph, _slices(network)) if known else (network, {})
+    ways, weight = _Ways(graph), is_weight(graph)
+    may_skip = weight | np.isin(graph.edges["operator"], _WEIGHTLESS)
+    found = []
+    for vertex, edges in ways.incoming.items():
+        for last in (edge for edge in edges if may_skip[edge]):
+            skip = _skip(ways, weight, slices, vertex, last)
+            found += [] if skip is None else [skip]
+    ends = {skip.vertex for skip in found}
+    return tuple(skip for skip in found if not any(_enters(skip, one, ends) for one in found))
+
+
+def _skip(
+    ways: "_Ways", weight: np.ndarray, slices: Mapping[int, set], vertex: int, last: int
+) -> _Skip | None:
+    """The skip that an edge into a vertex ends."""
+    first, layers = last, int(weight[last])
+    while True:  # back to a vertex from which there are other ways
+        source = ways.senders[first]
+        others = {
+            edge
+            for edge in ways.outgoing[source]
+            if slices.get(first) and slices.get(edge) and not slices[first] & slices[edge]
+        }
+        around = ways.between(source, vertex, others | {first})
+        before = ways.incoming.get(source, [])
+        if around or len(before) != 1 or not layers:
+            break
+        first = before[0]
+        layers += int(weight[first])
+    if _most_layers(ways.senders, ways.receivers, weight, around).get(vertex, 0) <= layers:
+        return None
+    interior = {ways.receivers[edge] for edge in around} - {vertex}
+    senders = {ways.senders[edge] for end in interior for edge in ways.incoming[end]}
+    is_fed = not senders <= interior | {source}
+    return _Skip(vertex, source, frozenset(around), frozenset(interior), layers > 0, is_fed)
+
+
+def _enters(skip: _Skip, other: _Skip, ends: Collection[int]) -> bool:
+    """Whether a skip comes from before the source of another block, and ends in it or with it."""
+    if other.source not in skip.interior:
+        return False
+    if skip.vertex == other.vertex:
+        return other.source in ends
+    return skip.is_fed and skip.vertex in other.interior
 
 
 def _slices(architecture: Architecture) -> dict[int, set[tuple]]:
@@ -341,14 +399,21 @@ def layers_of_branches(architecture: Architecture) -> dict[int, int]:
     By vertex: of attention 2 (values, outputs), of an MLP block 2, of `x + W relu(x)` 1.
     """
     graph, weight = architecture.graph, is_weight(architecture.graph)
-    senders, receivers = graph.senders.tolist(), graph.receivers.tolist()
+    ends = graph.senders.tolist(), graph.receivers.tolist()
+    return {
+        vertex: _most_layers(*ends, weight, branch).get(vertex, 0)
+        for vertex, branch in residual_branches(architecture).items()
+    }
+
+
+def _most_layers(
+    senders: Sequence[int], receivers: Sequence[int], weight: np.ndarray, edges: Iterable[int]
+) -> dict[int, int]:
+    """Returns the most layers on ways of some edges to every vertex that they reach."""
     found: dict[int, int] = {}
-    for vertex, branch in residual_branches(architecture).items():
-        longest: dict[int, int] = {}
-        for edge in sorted(branch, key=lambda edge: receivers[edge]):
-            length = longest.get(senders[edge], 0) + int(weight[edge])
-            longest[receivers[edge]] = max(longest.get(receivers[edge], 0), length)
-        found[vertex] = longest.get(vertex, 0)
+    for edge in sorted(edges, key=lambda edge: receivers[edge]):
+        layers = found.get(senders[edge], 0) + int(weight[edge])
+        found[receivers[edge]] = max(found.get(receivers[edge], 0), layers)
     return found
 
 

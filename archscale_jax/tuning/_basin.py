@@ -100,6 +100,8 @@ def grid_error(
 ) -> float:
     """How far the minimum may lie from the answer beside what the seeds tell, see `RateSearch`."""
     logs, values = _curve(means)
+    if len(logs) == 1:  # as where the rates end on both sides
+        return math.inf
     answer, gap = _answer(logs, values, tolerance)
     if gap:
         return gap / math.sqrt(3)

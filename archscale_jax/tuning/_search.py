@@ -6,6 +6,7 @@ is the vertex of a parabola through the losses around the minimum, see `_basin`.
 
 import itertools
 import math
+import numbers
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,11 +156,14 @@ def find_learning_rate(
       TypeError: rates that are not numbers, seeds that are not a sequence, or a `train` that does
         not return or yield losses; a single number, of Python, NumPy or JAX, is not accepted.
       ValueError: rates that are not positive, finite and different, seeds that are missing or
-        repeated, a tolerance or margin that is not positive, `workers` below 1, a `train` that
-        yields no loss, or no rate with a finite loss for every seed.
+        repeated, a tolerance, margin or start that is not positive, an option that is no number
+        in its range, a `train` that yields no loss, or no rate with a finite loss for every seed.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, found {workers}")
+    for name, least, value in (("workers", 1, workers), ("refine", 0, refine)):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if not isinstance(max_loss, numbers.Real) or math.isnan(max_loss):
+        raise ValueError(f"max_loss must be a number, found {max_loss!r}")
     if isinstance(rates, Mapping) or isinstance(start, Mapping):
         options = {"tolerance": tolerance, "margin": margin, "max_loss": max_loss}
         return _search_axes(train, rates, start, seeds, refine, options | {"workers": workers})
@@ -380,7 +384,7 @@ def _checked(
         grid = sorted(map(float, rates))
     except (TypeError, ValueError):
         raise TypeError(
-            f"rates must be numbers, as numpy.geomspace(1e-3, 4, 13) gives, found {rates!r}"
+            f"rates must be a sequence of numbers, as numpy.geomspace(1e-3, 4, 13), found {rates!r}"
         ) from None
     if not isinstance(seeds, Sequence):
         raise TypeError(f"seeds must be a sequence, as (0, 1, 2) or range(3), found {seeds!r}")
@@ -389,6 +393,6 @@ def _checked(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different, and one at least, found {list(seeds)}")
     for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, found {value}")
+        if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, found {value!r}")
     return grid, list(seeds)

@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 
 import archscale_jax as archscale
-from archscale_jax.rules._residual import residual_branches
+from archscale_jax.rules._residual import residual_branches, residual_depth
 from tests.kinds.helpers import (
     Model,
     equinox_model,
@@ -664,6 +664,67 @@ def test_scanned_slices_are_leaves_of_their_own():
 
 
 # The rule of effective depth, and kernels
+
+
+def conditioned(how, projected, identity):
+    """Blocks, the first with a layer in their skip, all of which read a condition in some way."""
+
+    def apply(params, x, condition):
+        condition = RELU(condition @ params["condition"])
+        x = x0 = x @ params["stem"]
+        for name, block in params["blocks"].items():
+            h = unit(x) + (condition if how == "before the layer" else 0)
+            h = h @ block["a"] + (condition if how == "inside" else 0)
+            if how == "by a layer inside":
+                h = h + condition @ block["c"]
+            h = RELU(unit(h)) @ block["b"] + (condition if how == "at the end" else 0)
+            x = h + (x @ block["skip"] if "skip" in block else x)
+            if how == "by a layer of the stream":
+                x = x + condition @ block["c"]
+            elif how in ("in the stream", "from the start"):
+                x = x + (condition if how == "in the stream" else x0)
+        return unit(x) @ params["head"]
+
+    def block(number):
+        names = ["a", "b"] + ["skip"] * (number < projected)
+        return specs(**dict.fromkeys(names + ["c"] * ("by a layer" in how), (16, 16)))
+
+    params = specs(stem=(8, 16), condition=(4, 16), head=(16, 3))
+    params["blocks"] = {f"block{i:02}": block(i) for i in range(projected + identity)}
+    return archscale.trace(apply, params, spec(2, 8), spec(2, 4))
+
+
+@pytest.mark.parametrize("how", [
+    "not at all", "before the layer", "inside", "by a layer inside", "at the end", "in the stream",
+    "by a layer of the stream", "from the start",
+])  # fmt: skip
+@pytest.mark.parametrize(("projected", "identity"), [(0, 2), (0, 5), (2, 2), (3, 0), (2, 5)])
+def test_what_all_blocks_read_makes_no_block(how, projected, identity):
+    architecture = conditioned(how, projected, identity)
+    assert residual_depth(architecture) == projected + identity
+    if not projected:  # what was there from the start skips the first of these
+        assert len(residual_branches(architecture)) == identity
+
+
+@pytest.mark.parametrize("skip", ["pool", "two layers"])
+def test_a_skip_may_have_several_layers_if_the_branch_has_more(skip):
+    """As where a block of a U-Net halves images before both ways, or ResNet-D pools in its skip."""
+
+    def apply(params, x):
+        x = x @ params["stem"]
+        for block in params["blocks"].values():
+            y = x @ block["shared"] if skip == "two layers" else x
+            z = y if skip == "two layers" else nn.avg_pool(x, (2,), (1,), "SAME")
+            x = RELU(y @ block["a"]) @ block["b"] + z @ block["skip"]
+            x = x + RELU(unit(x) @ block["c"]) @ block["d"]
+        return x.mean(1) @ params["head"]
+
+    names = ["shared"] * (skip == "two layers") + [*"abcd", "skip"]
+    blocks = {f"block{i}": specs(**dict.fromkeys(names, (16, 16))) for i in range(3)}
+    params = specs(stem=(8, 16), head=(16, 3)) | {"blocks": blocks}
+    architecture = archscale.trace(apply, params, spec(2, 6, 8))
+    assert residual_depth(architecture) == 6
+    assert len(residual_branches(architecture)) == 3
 
 
 def test_effective_depth_counts_from_input_to_output():

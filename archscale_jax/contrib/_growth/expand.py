@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from archscale_jax._errors import unknown
-from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax._initialize import check_key
+from archscale_jax._trees import PyTree, check_values, map_with_names, named_leaves
 from archscale_jax.contrib._growth.blocks import Position, ends, placed, sources_of
 from archscale_jax.contrib._growth.leaf_growth import Axis, LeafGrowth, grown_leaf
 from archscale_jax.contrib._growth.moments import carried_state
@@ -90,12 +91,15 @@ def expand(
       The params of the large network, and the state of its optimizer.
 
     Raises:
-      TypeError: a key that is missing, or only one of optimizers and optimizer_state.
-      ValueError: functions that differ in more than sizes; leaves that do not correspond; a
-        function that is not preserved, with the operation and leaf where it changes; an optimizer
-        whose state has other shapes than params or does not scale with powers of gradients.
+      TypeError: a key that is missing or none, params without values, or only one of optimizers
+        and optimizer_state.
+      ValueError: inputs without an example, outputs that are not finite; functions that differ in
+        more than sizes; leaves that do not correspond; a function that is not preserved, with the
+        operation and leaf where it changes; optimizers of two kinds, or whose state has other
+        shapes than params or does not scale with powers of gradients.
     """
     _check(new, noise, key, optimizers, optimizer_state)
+    check_values(params, "params")
     ours, theirs = named_leaves(params), named_leaves(like)
     spaces = None
     if ours.keys() == theirs.keys():
@@ -110,6 +114,7 @@ def expand(
             for plan in plans
         ]
     outputs = jax.jit(small)(params, *inputs)
+    _check_outputs(outputs)
     allowed = _allowed(outputs, tolerance)
     tried = []
     for growths in plans:
@@ -132,6 +137,8 @@ def _check(new, noise, key, optimizers, optimizer_state) -> None:
         raise ValueError(f"noise must be 0 or more, found {noise}")
     if noise and key is None:
         raise TypeError("key is missing: noise needs a random key, as key=jax.random.key(0)")
+    if key is not None:
+        check_key(key)
     if (optimizers is None) != (optimizer_state is None):
         raise TypeError(
             "optimizers and optimizer_state belong together; only one of them was given"
@@ -250,6 +257,22 @@ def _floats(outputs: PyTree) -> dict[str, np.ndarray]:
         for name, one in named_leaves(outputs).items()
         if jnp.issubdtype(one.dtype, jnp.floating)
     }
+
+
+def _check_outputs(outputs: PyTree) -> None:
+    """Checks that outputs tell whether the function stays."""
+    found = _floats(outputs)
+    if not any(one.size for one in found.values()):
+        shapes = {name: one.shape for name, one in named_leaves(outputs).items()}
+        raise ValueError(
+            f"the outputs of small hold no floating-point number, found {shapes}; pass inputs of "
+            "one example or more, on which both networks are compared"
+        )
+    for name, one in found.items():
+        if not np.all(np.isfinite(one)):
+            raise ValueError(
+                f"the outputs of small are not finite at {name!r}; check params and inputs for NaN"
+            )
 
 
 def _allowed(outputs: PyTree, tolerance: float | None) -> float:

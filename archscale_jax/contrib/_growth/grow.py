@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Array
 
 from archscale_jax._architecture import Architecture
 from archscale_jax._errors import unknown
-from archscale_jax._trees import PyTree, named_leaves
+from archscale_jax._trees import PyTree, check_values, named_leaves
 from archscale_jax.contrib._growth.architecture import without_slots
 from archscale_jax.contrib._growth.bottleneck import Bottleneck
 from archscale_jax.contrib._growth.extension import AMPLITUDES, extend, extended, search_amplitude
@@ -33,14 +34,16 @@ class Growth(NamedTuple):
       params: its parameters; the old ones where no amplitude lowered the held-out loss.
       optimizer_state: the state of its optimizer; the old one where nothing was added.
       architecture: its architecture; empty slots count in shapes, not in fans.
-      numbers: of new neurons, by the names of groups.
+      numbers: of new neurons, by the names of groups; 0 where no amplitude lowered the held-out
+        loss: more examples, or the end of growing.
       amplitude: γ, which multiplies their fan-outs, and their fan-ins or, behind a batch
         normalization, their entries in its scale.
       losses: held-out loss before and after.
-      predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured; with
+      predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured, by the
+        neurons that were found, whether they were added or not; with
         ReLU, of the mean of its two slopes. An estimate where one ReLU follows another, as the sums
         of a stream, or where batch normalizations see several batches, whose variances differ.
-      singular_values: λ of the new neurons, by the names of groups.
+      singular_values: λ of the neurons found, by the names of groups.
       bottlenecks: of the layers that read the groups, before, by the names of weights.
     """
 
@@ -115,13 +118,15 @@ def grow(
 
     Raises:
       TraceError: what `trace` raises.
-      TypeError: only one of optimizer and optimizer_state; an optimizer for a function to it.
+      TypeError: params without values; groups of another kind; only one of optimizer and
+        optimizer_state; an optimizer for a function to it.
       ValueError: a group with a blocker, one of gates without a neuron, `gradmax` behind a batch
         normalization or gates, or whose layers are dead (read or pass back nothing but 0); too few
         examples for the statistics; no batch; statistics or losses that are not finite; a function
         that does not take wider arrays; an optimizer whose state `expand` does not carry over; an
         option outside its range.
     """
+    check_values(params, "params")
     _check_batches(batches, held_out)
     _check_groups(groups, method)
     _check_numbers(groups, number, budget, amplitudes)
@@ -191,12 +196,21 @@ def _check_batches(batches: Sequence[Any], held_out: Any) -> None:
             f"batches[0] is {found} and held_out {accepted}; accepted is a list of batches, each a "
             "tree like held_out"
         )
+    for name, batch in (*((f"batches[{i}]", one) for i, one in enumerate(batches)),
+                        ("held_out", held_out)):  # fmt: skip
+        if not all(map(jnp.size, jax.tree.leaves(batch))):
+            raise ValueError(f"{name} holds no example; accepted is one or more")
 
 
 def _check_groups(groups: Sequence[NeuronGroup], method: str) -> None:
     if not len(groups):
-        raise ValueError("groups is empty; grow needs at least one")
+        raise ValueError(
+            "groups is empty; grow needs at least one of find_neuron_groups, which says in blocker "
+            "why one cannot grow"
+        )
     for group in groups:
+        if not isinstance(group, NeuronGroup):
+            raise TypeError(f"groups must be of find_neuron_groups, found {group!r}")
         if group.blocker is not None:
             raise ValueError(f"neuron group {group.name!r} cannot grow: {group.blocker}")
     if method not in METHODS:
@@ -225,14 +239,14 @@ def _check_numbers(
     budget: int | None,
     amplitudes: Sequence[float],
 ) -> None:
-    numbers = number if isinstance(number, Mapping) else {groups[0].name: number}
+    wanted = number if isinstance(number, Mapping) else {groups[0].name: number}
     names = [group.name for group in groups]
-    for name in numbers:
+    for name in wanted:
         if name not in names:
             raise ValueError(unknown("neuron group in number", name, names))
-    for name, value in (*(("number", one) for one in numbers.values()), ("budget", budget)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be None or at least 1, found {value}")
+    for name, value in (*(("number", one) for one in wanted.values()), ("budget", budget)):
+        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+            raise ValueError(f"{name} must be None or an integer of at least 1, found {value!r}")
     if not len(amplitudes):
         raise ValueError("amplitudes is empty; grow needs at least one")
     if not all(0 <= one < math.inf for one in amplitudes):

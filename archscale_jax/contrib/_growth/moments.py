@@ -47,6 +47,11 @@ def carried_state(
     before, after = (
         _responses(*one, scale) for one in zip(optimizers, (params, grown), strict=True)
     )
+    if lost := [path for path in given if path not in starts]:
+        raise ValueError(
+            f"optimizer_state has the array {lost[0]!r}, which the optimizer of the large network "
+            "lacks; accepted are two optimizers of one kind"
+        )
     small, large = named_leaves(params), named_leaves(grown)
 
     def value_of(path: str) -> Any:
