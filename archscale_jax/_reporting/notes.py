@@ -14,7 +14,7 @@ from archscale_jax._reporting.names import merged_names
 from archscale_jax._trees import PyTree, named_leaves
 from archscale_jax.rules._rates import RateRules
 from archscale_jax.rules._registry import Rule
-from archscale_jax.rules._residual import residual_branches
+from archscale_jax.rules._residual import block_ratio, residual_branches, stream_factor
 from archscale_jax.rules._width import features, width_ratios
 
 NO_BASE = (
@@ -130,6 +130,15 @@ def _comparison_notes(subject: Subject, base: Architecture) -> Iterator[str]:
             f"the base is {what} than the network: base is the small network on which the rate was "
             "tuned, and may have been swapped with the network"
         )
+    if subject.rates.depth_rule is not None and block_ratio(architecture, base) != 1:
+        factor = stream_factor(architecture)
+        if not 0.5 <= factor <= 2:
+            yield (
+                f"the residual additions multiply the stream by {factor:.2g} in all, as (x + h)/√2 "
+                "does, and no rule answers for the depth of such a stack: the multipliers below "
+                "are for x + h, and the best rate falls with depth; keep the depth of the base, "
+                "search the rate again, or have the model multiply branches alone"
+            )
     unscaled = rule is not None and not rule.scales and subject.rates.depth_rule is None
     if unscaled and depths[0] != depths[1] and not subject.plan:
         way = (

@@ -393,6 +393,22 @@ def block_ratio(
 
 
 @derived
+def stream_factor(architecture: Architecture) -> float:
+    """Returns the product of what residual additions multiply the stream by, as 1/√2 of (x+h)/√2.
+
+    Depth multipliers are for a product near 1: else blocks far from the output count less with
+    every block behind them, weights that keep the variance do not shrink, and more blocks change
+    the features more.
+    """
+    places, product = places_of(architecture), 1.0
+    for edge in places.skips:
+        before = places.propagation.functions[edge].before
+        for one in linear_slices(before, places.propagation.senders[edge]):
+            product *= abs(slope(_opened(before), one, _special) or 1.0)
+    return product
+
+
+@derived
 def layers_of_branches(architecture: Architecture) -> dict[int, int]:
     """Returns the most layers on a way through the branches of every residual addition.
 

@@ -672,7 +672,7 @@ def conditioned(how, projected, identity):
     def apply(params, x, condition):
         condition = RELU(condition @ params["condition"])
         x = x0 = x @ params["stem"]
-        for name, block in params["blocks"].items():
+        for block in params["blocks"].values():
             h = unit(x) + (condition if how == "before the layer" else 0)
             h = h @ block["a"] + (condition if how == "inside" else 0)
             if how == "by a layer inside":
@@ -704,6 +704,31 @@ def test_what_all_blocks_read_makes_no_block(how, projected, identity):
     assert residual_depth(architecture) == projected + identity
     if not projected:  # what was there from the start skips the first of these
         assert len(residual_branches(architecture)) == identity
+
+
+@pytest.mark.parametrize(
+    ("factor", "noted"), [(1, False), (2**-0.5, True), (1.5, True), ("n", False)]
+)
+def test_a_stream_that_blocks_multiply_is_told(factor, noted):
+    """(x+h)/√2 forgets; √(1-1/n) x + h/√n multiplies by 0.6 in all, whatever the depth."""
+
+    def model(depth):
+        kept, brought = (1 - 1 / depth) ** 0.5, depth**-0.5
+        if factor != "n":
+            kept = brought = factor
+
+        def apply(params, x):
+            x = x @ params["stem"]
+            for block in params["blocks"].values():
+                x = kept * x + brought * (RELU(unit(x) @ block["a"]) @ block["b"])
+            return unit(x) @ params["head"]
+
+        blocks = {f"block{i}": specs(a=(16, 16), b=(16, 16)) for i in range(depth)}
+        return apply, specs(stem=(8, 16), head=(16, 3)) | {"blocks": blocks}
+
+    (apply, params), base = model(8), model(4)
+    plan = archscale.parametrize(apply, spec(2, 8), params=params, base=base, optimizer="adam")
+    assert any("no rule answers for the depth" in one for one in plan.report().notes) == noted
 
 
 @pytest.mark.parametrize("skip", ["pool", "two layers"])
