@@ -336,6 +336,13 @@ class TestOptimizerState:
             grow(adafactor, adafactor.init(small.params))
         with pytest.raises(ValueError, match="optimizer_state has no array '0/count'.*of its kind"):
             grow(optax.adam(1.0), optax.sgd(1.0, 0.9).init(small.params))
+        adam, lion = optax.adam(1.0), optax.lion(1.0)
+        with pytest.raises(
+            ValueError, match="the array '0/nu/.*lacks; accepted are two optimizers"
+        ):
+            contrib.expand(small.params, large.params, small.apply, large.apply, small.inputs,
+                           noise=0.0, optimizers=(adam, lion),
+                           optimizer_state=adam.init(small.params))  # fmt: skip
         with pytest.raises(TypeError, match="optimizers and optimizer_state belong together"):
             contrib.expand(small.params, large.params, small.apply, large.apply, small.inputs,
                            noise=0.0, optimizer_state=())  # fmt: skip
@@ -480,11 +487,23 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [({"new": "tiny"}, ValueError, "new 'tiny'"), ({"noise": -1.0}, ValueError, "noise must"),
-         ({"noise": 1.0}, TypeError, "key is missing")],
+         ({"noise": 1.0}, TypeError, "key is missing"),
+         ({"key": 0}, TypeError, r"must be a JAX random key, as jax.random.key\(0\), found int")],
     )  # fmt: skip
     def test_options(self, options, error, message):
         with pytest.raises(error, match=message):
             self.expand(plain(8), plain(16), **options)
+
+    def test_inputs_and_params_that_tell_nothing(self):
+        small, large = plain(8), plain(16)
+        with pytest.raises(ValueError, match=r"no floating-point number, found .* one example or"):
+            self.expand(small._replace(inputs=small.inputs[:0]), large)
+        nan = jax.tree.map(lambda leaf: leaf * jnp.nan, small.params)
+        with pytest.raises(ValueError, match="outputs of small are not finite"):
+            self.expand(small._replace(params=nan), large)
+        shapes = jax.eval_shape(lambda: small.params)
+        with pytest.raises(TypeError, match="params holds no values at .* found a ShapeDtype"):
+            self.expand(small._replace(params=shapes), large)
 
     def test_a_width_that_shrinks(self):
         with pytest.raises(ValueError, match=r"axis 0 of 'gain' has 16 entries.*cannot grow to 8"):

@@ -434,7 +434,15 @@ def test_errors():
     )
     raises("method 'best'; accepted are tiny, gradmax, random", method="best")
     raises("'random' needs a key", method="random", number=1)
-    raises("number must be None or at least 1, found 0", number=0)
+    raises("number must be None or an integer of at least 1, found 0", number=0)
+    raises("number must be None or an integer of at least 1, found 1.5", number=1.5)
+    raises(r"batches\[1\] holds no example", *arguments[:2],
+           [network.batch, jax.tree.map(lambda array: array[:0], network.batch)], network.batch,
+           groups[:1])  # fmt: skip
+    with pytest.raises(TypeError, match="groups must be of find_neuron_groups, found 'w1'"):
+        archscale.grow(*arguments, ["w1"])
+    with pytest.raises(TypeError, match="params holds no values at 'w1'"):
+        archscale.grow(network.loss, jax.eval_shape(lambda: network.params), *arguments[2:], groups)
     raises("budget must be", budget=-3)
     raises("amplitudes must be", amplitudes=(-1.0,))
     few = jax.tree.map(lambda array: array[:4], network.batch)

@@ -247,6 +247,10 @@ class TestUncertainty:
         assert found.rate == near(0.1)
         assert found.uncertainty == near(math.log(100) / math.sqrt(12))
 
+    def test_of_one_rate_is_infinite(self):
+        found = find_learning_rate(lambda rate, seed: [1.0 + seed], [0.1], seeds=[0, 1])
+        assert (found.seed_error, found.grid_error, found.uncertainty) == (0, math.inf, math.inf)
+
     def test_of_one_seed_is_unknown_but_for_the_grid(self):
         found = find_learning_rate(
             lambda rate, seed: [SHAPES["wedge"](rate - 0.1)], GRID, seeds=[0]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from archscale_jax._architecture import Architecture, Parameter, Role, check_architecture
 from archscale_jax._errors import unknown
-from archscale_jax._trees import PyTree, map_with_names, named_leaves
+from archscale_jax._trees import PyTree, check_values, map_with_names, named_leaves
 from archscale_jax.contrib._gradinit_step import (
     Loss,
     Update,
@@ -112,7 +112,8 @@ def gradinit(
       The rescaled params, and the record; see `GradInitRecord`.
 
     Raises:
-      TypeError: integer parameters that are not frozen, or a loss that is not floating.
+      TypeError: params without values, integer parameters that are not frozen, or a loss that is
+        not floating.
       ValueError: an option out of its range, groups of unknown tensors, a loss that is not a
         scalar, batches of different shapes or too few of them, a loss or gradient that is not
         finite at the start (nothing can be learned from it) or becomes so later.
@@ -325,6 +326,7 @@ def _check_options(
 
 def _labels(params: PyTree, groups: Mapping[str, str | None]) -> dict[str, str | None]:
     """Returns the group of every tensor, its own name where it has none."""
+    check_values(params, "params")
     _check_names(groups, params, "groups")
     leaves = named_leaves(params)
     labels = {name: groups.get(name, name) for name in leaves}
@@ -377,6 +379,8 @@ def _triples(batches: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _check_loss(loss_fn: Loss, params: PyTree, triple: tuple[Any, Any, Any]) -> None:
+    if not all(map(jnp.size, jax.tree.leaves(triple))):
+        raise ValueError("batches hold an array without examples; accepted are one or more")
     found = jax.eval_shape(loss_fn, params, triple[0])
     if getattr(found, "shape", None) != ():
         raise ValueError(f"loss_fn must return a scalar, found {found}; take the mean over a batch")

@@ -18,7 +18,8 @@ def find_neuron_groups(loss_fn: Loss, params: PyTree, batch: Any) -> tuple[Neuro
     """Finds the groups of neurons of a function (theory §8), in the order of the layers.
 
     Args:
-      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar.
+      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar, without
+        dropout: groups are found by what it does to features that change.
       params: tree of arrays.
       batch: tree of arrays [n, ...], n examples; three of them are read.
 

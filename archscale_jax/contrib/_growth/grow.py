@@ -40,9 +40,9 @@ class Growth(NamedTuple):
         normalization, their entries in its scale.
       losses: held-out loss before and after.
       predicted: how much the loss falls to first order, -dL/d(γ²) on the batches measured, by the
-        neurons that were found, whether they were added or not; with
-        ReLU, of the mean of its two slopes. An estimate where one ReLU follows another, as the sums
-        of a stream, or where batch normalizations see several batches, whose variances differ.
+        neurons that were found, added or not; with ReLU, of the mean of its two slopes. An estimate
+        where one ReLU follows another, as the sums of a stream, or where batch normalizations see
+        several batches, whose variances differ.
       singular_values: λ of the neurons found, by the names of groups.
       bottlenecks: of the layers that read the groups, before, by the names of weights.
     """
@@ -89,8 +89,9 @@ def grow(
     it from the shapes of params. Pure: nothing is changed in place.
 
     Args:
-      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar. Programs
-        are compiled once for it and every shape of params.
+      loss_fn: `(params, batch)` to the mean loss over the examples of a batch, a scalar, without
+        dropout, whose mask changes with the number of features. Programs are compiled once for it
+        and every shape of params.
       params: tree of arrays.
       batches: trees of arrays [n, ...], n examples; all but the last are read twice.
       held_out: a batch on which the amplitude is chosen.

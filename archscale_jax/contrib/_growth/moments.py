@@ -47,11 +47,6 @@ def carried_state(
     before, after = (
         _responses(*one, scale) for one in zip(optimizers, (params, grown), strict=True)
     )
-    if lost := [path for path in given if path not in starts]:
-        raise ValueError(
-            f"optimizer_state has the array {lost[0]!r}, which the optimizer of the large network "
-            "lacks; accepted are two optimizers of one kind"
-        )
     small, large = named_leaves(params), named_leaves(grown)
 
     def value_of(path: str) -> Any:
@@ -89,7 +84,13 @@ def carried_state(
         ratio = after[path].size / before[source].size
         return grown_moment(value * ratio, empty.shape, growth, degree)
 
-    return map_with_names(carried, skeleton)
+    new = map_with_names(carried, skeleton)
+    if lost := [path for path in given if path not in starts]:
+        raise ValueError(
+            f"optimizer_state has the array {lost[0]!r}, which the optimizer of the large network "
+            "lacks; accepted are two optimizers of one kind"
+        )
+    return new
 
 
 @dataclasses.dataclass(frozen=True)
