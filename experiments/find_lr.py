@@ -93,9 +93,7 @@ def run() -> None:
     if FLAGS.start is None and FLAGS.base_rate is not None:
         remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
     if not all(found.basin.bracketed):
-        remarks.append(
-            "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
-        )
+        remarks.append(common.cut_by_the_grid("The basin"))
     remarks.append(f"Another network, with this one as its base: {_train_command(found.rate)}")
     page.publish(
         workdir,

@@ -272,6 +272,11 @@ def rate_grid(low: float, high: float, number: int) -> list[float]:
     return np.geomspace(low, high, number).tolist()
 
 
+def cut_by_the_grid(what: str) -> str:
+    """Says that a better rate may lie beyond those of `rate_grid`."""
+    return f"{what} reaches the end of the rates tried: widen --min_rate, --max_rate."
+
+
 def first_batch(dataset: Dataset, batch_size: int, seed: int) -> tuple[jax.Array, jax.Array]:
     """Returns the batch on which a seed is measured."""
     key = jax.random.key(seed)
