@@ -70,6 +70,12 @@ def run() -> None:
     rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
     base = (FLAGS.base_depth, FLAGS.base_width)
     sizes = list(dict.fromkeys([base, (FLAGS.depth, base[1]), (base[0], FLAGS.wide)]))
+    for large, small in (("depth", "base_depth"), ("wide", "base_width")):
+        if FLAGS[large].value < FLAGS[small].value:
+            raise ValueError(
+                f"--{large}={FLAGS[large].value} is below --{small}={FLAGS[small].value}, that of "
+                f"the small network; raise --{large}"
+            )
     if len(sizes) == 1:
         raise ValueError("--depth and --wide are those of the base; raise one of them")
     settings = {

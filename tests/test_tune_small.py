@@ -36,7 +36,12 @@ def test_it_trains_prints_draws_and_goes_on(tmp_path, run_again):
 
 @pytest.mark.parametrize(
     ("flag", "text"),
-    [("--depth=1 --wide=8", "raise one of them"), ("--steps=0", "steps"), ("--max_rate=0", "rate")],
+    [
+        ("--depth=1 --wide=8", "raise one of them"),
+        ("--wide=7", "--wide=7 is below --base_width=8, that of the small network; raise --wide"),
+        ("--steps=0", "steps"),
+        ("--max_rate=0", "rate"),
+    ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, run_again, flag, text):
     done = run_again("tune_small", tmp_path, *SMALL, *flag.split())
