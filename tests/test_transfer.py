@@ -83,6 +83,10 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     assert "Predicted from the base rate 0.2: " in started.stdout
     assert journal.read_text().count("\n") == len(lines)
 
+    fewer = run_again("find_lr", tmp_path, *SEARCH, "--num_seeds=1")
+    assert "that are not of this search: 2. The --num_rates, --num_seeds" in fewer.stdout
+    assert "not of this search" not in done.stdout + again.stdout
+
 
 @pytest.mark.parametrize(
     ("flag", "message"),
