@@ -29,6 +29,9 @@ def test_a_study_draws_and_goes_on_with_its_results(tmp_path, run_again):
     for record in records:
         best = min(record["result"]["runs"], key=lambda one: math.inf if one[2] is None else one[2])
         assert best[0] / 4 < record["result"]["rate"] < best[0] * 4
+    said = done.stdout.splitlines()[0]
+    assert said.startswith("Networks of chains beside the base whose rates are known: 1; rules")
+    assert " 2_02: best " in said
     assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
@@ -142,6 +145,8 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     assert math.isnan(found["none"].correlation)
     linear = np.corrcoef(predicted, true)[0, 1]
     assert measured.linear_correlation == pytest.approx(linear)
+    said = transfer.answer("made up", rows, transfer.summarise("made up", rows))
+    assert said.startswith("On 40 networks of made up the rates predicted by standardized_update")
 
 
 def test_losses_between_trained_rates_are_interpolated_in_log_rate():
