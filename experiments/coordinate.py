@@ -119,8 +119,8 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
         sizes[axis] = [int(size) for size in settings[axis]]
         if sizes[axis] != sorted(set(sizes[axis])) or len(sizes[axis]) < 2 or sizes[axis][0] < 1:
             raise ValueError(
-                f"--{axis} must hold two different sizes at least, increasing, found {sizes[axis]}; "
-                "leave an axis out by --axis"
+                f"--{axis} must hold two different sizes at least, increasing, found "
+                f"{sizes[axis]}; --axis leaves an axis out"
             )
     trials = []
     for family, axis, how in itertools.product(settings["family"], sizes, PARAMETRIZATIONS):

@@ -71,10 +71,11 @@ def run() -> None:
     base = (FLAGS.base_depth, FLAGS.base_width)
     sizes = list(dict.fromkeys([base, (FLAGS.depth, base[1]), (base[0], FLAGS.wide)]))
     for large, small in (("depth", "base_depth"), ("wide", "base_width")):
-        if FLAGS[large].value < FLAGS[small].value:
+        size, least = getattr(FLAGS, large), getattr(FLAGS, small)
+        if size < least:
             raise ValueError(
-                f"--{large}={FLAGS[large].value} is below --{small}={FLAGS[small].value}, that of "
-                f"the small network; raise --{large}"
+                f"--{large}={size} is below --{small}={least}, that of the small network; raise "
+                f"--{large}"
             )
     if len(sizes) == 1:
         raise ValueError("--depth and --wide are those of the base; raise one of them")
