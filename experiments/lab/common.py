@@ -101,7 +101,8 @@ def run_binary(run: Callable[[], None]) -> None:
 
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
+            logging.set_verbosity(logging.ERROR if FLAGS.quiet else logging.WARNING)
+            logging.get_absl_handler().setFormatter(None)  # the sentence alone, as of notes
             logging.get_absl_logger().setLevel("CRITICAL")  # orbax logs, and raises what it logs
         if len(arguments) > 1:
             sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
