@@ -23,7 +23,7 @@ TRIAL = {"base": [1, 8], "steps": 6, "batch_size": 8, "seeds": 2, "rates": [1e-3
 def test_it_trains_prints_draws_and_goes_on(tmp_path, run_again):
     done = run_again("tune_small", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "At the rate that is best for 1 blocks of width 8, 2 blocks of width 8 reach" in (
+    assert "At the rate that is best for 1 block of width 8, 2 blocks of width 8 reach" in (
         done.stdout
     )
     assert (tmp_path / "table.md").read_text() in done.stdout
