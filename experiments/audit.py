@@ -9,6 +9,7 @@ there. Writes config.json, results.jsonl (a line a parameter), table.md, leaves.
 promised, leaf by leaf) and report.html, prints the audit, and ends with 2 where something is found.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def run() -> None:
 
 
 def audited(network: networks.Network, base: networks.Network, batch: tuple) -> Audit:
-    """Audits a network as the flags say."""
+    """Audits a network as the flags say; notes of the plan, as on a swapped base, come first."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), network.params)
     plan = archscale.parametrize(
         (network.apply, shapes),
@@ -95,7 +96,8 @@ def audited(network: networks.Network, base: networks.Network, batch: tuple) -> 
     else:
         params, optimizer = network.params, standard(FLAGS.optimizer, FLAGS.base_rate)
     loss = lambda params, batch: networks.cross_entropy(plan.apply(params, batch[0]), batch[1])  # noqa: E731
-    return archscale.audit(plan, optimizer, loss, params, batch)
+    found = archscale.audit(plan, optimizer, loss, params, batch)
+    return dataclasses.replace(found, notes=[*plan.report().notes, *found.notes])
 
 
 def standard(name: str, rate: float) -> optax.GradientTransformation:

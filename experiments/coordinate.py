@@ -110,15 +110,18 @@ def all_trials(settings: Mapping[str, Any]) -> list[Trial]:
     """Returns one trial for every network.
 
     Raises:
-      ValueError: an unknown family or axis, or sizes that are not increasing.
+      ValueError: an unknown family or axis, a single size, or sizes that are not increasing.
     """
     sizes = {}
     for axis in settings["axis"]:
         if axis not in AXES:
             raise ValueError(unknown("axis", axis, AXES))
         sizes[axis] = [int(size) for size in settings[axis]]
-        if sizes[axis] != sorted(set(sizes[axis])) or sizes[axis][0] < 1:
-            raise ValueError(f"--{axis} must be increasing numbers from 1, found {sizes[axis]}")
+        if sizes[axis] != sorted(set(sizes[axis])) or len(sizes[axis]) < 2 or sizes[axis][0] < 1:
+            raise ValueError(
+                f"--{axis} must hold two different sizes at least, increasing, found "
+                f"{sizes[axis]}; --axis leaves an axis out"
+            )
     trials = []
     for family, axis, how in itertools.product(settings["family"], sizes, PARAMETRIZATIONS):
         if family not in families.FAMILIES:

@@ -80,7 +80,7 @@ def run() -> None:
         workdir = common.claim_directory(
             FLAGS.workdir, common.settings(sys.argv[0]), extensible=EXTENSIBLE
         )
-        found = _search(trial, rates, start, workdir / "results.jsonl", options)
+        found, others = _search(trial, rates, start, workdir / "results.jsonl", options)
     answer = (
         f"Learning rate {found.rate:.3g}, "
         f"basin {found.basin.lower:.3g} to {found.basin.upper:.3g}, "
@@ -93,8 +93,11 @@ def run() -> None:
     if FLAGS.start is None and FLAGS.base_rate is not None:
         remarks.append(f"Predicted from the base rate {FLAGS.base_rate:.3g}: {start:.3g}.")
     if not all(found.basin.bracketed):
+        remarks.append(common.cut_by_the_grid("The basin"))
+    if others:
         remarks.append(
-            "The basin reaches the end of the rates tried: widen --min_rate, --max_rate."
+            f"Runs finished in this folder that are not of this search: {others}. The --num_rates, "
+            "--num_seeds and other flags of before take them in; commands.jsonl has those."
         )
     remarks.append(f"Another network, with this one as its base: {_train_command(found.rate)}")
     page.publish(
@@ -118,7 +121,10 @@ def _train_command(rate: float) -> str:
 
 
 def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, options):
-    """Searches; each run is a trial of a journal. How many it takes is found on the way."""
+    """Searches; each run is a trial of a journal. How many it takes is found on the way.
+
+    Returns what is found, and how many finished runs of the journal it does not take.
+    """
     run = functools.partial(recipe.last_loss, data_dir=FLAGS.data_dir)
     with (
         interrupts.announced(runners.WAITING),  # it searches in threads
@@ -147,7 +153,8 @@ def _search(trial, rates: list[float], start: float | None, path: pathlib.Path, 
             workers=FLAGS.workers,
         )
         journal.order(trial | {"rate": one.rate, "seed": one.seed} for one in found.runs)
-    return found
+    finished = sum("result" in record for record in journal.latest.values())
+    return found, finished - len(found.runs)
 
 
 def _predicted(settings, network: Network) -> float:

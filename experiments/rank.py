@@ -115,7 +115,12 @@ def read_published() -> dict[str, float]:
     Raises:
       ValueError: a malformed table, or one without the column.
     """
-    table = benchmark_tables.read_table(FLAGS.table)
+    try:
+        table = benchmark_tables.read_table(FLAGS.table)
+    except OSError as error:
+        raise ValueError(
+            f"--table={FLAGS.table} cannot be read: {error.strerror or error}; give a CSV file"
+        ) from None
     if FLAGS.table_column not in table.accuracies:
         column = unknown("column", FLAGS.table_column, table.accuracies)
         raise ValueError(f"{FLAGS.table}: {column}")

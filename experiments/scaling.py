@@ -104,6 +104,7 @@ def run() -> None:
         base_rate, transferred = _train(settings, networks, rates, steps, journal, options)
 
     results = summarise(networks, transferred, math.log(dataset.num_classes))
+    at_the_end = base_rate in (*rates[:1], *rates[-1:])
     figure = workdir / "scaling.png"
     draw(results, figure)
     page.publish(
@@ -112,6 +113,7 @@ def run() -> None:
         __doc__,
         remarks=[
             f"Base rate {base_rate:.3g}, tuned on the network {FLAGS.base_architecture}.",
+            *[common.cut_by_the_grid("The base rate")] * at_the_end,
             *answer(results),
         ],
         tables={

@@ -92,10 +92,11 @@ def run() -> None:
 
 
 def _report(chosen, records, failed: list[str], workdir: pathlib.Path) -> None:
-    found, figures = [], {}
+    found, figures, said = [], {}, []
     for name, trials in chosen.items():
         rows = rows_of(trials, records)
         found.append(summarise(name, rows))
+        said.append(answer(name, rows, found[-1]))
         path = workdir / f"{name}.png"
         draw(name, rows, found[-1], path)
         figures[path] = f"{name}: best rates by search against predicted ones."
@@ -108,7 +109,7 @@ def _report(chosen, records, failed: list[str], workdir: pathlib.Path) -> None:
         workdir,
         f"Predicted learning rates on {FLAGS.dataset.partition('#')[0]}: {', '.join(chosen)}",
         __doc__,
-        remarks=[f"{spread[0].upper()}{spread[1:]}.", *failed],
+        remarks=[*said, f"{spread[0].upper()}{spread[1:]}.", *failed],
         tables={
             "Correlation, RMS error in nats and excess loss by kind of rule.": overview(summaries),
             "Every rule, with 95 % intervals over networks.": table(summaries),
@@ -132,6 +133,8 @@ RULES = (
     "none",
 )
 Row = dict[str, Any]
+LEAST_NETWORKS = 3
+"""A correlation over fewer, without the base, says nothing."""
 
 
 def rows_of(trials: list[Trial], records: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -203,7 +206,7 @@ def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> pd.DataF
     summaries = []
     for rule in RULES:
         known = [row for row in rows if math.isfinite(row[rule])]
-        if len(known) < 3:
+        if len(known) < LEAST_NETWORKS:
             continue
         pairs = np.asarray([(row[rule], row["rate"]) for row in known])
         logs, noise = np.log(pairs), np.asarray([row["noise"] for row in known])
@@ -218,6 +221,27 @@ def summarise(study: str, rows: list[Row], *, resamples: int = 2000) -> pd.DataF
         summary["noise"] = float(np.sqrt(np.mean(noise**2)))
         summaries.append(summary)
     return pd.DataFrame(summaries)
+
+
+def answer(study: str, rows: list[Row], summaries: pd.DataFrame) -> str:
+    """Returns a sentence: which rule predicts best; of networks too few to say, their rates."""
+    if len(summaries):
+        none = summaries["rule"] == "none"
+        best = summaries[~none].sort_values("error").iloc[0]
+        return (
+            f"On {best['networks']} networks of {study} the rates predicted by {best['rule']} miss "
+            f"the best ones least, by {number(best['error'])} nats RMS; one rate for all misses by "
+            f"{number(summaries[none].iloc[0]['error'])}."
+        )
+    misses = "".join(
+        f" {row['trial']['architecture']}: best {row['rate']:.3g}, predicted by "
+        f"standardized_update {row['standardized_update']:.3g}, one rate for all {row['none']:.3g}."
+        for row in rows
+    )
+    return (
+        f"Networks of {study} beside the base whose rates are known: {len(rows)}; rules are "
+        f"compared from {LEAST_NETWORKS} on: raise --max_networks, or see what failed.{misses}"
+    )
 
 
 def _with_interval(name: str, statistic, pairs: np.ndarray, samples: list[np.ndarray]) -> Row:

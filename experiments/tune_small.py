@@ -70,6 +70,13 @@ def run() -> None:
     rates = common.rate_grid(FLAGS.min_rate, FLAGS.max_rate, FLAGS.num_rates)
     base = (FLAGS.base_depth, FLAGS.base_width)
     sizes = list(dict.fromkeys([base, (FLAGS.depth, base[1]), (base[0], FLAGS.wide)]))
+    for large, small in (("depth", "base_depth"), ("wide", "base_width")):
+        size, least = getattr(FLAGS, large), getattr(FLAGS, small)
+        if size < least:
+            raise ValueError(
+                f"--{large}={size} is below --{small}={least}, that of the small network; raise "
+                f"--{large}"
+            )
     if len(sizes) == 1:
         raise ValueError("--depth and --wide are those of the base; raise one of them")
     settings = {
@@ -180,7 +187,7 @@ def summarise(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def answer(results: pd.DataFrame) -> list[str]:
     """Returns a sentence for every larger network."""
-    base, *larger = [f"{blocks} blocks of width {width}" for blocks, width in _sizes(results)]
+    base, *larger = [f"{_blocks(size)} of width {size[1]}" for size in _sizes(results)]
     lines = []
     for size, name in zip(_sizes(results)[1:], larger, strict=True):
         ours, standard = (
@@ -194,6 +201,10 @@ def answer(results: pd.DataFrame) -> list[str]:
     return lines
 
 
+def _blocks(size: tuple[int, int]) -> str:
+    return f"{size[0]} block{'s' * (size[0] != 1)}"
+
+
 def _sizes(results: pd.DataFrame) -> list[tuple[int, int]]:
     return list(results["size"].unique())
 
@@ -203,7 +214,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "parametrization": LABELS[one.how],
-            "network": f"{one.size[0]} blocks, width {one.size[1]}",
+            "network": f"{_blocks(one.size)}, width {one.size[1]}",
             "best rate": f"{one.best:.2g}",
             "loss at it": tables.number(one.loss, ".3f", "diverged"),
             "loss at the base's rate": tables.number(one.at_tuned, ".3f", "diverged"),
@@ -222,7 +233,7 @@ def draw(results: pd.DataFrame, path: pathlib.Path) -> None:
         panel.set_title(title, fontsize=10)
         for one in results[results["how"] == how].itertuples():
             colour = panels.COLOURS[sizes.index(one.size)]
-            label = f"{one.size[0]} blocks, width {one.size[1]}"
+            label = f"{_blocks(one.size)}, width {one.size[1]}"
             panel.plot(*zip(*one.losses.items(), strict=True), color=colour, label=label, lw=1.6)
             panel.plot(one.best, one.loss, "o", color=colour, ms=6)
             panel.axvline(one.tuned, color="black", lw=0.8, ls=":")

@@ -401,10 +401,11 @@ def test_the_page_says_what_was_measured():
 
 
 def test_the_binary_audits_prints_and_ends_with_2_where_something_is_found(tmp_path, run_again):
-    flags = ("--width=16", "--base_width=8", "--depth=1", "--batch_size=8", "--setup=standard")
+    flags = ("--width=16", "--base_width=32", "--depth=1", "--batch_size=8", "--setup=standard")
     done = run_again("audit", tmp_path, *flags)
     assert done.returncode == 2, done.stderr
     assert "as if no multiplier is applied" in done.stdout
+    assert "may have been swapped" in " ".join(done.stdout.split())
     assert "readout/kernel" in (tmp_path / "table.md").read_text()
     assert "readout/kernel" in (tmp_path / "leaves.svg").read_text()
     assert len(files.read_records(tmp_path / "results.jsonl")) == 6

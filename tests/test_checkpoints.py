@@ -268,7 +268,8 @@ class TestDamage:
             found = self.restore(directory)
         except ValueError as error:
             message = str(error)
-            assert f"checkpoint 1 in {directory} is damaged; remove its folder" in message, message
+            assert f"checkpoint 1 in {directory} is damaged (" in message, message
+            assert message.endswith(f"; none is whole: remove {directory} to start anew"), message
             return True
         assert found is not None
         jax.tree.map(np.testing.assert_array_equal, found[1], TREE)
@@ -307,7 +308,8 @@ class TestDamage:
         (directory / "2.json").write_text("{")
         found = self.restore(directory)
         assert found is not None and (found.step, found.log) == (1, None)
-        assert "checkpoint 2 in" in caplog.text and "is damaged" in caplog.text
+        assert f"checkpoint 2 in {directory} is damaged (" in caplog.text
+        assert "; going on from checkpoint 1\n" in caplog.text
 
     @COROUTINES
     @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "gone"])

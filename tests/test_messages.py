@@ -1,6 +1,7 @@
 """What is said to the user: errors of wrong input, progress, interrupts, and silence."""
 
 import ast
+import json
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ from flax import linen, nnx
 
 import archscale_jax as archscale
 from archscale_jax._errors import unknown
-from experiments.lab import progress
+from experiments.lab import common, progress
 from experiments.lab.datasets import load
 from experiments.lab.files import locked
 from experiments.lab.models import DagMLP
@@ -324,6 +325,7 @@ class TestBinaries:
             done = run_again("train", tmp_path, "--steps=1")
         assert done.returncode == 1
         assert "error: another process writes to this journal" in done.stderr
+        assert "wait for it or stop it, or choose another --workdir" in done.stderr
         assert (tmp_path / "config.json").read_text() == "{}"
         assert not (tmp_path / "results.jsonl").exists()
 
@@ -339,12 +341,36 @@ class TestBinaries:
         assert os.path.abspath(python) == sys.executable
         assert arguments == ["-m", "experiments.train", *flags]
 
-    def test_damaged_commands_are_told_before_anything_is_trained(self, tmp_path, run_again):
-        (tmp_path / "commands.jsonl").write_text('{"command": 3}\n')
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [('{"command": 3}\n', "line 1 has 3 as 'command'"), ("a\n", "line 1 is not JSON"),
+         ("a", "is not a journal of ours")],
+    )  # fmt: skip
+    def test_damaged_commands_are_told_and_stop_nothing(self, line, message, tmp_path, run_again):
+        (tmp_path / "commands.jsonl").write_text(line)
+        done = run_again("train", tmp_path, "--steps=1", "--width=4")
+        assert done.returncode == 0, done.stderr
+        assert f"\n{tmp_path}/commands.jsonl {message}" in done.stderr
+        assert "; the study goes on all the same\n" in done.stderr
+
+    def test_a_folder_of_another_study_is_told_by_its_name(self, tmp_path, run_again):
+        (tmp_path / "config.json").write_text('{"adaptive": false}')
+        command = {"command": "python -m experiments.find_lr --adaptive", "resumed": False}
+        command |= {"started": "", "machine": "", "devices": [], "versions": {}}
+        (tmp_path / "commands.jsonl").write_text(json.dumps(command) + "\n")
         done = run_again("train", tmp_path, "--steps=1")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert f"error: {tmp_path}/commands.jsonl line 1 has 3 as 'command'" in done.stderr
-        assert not (tmp_path / "checkpoints").exists()
+        assert done.stderr.splitlines()[-1] == (
+            f"error: {tmp_path} holds a run of experiments.find_lr, not of experiments.train; "
+            "choose another --workdir"
+        )
+
+    def test_what_is_finished_are_records_and_checkpoints(self, tmp_path):
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+        for name in ("commands.jsonl", "config.json", "results.jsonl"):
+            (tmp_path / name).write_text("{}\n" * (name != "results.jsonl"))
+        assert not common._holds_results(tmp_path)
+        (tmp_path / "checkpoints" / "1.json").touch()
+        assert common._holds_results(tmp_path)
 
     def test_any_workdir_is_written_to_and_named_as_it_is(self, tmp_path, run_again):
         workdir = tmp_path / "[red][/x] :warning: é"

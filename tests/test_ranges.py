@@ -147,6 +147,8 @@ UNFIT = {
     "a warm-up without an end": ("scaling", "--warmup_steps=100", "found 100 of 44"),
     "more networks than there are": (
         "scaling", "--num_random=1000 --random_vertices=2", "--random_vertices=2 for --num_random"),
+    "a single size": (
+        "coordinate", "--axis=width --width=8,8", "--width must hold two different sizes at least"),
     "a size that is not a depth": (
         "size_transfer", "--study=transformer_depth --size=1,999", "--size, found the depth 999"),
     "an address without its runner": (

@@ -207,7 +207,7 @@ def test_the_binary_trains_prints_draws_and_goes_on_with_more_seeds(tmp_path, ru
             ["--dataset=digits", "--downscale=1", "--cell=3_33"],
             "error: flag --cell=3_33: cell code '3_33'",
         ),
-        (["--dataset=digits", "--table=nowhere.csv"], "nowhere.csv"),
+        (["--dataset=digits", "--table=nowhere.csv"], "--table=nowhere.csv cannot be read"),
     ],
 )
 def test_the_binary_ends_bad_input_with_one_line(tmp_path, run_again, flags, message):

@@ -27,6 +27,7 @@ SMALL = [
 def test_a_study_draws_and_goes_on_with_its_results(tmp_path, run_again):
     done = run_again("scaling", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
+    assert "The base rate reaches the end of the rates tried: widen --min_rate" in done.stdout
     journal, table = tmp_path / "results.jsonl", tmp_path / "table.md"
     records, result = journal.read_text(), table.read_text()
     trials = [json.loads(line) for line in records.splitlines()]

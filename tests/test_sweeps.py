@@ -326,7 +326,7 @@ class TestRunStudy:
 
     def test_names_a_damaged_journal(self, tmp_path):
         (tmp_path / "results.jsonl").write_text("{\n")
-        with pytest.raises(ValueError, match="results.jsonl line 1 is not JSON"):
+        with pytest.raises(ValueError, match="line 1 is not JSON.* and the trial is run anew"):
             study(tmp_path / "results.jsonl")
 
     def test_shows_a_bar_with_failures_unless_told_not_to(self, tmp_path, capsys, terminal):

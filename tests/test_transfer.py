@@ -29,6 +29,9 @@ def test_a_study_draws_and_goes_on_with_its_results(tmp_path, run_again):
     for record in records:
         best = min(record["result"]["runs"], key=lambda one: math.inf if one[2] is None else one[2])
         assert best[0] / 4 < record["result"]["rate"] < best[0] * 4
+    said = done.stdout.splitlines()[0]
+    assert said.startswith("Networks of chains beside the base whose rates are known: 1; rules")
+    assert " 2_02: best " in said
     assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.html").read_text().count("<svg") == 1
 
@@ -82,6 +85,10 @@ def test_a_search_prints_draws_and_goes_on_where_it_stopped(tmp_path, run_again)
     assert started.returncode == 0, started.stderr
     assert "Predicted from the base rate 0.2: " in started.stdout
     assert journal.read_text().count("\n") == len(lines)
+
+    fewer = run_again("find_lr", tmp_path, *SEARCH, "--num_seeds=1")
+    assert "that are not of this search: 2. The --num_rates, --num_seeds" in fewer.stdout
+    assert "not of this search" not in done.stdout + again.stdout
 
 
 @pytest.mark.parametrize(
@@ -138,6 +145,8 @@ def test_the_report_knows_r_slope_and_error_of_made_up_predictions():
     assert math.isnan(found["none"].correlation)
     linear = np.corrcoef(predicted, true)[0, 1]
     assert measured.linear_correlation == pytest.approx(linear)
+    said = transfer.answer("made up", rows, transfer.summarise("made up", rows))
+    assert said.startswith("On 40 networks of made up the rates predicted by standardized_update")
 
 
 def test_losses_between_trained_rates_are_interpolated_in_log_rate():

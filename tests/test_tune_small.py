@@ -23,7 +23,7 @@ TRIAL = {"base": [1, 8], "steps": 6, "batch_size": 8, "seeds": 2, "rates": [1e-3
 def test_it_trains_prints_draws_and_goes_on(tmp_path, run_again):
     done = run_again("tune_small", tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "At the rate that is best for 1 blocks of width 8, 2 blocks of width 8 reach" in (
+    assert "At the rate that is best for 1 block of width 8, 2 blocks of width 8 reach" in (
         done.stdout
     )
     assert (tmp_path / "table.md").read_text() in done.stdout
@@ -36,7 +36,12 @@ def test_it_trains_prints_draws_and_goes_on(tmp_path, run_again):
 
 @pytest.mark.parametrize(
     ("flag", "text"),
-    [("--depth=1 --wide=8", "raise one of them"), ("--steps=0", "steps"), ("--max_rate=0", "rate")],
+    [
+        ("--depth=1 --wide=8", "raise one of them"),
+        ("--wide=7", "--wide=7 is below --base_width=8, that of the small network; raise --wide"),
+        ("--steps=0", "steps"),
+        ("--max_rate=0", "rate"),
+    ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, run_again, flag, text):
     done = run_again("tune_small", tmp_path, *SMALL, *flag.split())

@@ -97,7 +97,7 @@ def restore_checkpoint(
 ) -> Restored | None:
     """Restores the last checkpoint that is whole.
 
-    One that is damaged is told in the log of the process, and the one before it is taken.
+    One that is damaged is told in the log of the process where the one before it is taken.
 
     Args:
       directory: folder of the checkpoints of one run.
@@ -118,7 +118,7 @@ def restore_checkpoint(
     directory = pathlib.Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is not a folder of checkpoints; remove it")
-    damaged = None
+    damaged: list[str] = []
     for step in reversed(_steps(directory)):
         where = f"checkpoint {step} in {directory}"
         try:
@@ -128,7 +128,7 @@ def restore_checkpoint(
                 name: (tuple(one[0]), jnp.dtype(one[1])) for name, one in record["leaves"].items()
             }
         except (OSError, ValueError, TypeError, LookupError) as error:
-            damaged = _damaged(where, error)
+            damaged.append(f"{where} is damaged ({_reason(error)})")
             continue
         saved = record["settings"], _json(settings)
         fixed = ({k: v for k, v in one.items() if k not in extensible} for one in saved)
@@ -142,11 +142,13 @@ def restore_checkpoint(
             if _checksum(found) != record["checksum"]:
                 raise ValueError("its leaves are not those that were saved")
         except Exception as error:  # whatever a damaged file makes the reader raise
-            damaged = _damaged(where, error)
+            damaged.append(f"{where} is damaged ({_reason(error)})")
             continue
+        for one in damaged:
+            logging.getLogger(__name__).warning(f"{one}; going on from checkpoint {step}")
         return Restored(step, _rebuilt(expected | found, wanted), record["log"])
-    if damaged is not None:
-        raise ValueError(damaged)
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}; none is whole: remove {directory} to start anew")
     return None
 
 
@@ -155,11 +157,8 @@ def _steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
 
 
-def _damaged(where: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    message = f"{where} is damaged; remove its folder to start anew ({reason})"
-    logging.getLogger(__name__).warning(message)
-    return message
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _read_leaves(path: pathlib.Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def run_binary(run: Callable[[], None]) -> None:
 
     def main(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
+            logging.set_verbosity(logging.ERROR if FLAGS.quiet else logging.WARNING)
+            logging.get_absl_handler().setFormatter(None)  # the sentence alone, as of notes
             logging.get_absl_logger().setLevel("CRITICAL")  # orbax logs, and raises what it logs
         if len(arguments) > 1:
             sys.exit(f"error: unknown arguments {arguments[1:]}; flags start with --, see --help")
@@ -164,18 +165,22 @@ def _akin(unknown: str) -> str:
 
 def _kept() -> str:
     """What an interrupted binary leaves, and the command that goes on."""
-    command = provenance.command()
     workdir = pathlib.Path(FLAGS.workdir)
-    try:
-        last = provenance.read_commands(workdir)[-1:]
-    except (OSError, ValueError):
-        last = []  # nor has it been claimed
-    if command not in [one["command"] for one in last]:
+    if not _hold.cache_info().currsize:  # nor has it been claimed
         return "nothing was written"
     here = os.path.relpath(sys.executable)  # the environment may not be the shell's
     python = here if not here.startswith("..") else sys.executable
     again = provenance.command(python)
+    if not _holds_results(workdir):
+        return f"nothing is finished yet in {workdir}, begin again with: {again}"
     return f"what is finished is kept in {workdir}, go on with: {again}"
+
+
+def _holds_results(workdir: pathlib.Path) -> bool:
+    """Whether a folder has a record of its journals, or a checkpoint."""
+    saved = (*workdir.glob("checkpoints/*.json"), *workdir.glob("checkpoints/*/*.json"))
+    journals = (one for one in workdir.glob("*.jsonl") if one.name != provenance.JOURNAL)
+    return bool(saved) or any(one.stat().st_size for one in journals)
 
 
 @functools.cache
@@ -204,15 +209,34 @@ def claim_directory(
         _hold(os.path.abspath(workdir))
         resumed = (pathlib.Path(workdir) / "config.json").exists()
         folder = files.claim_directory(workdir, config, extensible=extensible)
+    except ValueError:
+        _check_study(pathlib.Path(workdir))  # more to the point than a list of flags
+        raise
     except OSError as error:
         text = f"{error.strerror}; choose another --workdir"
         raise OSError(error.errno, text, error.filename) from error
-    provenance.read_commands(folder)  # a damaged journal is told now, not when all is done
     computes_here = "runner" not in FLAGS or FLAGS.runner in ("local", "devices")
-    provenance.record_command(
-        folder, resumed=resumed, devices=jax.devices() if computes_here else ()
-    )
+    devices = jax.devices() if computes_here else ()
+    try:
+        provenance.record_command(folder, resumed=resumed, devices=devices)
+        provenance.read_commands(folder)
+    except ValueError as error:  # a mere log, of which the page will say the same
+        display.note(f"{error}; the study goes on all the same")
     return folder
+
+
+def _check_study(workdir: pathlib.Path) -> None:
+    """Raises ValueError where the commands that worked in a folder were of another binary."""
+    try:
+        commands = provenance.read_commands(workdir)
+    except ValueError:
+        return
+    studies = [provenance.study_of(one["command"]) for one in commands]
+    own = provenance.study_of(provenance.command())
+    if studies and own not in studies:
+        raise ValueError(
+            f"{workdir} holds a run of {studies[-1]}, not of {own}; choose another --workdir"
+        ) from None
 
 
 def check_length(
@@ -232,7 +256,7 @@ def check_length(
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return
-    both = files.read_json(path), json.loads(json.dumps(config))
+    both = files.read_config(path), json.loads(json.dumps(config))
     others = ({k: v for k, v in one.items() if k not in lengths} for one in both)
     if (different := files.different_settings(*both)) and not files.different_settings(*others):
         raise ValueError(
@@ -270,6 +294,11 @@ def rate_grid(low: float, high: float, number: int) -> list[float]:
     if low >= high:
         raise ValueError(f"--min_rate={low:g} must be below --max_rate={high:g}")
     return np.geomspace(low, high, number).tolist()
+
+
+def cut_by_the_grid(what: str) -> str:
+    """Says that a better rate may lie beyond those of `rate_grid`."""
+    return f"{what} reaches the end of the rates tried: widen --min_rate, --max_rate."
 
 
 def first_batch(dataset: Dataset, batch_size: int, seed: int) -> tuple[jax.Array, jax.Array]:

@@ -103,6 +103,17 @@ def _parse(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """`read_json` of a run's `config.json`; the error says what to do."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; remove it, if this command has the flags of its run, or choose another "
+            "--workdir"
+        ) from None
+
+
 def check_fields(value: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
     """Raises ValueError where a field is missing, or not of its type, as `isinstance` takes it."""
     for name, kind in fields.items():
@@ -217,8 +228,12 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(strict_json(record), allow_nan=False).encode() + b"\n"
 
 
-def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_records(path: str | pathlib.Path, remedy: str = "remove the line") -> list[dict[str, Any]]:
     """Reads a JSON-lines journal; an unfinished last line is ignored.
+
+    Args:
+      path: the file.
+      remedy: what the error of a damaged line tells to do.
 
     Raises:
       OSError: it cannot be read.
@@ -228,7 +243,12 @@ def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *lines, tail = read_bytes(path).split(b"\n")
-    records = [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(line, f"{path} line {number}"))
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
     last = _last_record(tail, path)
     return records if last is None else [*records, last]
 
@@ -250,7 +270,10 @@ def locked(journal: str | pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process writes to this journal, {journal}") from None
+            raise ValueError(
+                f"another process writes to this journal, {journal}; wait for it or stop it, or "
+                "choose another --workdir"
+            ) from None
         yield
 
 
@@ -276,7 +299,7 @@ def claim_directory(
     path = directory / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        found = read_json(path)
+        found = read_config(path)
         fixed = ({k: v for k, v in one.items() if k not in extensible} for one in (found, config))
         if different := different_settings(*fixed):
             raise ValueError(

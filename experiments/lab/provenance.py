@@ -47,6 +47,11 @@ def command(python: str = "python") -> str:
     return shlex.join([python, "-m", _module(sys.argv[0]), *sys.argv[1:]])
 
 
+def study_of(command: str) -> str:
+    """Returns the binary of what `command` returns, such as `experiments.train`."""
+    return command.partition(" -m ")[2].partition(" ")[0]
+
+
 def read_commands(workdir: pathlib.Path) -> list[Command]:
     """Returns the commands that worked in a folder, oldest first.
 

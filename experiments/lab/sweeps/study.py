@@ -265,9 +265,12 @@ def _outcome(future: concurrent.futures.Future[Record], trial: Trial) -> Record:
         return _unfinished(trial) | {"error": f"{type(error).__name__}: {error}"}
 
 
+_REMEDY = "remove the line, and the trial is run anew"
+
+
 def _read(path: pathlib.Path, holds: Mapping[str, Any]) -> list[Record]:
     """Reads a journal; ValueError names the number of a record that is not of a trial as it was."""
-    records = files.read_records(path)
+    records = files.read_records(path, _REMEDY)
     for number, record in enumerate(records, start=1):
         try:
             ends = {"error": str} if "error" in record else {"result": dict}
@@ -277,8 +280,8 @@ def _read(path: pathlib.Path, holds: Mapping[str, Any]) -> list[Record]:
                 raise ValueError(f"it has the hash {record['hash']!r} of another trial")
         except ValueError as error:
             raise ValueError(
-                f"{path} line {number} is not the record of a trial of this study: {error}; remove "
-                "the line, and the trial is run anew"
+                f"{path} line {number} is not the record of a trial of this study: {error}; "
+                f"{_REMEDY}"
             ) from None
     return records
 
