@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -440,8 +440,8 @@ def test_errors():
            [network.batch, jax.tree.map(lambda array: array[:0], network.batch)], network.batch,
            groups[:1])  # fmt: skip
     with pytest.raises(TypeError, match="groups must be of find_neuron_groups, found 'w1'"):
-        archscale.grow(*arguments, ["w1"])
-    with pytest.raises(TypeError, match="params holds no values at 'w1'"):
+        archscale.grow(*arguments, cast(Any, ["w1"]))
+    with pytest.raises(TypeError, match="params holds no values at 'b1'"):
         archscale.grow(network.loss, jax.eval_shape(lambda: network.params), *arguments[2:], groups)
     raises("budget must be", budget=-3)
     raises("amplitudes must be", amplitudes=(-1.0,))

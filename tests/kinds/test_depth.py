@@ -689,8 +689,8 @@ def conditioned(how, projected, identity):
         names = ["a", "b"] + ["skip"] * (number < projected)
         return specs(**dict.fromkeys(names + ["c"] * ("by a layer" in how), (16, 16)))
 
-    params = specs(stem=(8, 16), condition=(4, 16), head=(16, 3))
-    params["blocks"] = {f"block{i:02}": block(i) for i in range(projected + identity)}
+    blocks = {f"block{i:02}": block(i) for i in range(projected + identity)}
+    params = specs(stem=(8, 16), condition=(4, 16), head=(16, 3)) | {"blocks": blocks}
     return archscale.trace(apply, params, spec(2, 8), spec(2, 4))
 
 
