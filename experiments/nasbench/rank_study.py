@@ -316,7 +316,7 @@ def _space(settings: tuple[tuple[str, Any], ...], data_dir: str | None):
     trial = dict(settings)
     dataset = studies.load(trial["dataset"], data_dir, trial["downscale"])
 
-    def parts() -> tuple[PyTree, PyTree, PyTree]:
+    def parts() -> tuple[PyTree, ...]:
         return nnx.split(_module(None, trial, dataset), nnx.Param, ...)
 
     graphdef, shapes, _ = jax.eval_shape(parts)
