@@ -302,7 +302,8 @@ class Architecture:
                 if parameter.role == Role.HIDDEN and (edge is None or not weight[edge]):
                     raise ValueError(
                         f"hidden weight {parameter.name!r} belongs to edge {edge}; accepted "
-                        "is the index of a linear or convolution edge"
+                        "is the index of a linear or convolution edge, and for a leaf that no "
+                        "layer uses another role, such as bias"
                     )
 
     @functools.cached_property

@@ -117,7 +117,8 @@ def parametrize(
         on `inputs`, which are arrays then (theory §14). It helps MLPs and CNNs over depth,
         topology, width and activation, and misleads batch normalization without skips.
       loss_fn: of `measured`, the outputs to the loss.
-      roles: roles of leaves that the function does not tell, by name.
+      roles: roles of leaves that the function does not tell, by name; those of leaves that the base
+        has too are taken there.
       unknown: see `archscale_jax.trace`.
 
     Returns:
@@ -230,7 +231,9 @@ def _base_architecture(
             " a Parametrization, an Architecture, or {width: base width}"
         )
         raise
-    return _traced(pure, inputs, options)
+    leaves = named_leaves(pure.params)  # those that it lacks, as of more layers, are not asked for
+    roles = {name: role for name, role in (options["roles"] or {}).items() if name in leaves}
+    return _traced(pure, inputs, {**options, "roles": roles})
 
 
 def _measured(

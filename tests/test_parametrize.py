@@ -719,6 +719,33 @@ def test_keys_and_schedules():
         )
 
 
+def test_roles_of_leaves_that_the_base_lacks():
+    """Weights that nothing reads, one a block: those of the deep model's further blocks too."""
+
+    def spec(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def make(depth):
+        def apply(params, x):
+            h = x @ params["stem"]
+            for number in range(depth):
+                h = h + jax.nn.relu(h @ params[f"w{number}"])
+            return h @ params["readout"]
+
+        shapes = {"stem": spec(8, 16), "readout": spec(16, 3)}
+        for number in range(depth):
+            shapes |= {f"w{number}": spec(16, 16), f"unused{number}": spec(16, 16)}
+        return apply, shapes
+
+    roles = {f"unused{number}": "bias" for number in range(4)}
+    apply, params = make(4)
+    plan = archscale.parametrize(apply, spec(2, 8), params=params, base=make(2), roles=roles)
+    assert {one.role for one in plan.architecture.parameters if "unused" in one.name} == {"bias"}
+    with pytest.raises(ValueError, match="for a leaf that no layer uses another role"):
+        archscale.parametrize(apply, spec(2, 8), params=params,
+                              roles={**roles, "unused0": "hidden"})  # fmt: skip
+
+
 def test_the_report_shows_gains_as_they_are_set():
     class Ending(nn.Module):
         depth: int

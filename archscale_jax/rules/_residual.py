@@ -72,11 +72,13 @@ def residual_branches(network: Architecture | jraph.GraphsTuple) -> Branches:
     """
     branches: dict[int, set[int]] = {}
     sources: dict[int, set[int]] = {}
+    graph = network.graph if isinstance(network, Architecture) else network
+    if not np.any(np.isin(graph.edges["operator"], _WEIGHTLESS)):
+        return {}
     for skip in _skips(network):
         if not skip.has_layer:
             branches.setdefault(skip.vertex, set()).update(skip.around)
             sources.setdefault(skip.vertex, set()).add(skip.source)
-    graph = network.graph if isinstance(network, Architecture) else network
     blocks, ways = _blocks(int(graph.n_node[0]) - 1, branches, sources), _Ways(graph)
     for vertex in blocks:
         ways.extend(branches[vertex], vertex, branches.keys())
