@@ -138,7 +138,7 @@ WRONG = {
     "a rate that is NaN": (lambda: search([float("nan"), 1.0]), "found .nan, 1.0."),
     "one rate": (lambda: search(0.1), "as numpy.geomspace"),
     "a number of seeds": (lambda: search(seeds=3), r"range\(3\), found 3"),
-    "no worker": (lambda: search(workers=0), "workers must be at least 1, found 0"),
+    "no worker": (lambda: search(workers=0), "workers must be an integer of at least 1, found 0"),
     "training that gives a number": (
         lambda: search(train=lambda rate, seed: rate), r"returned 0.1; .* return \[loss\]"),
     "a rate for an optimizer": (

@@ -99,7 +99,7 @@ def test_a_single_axis_is_the_search_of_a_rate():
         ({"rate": RATES, "decay": [0.0, 1.0]}, None, ValueError, "positive"),
         ({"rate": RATES, "decay": [1.0, -1.0]}, None, ValueError, "positive"),
         ({"rate": RATES, "decay": []}, None, ValueError, "positive"),
-        ({"rate": "fast"}, None, TypeError, "must be numbers"),
+        ({"rate": "fast"}, None, TypeError, "must be a sequence of numbers"),
     ],
 )
 def test_wrong_axes_and_starts_are_named(rates, start, error, text):
