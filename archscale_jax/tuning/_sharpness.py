@@ -32,7 +32,7 @@ def sharpness(
         for what the loss itself rounds.
       batch: what `loss` reads.
       key: of the random start; None takes `jax.random.key(0)`.
-      max_iterations: products at most; it stops earlier where the eigenvalue has converged.
+      max_iterations: products at most, and one more; fewer where the eigenvalue has converged.
 
     Returns:
       The eigenvalue; NaN where the Hessian is 0 (a loss that is linear in the parameters).
@@ -56,4 +56,9 @@ def sharpness(
     key = jax.random.key(0) if key is None else key
     start = jax.random.normal(key, (len(flat), 1), flat.dtype)
     values, *_ = lobpcg_standard(multiply, start, max_iterations)
-    return values[0]
+    # A random start is an eigenvector where all eigenvalues are equal; LOBPCG divides by its error.
+    product = multiply(start)
+    quotient = jnp.vdot(start, product) / jnp.vdot(start, start)
+    error = jnp.linalg.norm(product - quotient * start)
+    is_exact = (quotient != 0) & (error <= 10 * jnp.finfo(flat).eps * jnp.linalg.norm(product))
+    return jnp.where(is_exact, quotient, values[0])
