@@ -15,6 +15,7 @@ from archscale_jax._architecture import (
     check_architecture,
     check_parameters,
 )
+from archscale_jax._expressions import Moments
 from archscale_jax._graph import in_degrees
 from archscale_jax._paths import PathStatistics, path_statistics
 from archscale_jax._reporting.header import graph_lines, rate_lines, rule_line
@@ -250,7 +251,8 @@ def _deviations(
                 0.0, (Part(0.0, rule.name, f"{one.role} that ends a branch", start),)
             )
         elif not one.is_drawn:
-            found[one.name] = Explained(0.0, (_start(one),))
+            start = _start(one)
+            found[one.name] = Explained(start.value, (start,))
         elif variances is not None:
             try:
                 found[one.name] = standard_deviation(one, architecture, variances, rule)
@@ -260,10 +262,10 @@ def _deviations(
 
 
 def _start(parameter: Parameter) -> Part:
-    """What a parameter that is not drawn starts at."""
+    """What a parameter that is not drawn starts at, and how far its entries are apart."""
     role, given = str(parameter.role), parameter.given
-    if given is not None and not isinstance(given, float):
-        return Part(0.0, role, "the values traced")
+    if isinstance(given, Moments):
+        return Part(given.variance**0.5, role, "the values traced")
     traced = parameter.starts_at_zero or given not in (None, parameter.neutral_value)
     start = {"start": parameter.initial_value}
     return Part(0.0, role, "as traced" if traced else "", start)

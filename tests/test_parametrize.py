@@ -746,6 +746,15 @@ def test_roles_of_leaves_that_the_base_lacks():
                               roles={**roles, "unused0": "hidden"})  # fmt: skip
 
 
+def test_the_report_shows_how_far_values_that_are_kept_are_apart():
+    """Equinox draws biases, and a plan keeps them."""
+    model = eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0))
+    plan = archscale.parametrize(model, jax.ShapeDtypeStruct((8,), jnp.float32))
+    (shown,) = (one for one in plan.report().records if one["path"] == "layers/1/bias")
+    kept = plan.init(jax.random.key(1)).layers[1].bias
+    assert shown["standard_deviation"] == pytest.approx(float(kept.std()), rel=1e-5)
+
+
 def test_the_report_shows_gains_as_they_are_set():
     class Ending(nn.Module):
         depth: int
