@@ -5,11 +5,13 @@ Adam û = m̂ / (√v̂ + ε·ε_p), as a factor before Adam does nothing else.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from archscale_jax._architecture import Architecture
@@ -30,6 +32,14 @@ class MuonParts(NamedTuple):
     numbers: Callable[[PyTree], PyTree]
     labels: Callable[[PyTree], PyTree]
     rms_multipliers: Callable[[], dict[str, float]]
+
+
+def _check_sizes(**sizes: Any) -> None:
+    """Checks what is a number; schedules and tracers are not looked into."""
+    for name, value in sizes.items():
+        is_wrong = isinstance(value, float | int | np.floating) and not 0 <= value < math.inf
+        if is_wrong or isinstance(value, str):
+            raise ValueError(f"{name} must be a number from 0 or a schedule, found {value!r}")
 
 
 def optimizer_of(
@@ -61,8 +71,10 @@ def optimizer_of(
 
     Raises:
       TypeError: an option that the optimizer does not have.
-      ValueError: an average that would be shorter than a step.
+      ValueError: a rate or decay that is no number from 0, or an average that would be shorter
+        than a step.
     """
+    _check_sizes(learning_rate=learning_rate, weight_decay=weight_decay)
     make = _BARE[name]
     accepted = _options_of(make)
     given = {option: value for option, value in options.items() if value is not None}

@@ -746,6 +746,16 @@ def test_roles_of_leaves_that_the_base_lacks():
                               roles={**roles, "unused0": "hidden"})  # fmt: skip
 
 
+@pytest.mark.parametrize("rate", [float("nan"), -1e-3, float("inf"), "1e-3", np.float32(-1.0)])
+def test_rates_and_decays_that_are_none_raise(rate):
+    plan = archscale.parametrize(eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0)),
+                                 jax.ShapeDtypeStruct((8,), jnp.float32))  # fmt: skip
+    with pytest.raises(ValueError, match="learning_rate must be a number from 0 or a schedule"):
+        plan.optimizer(rate)
+    with pytest.raises(ValueError, match="weight_decay must be a number from 0 or a schedule"):
+        plan.optimizer(1e-3, rate)
+
+
 def test_the_report_shows_how_far_values_that_are_kept_are_apart():
     """Equinox draws biases, and a plan keeps them."""
     model = eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0))
