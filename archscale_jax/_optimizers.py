@@ -71,8 +71,8 @@ def optimizer_of(
 
     Raises:
       TypeError: an option that the optimizer does not have.
-      ValueError: a rate or decay that is no number from 0, or an average that would be shorter
-        than a step.
+      ValueError: a rate or decay that is negative or not finite, or an average that would be
+        shorter than a step.
     """
     _check_sizes(learning_rate=learning_rate, weight_decay=weight_decay)
     make = _BARE[name]

@@ -446,8 +446,8 @@ class Parametrization:
 
         Raises:
           TypeError: an option that the optimizer does not have.
-          ValueError: a rate or decay that is no number from 0; a `consistent_rms` that is not
-            positive.
+          ValueError: a rate or decay that is negative or not finite; a `consistent_rms` that is
+            not positive.
         """
         options = {
             "momentum": momentum,

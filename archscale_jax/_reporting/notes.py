@@ -136,8 +136,8 @@ def _comparison_notes(subject: Subject, base: Architecture) -> Iterator[str]:
             yield (
                 f"the residual additions multiply the stream by {factor:.2g} in all, as (x + h)/√2 "
                 "does, and no rule answers for the depth of such a stack: the multipliers below "
-                "are for x + h, and the best rate falls with depth; keep the depth of the base, "
-                "search the rate again, or have the model multiply branches alone"
+                "are for x + h, and updates change the features more the deeper it is; keep the "
+                "depth of the base, search the rate again, or multiply branches alone in the model"
             )
     unscaled = rule is not None and not rule.scales and subject.rates.depth_rule is None
     if unscaled and depths[0] != depths[1] and not subject.plan:

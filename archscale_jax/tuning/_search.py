@@ -156,8 +156,8 @@ def find_learning_rate(
       TypeError: rates that are not numbers, seeds that are not a sequence, or a `train` that does
         not return or yield losses; a single number, of Python, NumPy or JAX, is not accepted.
       ValueError: rates that are not positive, finite and different, seeds that are missing or
-        repeated, a tolerance, margin or start that is not positive, an option that is no number
-        in its range, a `train` that yields no loss, or no rate with a finite loss for every seed.
+        repeated, a tolerance, margin or start that is not positive, an option out of its range, a
+        `train` that yields no loss, or no rate with a finite loss for every seed.
     """
     for name, least, value in (("workers", 1, workers), ("refine", 0, refine)):
         if not isinstance(value, numbers.Integral) or value < least:

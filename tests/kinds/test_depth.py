@@ -731,6 +731,38 @@ def test_a_stream_that_blocks_multiply_is_told(factor, noted):
     assert any("no rule answers for the depth" in one for one in plan.report().notes) == noted
 
 
+def test_updates_of_a_stream_that_blocks_multiply_grow_with_depth():
+    """What the note says: 16 blocks against 4, one step of Adam under the plan, three seeds."""
+
+    def model(depth, factor):
+        def apply(params, x):
+            x = x @ params["stem"]
+            for block in params["blocks"].values():
+                x = (x + RELU(unit(x) @ block["a"]) @ block["b"]) * factor
+            return unit(x) @ params["head"]
+
+        blocks = {f"block{i:02}": specs(a=(32, 32), b=(32, 32)) for i in range(depth)}
+        return apply, specs(stem=(8, 32), head=(32, 3)) | {"blocks": blocks}
+
+    def change(depth, factor):
+        (apply, params), x = model(depth, factor), normal(32, 8)
+        plan = archscale.parametrize(apply, x, params=params, base=model(4, factor),
+                                     optimizer="adam")  # fmt: skip
+        optimizer = plan.optimizer(1e-4)
+
+        @jax.jit
+        def of_weights(weights):
+            slopes = jax.grad(lambda w: jnp.mean(apply(w, x)[:, 0]))(weights)
+            updates, _ = optimizer.update(slopes, optimizer.init(weights), weights)
+            moved = jax.tree.map(jnp.add, weights, {**updates, "head": 0 * weights["head"]})
+            return jnp.sqrt(jnp.mean((apply(moved, x) - apply(weights, x)) ** 2))
+
+        return np.mean([of_weights(plan.init(jax.random.key(seed))) for seed in range(3)])
+
+    assert change(16, 2**-0.5) > 3 * change(4, 2**-0.5)
+    assert change(16, 1.0) < 1.5 * change(4, 1.0)
+
+
 @pytest.mark.parametrize("skip", ["pool", "two layers"])
 def test_a_skip_may_have_several_layers_if_the_branch_has_more(skip):
     """As where a block of a U-Net halves images before both ways, or ResNet-D pools in its skip."""
